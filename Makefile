@@ -1,0 +1,58 @@
+# `make` lists the targets. Everything is installed into .venv, with the versions of constraints.txt.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+WORKERS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+# what decides which packages are installed; the package itself is installed editable
+INPUTS := pyproject.toml setup.py constraints.txt
+
+# pip names a hundred requirements that are met; only downloads, the install and errors (stderr) are news
+define install
+@echo "Installing vitfast[$(1)] into $(VENV); the first time this downloads some GB (PyTorch)"
+@$(BIN)/python -m pip install --progress-bar off -c constraints.txt -e '.[$(1)]' \
+	| sed -unE '/^ *(Downloading|Using cached) .*\([0-9.]+ MB\)/p; /^(Installing|Successfully installed)/s/(.{0,100}).*/\1/p'
+endef
+
+.PHONY: help venv demo test lint bench clean
+
+help: ## list the targets
+	@sed -nE 's/^([a-z]+):[^#]*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+
+venv: $(VENV)/.demo ## make the environment in .venv
+
+demo: $(VENV)/.demo ## train a small ViT on real digits, compare it with timm, write a picture
+	$(BIN)/vitfast demo
+
+test: lint ## lint, then all tests
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 10
+
+lint: $(VENV)/.test ## ruff
+	$(BIN)/ruff check .
+
+bench: $(VENV)/.demo ## time the models against timm on the CPU
+	$(BIN)/python benchmarks/bench_model.py --device cpu
+
+clean: ## remove the environment and everything that was built
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache demo_output
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "vitfast needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V 2>&1 || echo missing)." \
+			"Name another: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.created $(INPUTS)
+	$(call install,demo)
+	@touch $@
+
+# the extra [test] contains [demo]
+$(VENV)/.test: $(VENV)/.created $(INPUTS)
+	$(call install,test)
+	@touch $(VENV)/.demo $@

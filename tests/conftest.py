@@ -1,0 +1,34 @@
+"""What every test gets: a fixed seed, its share of the cores, and a device."""
+
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+
+
+def pytest_configure(config):
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1 and "OMP_NUM_THREADS" not in os.environ:
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        # for the processes that tests start
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """The same numbers whichever tests ran before, in whichever worker."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+DEVICES = ["cpu"] + [pytest.param("cuda", marks=pytest.mark.gpu)] * torch.cuda.is_available()
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    """Every device of this machine in turn."""
+    return torch.device(request.param)

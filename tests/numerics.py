@@ -1,0 +1,149 @@
+"""What counts as numerically right: the acceptance rule of the project's `numerics.md`, section 2.3.
+
+A result is judged by its distance from an fp64 reference, next to the distance of the best stock PyTorch
+operator in the same dtype. An absolute tolerance would let bias and lost rows pass in half precision.
+"""
+
+import torch
+from torch import Tensor
+
+# rms of the error may be this multiple of the stock operator's (rule C). Wider in fp32, where a different but
+# correct order of summation alone moves the error by more than in half precision.
+RMS_RATIO = {torch.float32: 2.0, torch.float16: 1.25, torch.bfloat16: 1.25}
+# a stock operator whose error is above this many eps is no yardstick (rule D)
+YARDSTICK_EPS = {torch.float32: 32.0, torch.float16: 1.0, torch.bfloat16: 1.0}
+# rounding floor of the rms clauses, in eps: lets a result pass where the stock operator happens to be exact
+RMS_FLOOR_EPS = 0.05
+MODEL_RMS_RATIO = 1.25
+
+
+def accept(
+    out: Tensor,
+    ref: Tensor,
+    low: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    grad: bool = False,
+    k: float | None = None,
+    what: str = "",
+) -> None:
+    """Raise AssertionError naming every violated clause of section 2.3, with its numbers.
+
+    0. out has the shape, dtype and device of `low` and the NaN and +-Inf masks of `ref` rounded to that
+       dtype (strides are tested with each op); the finite part is then held to
+    A. max|out - ref| <= r * max|low - ref| + eps * max|ref|
+    B. for every row (last dim), rms(out - ref) <= r * worst row rms(low - ref) + eps * rms(ref)
+    C. rms(out - ref) <= k * rms(low - ref) + 0.05 * eps * rms(ref)
+    D. rms(low - ref) <= 1 eps * rms(ref) (fp32: 32 eps), or else the case has no usable yardstick
+
+    Args:
+        out: the result under test. 0-d and 1-d tensors are one row.
+        ref: the reference in fp64, computed on the inputs rounded to T.
+        low: the best stock operator in T (not a naive chain of operators).
+        dtype: T, which sets eps and k, where it isn't `out.dtype`: lse and fp32 residuals are wider than T.
+        grad: r = 3 in place of 2.
+        k: in place of 1.25 (fp16, bf16) or 2 (fp32).
+        what: names the case in the message.
+    """
+    dtype = dtype or out.dtype
+    faults = _contract_faults(out, ref, low)
+    if not faults and out.numel():
+        eps, r, k = _eps(dtype), 3.0 if grad else 2.0, RMS_RATIO[dtype] if k is None else k
+        finite, ref_rows, e_out, e_low, faults = _errors(out, ref, low)
+        bound = r * e_low.max() + eps * ref_rows.abs().max()
+        if not e_out.max() <= bound:
+            at = _index(e_out.argmax(), out.shape)
+            faults.append(f"A: max error {e_out.max():.3e} at {at} > {bound:.3e} (stock's {e_low.max():.3e})")
+
+        row_out, row_low, row_ref = (_rms(t, finite, -1) for t in (e_out, e_low, ref_rows))
+        bounds = r * row_low.max() + eps * row_ref
+        bad = ~(row_out <= bounds)
+        if bad.any():
+            worst = (row_out - bounds).argmax()
+            faults.append(
+                f"B: {int(bad.sum())} of {bad.numel()} rows; worst {_index(worst, out.shape[:-1])} with rms "
+                f"error {row_out[worst]:.3e} > {bounds[worst]:.3e} (stock's worst {row_low.max():.3e})"
+            )
+
+        rms_out, rms_low, rms_ref = (_rms(t, finite) for t in (e_out, e_low, ref_rows))
+        bound = k * rms_low + RMS_FLOOR_EPS * eps * rms_ref
+        if not rms_out <= bound:
+            times = f"{rms_out / rms_low:.2f} x stock's {rms_low:.3e}"
+            faults.append(f"C: rms error {rms_out:.3e} > {bound:.3e} ({times}, k = {k})")
+        if not rms_low <= YARDSTICK_EPS[dtype] * eps * rms_ref:
+            times = f"{rms_low / (eps * rms_ref):.2f} eps of rms(ref) {rms_ref:.3e}"
+            faults.append(f"D: no yardstick: stock's rms error {rms_low:.3e} is {times}")
+    _raise(faults, what, dtype)
+
+
+def accept_model(out: Tensor, ref: Tensor, low: Tensor, *, what: str = "") -> None:
+    """Model level of section 2.3: relative rms error at most 1.25 x the eager model's in the same dtype.
+
+    A floor of 0.05 eps is added, for cases where eager is exact. Arguments and clause 0 as in `accept`.
+    """
+    faults = _contract_faults(out, ref, low)
+    if not faults and out.numel():
+        finite, ref_rows, e_out, e_low, faults = _errors(out, ref, low)
+        rms_out, rms_low, rms_ref = (_rms(t, finite) for t in (e_out, e_low, ref_rows))
+        if not rms_out <= MODEL_RMS_RATIO * rms_low + RMS_FLOOR_EPS * _eps(out.dtype) * rms_ref:
+            faults.append(
+                f"relative rms error {rms_out / rms_ref:.3e} is {rms_out / rms_low:.2f} x eager's "
+                f"{rms_low / rms_ref:.3e}, more than {MODEL_RMS_RATIO} x"
+            )
+    _raise(faults, what, out.dtype)
+
+
+def _contract_faults(out: Tensor, ref: Tensor, low: Tensor) -> list[str]:
+    if ref.dtype != torch.float64:
+        raise ValueError(f"ref must be float64, got {ref.dtype}")
+    if ref.shape != low.shape:
+        raise ValueError(f"ref {list(ref.shape)} and low {list(low.shape)} must have the same shape")
+    faults = [
+        f"0: {name} {got}, expected {expected}"
+        for name, got, expected in (
+            ("shape", list(out.shape), list(low.shape)),
+            ("dtype", out.dtype, low.dtype),
+            ("device", out.device, low.device),
+        )
+        if got != expected
+    ]
+    if not faults:
+        rounded = ref.detach().to(low.device, low.dtype)
+        for name, mask in (("NaN", torch.isnan), ("+Inf", torch.isposinf), ("-Inf", torch.isneginf)):
+            differs = mask(out) != mask(rounded)
+            if differs.any():
+                faults.append(
+                    f"0: {name} in {int(mask(out).sum())} places, expected {int(mask(rounded).sum())}; first "
+                    f"difference at {_index(differs.flatten().int().argmax(), out.shape)}"
+                )
+    return faults
+
+
+def _errors(out: Tensor, ref: Tensor, low: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, list[str]]:
+    """As rows: where all is finite; there, ref, |out - ref|, |low - ref|. And the faults of the yardstick."""
+    shape = (-1, ref.shape[-1]) if ref.dim() else (1, 1)
+    out, low, ref = (t.detach().double().to(out.device).reshape(shape) for t in (out, low, ref))
+    finite = out.isfinite()
+    faults = [] if (low.isfinite() | ~finite).all() else ["D: no yardstick: stock is not finite where ref is"]
+    finite = finite & low.isfinite()
+    ref, e_out, e_low = (t.where(finite, 0.0) for t in (ref, (out - ref).abs(), (low - ref).abs()))
+    return finite, ref, e_out, e_low, faults
+
+
+def _rms(rows: Tensor, finite: Tensor, dim: int | None = None) -> Tensor:
+    return (rows.square().sum(dim) / finite.sum(dim).clamp(min=1)).sqrt()
+
+
+def _eps(dtype: torch.dtype) -> float:
+    if dtype not in RMS_RATIO:
+        raise ValueError(f"the rule has constants for {sorted(map(str, RMS_RATIO))}, got {dtype}")
+    return torch.finfo(dtype).eps
+
+
+def _index(flat: Tensor, shape: torch.Size) -> tuple[int, ...]:
+    return tuple(int(i) for i in torch.unravel_index(flat, shape)) if shape else ()
+
+
+def _raise(faults: list[str], what: str, dtype: torch.dtype) -> None:
+    if faults:
+        raise AssertionError("\n  ".join([f"{what or 'result'} ({dtype}) not accepted:", *faults]))

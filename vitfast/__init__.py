@@ -1,0 +1,23 @@
+"""vitfast: Vision Transformers on kernels of their own.
+
+    vitfast.ViT(image_size=..., ...)    vit-pytorch's signature and architecture
+    vitfast.create_model(name, ...)     timm's names and keywords
+    vitfast.ViT.from_config(config)     any ViTConfig
+
+Importing needs neither a GPU nor triton, and asks no device anything.
+"""
+
+from vitfast import ops, reference
+from vitfast.config import ViTConfig
+from vitfast.fusion import explain
+from vitfast.switches import set_exportable
+from vitfast.variants import UNSUPPORTED, VARIANTS, config_for, create_model, list_models
+from vitfast.vit import ViT
+from vitfast.weights.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "UNSUPPORTED", "VARIANTS", "ViT", "ViTConfig", "config_for", "create_model", "explain", "list_models",
+    "load_checkpoint", "ops", "read_checkpoint", "reference", "save_checkpoint", "set_exportable",
+]  # fmt: skip

@@ -1,0 +1,129 @@
+"""Whether a part of a block may run as one op, and why not: decided at every call, from the modules as they are.
+
+An op reads the weights of the modules it absorbs and skips their forwards. That is right only where nobody has
+changed what those forwards do: a LoRA adapter, a hook, a parametrization or a quantised weight must never be ignored.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.nn.modules import module as torch_module
+
+PLAIN_TENSORS = (Parameter, Tensor)
+HOOKS = (
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
+)  # fmt: skip
+
+
+def plain(module: nn.Module, *kinds: type) -> bool:
+    """Whether `module` is exactly one of `kinds` and does what its class says: no hook, no patch, plain weights."""
+    return (
+        type(module) in kinds
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+        and "forward" not in module.__dict__
+        and _plain_weights(module)
+    )
+
+
+def _plain_weights(module: nn.Module) -> bool:
+    if torch.compiler.is_compiling():
+        # while tracing, parameters are stand-ins of other classes; the compiler itself guards the module's class
+        return True
+    for parameter in module._parameters.values():
+        if parameter is not None and type(parameter) not in PLAIN_TENSORS:
+            return False
+    return True
+
+
+def why_not_plain(module: nn.Module, *kinds: type) -> str | None:
+    """The reason for which `plain` is False, in words; None where it is True."""
+    if type(module) not in kinds:
+        name, expected = type(module).__name__, " or ".join(kind.__name__ for kind in kinds)
+        return f"is parametrized ({name})" if hasattr(module, "parametrizations") else f"is {name}, not {expected}"
+    for hooks in HOOKS:
+        if getattr(module, hooks):
+            return f"has {hooks.strip('_').replace('_', ' ')}"
+    if "forward" in module.__dict__:
+        return "has a patched forward"
+    for name, parameter in module._parameters.items():
+        if parameter is not None and type(parameter) not in PLAIN_TENSORS:
+            return f"has a {name} of class {type(parameter).__name__}"
+    return None
+
+
+def any_global_hook() -> bool:
+    """Whether a hook for all modules is registered (profilers, FLOP counters): then every module must run."""
+    return bool(torch_module._has_any_global_hook())
+
+
+class Row(NamedTuple):
+    """One part of the model: what runs it, and why nothing better does."""
+
+    part: str
+    path: str
+    reason: str
+
+
+class Explanation:
+    """What `explain` found; `str()` is a table."""
+
+    def __init__(self, rows: list[Row], notes: list[str]):
+        self.rows = rows
+        self.notes = notes
+
+    @property
+    def all_fused(self) -> bool:
+        return all(row.path.startswith("op") for row in self.rows)
+
+    def __str__(self) -> str:
+        rows = [Row("part", "runs as", "because"), *self.rows]
+        widths = [max(len(row[i]) for row in rows) for i in range(2)]
+        lines = [f"{row.part:<{widths[0]}}  {row.path:<{widths[1]}}  {row.reason}".rstrip() for row in rows]
+        return "\n".join([*lines, *self.notes])
+
+    __repr__ = __str__
+
+
+def explain(model: nn.Module) -> Explanation:
+    """Which part of the model runs as which op at the next call, and where not, why.
+
+    Args:
+        model: a `vitfast.ViT`, or a module that contains one.
+
+    Returns:
+        An `Explanation`: `str()` prints a table, `.rows` has (part, path, reason).
+
+    Raises:
+        TypeError: there is no vitfast model inside.
+    """
+    from vitfast import switches
+    from vitfast.ops._register import IMPLEMENTATIONS
+    from vitfast.vit import ViT
+
+    found = [(name, m) for name, m in model.named_modules() if isinstance(m, ViT)]
+    if not found:
+        raise TypeError(f"explain: model must be or contain a vitfast.ViT, got {type(model).__name__}")
+    rows = []
+    for prefix, vit in found:
+        for part, op_name, reasons in vit.fusion_report():
+            name = f"{prefix}.{part}" if prefix else part
+            if switches.stock_only():
+                rows.append(Row(name, "stock operators", "set_exportable(True) is on"))
+            elif reasons:
+                rows.append(Row(name, "its modules' own forward", "; ".join(reasons)))
+            else:
+                rows.append(Row(name, f"op {op_name}", ""))
+    device = next(found[0][1].parameters()).device.type
+    notes = [
+        f"on {device}: {op} is {implementations[device].path} ({implementations[device].why_no_kernel})"
+        for op, implementations in IMPLEMENTATIONS.items()
+        if device in implementations and implementations[device].kernel is None
+    ]
+    return Explanation(rows, notes)

@@ -1,0 +1,108 @@
+"""What runs here: versions, device, and which op has which implementation, with the reason where it has none."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "triton", "numpy", "safetensors", "timm", "vit-pytorch", "torchvision", "transformers")
+
+
+def collect() -> dict[str, Any]:
+    """Everything `vitfast info` prints, as plain values."""
+    from vitfast import __version__
+    from vitfast.ops._register import IMPLEMENTATIONS
+
+    device = _device()
+    return {
+        "vitfast": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "device": device,
+        "extension": {"built": False, "why": "this release has no C++ or CUDA sources"},
+        "triton": _triton(device),
+        "ops": {
+            name: {
+                kind: {"runs_as": path.path, "kernel": path.kernel, "why_no_kernel": path.why_no_kernel}
+                for kind, path in implementations.items()
+            }
+            for name, implementations in IMPLEMENTATIONS.items()
+        },
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _device() -> dict[str, Any]:
+    cpu = {
+        "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+    }
+    if torch.version.cuda is None:
+        return {**cpu, "cuda": None, "why_no_cuda": "this build of torch has no CUDA"}
+    if not torch.cuda.is_available():
+        return {**cpu, "cuda": None, "why_no_cuda": "no CUDA device or driver was found"}
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        **cpu,
+        "cuda": {
+            "name": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "runtime": torch.version.cuda,
+            "devices": torch.cuda.device_count(),
+        },
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _triton(device: dict[str, Any]) -> dict[str, Any]:
+    if importlib.util.find_spec("triton") is None:
+        return {"usable": False, "why": "triton is not installed"}
+    if device["cuda"] is None:
+        return {"usable": False, "why": device["why_no_cuda"]}
+    return {"usable": True, "why": ""}
+
+
+def report() -> str:
+    """The same as text."""
+    info = collect()
+    device, cuda = info["device"], info["device"]["cuda"]
+    lines = [
+        f"vitfast {info['vitfast']}, python {info['python']}, {info['platform']}",
+        "packages: " + ", ".join(f"{name} {version or 'absent'}" for name, version in info["packages"].items()),
+        f"cpu: {device['cpu']}, {device['cpu_capability']}, {device['threads']} threads on {device['cores']} cores",
+        f"cuda: none, {device['why_no_cuda']}"
+        if cuda is None
+        else f"cuda: {cuda['devices']} x {cuda['name']}, sm_{cuda['capability'].replace('.', '')}, "
+        f"{cuda['memory_gib']} GiB, runtime {cuda['runtime']}",
+        f"extension: not built ({info['extension']['why']})",
+        "triton: usable" if info["triton"]["usable"] else f"triton: not usable ({info['triton']['why']})",
+        "ops:",
+    ]
+    width = max(map(len, info["ops"]))
+    for name, devices in info["ops"].items():
+        for kind, path in devices.items():
+            why = "" if path["kernel"] else f" ({path['why_no_kernel']})"
+            lines.append(f"  {name:<{width}}  {kind:<4}  {path['kernel'] or path['runs_as']}{why}")
+    return "\n".join(lines)

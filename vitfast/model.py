@@ -1,0 +1,431 @@
+"""The parts of a ViT in the order an image travels: patches, attention, MLP, block, attention pooling.
+
+Parameters sit on plain `nn` modules under timm's names. A block hands them to its ops where the modules around are
+untouched, and calls the modules themselves where somebody changed one (see `fusion`).
+Shapes: B images, N tokens, D channels, H heads.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitfast import ops, reference
+from vitfast.config import ViTConfig
+from vitfast.fusion import any_global_hook, plain, why_not_plain
+from vitfast.ops._check import autocast_dtype
+
+NORMS = (nn.LayerNorm, nn.RMSNorm)
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), the GELU of OpenAI's CLIP."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return reference.activation(x, "quick_gelu")
+
+
+ACTIVATIONS = (nn.GELU, QuickGELU, nn.SiLU)
+
+
+def activation_name(module: nn.Module) -> str:
+    """What `ops` call the activation that `module` computes."""
+    if type(module) is nn.GELU:
+        return "gelu" if module.approximate == "none" else "gelu_tanh"
+    return "quick_gelu" if type(module) is QuickGELU else "silu"
+
+
+def build_activation(name: str) -> nn.Module:
+    if name in ("gelu", "gelu_tanh"):
+        return nn.GELU("none" if name == "gelu" else "tanh")
+    return QuickGELU() if name == "quick_gelu" else nn.SiLU()
+
+
+def build_norm(config: ViTConfig, dim: int) -> nn.Module:
+    return (nn.LayerNorm if config.norm == "layer" else nn.RMSNorm)(dim, eps=config.norm_eps)
+
+
+def norm_args(module: nn.Module) -> dict:
+    """The norm prologue of `ops.linear` that does what `module` does."""
+    if type(module) is nn.LayerNorm:
+        return dict(norm="layer", norm_weight=module.weight, norm_bias=module.bias, norm_eps=module.eps)
+    return dict(norm="rms", norm_weight=module.weight, norm_bias=None, norm_eps=module.eps)
+
+
+def run_norm(module: nn.Module, x: Tensor) -> Tensor:
+    """`module(x)`, as an op where the module is a plain norm."""
+    if not plain(module, *NORMS) or any_global_hook():
+        return module(x)
+    kind = "layer" if type(module) is nn.LayerNorm else "rms"
+    return ops.layer_norm(x, module.weight, getattr(module, "bias", None), module.eps, kind)
+
+
+def run_linear(module: nn.Module, x: Tensor) -> Tensor:
+    """`module(x)`, as an op where the module is a plain linear layer."""
+    if not plain(module, nn.Linear) or any_global_hook():
+        return module(x)
+    return ops.linear(x, module.weight, module.bias)
+
+
+class LayerScale(nn.Module):
+    """Learned scale per channel of a branch ("Going deeper with Image Transformers", 2021)."""
+
+    def __init__(self, dim: int, init: float):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), float(init)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: a branch is dropped per image, and scaled up where it stays (Huang et al., 2016)."""
+
+    def __init__(self, drop_prob: float = 0.0):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob:.3f}"
+
+    def row_scale(self, x: Tensor) -> Tensor | None:
+        """[B], 0 or 1 / keep probability for each image; None where nothing is dropped."""
+        if not self.training or not self.drop_prob:
+            return None
+        keep = 1.0 - self.drop_prob
+        draws = x.new_empty(x.shape[0], dtype=autocast_dtype(x) or x.dtype).bernoulli_(keep)
+        return draws.div_(keep) if keep > 0 else draws
+
+    def forward(self, x: Tensor) -> Tensor:
+        return reference.scale_branch(x, None, self.row_scale(x))
+
+
+def gamma_of(scale: nn.Module) -> Tensor | None:
+    return scale.gamma if type(scale) is LayerScale else None
+
+
+def dropping(dropout: nn.Dropout) -> bool:
+    return dropout.training and dropout.p > 0
+
+
+class PatchEmbed(nn.Module):
+    """Images [B, C, H, W] -> patch tokens [B, N, D], row-major over the grid.
+
+    With `input_norm` it is vit-pytorch's: pixels of a patch in (row, column, channel) order, LayerNorm, Linear,
+    LayerNorm. Otherwise a convolution whose stride is its kernel, and a norm where the config has one.
+    """
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.img_size, self.patch_size, self.grid_size = config.image_size, config.patch_size, config.grid_size
+        self.channels = config.channels
+        self.dynamic, self.pad = config.dynamic_image_size, config.dynamic_pad
+        if config.input_norm:
+            pixels = config.channels * config.patch_size[0] * config.patch_size[1]
+            self.input_norm = build_norm(config, pixels)
+            self.proj = nn.Linear(pixels, config.dim)
+            self.norm = build_norm(config, config.dim)
+        else:
+            self.input_norm = None
+            self.proj = nn.Conv2d(
+                config.channels, config.dim, config.patch_size, stride=config.patch_size, bias=not config.pre_norm
+            )
+            self.norm = build_norm(config, config.dim) if config.patch_norm else nn.Identity()
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid_size[0] * self.grid_size[1]
+
+    def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
+        """Pixels per token."""
+        return max(self.patch_size) if as_scalar else self.patch_size
+
+    def dynamic_feat_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of patches in an image of `size`."""
+        (h, w), (ph, pw) = size, self.patch_size
+        return (-(-h // ph), -(-w // pw)) if self.pad else (h // ph, w // pw)
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Check the images, and pad them where the config says so.
+
+        Raises:
+            TypeError: not a floating point tensor.
+            ValueError: wrong rank, channel count or size.
+        """
+        if not isinstance(images, Tensor) or not images.is_floating_point():
+            got = images.dtype if isinstance(images, Tensor) else type(images).__name__
+            raise TypeError(f"ViT: images must be a floating point tensor (normalised pixels), got {got}")
+        if images.dim() != 4 or images.shape[1] != self.channels:
+            raise ValueError(f"ViT: images must be [B, {self.channels}, H, W], got {list(images.shape)}")
+        H, W = images.shape[2:]
+        ph, pw = self.patch_size
+        if not self.dynamic:
+            if (H, W) != self.img_size:
+                raise ValueError(
+                    f"ViT: images must be {self.img_size[0]}x{self.img_size[1]}, got {H}x{W} "
+                    "(other sizes: dynamic_image_size=True, dynamic_img_size=True in create_model, or set_input_size)"
+                )
+        elif self.pad:
+            if H % ph or W % pw:
+                images = F.pad(images, (0, -W % pw, 0, -H % ph))
+        elif H % ph or W % pw or not H or not W:
+            raise ValueError(f"ViT: image height and width must be multiples of the patch {ph}x{pw}, got {H}x{W}")
+        return images
+
+    def forward(self, images: Tensor) -> Tensor:
+        images = self.prepare(images)
+        if self.input_norm is None:
+            if plain(self.proj, nn.Conv2d) and not any_global_hook():
+                x = ops.patch_embed(images, self.proj.weight, self.proj.bias)
+            else:
+                x = self.proj(images).flatten(2).transpose(1, 2)
+        else:
+            rows = reference.patch_rows(images, self.patch_size, "hwc")
+            if plain(self.input_norm, *NORMS) and plain(self.proj, nn.Linear) and not any_global_hook():
+                x = ops.linear(rows, self.proj.weight, self.proj.bias, **norm_args(self.input_norm))
+            else:
+                x = self.proj(self.input_norm(rows))
+        return run_norm(self.norm, x)
+
+    def why_not_fused(self) -> list[str]:
+        """What keeps the patch projection from running as an op."""
+        parts = [("patch_embed", self, PatchEmbed), ("proj", self.proj, nn.Conv2d)]
+        if self.input_norm is not None:
+            parts = [("proj", self.proj, nn.Linear), ("input_norm", self.input_norm, *NORMS)]
+        return _reasons(parts)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one packed projection; called directly it runs without norm and residual."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        inner = config.heads * config.head_dim
+        self.num_heads, self.head_dim, self.attn_dim = config.heads, config.head_dim, inner
+        self.scale = config.head_dim**-0.5
+        self.qkv = nn.Linear(config.dim, 3 * inner, bias=config.qkv_bias)
+        self.q_norm = build_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm = build_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
+        self.attn_drop = nn.Dropout(config.attn_dropout)
+        self.norm = build_norm(config, inner) if config.attn_norm else nn.Identity()
+        self.proj = nn.Linear(inner, config.dim, bias=config.proj_bias) if config.out_proj else nn.Identity()
+        self.proj_drop = nn.Dropout(config.proj_dropout)
+
+    def split(self, projected: Tensor, parts: int) -> Tensor:
+        """[B, N, parts * H * head_dim] -> [B, N, parts, H, head_dim]"""
+        return projected.unflatten(-1, (parts, self.num_heads, self.head_dim))
+
+    def attend_packed(self, qkv: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Packed projection [B, N, 3, H, head_dim] -> [B, N, H * head_dim]."""
+        if not self._as_is():
+            return self.attend(*qkv.unbind(2), mask)
+        out = ops.attention_qkv(qkv, scale=self.scale, mask=mask, dropout_p=self._dropout_p())
+        return run_norm(self.norm, out)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """q [B, Nq, H, head_dim], k and v [B, Nk, H, head_dim] -> [B, Nq, H * head_dim]."""
+        q, k = run_norm(self.q_norm, q), run_norm(self.k_norm, k)
+        out = ops.attention(q, k, v, scale=self.scale, mask=mask, dropout_p=self._dropout_p())
+        return run_norm(self.norm, out)
+
+    def _as_is(self) -> bool:
+        return plain(self.q_norm, nn.Identity) and plain(self.k_norm, nn.Identity)
+
+    def _dropout_p(self) -> float:
+        return self.attn_drop.p if self.attn_drop.training else 0.0
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        out = self.attend_packed(self.split(self.qkv(x), 3), attn_mask)
+        return self.proj_drop(self.proj(out))
+
+
+class Mlp(nn.Module):
+    """Two projections with an activation between, gated or not; called directly it runs without norm and residual."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.kind = config.mlp
+        hidden = config.mlp_dim // 2 if self.kind == "swiglu_packed" else config.mlp_dim
+        if self.kind == "swiglu":
+            self.fc1_g = nn.Linear(config.dim, hidden, bias=config.proj_bias)
+            self.fc1_x = nn.Linear(config.dim, hidden, bias=config.proj_bias)
+        else:
+            self.fc1 = nn.Linear(config.dim, config.mlp_dim, bias=config.proj_bias)
+        self.act = build_activation(config.activation)
+        self.drop1 = nn.Dropout(config.mlp_dropout)
+        self.norm = build_norm(config, hidden) if config.mlp_norm else nn.Identity()
+        self.fc2 = nn.Linear(hidden, config.dim, bias=config.proj_bias)
+        self.drop2 = nn.Dropout(config.mlp_dropout)
+
+    def first_layers(self) -> list[tuple[str, nn.Module]]:
+        names = ("fc1_g", "fc1_x") if self.kind == "swiglu" else ("fc1",)
+        return [(name, getattr(self, name)) for name in names]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "swiglu":
+            hidden = self.act(self.fc1_g(x)) * self.fc1_x(x)
+        elif self.kind == "swiglu_packed":
+            gate, value = self.fc1(x).chunk(2, dim=-1)
+            hidden = self.act(gate) * value
+        else:
+            hidden = self.act(self.fc1(x))
+        return self.drop2(self.fc2(self.norm(self.drop1(hidden))))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attention(norm1(x)), then x + mlp(norm2(x))."""
+
+    def __init__(self, config: ViTConfig, drop_path: float):
+        super().__init__()
+        scale = lambda: LayerScale(config.dim, config.layer_scale) if config.layer_scale else nn.Identity()  # noqa: E731
+        self.norm1 = build_norm(config, config.dim)
+        self.attn = Attention(config)
+        self.ls1 = scale()
+        self.drop_path1 = DropPath(drop_path)
+        self.norm2 = build_norm(config, config.dim)
+        self.mlp = Mlp(config)
+        self.ls2 = scale()
+        self.drop_path2 = DropPath(drop_path)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, keep: int | None = None) -> Tensor:
+        """Tokens [B, N, D] -> [B, N, D]; with `keep`, only the first `keep` tokens are computed and returned."""
+        return self.mlp_branch(self.attention_branch(x, attn_mask, keep))
+
+    def attention_branch(self, x: Tensor, attn_mask: Tensor | None = None, keep: int | None = None) -> Tensor:
+        """x + attention(norm1(x)), for the first `keep` tokens or for all."""
+        attn = self.attn
+        fusable = not any_global_hook()
+        if not (fusable and plain(attn, Attention)):
+            x = x + self.drop_path1(self.ls1(attn(self.norm1(x), attn_mask=attn_mask)))
+            return x if keep is None else x[:, :keep]
+        qkv = attn.qkv
+        read_plain = plain(self.norm1, *NORMS) and plain(qkv, nn.Linear)
+        if keep is None:
+            if read_plain:
+                packed = ops.linear(x, qkv.weight, qkv.bias, **norm_args(self.norm1))
+            else:
+                packed = qkv(self.norm1(x))
+            out = attn.attend_packed(attn.split(packed, 3), attn_mask)
+        elif read_plain:
+            inner, bias, norm = attn.attn_dim, qkv.bias, norm_args(self.norm1)
+            kv = ops.linear(x, qkv.weight[inner:], None if bias is None else bias[inner:], **norm)
+            x = x[:, :keep]
+            q = ops.linear(x, qkv.weight[:inner], None if bias is None else bias[:inner], **norm)
+            out = attn.attend(attn.split(q, 1).squeeze(2), *attn.split(kv, 2).unbind(2))
+        else:
+            q, k, v = attn.split(qkv(self.norm1(x)), 3).unbind(2)
+            x = x[:, :keep]
+            out = attn.attend(q[:, :keep], k, v)
+        proj = attn.proj
+        if not self._plain_tail(self.ls1, self.drop_path1, attn.proj_drop) or not plain(proj, nn.Linear):
+            return x + self.drop_path1(self.ls1(attn.proj_drop(proj(out))))
+        gamma, row_scale = gamma_of(self.ls1), self.drop_path1.row_scale(x)
+        if dropping(attn.proj_drop):
+            branch = attn.proj_drop(ops.linear(out, proj.weight, proj.bias))
+            return x + reference.scale_branch(branch, gamma, row_scale)
+        return ops.linear(out, proj.weight, proj.bias, gamma=gamma, row_scale=row_scale, residual=x)
+
+    def mlp_branch(self, x: Tensor) -> Tensor:
+        """x + mlp(norm2(x))."""
+        mlp, norm2 = self.mlp, self.norm2
+        if not self._plain_mlp():
+            return x + self.drop_path2(self.ls2(mlp(norm2(x))))
+        gamma, row_scale, fc2 = gamma_of(self.ls2), self.drop_path2.row_scale(x), mlp.fc2
+        inner_norm = type(mlp.norm) is not nn.Identity
+        if mlp.kind != "swiglu" and not inner_norm and not dropping(mlp.drop1) and not dropping(mlp.drop2):
+            return ops.mlp(
+                x, norm2.weight, getattr(norm2, "bias", None), mlp.fc1.weight, mlp.fc1.bias, fc2.weight, fc2.bias,
+                norm_eps=norm2.eps, norm="layer" if type(norm2) is nn.LayerNorm else "rms",
+                act=activation_name(mlp.act), gated=mlp.kind == "swiglu_packed", gamma=gamma, row_scale=row_scale,
+            )  # fmt: skip
+        hidden = mlp.drop1(self._hidden(x))
+        inner = norm_args(mlp.norm) if inner_norm else {}
+        if dropping(mlp.drop2):
+            branch = mlp.drop2(ops.linear(hidden, fc2.weight, fc2.bias, **inner))
+            return x + reference.scale_branch(branch, gamma, row_scale)
+        return ops.linear(hidden, fc2.weight, fc2.bias, gamma=gamma, row_scale=row_scale, residual=x, **inner)
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        """The MLP's hidden activation, norm2 included."""
+        mlp, norm, act = self.mlp, norm_args(self.norm2), activation_name(self.mlp.act)
+        if mlp.kind == "mlp":
+            return ops.linear(x, mlp.fc1.weight, mlp.fc1.bias, act=act, **norm)
+        if mlp.kind == "swiglu_packed":
+            gate, value = ops.linear(x, mlp.fc1.weight, mlp.fc1.bias, **norm).chunk(2, dim=-1)
+            return reference.activation(gate, act) * value
+        gate = ops.linear(x, mlp.fc1_g.weight, mlp.fc1_g.bias, act=act, **norm)
+        return gate * ops.linear(x, mlp.fc1_x.weight, mlp.fc1_x.bias, **norm)
+
+    def _plain_tail(self, scale: nn.Module, drop_path: nn.Module, dropout: nn.Module) -> bool:
+        return plain(scale, nn.Identity, LayerScale) and plain(drop_path, DropPath) and plain(dropout, nn.Dropout)
+
+    def _plain_mlp(self) -> bool:
+        if any_global_hook() or not self._plain_tail(self.ls2, self.drop_path2, self.mlp.drop2):
+            return False
+        return all(plain(module, *kinds) for _, module, *kinds in self._mlp_parts())
+
+    def _mlp_parts(self) -> list[tuple]:
+        mlp = self.mlp
+        parts = [
+            ("norm2", self.norm2, *NORMS), ("mlp", mlp, Mlp), ("mlp.act", mlp.act, *ACTIVATIONS),
+            ("mlp.drop1", mlp.drop1, nn.Dropout), ("mlp.norm", mlp.norm, nn.Identity, *NORMS),
+            ("mlp.fc2", mlp.fc2, nn.Linear),
+        ]  # fmt: skip
+        return parts + [(f"mlp.{name}", layer, nn.Linear) for name, layer in mlp.first_layers()]
+
+    def fusion_report(self) -> list[tuple[str, str, list[str]]]:
+        """(part, op, reasons against it) of this block as it is now."""
+        whole = [("attn", self.attn, Attention)]
+        hooks = ["a global module hook is registered"] if any_global_hook() else []
+        tail = lambda n, drop: [  # noqa: E731
+            (f"ls{n}", getattr(self, f"ls{n}"), nn.Identity, LayerScale),
+            (f"drop_path{n}", getattr(self, f"drop_path{n}"), DropPath), drop,
+        ]  # fmt: skip
+        qkv = [("norm1", self.norm1, *NORMS), ("attn.qkv", self.attn.qkv, nn.Linear)]
+        proj = [("attn.proj", self.attn.proj, nn.Linear)] + tail(
+            1, ("attn.proj_drop", self.attn.proj_drop, nn.Dropout)
+        )
+        softmax = list(hooks)
+        if dropping(self.attn.attn_drop):
+            softmax.append("attention dropout is on: scaled_dot_product_attention")
+        mlp_op = "mlp"
+        if self.mlp.kind == "swiglu" or type(self.mlp.norm) is not nn.Identity or dropping(self.mlp.drop1):
+            mlp_op = "linear (one a projection)"
+        return [
+            ("norm1 + attn.qkv", "linear", hooks + _reasons(whole + qkv)),
+            ("attn softmax", "attention", softmax + _reasons(whole)),
+            ("attn.proj + residual", "linear", hooks + _reasons(whole + proj)),
+            ("norm2 + mlp + residual", mlp_op,
+             hooks + _reasons(self._mlp_parts() + tail(2, ("mlp.drop2", self.mlp.drop2, nn.Dropout)))),
+        ]  # fmt: skip
+
+
+def _reasons(parts: list[tuple]) -> list[str]:
+    """Why each of (name, module, *classes) is not plain, as 'name reason'."""
+    found = ((name, why_not_plain(module, *kinds)) for name, module, *kinds in parts)
+    return [f"{name} {why}" for name, why in found if why]
+
+
+class AttentionPool(nn.Module):
+    """Pooling by one learned query that attends to all tokens, then an MLP (SigLIP's head, timm's 'map')."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        dim = config.dim
+        self.num_heads, self.head_dim = config.heads, dim // config.heads
+        self.latent = nn.Parameter(torch.zeros(1, 1, dim))
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.norm = build_norm(config, dim)
+        # timm's pooling MLP is a plain one with biases, whatever the blocks have
+        self.mlp = Mlp(config.replace(mlp="mlp", mlp_norm=False, mlp_dropout=0.0, proj_bias=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens [B, N, D] -> [B, D]"""
+        heads = (self.num_heads, self.head_dim)
+        q = run_linear(self.q, self.latent).expand(x.shape[0], -1, -1).unflatten(-1, heads)
+        k, v = run_linear(self.kv, x).unflatten(-1, (2, *heads)).unbind(2)
+        pooled = run_linear(self.proj, ops.attention(q, k, v))
+        return (pooled + self.mlp(run_norm(self.norm, pooled)))[:, 0]

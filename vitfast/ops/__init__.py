@@ -1,0 +1,13 @@
+"""The ops of a ViT as torch sees them: checks, autocast, shape functions, gradients, one implementation a device.
+
+`vitfast.reference` says what each computes. Forward and backward, `torch.compile`, `torch.export`, any strides and
+empty batches work with all of them.
+"""
+
+from vitfast.ops.attention import attention, attention_qkv
+from vitfast.ops.layer_norm import add_layer_norm, layer_norm
+from vitfast.ops.linear import linear
+from vitfast.ops.mlp import mlp
+from vitfast.ops.patch_embed import patch_embed
+
+__all__ = ["add_layer_norm", "attention", "attention_qkv", "layer_norm", "linear", "mlp", "patch_embed"]

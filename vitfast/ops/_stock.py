@@ -1,0 +1,105 @@
+"""Norms, activations and branch scaling with their gradients, out of stock PyTorch operators.
+
+Used inside op implementations, below autograd. One place, so that `linear` and `mlp` cannot disagree.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vitfast import reference
+
+aten = torch.ops.aten
+
+
+def norm_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kind: str, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The normed rows in `out_dtype`, and mean and rstd as torch keeps them (empty for kind 'rms')."""
+    if kind == "rms":
+        empty = x.new_empty(0)
+        return reference.layer_norm(x, weight, None, eps, "rms").to(out_dtype), empty, empty
+    h, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return h.to(out_dtype), mean, rstd
+
+
+def norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    kind: str,
+    mask: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of input, weight and bias, each only where `mask` asks for it."""
+    if kind == "layer":
+        grad = grad.to(x.dtype)
+        return aten.native_layer_norm_backward(grad, x, x.shape[-1:], mean, rstd, weight, bias, mask)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    x_hat = x.to(dtype)
+    scale = torch.rsqrt(x_hat.square().mean(-1, keepdim=True) + eps)
+    x_hat, grad = x_hat * scale, grad.to(dtype)
+    grad_x = grad_weight = None
+    if weight is not None and mask[1]:
+        grad_weight = (grad * x_hat).flatten(0, -2).sum(0).to(weight.dtype)
+    if mask[0]:
+        inner = grad if weight is None else grad * weight.to(dtype)
+        grad_x = (scale * (inner - x_hat * (inner * x_hat).mean(-1, keepdim=True))).to(x.dtype)
+    return grad_x, grad_weight, None
+
+
+def activation_backward(grad: Tensor, x: Tensor, name: str) -> Tensor:
+    """Gradient of `reference.activation` at `x`."""
+    if name == "none":
+        return grad
+    if name in ("gelu", "gelu_tanh"):
+        return aten.gelu_backward(grad, x, approximate="none" if name == "gelu" else "tanh")
+    if name == "silu":
+        return aten.silu_backward(grad, x)
+    s = torch.sigmoid(1.702 * x)
+    return grad * (s + 1.702 * x * s * (1 - s))
+
+
+def add_branch(residual: Tensor | None, branch: Tensor, gamma: Tensor | None, row_scale: Tensor | None) -> Tensor:
+    """residual + row_scale * gamma * branch; a fresh tensor unless all three are None.
+
+    Rounds where the stock chain of operators rounds. `branch` may be overwritten when gamma is None.
+    """
+    if gamma is not None:
+        branch = branch * gamma
+    if row_scale is not None:
+        branch = branch * row_scale.view(-1, *[1] * (branch.dim() - 1))
+    if residual is None:
+        return branch
+    if residual.dtype == branch.dtype and residual.shape == branch.shape:
+        return branch.add_(residual)
+    return residual + branch
+
+
+def branch_grads(
+    grad: Tensor, branch: Tensor, gamma: Tensor | None, row_scale: Tensor | None, dtype: torch.dtype, need_gamma: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Gradient of the branch in `dtype`, and of gamma where needed. `grad` is the gradient of the sum."""
+    if row_scale is not None:
+        grad = grad * row_scale.view(-1, *[1] * (grad.dim() - 1))
+    grad_gamma = None
+    if gamma is not None:
+        if need_gamma:
+            grad_gamma = (grad * branch).flatten(0, -2).sum(0).to(gamma.dtype)
+        grad = grad * gamma
+    return grad.to(dtype), grad_gamma
+
+
+def matmul_grads(
+    grad: Tensor, h: Tensor | None, weight: Tensor, mask: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of input, weight and bias of `h @ weight.T + bias`; `h` is read only for the weight's."""
+    rows = grad.reshape(-1, grad.shape[-1])
+    grad_h = (rows @ weight).view(*grad.shape[:-1], weight.shape[1]) if mask[0] else None
+    grad_weight = rows.t() @ h.reshape(-1, h.shape[-1]) if mask[1] else None
+    grad_bias = rows.sum(0) if mask[2] else None
+    return grad_h, grad_weight, grad_bias

@@ -1,0 +1,249 @@
+"""Non-causal softmax attention that reads the packed projection in place and writes rows for the next one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vitfast import reference
+from vitfast.ops import _register
+from vitfast.ops._check import Reasons, autocast_dtype, cast
+from vitfast.switches import stock_only
+
+aten = torch.ops.aten
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale * q k^T) v.
+
+    Args:
+        q: [B, Nq, H, D], any strides; views of the packed projection are read in place.
+        k, v: [B, Nk, H, D], any strides.
+        scale: of the logits, D ** -0.5 by default.
+        mask: bool (True: the key takes part) or float (added to the logits), broadcastable to [B, H, Nq, Nk].
+        dropout_p: dropout of the attention weights.
+        return_lse: also return the log of the softmax's denominators.
+
+    Returns:
+        [B, Nq, H * D] in q's dtype (autocast's under autocast), and lse [B, H, Nq] where asked: fp32 (fp64 for
+        fp64), natural logarithm, no gradient. With no key at all: zeros, and lse -inf.
+
+    Raises:
+        ValueError: shape, device or dtype does not fit.
+        NotImplementedError: lse together with a mask or dropout.
+
+    Numerics: logits, softmax and accumulation in fp32. A mask or dropout runs `F.scaled_dot_product_attention`.
+    Source: Vaswani et al., "Attention Is All You Need" (2017), eq. 1.
+    """
+    dtype = autocast_dtype(q)
+    q, k, v = cast(q, dtype), cast(k, dtype), cast(v, dtype)
+    _check(q, k, v)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if _needs_sdpa(mask, dropout_p, return_lse):
+        return reference.attention(q, k, v, scale, mask, dropout_p)
+    out, lse = _attention(q, k, v, scale)
+    return (out, lse) if return_lse else out
+
+
+def attention_qkv(
+    qkv: Tensor,
+    *,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` of the packed projection [B, N, 3, H, D]; the gradient comes back packed as well."""
+    qkv = cast(qkv, autocast_dtype(qkv))
+    if qkv.dim() != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"attention_qkv: qkv must be [B, N, 3, H, D], got {list(qkv.shape)}")
+    q, k, v = qkv.unbind(2)
+    _check(q, k, v)
+    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    if _needs_sdpa(mask, dropout_p, return_lse):
+        return reference.attention(q, k, v, scale, mask, dropout_p)
+    out, lse = _attention_qkv(qkv, scale)
+    return (out, lse) if return_lse else out
+
+
+def _needs_sdpa(mask, dropout_p, return_lse):
+    if mask is None and not dropout_p and (return_lse or not stock_only()):
+        return False
+    if return_lse:
+        raise NotImplementedError("attention: return_lse=True is not available together with a mask or dropout_p")
+    return True
+
+
+def _check(q, k, v):
+    check = Reasons("attention")
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if t.dim() != 4:
+            check.fail(f"{name} must be [B, N, H, D], got {list(t.shape)}")
+    check.raise_if_any()
+    B, _, H, D = q.shape
+    check.shape("k", k, (B, k.shape[1], H, D), "to match q")
+    check.shape("v", v, tuple(k.shape), "to match k")
+    check.floating(q=q, k=k, v=v)
+    check.same_dtype(q=q, k=k, v=v)
+    check.same_device(q=q, k=k, v=v)
+    check.raise_if_any()
+
+
+def _lse_dtype(dtype):
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _rows(out):
+    """[B, H, N, D] from a stock kernel -> [B, N, H * D], a view where that kernel wrote [B, N, H, D]."""
+    return out.transpose(1, 2).flatten(2).contiguous()
+
+
+def _nothing(q):
+    B, N, H, D = q.shape
+    return q.new_zeros(B, N, H * D), q.new_full((B, H, N), float("-inf"), dtype=_lse_dtype(q.dtype))
+
+
+def _attention_cpu(q, k, v, scale):
+    if not q.numel() or not k.numel():
+        return _nothing(q)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, scale=scale)
+    return _rows(out), lse.contiguous()
+
+
+def _attention_backward_cpu(grad, q, k, v, out, lse, scale):
+    if not q.numel() or not k.numel():
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    B, N, H, D = q.shape
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    grad, out = (t.view(B, N, H, D).transpose(1, 2) for t in (grad.contiguous(), out))
+    grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, q, k, v, out, lse, 0.0, False, scale=scale
+    )
+    return tuple(g.transpose(1, 2).contiguous() for g in grads)
+
+
+def _attention_cuda(q, k, v, scale):
+    if not q.numel() or not k.numel():
+        return _nothing(q)
+    if not _flash_takes(q):
+        return attention_formula(q, k, v, scale)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)
+    return _rows(out), lse.contiguous()
+
+
+def _attention_backward_cuda(grad, q, k, v, out, lse, scale):
+    if not q.numel() or not k.numel():
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    if not _flash_takes(q):
+        return attention_formula_backward(grad, q, k, v, out, lse, scale)
+    B, N, H, D = q.shape
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    grad, out = (t.view(B, N, H, D).transpose(1, 2) for t in (grad.contiguous(), out))
+    unused = torch.zeros(2, dtype=torch.uint64, device=q.device)
+    grads = aten._scaled_dot_product_flash_attention_backward(
+        grad, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, False, unused, unused, scale=scale
+    )
+    return tuple(g.transpose(1, 2).contiguous() for g in grads)
+
+
+def _flash_takes(q):
+    """torch's flash attention: half precision, head dims in eights up to 256, Ampere or newer."""
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    return half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+def attention_formula(q, k, v, scale):
+    """Attention as written, for what no stock kernel takes; the N x N weights live only inside this call."""
+    dtype = _lse_dtype(q.dtype)
+    logits = torch.einsum("bqhd,bkhd->bhqk", q.to(dtype), k.to(dtype)).mul_(scale)
+    lse = torch.logsumexp(logits, dim=-1)
+    weights = logits.sub_(lse.unsqueeze(-1)).exp_()
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v.to(dtype)).to(q.dtype).flatten(2).contiguous(), lse
+
+
+def attention_formula_backward(grad, q, k, v, out, lse, scale):
+    """Gradients from q, k, v, out and lse. With P the weights and dP = grad v^T:
+    dS = P * (dP - rowsum(grad * out)), dq = scale dS k, dk = scale dS^T q, dv = P^T grad.
+    """
+    B, N, H, D = q.shape
+    dtype = _lse_dtype(q.dtype)
+    qd, kd, vd, gd, od = (t.to(dtype) for t in (q, k, v, grad.reshape(B, N, H, D), out.view(B, N, H, D)))
+    weights = torch.einsum("bqhd,bkhd->bhqk", qd, kd).mul_(scale).sub_(lse.unsqueeze(-1)).exp_()
+    dv = torch.einsum("bhqk,bqhd->bkhd", weights, gd)
+    ds = torch.einsum("bqhd,bkhd->bhqk", gd, vd).sub_((gd * od).sum(-1).transpose(1, 2).unsqueeze(-1)).mul_(weights)
+    dq = torch.einsum("bhqk,bkhd->bqhd", ds, kd).mul_(scale)
+    dk = torch.einsum("bhqk,bqhd->bkhd", ds, qd).mul_(scale)
+    return tuple(t.to(q.dtype).contiguous() for t in (dq, dk, dv))
+
+
+def _attention_fake(q, k, v, scale):
+    B, N, H, D = q.shape
+    return q.new_empty(B, N, H * D), q.new_empty(B, H, N, dtype=_lse_dtype(q.dtype))
+
+
+def _attention_backward_fake(grad, q, k, v, out, lse, scale):
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+
+
+def _setup(ctx, inputs, output):
+    *tensors, ctx.scale = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, out, lse)
+
+
+def _attention_grad(ctx, grad, _):
+    if grad is None:
+        return None, None, None, None
+    need = ctx.needs_input_grad
+    grads = _attention_backward(grad, *ctx.saved_tensors, ctx.scale)
+    return *(g if n else None for g, n in zip(grads, need, strict=False)), None
+
+
+def _attention_qkv_grad(ctx, grad, _):
+    if grad is None:
+        return None, None
+    return _attention_qkv_backward(grad, *ctx.saved_tensors, ctx.scale), None
+
+
+def _packed(forward):
+    return lambda qkv, scale: forward(*qkv.unbind(2), scale)
+
+
+def _packed_backward(backward):
+    return lambda grad, qkv, out, lse, scale: torch.stack(backward(grad, *qkv.unbind(2), out, lse, scale), dim=2)
+
+
+_attention = _register.op(
+    "attention(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
+    cpu=_attention_cpu, cuda=_attention_cuda, fake=_attention_fake,
+)  # fmt: skip
+_attention_backward = _register.op(
+    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale)"
+    " -> (Tensor, Tensor, Tensor)",
+    cpu=_attention_backward_cpu, cuda=_attention_backward_cuda, fake=_attention_backward_fake,
+)  # fmt: skip
+_register.autograd("attention", setup_context=_setup, backward=_attention_grad)
+_attention_qkv = _register.op(
+    "attention_qkv(Tensor qkv, float scale) -> (Tensor, Tensor)",
+    cpu=_packed(_attention_cpu), cuda=_packed(_attention_cuda),
+    fake=lambda qkv, scale: _attention_fake(*qkv.unbind(2), scale),
+)  # fmt: skip
+_attention_qkv_backward = _register.op(
+    "attention_qkv_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, float scale) -> Tensor",
+    cpu=_packed_backward(_attention_backward_cpu), cuda=_packed_backward(_attention_backward_cuda),
+    fake=lambda grad, qkv, out, lse, scale: torch.empty_like(qkv, memory_format=torch.contiguous_format),
+)  # fmt: skip
+_register.autograd("attention_qkv", setup_context=_setup, backward=_attention_qkv_grad)

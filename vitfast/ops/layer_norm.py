@@ -1,0 +1,207 @@
+"""LayerNorm and RMSNorm, alone or of a residual sum that is returned as well."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vitfast import reference
+from vitfast.ops import _register, _stock
+from vitfast.ops._check import Reasons
+from vitfast.switches import stock_only
+
+KINDS = ("layer", "rms")
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    kind: str = "layer",
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """(x - mean) * rstd * weight + bias over the last dim; kind 'rms' leaves mean and bias out.
+
+    Args:
+        x: [..., C], any strides.
+        weight, bias: [C] or None.
+        eps: added to the variance.
+        kind: 'layer' or 'rms'.
+        out_dtype: of the result, x's by default. Autocast leaves this op alone: a residual stream stays fp32.
+
+    Returns:
+        [..., C] in out_dtype.
+
+    Raises:
+        ValueError: shape, device, dtype or kind does not fit.
+
+    Numerics: statistics in fp32 (fp64 for fp64), one cast at the end.
+    Source: Ba et al., "Layer Normalization" (2016); Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
+    """
+    _check("layer_norm", x, weight, bias, kind)
+    out_dtype = out_dtype or x.dtype
+    if stock_only():
+        return reference.layer_norm(x, weight, bias, eps, kind, out_dtype)
+    return _layer_norm(x, weight, bias, eps, kind, out_dtype)[0]
+
+
+def add_layer_norm(
+    residual: Tensor,
+    branch: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    kind: str = "layer",
+    gamma: Tensor | None = None,
+    row_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The sum `residual + row_scale * gamma * branch` and its norm.
+
+    Args:
+        residual: [B, ..., C]; its dtype is kept (fp32 under autocast).
+        branch: same shape, may be of a lower precision.
+        weight, bias, eps, kind: as in `layer_norm`.
+        gamma: [C], LayerScale.
+        row_scale: [B], stochastic depth: 0 or 1 / keep probability per image. Gets no gradient.
+
+    Returns:
+        (sum, normed): the normed rows in the branch's dtype.
+
+    Raises:
+        ValueError: shape, device, dtype or kind does not fit.
+    """
+    _check("add_layer_norm", residual, weight, bias, kind)
+    check = Reasons("add_layer_norm")
+    check.shape("branch", branch, tuple(residual.shape), "to match residual")
+    check.shape("gamma", gamma, (residual.shape[-1],), "to match residual.shape[-1]")
+    check.shape("row_scale", row_scale, (residual.shape[0],), "to match residual.shape[0]")
+    check.raise_if_any()
+    if stock_only():
+        return reference.add_layer_norm(
+            residual, branch, gamma, row_scale, weight, bias, eps, kind, branch.dtype
+        )
+    return _add_layer_norm(residual, branch, weight, bias, eps, kind, gamma, row_scale)[:2]
+
+
+def _check(name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str) -> None:
+    check = Reasons(name)
+    if kind not in KINDS:
+        check.fail(f"kind must be one of {KINDS}, got {kind!r}")
+    check.shape("weight", weight, (x.shape[-1],), f"to match x.shape[-1]={x.shape[-1]}")
+    check.shape("bias", bias, (x.shape[-1],), f"to match x.shape[-1]={x.shape[-1]}")
+    if kind == "rms" and bias is not None:
+        check.fail("bias must be None for kind 'rms'")
+    check.floating(x=x, weight=weight, bias=bias)
+    check.same_device(x=x, weight=weight, bias=bias)
+    check.raise_if_any()
+
+
+def _layer_norm_stock(x, weight, bias, eps, kind, out_dtype):
+    return _stock.norm_forward(x, weight, bias, eps, kind, out_dtype)
+
+
+def _layer_norm_fake(x, weight, bias, eps, kind, out_dtype):
+    return torch.empty_like(x, dtype=out_dtype, memory_format=torch.contiguous_format), *_stats_fake(x, weight, kind)
+
+
+def _stats_fake(x, weight, kind):
+    if kind == "rms":
+        return x.new_empty(0), x.new_empty(0)
+    fake = torch.ops.aten.native_layer_norm(x, x.shape[-1:], weight, weight, 1e-6)
+    return fake[1], fake[2]
+
+
+def _layer_norm_backward_stock(grad, x, mean, rstd, weight, bias, eps, kind, mask):
+    return _stock.norm_backward(grad, x, mean, rstd, weight, bias, eps, kind, mask)
+
+
+def _layer_norm_backward_fake(grad, x, mean, rstd, weight, bias, eps, kind, mask):
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format) if mask[0] else None,
+        torch.empty_like(weight) if mask[1] and weight is not None else None,
+        torch.empty_like(bias) if mask[2] and bias is not None else None,
+    )
+
+
+def _layer_norm_setup(ctx, inputs, output):
+    x, weight, bias, eps, kind, _ = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, bias, mean, rstd)
+    ctx.eps, ctx.kind = eps, kind
+
+
+def _layer_norm_grad(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 6
+    x, weight, bias, mean, rstd = ctx.saved_tensors
+    grads = _layer_norm_backward(
+        grad, x, mean, rstd, weight, bias, ctx.eps, ctx.kind, list(ctx.needs_input_grad[:3])
+    )
+    return *grads, None, None, None
+
+
+def _add_layer_norm_stock(residual, branch, weight, bias, eps, kind, gamma, row_scale):
+    scaled = reference.scale_branch(branch, gamma, row_scale)
+    total = residual + scaled
+    if total.dtype != residual.dtype:
+        total = total.to(residual.dtype)
+    return total, *_stock.norm_forward(total, weight, bias, eps, kind, branch.dtype)
+
+
+def _add_layer_norm_fake(residual, branch, weight, bias, eps, kind, gamma, row_scale):
+    total = torch.empty_like(residual, memory_format=torch.contiguous_format)
+    return total, torch.empty_like(total, dtype=branch.dtype), *_stats_fake(total, weight, kind)
+
+
+def _add_layer_norm_setup(ctx, inputs, output):
+    _, branch, weight, bias, eps, kind, gamma, row_scale = inputs
+    total, _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    kept = branch if ctx.needs_input_grad[6] else None
+    ctx.save_for_backward(total, weight, bias, mean, rstd, kept, gamma, row_scale)
+    ctx.eps, ctx.kind, ctx.branch_dtype = eps, kind, branch.dtype
+
+
+def _add_layer_norm_grad(ctx, grad_total, grad_normed, *_):
+    total, weight, bias, mean, rstd, branch, gamma, row_scale = ctx.saved_tensors
+    need = ctx.needs_input_grad
+    grad_weight = grad_bias = grad_gamma = grad_branch = None
+    if grad_normed is not None:
+        needs_total = need[0] or need[1] or need[6]
+        grad, grad_weight, grad_bias = _layer_norm_backward(
+            grad_normed, total, mean, rstd, weight, bias, ctx.eps, ctx.kind, [needs_total, need[2], need[3]]
+        )
+        if grad_total is not None and grad is not None:
+            grad = grad + grad_total
+    else:
+        grad = grad_total
+    if grad is not None and (need[1] or need[6]):
+        grad_branch, grad_gamma = _stock.branch_grads(grad, branch, gamma, row_scale, ctx.branch_dtype, need[6])
+    return (
+        grad if need[0] else None,
+        grad_branch if need[1] else None,
+        grad_weight, grad_bias, None, None, grad_gamma, None,
+    )  # fmt: skip
+
+
+_layer_norm = _register.op(
+    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, str kind, ScalarType out_dtype)"
+    " -> (Tensor, Tensor, Tensor)",
+    cpu=_layer_norm_stock, cuda=_layer_norm_stock, fake=_layer_norm_fake,
+)  # fmt: skip
+_layer_norm_backward = _register.op(
+    "layer_norm_backward(Tensor grad, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, float eps,"
+    " str kind, bool[] mask) -> (Tensor?, Tensor?, Tensor?)",
+    cpu=_layer_norm_backward_stock, cuda=_layer_norm_backward_stock, fake=_layer_norm_backward_fake,
+)  # fmt: skip
+_register.autograd("layer_norm", setup_context=_layer_norm_setup, backward=_layer_norm_grad)
+_add_layer_norm = _register.op(
+    "add_layer_norm(Tensor residual, Tensor branch, Tensor? weight, Tensor? bias, float eps, str kind,"
+    " Tensor? gamma, Tensor? row_scale) -> (Tensor, Tensor, Tensor, Tensor)",
+    cpu=_add_layer_norm_stock, cuda=_add_layer_norm_stock, fake=_add_layer_norm_fake,
+)  # fmt: skip
+_register.autograd("add_layer_norm", setup_context=_add_layer_norm_setup, backward=_add_layer_norm_grad)

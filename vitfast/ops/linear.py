@@ -1,0 +1,189 @@
+"""A linear layer with everything a ViT block puts around it: norm before, activation, scale and residual after."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitfast import reference
+from vitfast.ops import _register, _stock
+from vitfast.ops._check import Reasons, autocast_dtype, cast
+from vitfast.switches import stock_only
+
+ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu", "silu")
+NORMS = ("none", "layer", "rms")
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: str = "none",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    act: str = "none",
+    gamma: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """residual + row_scale * gamma * act(norm(x) @ weight.T + bias), each part optional.
+
+    Args:
+        x: [B, ..., K], any strides.
+        weight: [D, K]; bias: [D] or None.
+        norm: 'none', 'layer' or 'rms', with norm_weight [K], norm_bias [K] (or None) and norm_eps.
+        act: 'none', 'gelu' (erf), 'gelu_tanh', 'quick_gelu' or 'silu'.
+        gamma: [D], LayerScale.
+        row_scale: [B], stochastic depth: 0 or 1 / keep probability per image. Gets no gradient.
+        residual: [B, ..., D]; keeps its dtype (fp32 under autocast).
+
+    Returns:
+        [B, ..., D] in x's dtype; with a residual in the residual's (or the higher of the two).
+
+    Raises:
+        ValueError: shape, device, dtype, norm or act does not fit.
+
+    Numerics: products accumulate in fp32, statistics in fp32; rounds where `F.layer_norm`, `F.linear`, `F.gelu`
+    and the additions round one after the other.
+    """
+    dtype = autocast_dtype(x)
+    if norm == "none":
+        x = cast(x, dtype)
+    weight, bias = cast(weight, dtype), cast(bias, dtype)
+    _check(x, weight, bias, norm, norm_weight, norm_bias, act, gamma, row_scale, residual)
+    args = (x, weight, bias, norm_weight, norm_bias, norm_eps, norm, act, gamma, row_scale, residual)
+    return reference.linear(*args) if stock_only() else _linear(*args)[0]
+
+
+def _check(x, weight, bias, norm, norm_weight, norm_bias, act, gamma, row_scale, residual):
+    check = Reasons("linear")
+    if norm not in NORMS:
+        check.fail(f"norm must be one of {NORMS}, got {norm!r}")
+    if act not in ACTIVATIONS:
+        check.fail(f"act must be one of {ACTIVATIONS}, got {act!r}")
+    if weight.dim() != 2:
+        check.fail(f"weight must be [D, K], got {list(weight.shape)}")
+        check.raise_if_any()
+    D, K = weight.shape
+    if x.dim() < 2:
+        check.fail(f"x must be [B, ..., K], got {list(x.shape)}")
+        check.raise_if_any()
+    if x.shape[-1] != K:
+        check.fail(f"x must be [..., {K}] to match weight.shape[1]={K}, got {list(x.shape)}")
+    check.shape("bias", bias, (D,), f"to match weight.shape[0]={D}")
+    check.shape("norm_weight", norm_weight, (K,), f"to match weight.shape[1]={K}")
+    check.shape("norm_bias", norm_bias, (K,), f"to match weight.shape[1]={K}")
+    check.shape("gamma", gamma, (D,), f"to match weight.shape[0]={D}")
+    check.shape("row_scale", row_scale, (x.shape[0],), "to match x.shape[0]")
+    check.shape("residual", residual, (*x.shape[:-1], D), "to match the output")
+    check.floating(x=x, weight=weight, bias=bias, residual=residual)
+    check.same_device(x=x, weight=weight, bias=bias, norm_weight=norm_weight, gamma=gamma, residual=residual)
+    if norm == "none":
+        check.same_dtype(x=x, weight=weight, bias=bias)
+    else:
+        check.same_dtype(weight=weight, bias=bias)
+    check.raise_if_any()
+
+
+def _linear_stock(x, weight, bias, norm_weight, norm_bias, norm_eps, norm, act, gamma, row_scale, residual):
+    mean = rstd = pre = branch = None
+    if norm == "none":
+        h = x
+    else:
+        h, mean, rstd = _stock.norm_forward(x, norm_weight, norm_bias, norm_eps, norm, weight.dtype)
+    y = F.linear(h, weight, bias)
+    if act != "none":
+        y, pre = reference.activation(y, act), y
+    if gamma is not None:
+        branch = y
+    out = _stock.add_branch(residual, y, gamma, row_scale)
+    return out, *(x.new_empty(0) if t is None else t for t in (mean, rstd, pre, branch))
+
+
+def _linear_fake(x, weight, bias, norm_weight, norm_bias, norm_eps, norm, act, gamma, row_scale, residual):
+    y = x.new_empty(*x.shape[:-1], weight.shape[0], dtype=weight.dtype)
+    mean = rstd = pre = branch = None
+    if norm == "layer":
+        _, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], norm_weight, norm_bias, norm_eps)
+    elif norm == "rms":
+        mean = rstd = x.new_empty(0)
+    if act != "none":
+        pre = torch.empty_like(y)
+    if gamma is not None:
+        branch = torch.empty_like(y)
+    out = _stock.add_branch(residual, y, gamma, row_scale)
+    return out, *(x.new_empty(0) if t is None else t for t in (mean, rstd, pre, branch))
+
+
+def _linear_backward_stock(
+    grad, x, weight, bias, norm_weight, norm_bias, mean, rstd, pre, branch, gamma, row_scale, norm_eps, norm, act, mask
+):
+    need_x, need_weight, need_bias, need_norm_weight, need_norm_bias, need_gamma = mask
+    grad, grad_gamma = _stock.branch_grads(grad, branch, gamma, row_scale, weight.dtype, need_gamma)
+    grad = _stock.activation_backward(grad, pre, act)
+    need_h = need_x or need_norm_weight or need_norm_bias
+    h = None
+    if need_weight:
+        # normed again rather than kept: one light pass against M * K numbers of memory
+        h = x if norm == "none" else _stock.norm_forward(
+            x, norm_weight, norm_bias, norm_eps, norm, weight.dtype)[0]  # fmt: skip
+    grad_x, grad_weight, grad_bias = _stock.matmul_grads(grad, h, weight, (need_h, need_weight, need_bias))
+    grad_norm_weight = grad_norm_bias = None
+    if norm != "none" and need_h:
+        grad_x, grad_norm_weight, grad_norm_bias = _stock.norm_backward(
+            grad_x, x, mean, rstd, norm_weight, norm_bias, norm_eps, norm, [need_x, need_norm_weight, need_norm_bias]
+        )
+    return grad_x, grad_weight, grad_bias, grad_norm_weight, grad_norm_bias, grad_gamma
+
+
+def _linear_backward_fake(
+    grad, x, weight, bias, norm_weight, norm_bias, mean, rstd, pre, branch, gamma, row_scale, norm_eps, norm, act, mask
+):
+    wanted = zip((x, weight, bias, norm_weight, norm_bias, gamma), mask, strict=True)
+    return tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format) if t is not None and need else None
+        for t, need in wanted
+    )
+
+
+def _linear_setup(ctx, inputs, output):
+    x, weight, bias, norm_weight, norm_bias, norm_eps, norm, act, gamma, row_scale, _ = inputs
+    _, mean, rstd, pre, branch = output
+    ctx.mark_non_differentiable(mean, rstd, pre, branch)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        x, weight, bias, norm_weight, norm_bias, mean, rstd, pre,
+        branch if ctx.needs_input_grad[8] else None, gamma, row_scale,
+    )  # fmt: skip
+    ctx.how = (norm_eps, norm, act)
+
+
+def _linear_grad(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 11
+    x, weight, bias, norm_weight, norm_bias, mean, rstd, pre, branch, gamma, row_scale = ctx.saved_tensors
+    need = ctx.needs_input_grad
+    mask = [*need[:5], need[8]]
+    grads = (None,) * 6
+    if any(mask):
+        grads = _linear_backward(
+            grad, x, weight, bias, norm_weight, norm_bias, mean, rstd, pre, branch, gamma, row_scale, *ctx.how, mask
+        )
+    return *grads[:5], None, None, None, grads[5], None, grad if need[10] else None
+
+
+_linear = _register.op(
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, str norm,"
+    " str act, Tensor? gamma, Tensor? row_scale, Tensor? residual) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    cpu=_linear_stock, cuda=_linear_stock, fake=_linear_fake,
+)  # fmt: skip
+_linear_backward = _register.op(
+    "linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias,"
+    " Tensor mean, Tensor rstd, Tensor pre, Tensor? branch, Tensor? gamma, Tensor? row_scale, float norm_eps,"
+    " str norm, str act, bool[] mask) -> (Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)",
+    cpu=_linear_backward_stock, cuda=_linear_backward_stock, fake=_linear_backward_fake,
+)  # fmt: skip
+_register.autograd("linear", setup_context=_linear_setup, backward=_linear_grad)

@@ -1,0 +1,194 @@
+"""The MLP half of a block as one op: norm, first projection, activation, second projection, scale, residual."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitfast import reference
+from vitfast.ops import _register, _stock
+from vitfast.ops._check import Reasons, autocast_dtype, cast
+from vitfast.ops.linear import ACTIVATIONS as LINEAR_ACTIVATIONS
+from vitfast.switches import stock_only
+
+ACTIVATIONS = LINEAR_ACTIVATIONS[1:]
+
+
+def mlp(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    norm_eps: float = 1e-6,
+    norm: str = "layer",
+    act: str = "gelu",
+    gated: bool = False,
+    gamma: Tensor | None = None,
+    row_scale: Tensor | None = None,
+) -> Tensor:
+    """x + row_scale * gamma * (act(norm(x) @ w1.T + b1) @ w2.T + b2).
+
+    Args:
+        x: [B, ..., D], the residual; its dtype is kept (fp32 under autocast).
+        norm_weight, norm_bias: [D] or None; norm: 'layer' or 'rms'; norm_eps: added to the variance.
+        w1: [F, D], b1: [F] or None.
+        w2: [D, F], b2: [D] or None; [D, F / 2] when gated.
+        act: 'gelu' (erf), 'gelu_tanh', 'quick_gelu' or 'silu'.
+        gated: w1 holds gate and value, gate first, and the hidden activation is act(gate) * value (SwiGLU).
+        gamma: [D], LayerScale.
+        row_scale: [B], stochastic depth: 0 or 1 / keep probability per image. Gets no gradient.
+
+    Returns:
+        [B, ..., D] in x's dtype.
+
+    Raises:
+        ValueError: shape, device, dtype, norm or act does not fit.
+
+    Numerics: products accumulate in fp32, statistics in fp32. For the backward the first projection's output is
+    kept; the normed rows and the activation are computed again.
+    """
+    dtype = autocast_dtype(x)
+    w1, b1, w2, b2 = (cast(t, dtype) for t in (w1, b1, w2, b2))
+    _check(x, norm_weight, norm_bias, w1, b1, w2, b2, norm, act, gated, gamma, row_scale)
+    args = (x, norm_weight, norm_bias, norm_eps, norm, w1, b1, w2, b2, act, gated, gamma, row_scale)
+    return reference.mlp(*args) if stock_only() else _mlp(*args)[0]
+
+
+def _check(x, norm_weight, norm_bias, w1, b1, w2, b2, norm, act, gated, gamma, row_scale):
+    check = Reasons("mlp")
+    if norm not in ("layer", "rms"):
+        check.fail(f"norm must be 'layer' or 'rms', got {norm!r}")
+    if act not in ACTIVATIONS:
+        check.fail(f"act must be one of {ACTIVATIONS}, got {act!r}")
+    if w1.dim() != 2 or x.dim() < 2:
+        check.fail(f"x must be [B, ..., D] and w1 [F, D], got {list(x.shape)} and {list(w1.shape)}")
+        check.raise_if_any()
+    hidden, D = w1.shape
+    if gated and hidden % 2:
+        check.fail(f"w1.shape[0] must be even when gated, got {hidden}")
+    if x.shape[-1] != D:
+        check.fail(f"x must be [..., {D}] to match w1.shape[1]={D}, got {list(x.shape)}")
+    check.shape("norm_weight", norm_weight, (D,), f"to match w1.shape[1]={D}")
+    check.shape("norm_bias", norm_bias, (D,), f"to match w1.shape[1]={D}")
+    check.shape("b1", b1, (hidden,), f"to match w1.shape[0]={hidden}")
+    check.shape("w2", w2, (D, hidden // 2 if gated else hidden), "to match w1")
+    check.shape("b2", b2, (D,), f"to match w1.shape[1]={D}")
+    check.shape("gamma", gamma, (D,), f"to match w1.shape[1]={D}")
+    check.shape("row_scale", row_scale, (x.shape[0],), "to match x.shape[0]")
+    check.floating(x=x, w1=w1, w2=w2)
+    check.same_device(x=x, norm_weight=norm_weight, w1=w1, b1=b1, w2=w2, b2=b2, gamma=gamma)
+    check.same_dtype(w1=w1, b1=b1, w2=w2, b2=b2)
+    check.raise_if_any()
+
+
+def _hidden(pre, act, gated):
+    if not gated:
+        return reference.activation(pre, act)
+    gate, value = pre.chunk(2, dim=-1)
+    # in place: every activation but 'none', which is not allowed here, gives a fresh tensor
+    return reference.activation(gate, act).mul_(value)
+
+
+def _mlp_stock(x, norm_weight, norm_bias, norm_eps, norm, w1, b1, w2, b2, act, gated, gamma, row_scale):
+    h, mean, rstd = _stock.norm_forward(x, norm_weight, norm_bias, norm_eps, norm, w1.dtype)
+    pre = F.linear(h, w1, b1)
+    y = F.linear(_hidden(pre, act, gated), w2, b2)
+    branch = x.new_empty(0) if gamma is None else y
+    return _stock.add_branch(x, y, gamma, row_scale), mean, rstd, pre, branch
+
+
+def _mlp_fake(x, norm_weight, norm_bias, norm_eps, norm, w1, b1, w2, b2, act, gated, gamma, row_scale):
+    if norm == "rms":
+        mean = rstd = x.new_empty(0)
+    else:
+        _, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], norm_weight, norm_bias, norm_eps)
+    pre = x.new_empty(*x.shape[:-1], w1.shape[0], dtype=w1.dtype)
+    y = x.new_empty(x.shape, dtype=w1.dtype)
+    branch = x.new_empty(0) if gamma is None else torch.empty_like(y)
+    return _stock.add_branch(x, y, gamma, row_scale), mean, rstd, pre, branch
+
+
+def _mlp_backward_stock(
+    grad, x, norm_weight, norm_bias, mean, rstd, w1, b1, w2, b2, pre, branch, gamma, row_scale,
+    norm_eps, norm, act, gated, mask,
+):  # fmt: skip
+    need_x, need_norm_weight, need_norm_bias, need_w1, need_b1, need_w2, need_b2, need_gamma = mask
+    need_h = need_x or need_norm_weight or need_norm_bias
+    need_pre = need_h or need_w1 or need_b1
+    grad_y, grad_gamma = _stock.branch_grads(grad, branch, gamma, row_scale, w1.dtype, need_gamma)
+    hidden = _hidden(pre, act, gated) if need_w2 else None
+    grad_pre, grad_w2, grad_b2 = _stock.matmul_grads(grad_y, hidden, w2, (need_pre, need_w2, need_b2))
+    del hidden
+    grad_x = grad_w1 = grad_b1 = grad_norm_weight = grad_norm_bias = None
+    if need_pre:
+        if gated:
+            gate, value = pre.chunk(2, dim=-1)
+            grad_gate = _stock.activation_backward(grad_pre * value, gate, act)
+            grad_pre = torch.cat([grad_gate, grad_pre * reference.activation(gate, act)], dim=-1)
+        else:
+            grad_pre = _stock.activation_backward(grad_pre, pre, act)
+        h = _stock.norm_forward(x, norm_weight, norm_bias, norm_eps, norm, w1.dtype)[0] if need_w1 else None
+        grad_h, grad_w1, grad_b1 = _stock.matmul_grads(grad_pre, h, w1, (need_h, need_w1, need_b1))
+        if need_h:
+            grad_x, grad_norm_weight, grad_norm_bias = _stock.norm_backward(
+                grad_h, x, mean, rstd, norm_weight, norm_bias, norm_eps, norm,
+                [need_x, need_norm_weight, need_norm_bias],
+            )  # fmt: skip
+    if need_x:
+        grad_x = grad_x + grad
+    return grad_x, grad_norm_weight, grad_norm_bias, grad_w1, grad_b1, grad_w2, grad_b2, grad_gamma
+
+
+def _mlp_backward_fake(
+    grad, x, norm_weight, norm_bias, mean, rstd, w1, b1, w2, b2, pre, branch, gamma, row_scale,
+    norm_eps, norm, act, gated, mask,
+):  # fmt: skip
+    wanted = zip((x, norm_weight, norm_bias, w1, b1, w2, b2, gamma), mask, strict=True)
+    return tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format) if t is not None and need else None
+        for t, need in wanted
+    )
+
+
+def _mlp_setup(ctx, inputs, output):
+    x, norm_weight, norm_bias, norm_eps, norm, w1, b1, w2, b2, act, gated, gamma, row_scale = inputs
+    _, mean, rstd, pre, branch = output
+    ctx.mark_non_differentiable(mean, rstd, pre, branch)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        x, norm_weight, norm_bias, mean, rstd, w1, b1, w2, b2, pre,
+        branch if ctx.needs_input_grad[11] else None, gamma, row_scale,
+    )  # fmt: skip
+    ctx.how = (norm_eps, norm, act, gated)
+
+
+def _mlp_grad(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 13
+    need = ctx.needs_input_grad
+    mask = [*need[:3], *need[5:9], need[11]]
+    x, norm_weight, norm_bias, mean, rstd, w1, b1, w2, b2, pre, branch, gamma, row_scale = ctx.saved_tensors
+    grads = _mlp_backward(
+        grad, x, norm_weight, norm_bias, mean, rstd, w1, b1, w2, b2, pre, branch, gamma, row_scale, *ctx.how, mask
+    )
+    return *grads[:3], None, None, *grads[3:7], None, None, grads[7], None
+
+
+_mlp = _register.op(
+    "mlp(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, str norm, Tensor w1, Tensor? b1, Tensor w2,"
+    " Tensor? b2, str act, bool gated, Tensor? gamma, Tensor? row_scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    cpu=_mlp_stock, cuda=_mlp_stock, fake=_mlp_fake,
+)  # fmt: skip
+_mlp_backward = _register.op(
+    "mlp_backward(Tensor grad, Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor mean, Tensor rstd, Tensor w1,"
+    " Tensor? b1, Tensor w2, Tensor? b2, Tensor pre, Tensor? branch, Tensor? gamma, Tensor? row_scale, float norm_eps,"
+    " str norm, str act, bool gated, bool[] mask)"
+    " -> (Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)",
+    cpu=_mlp_backward_stock, cuda=_mlp_backward_stock, fake=_mlp_backward_fake,
+)  # fmt: skip
+_register.autograd("mlp", setup_context=_mlp_setup, backward=_mlp_grad)

@@ -1,0 +1,106 @@
+"""Checkpoints on disk: safetensors by default, pickled files only on request."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vitfast.weights.pos_embed import resample_pos_embed
+
+if TYPE_CHECKING:
+    from vitfast.vit import ViT
+
+PREFIXES = ("module.", "_orig_mod.")
+WRAPPERS = ("state_dict", "model", "model_ema", "state_dict_ema")
+
+
+def save_checkpoint(model: ViT, path: str | os.PathLike, *, layout: str = "timm") -> None:
+    """Write the model's weights and config as safetensors. An existing file is replaced only by a complete one.
+
+    Args:
+        layout: names of the weights, 'timm' or 'vit_pytorch'.
+
+    Raises:
+        ValueError: the path does not end in .safetensors.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"save_checkpoint: path must end in .safetensors, got {str(path)!r}")
+    state = {key: value.detach().contiguous() for key, value in model.state_dict(layout=layout).items()}
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    os.close(handle)
+    try:
+        save_file(state, temporary, metadata={"vitfast_config": json.dumps(model.config.to_dict())})
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def read_checkpoint(path: str | os.PathLike, *, allow_pickle: bool = False) -> dict[str, Tensor]:
+    """The tensors of a checkpoint file, on the CPU, with the prefixes of DDP and torch.compile taken off the keys.
+
+    Args:
+        path: a .safetensors file, or with `allow_pickle` a .pt, .pth or .bin file.
+        allow_pickle: read pickled files too (`weights_only=True`). Even so, only open files that you trust.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a pickled file without `allow_pickle`, or no flat mapping of names to tensors inside.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"read_checkpoint: no file {str(path)!r}")
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt", device="cpu") as file:
+            state: Any = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
+    elif allow_pickle:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    else:
+        raise ValueError(
+            f"read_checkpoint: path must be a .safetensors file, got {str(path)!r}; a pickled file can be read with "
+            "allow_pickle=True if you trust where it comes from"
+        )
+    while isinstance(state, Mapping) and (inner := next((k for k in WRAPPERS if isinstance(state.get(k), Mapping)), "")):
+        state = state[inner]
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"read_checkpoint: {str(path)!r} must hold a flat mapping of names to tensors")
+    return {_strip(key): value for key, value in state.items()}
+
+
+def _strip(key: str) -> str:
+    while (prefix := next((p for p in PREFIXES if key.startswith(p)), None)) is not None:
+        key = key[len(prefix) :]
+    return key
+
+
+def load_checkpoint(
+    model: ViT, path: str | os.PathLike, *, strict: bool = True, allow_pickle: bool = False
+) -> ViT:
+    """Load a file written by `save_checkpoint`, by timm or by vit-pytorch into `model`.
+
+    Positions of another square image size are resampled to the model's grid.
+
+    Raises:
+        RuntimeError: one error that lists every missing, unexpected and wrongly shaped key; nothing is loaded then.
+        FileNotFoundError, ValueError: as `read_checkpoint`.
+    """
+    state = read_checkpoint(path, allow_pickle=allow_pickle)
+    own = model.pos_embed
+    given = state.get("pos_embed")
+    if own is not None and given is not None and given.dim() == own.dim() == 3 and given.shape[1] != own.shape[1]:
+        prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+        side = int(max(given.shape[1] - prefix, 0) ** 0.5)
+        if side * side + prefix == given.shape[1]:
+            state["pos_embed"] = resample_pos_embed(given, model.patch_embed.grid_size, (side, side), prefix)
+    model.load_state_dict(state, strict=strict)
+    return model

@@ -1,0 +1,44 @@
+"""Position embeddings on another grid."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def resample_pos_embed(
+    pos_embed: Tensor,
+    new_grid: tuple[int, int],
+    old_grid: tuple[int, int],
+    num_prefix: int = 0,
+    *,
+    antialias: bool = True,
+) -> Tensor:
+    """Resample learned positions from one grid of patches to another by 2-D bicubic interpolation, in fp32.
+
+    Args:
+        pos_embed: [1, P + h * w, D], prefix positions first; those are kept as they are.
+        new_grid, old_grid: (rows, columns). Both are needed: 2 x 8 and 4 x 4 have the same number of patches.
+        num_prefix: P.
+        antialias: low-pass filter when the grid shrinks. True in timm, False in Hugging Face's ViT.
+
+    Returns:
+        [1, P + rows * columns, D] in the same dtype; `pos_embed` itself where the grids are equal.
+
+    Raises:
+        ValueError: pos_embed has not P + h * w rows.
+    """
+    rows, columns = old_grid
+    if pos_embed.shape[1] != num_prefix + rows * columns:
+        raise ValueError(
+            f"resample_pos_embed: pos_embed must be [1, {num_prefix + rows * columns}, D] for {num_prefix} prefix "
+            f"tokens and a {rows}x{columns} grid, got {list(pos_embed.shape)}"
+        )
+    if tuple(new_grid) == tuple(old_grid):
+        return pos_embed
+    prefix, grid = pos_embed[:, :num_prefix], pos_embed[:, num_prefix:]
+    grid = grid.float().reshape(1, rows, columns, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=tuple(new_grid), mode="bicubic", antialias=antialias)
+    grid = grid.permute(0, 2, 3, 1).flatten(1, 2).to(pos_embed.dtype)
+    return torch.cat([prefix, grid], dim=1) if num_prefix else grid

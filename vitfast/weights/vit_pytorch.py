@@ -1,0 +1,175 @@
+"""vit-pytorch's names for our parameters, and the attributes of its ViT that wrappers read.
+
+A model with `input_norm` keeps its parameters in vit-pytorch's shapes and order, so conversion is renaming, and an
+optimizer state of vit-pytorch's `ViT` (release 1.16.1 or newer) fits as it is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from vitfast import reference
+from vitfast.config import ViTConfig
+
+if TYPE_CHECKING:
+    from vitfast.vit import ViT
+
+ATTRIBUTES = ("to_patch_embedding", "transformer", "pos_embedding", "mlp_head")
+
+# (vit-pytorch, vitfast); {i} is the block
+NAMES = (
+    ("cls_token", "cls_token"),
+    ("pos_embedding", "pos_embed"),
+    ("to_patch_embedding.1.", "patch_embed.input_norm."),
+    ("to_patch_embedding.2.", "patch_embed.proj."),
+    ("to_patch_embedding.3.", "patch_embed.norm."),
+    ("transformer.norm.", "norm."),
+    ("transformer.layers.{i}.0.norm.", "blocks.{i}.norm1."),
+    ("transformer.layers.{i}.0.to_qkv.", "blocks.{i}.attn.qkv."),
+    ("transformer.layers.{i}.0.to_out.0.", "blocks.{i}.attn.proj."),
+    ("transformer.layers.{i}.1.net.0.", "blocks.{i}.norm2."),
+    ("transformer.layers.{i}.1.net.1.", "blocks.{i}.mlp.fc1."),
+    ("transformer.layers.{i}.1.net.4.", "blocks.{i}.mlp.fc2."),
+    ("mlp_head.", "head."),
+)
+
+
+def is_layout(state_dict: Mapping[str, Any]) -> bool:
+    """Whether the keys are those of a vit-pytorch ViT."""
+    return any(key.startswith(("to_patch_embedding.", "transformer.")) for key in state_dict)
+
+
+def _rename(key: str, source: int) -> str:
+    block = re.match(r"(?:transformer\.layers|blocks)\.(\d+)\.", key)
+    for names in NAMES:
+        old, new = (n.format(i=block[1]) if block else n for n in (names[source], names[1 - source]))
+        if key == old or (old.endswith(".") and key.startswith(old)):
+            return new + key[len(old) :]
+    return key
+
+
+def to_vitfast(state_dict: Mapping[str, Tensor], config: ViTConfig) -> dict[str, Tensor]:
+    """vit-pytorch's state dict under our names.
+
+    Releases 1.4 to 1.16.0 kept tokens and positions with a batch dim of 1 (and a class token even for mean pooling);
+    the batch dim is dropped here.
+
+    Raises:
+        ValueError: the model is not of vit-pytorch's architecture, or the weights come from a release before 1.4,
+            whose blocks have other modules.
+    """
+    if not config.input_norm:
+        raise ValueError(
+            "load_state_dict: these are vit-pytorch weights; build the model with vitfast.ViT(image_size=..., ...), "
+            "this one has another architecture (ViTConfig.input_norm is False)"
+        )
+    if "transformer.norm.weight" not in state_dict:
+        raise ValueError(
+            "load_state_dict: these vit-pytorch weights have no transformer.norm: they come from a release before 1.4, "
+            "whose architecture differs"
+        )
+    renamed = {_rename(key, 0): value for key, value in state_dict.items()}
+    for key in ("cls_token", "pos_embed"):
+        if key in renamed and renamed[key].dim() == 3 and renamed[key].shape[0] == 1:
+            renamed[key] = renamed[key].squeeze(0)
+    return renamed
+
+
+def from_vitfast(state_dict: Mapping[str, Tensor], config: ViTConfig) -> dict[str, Tensor]:
+    """Our state dict under the names of vit-pytorch's current release, in its order.
+
+    Raises:
+        ValueError: the model is not of vit-pytorch's architecture.
+    """
+    if not config.input_norm:
+        raise ValueError(
+            "state_dict: layout='vit_pytorch' needs a model of vit-pytorch's architecture (ViTConfig.input_norm), "
+            "got one of timm's"
+        )
+    return {_rename(key, 1): value for key, value in state_dict.items()}
+
+
+class Patchify(nn.Module):
+    """Images -> patch rows with pixels in (row, column, channel) order, as vit-pytorch's Rearrange."""
+
+    def __init__(self, patch_size: tuple[int, int]):
+        super().__init__()
+        self.patch_size = patch_size
+
+    def forward(self, images: Tensor) -> Tensor:
+        return reference.patch_rows(images, self.patch_size, "hwc")
+
+
+class TransformerView(nn.Module):
+    """The blocks and the final norm of a ViT under one call, sharing its modules. It is not part of the model's own
+    forward, so a hook on it would never fire.
+    """
+
+    def __init__(self, model: ViT):
+        super().__init__()
+        self.blocks, self.norm = model.blocks, model.norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def register_forward_hook(self, *args, **kwargs):
+        raise NotImplementedError(
+            "transformer: a hook here would never fire, vitfast's ViT runs `model.blocks` and `model.norm`; hook those "
+            "(`model.norm` gives what vit-pytorch's `transformer` returns) or call `model.forward_intermediates`"
+        )
+
+    register_forward_pre_hook = register_full_backward_hook = register_forward_hook
+
+    @property
+    def layers(self):
+        raise NotImplementedError(
+            "transformer.layers: the blocks are `model.blocks[i]` with `norm1`, `attn`, `norm2` and `mlp`"
+        )
+
+
+def attribute(model: ViT, name: str) -> Any:
+    """What vit-pytorch calls `name`, for wrappers that read it.
+
+    Raises:
+        AttributeError: the model is of timm's architecture; the message says what to use.
+    """
+    instead = {
+        "to_patch_embedding": "patch_embed",
+        "transformer": "blocks and norm",
+        "pos_embedding": "pos_embed",
+        "mlp_head": "head",
+    }[name]
+    if "config" not in model.__dict__ or not model.config.input_norm:
+        raise AttributeError(
+            f"ViT has {name!r} only in vit-pytorch's architecture (vitfast.ViT(image_size=..., ...)); "
+            f"here use {instead!r}"
+        )
+    if name == "to_patch_embedding":
+        embed = model.patch_embed
+        return nn.Sequential(Patchify(embed.patch_size), embed.input_norm, embed.proj, embed.norm)
+    if name == "transformer":
+        return TransformerView(model)
+    if name == "pos_embedding":
+        return model.pos_embed
+    return model.head if model.num_classes else None
+
+
+def settable(name: str) -> str:
+    """Our name for what a user assigns under vit-pytorch's.
+
+    Raises:
+        AttributeError: assigning it would have no effect; the message says what to assign.
+    """
+    ours = {"mlp_head": "head", "pos_embedding": "pos_embed"}.get(name)
+    if ours is None:
+        raise AttributeError(
+            f"ViT.{name} is a view and cannot be replaced; assign to the modules under `patch_embed`, `blocks` or "
+            "`norm` instead"
+        )
+    return ours
