@@ -1,6 +1,5 @@
 # `make` lists the targets. Everything is installed into .venv, with the versions of constraints.txt.
 SHELL := bash
-.SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -14,8 +13,10 @@ INPUTS := pyproject.toml setup.py constraints.txt
 # pip names a hundred requirements that are met; only downloads, the install and errors (stderr) are news
 define install
 @echo "Installing vitfast[$(1)] into $(VENV); the first time this downloads some GB (PyTorch)"
-@$(BIN)/python -m pip install --progress-bar off -c constraints.txt -e '.[$(1)]' \
-	| sed -unE '/^ *(Downloading|Using cached) .*\([0-9.]+ MB\)/p; /^(Installing|Successfully installed)/s/(.{0,100}).*/\1/p'
+@set -o pipefail; $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off \
+	-c constraints.txt -e '.[$(1)]' \
+	| sed -unE -e '/^ *(Downloading|Using cached) .*\([0-9.]+ MB\)/p' \
+		-e '/^(Installing|Successfully installed)/s/(.{0,100}).*/\1/p'
 endef
 
 .PHONY: help venv demo test lint bench clean
@@ -42,8 +43,8 @@ clean: ## remove the environment and everything that was built
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.created:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-		echo "vitfast needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V 2>&1 || echo missing)." \
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "vitfast needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V 2>/dev/null || echo missing)." \
 			"Name another: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@touch $@

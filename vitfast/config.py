@@ -169,9 +169,12 @@ class ViTConfig:
 
     @property
     def grid_size(self) -> tuple[int, int]:
-        """Rows and columns of patches in an image of `image_size`."""
+        """Rows and columns of patches in an image of `image_size`: the grid that positions are learned for.
+
+        Where the patch does not divide a dynamic size it rounds down, as in timm; padded images resample from it.
+        """
         (h, w), (ph, pw) = self.image_size, self.patch_size
-        return (math.ceil(h / ph), math.ceil(w / pw)) if self.dynamic_pad else (h // ph, w // pw)
+        return h // ph, w // pw
 
     @property
     def num_patches(self) -> int:

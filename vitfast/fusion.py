@@ -33,8 +33,8 @@ def plain(module: nn.Module, *kinds: type) -> bool:
 
 
 def _plain_weights(module: nn.Module) -> bool:
-    if torch.compiler.is_compiling():
-        # while tracing, parameters are stand-ins of other classes; the compiler itself guards the module's class
+    if torch.compiler.is_exporting():
+        # torch.export puts stand-ins of other classes in the place of parameters
         return True
     for parameter in module._parameters.values():
         if parameter is not None and type(parameter) not in PLAIN_TENSORS:
@@ -45,7 +45,8 @@ def _plain_weights(module: nn.Module) -> bool:
 def why_not_plain(module: nn.Module, *kinds: type) -> str | None:
     """The reason for which `plain` is False, in words; None where it is True."""
     if type(module) not in kinds:
-        name, expected = type(module).__name__, " or ".join(kind.__name__ for kind in kinds)
+        name = f"{type(module).__module__}.{type(module).__qualname__}"
+        expected = " or ".join(kind.__name__ for kind in kinds)
         return f"is parametrized ({name})" if hasattr(module, "parametrizations") else f"is {name}, not {expected}"
     for hooks in HOOKS:
         if getattr(module, hooks):
@@ -107,11 +108,11 @@ def explain(model: nn.Module) -> Explanation:
     from vitfast.ops._register import IMPLEMENTATIONS
     from vitfast.vit import ViT
 
-    found = [(name, m) for name, m in model.named_modules() if isinstance(m, ViT)]
-    if not found:
+    vits = [(name, m) for name, m in model.named_modules() if isinstance(m, ViT)]
+    if not vits:
         raise TypeError(f"explain: model must be or contain a vitfast.ViT, got {type(model).__name__}")
     rows = []
-    for prefix, vit in found:
+    for prefix, vit in vits:
         for part, op_name, reasons in vit.fusion_report():
             name = f"{prefix}.{part}" if prefix else part
             if switches.stock_only():
@@ -120,10 +121,11 @@ def explain(model: nn.Module) -> Explanation:
                 rows.append(Row(name, "its modules' own forward", "; ".join(reasons)))
             else:
                 rows.append(Row(name, f"op {op_name}", ""))
-    device = next(found[0][1].parameters()).device.type
-    notes = [
-        f"on {device}: {op} is {implementations[device].path} ({implementations[device].why_no_kernel})"
-        for op, implementations in IMPLEMENTATIONS.items()
-        if device in implementations and implementations[device].kernel is None
-    ]
+    device = next(vits[0][1].parameters()).device.type
+    without: dict[tuple[str, str], list[str]] = {}
+    for op, implementations in IMPLEMENTATIONS.items():
+        here = implementations.get(device)
+        if here is not None and here.kernel is None:
+            without.setdefault((here.path, here.why_no_kernel), []).append(op)
+    notes = [f"on {device}, {path} ({why}): {', '.join(found)}" for (path, why), found in without.items()]
     return Explanation(rows, notes)

@@ -161,7 +161,7 @@ class PatchEmbed(nn.Module):
         H, W = images.shape[2:]
         ph, pw = self.patch_size
         if not self.dynamic:
-            if (H, W) != self.img_size:
+            if self.img_size != (H, W):
                 raise ValueError(
                     f"ViT: images must be {self.img_size[0]}x{self.img_size[1]}, got {H}x{W} "
                     "(other sizes: dynamic_image_size=True, dynamic_img_size=True in create_model, or set_input_size)"
@@ -302,10 +302,8 @@ class Block(nn.Module):
         qkv = attn.qkv
         read_plain = plain(self.norm1, *NORMS) and plain(qkv, nn.Linear)
         if keep is None:
-            if read_plain:
-                packed = ops.linear(x, qkv.weight, qkv.bias, **norm_args(self.norm1))
-            else:
-                packed = qkv(self.norm1(x))
+            norm1 = self.norm1
+            packed = ops.linear(x, qkv.weight, qkv.bias, **norm_args(norm1)) if read_plain else qkv(norm1(x))
             out = attn.attend_packed(attn.split(packed, 3), attn_mask)
         elif read_plain:
             inner, bias, norm = attn.attn_dim, qkv.bias, norm_args(self.norm1)

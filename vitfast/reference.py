@@ -35,10 +35,8 @@ def layer_norm(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """(x - mean) * rstd * weight + bias over the last dim, or x * rstd * weight for kind 'rms'."""
-    if kind == "rms":
-        y = F.rms_norm(x, x.shape[-1:], weight, eps)
-    else:
-        y = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    shape = x.shape[-1:]
+    y = F.rms_norm(x, shape, weight, eps) if kind == "rms" else F.layer_norm(x, shape, weight, bias, eps)
     return y if out_dtype is None else y.to(out_dtype)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,15 +12,13 @@ from vitfast import ops, reference
 from vitfast.config import ViTConfig
 from vitfast.fusion import any_global_hook, plain
 from vitfast.model import Attention, AttentionPool, Block, PatchEmbed, build_norm, run_norm
+from vitfast.timm_surface import TimmSurface, pool_of, say_mask_is_stock
 from vitfast.weights import vit_pytorch
 from vitfast.weights.pos_embed import resample_pos_embed
 from vitfast.weights.state_dict import check_state_dict
 
-TIMM_POOLS = {"token": "token", "mean": "avg", "map": "map", "none": ""}
-POOLS_BY_TIMM_NAME = {timm_name: pool for pool, timm_name in TIMM_POOLS.items()}
 
-
-class ViT(nn.Module):
+class ViT(TimmSurface, nn.Module):
     """Vision Transformer on vitfast's ops.
 
     The constructor takes vit-pytorch's keywords and builds vit-pytorch's architecture, so that changing the import
@@ -151,13 +147,6 @@ class ViT(nn.Module):
         if self.config.pool == "map":
             nn.init.trunc_normal_(self.attn_pool.latent, std=self.config.dim**-0.5)
 
-    num_classes = property(lambda self: self.config.num_classes)
-    embed_dim = num_features = head_hidden_size = property(lambda self: self.config.dim)
-    in_chans = property(lambda self: self.config.channels)
-    global_pool = property(lambda self: TIMM_POOLS[self.config.pool])
-    dynamic_img_size = property(lambda self: self.config.dynamic_image_size)
-    pool_include_prefix = property(lambda self: self.config.pool_prefix)
-
     def __getattr__(self, name: str) -> Any:
         if name in vit_pytorch.ATTRIBUTES:
             return vit_pytorch.attribute(self, name)
@@ -210,7 +199,7 @@ class ViT(nn.Module):
 
     def _features(self, x: Tensor, attn_mask: Tensor | None, keep: int | None) -> Tensor:
         if attn_mask is not None:
-            _say_mask_is_stock()
+            say_mask_is_stock()
         x = self.embed(x)
         if not plain(self.blocks, nn.Sequential) and attn_mask is None and not self.grad_checkpointing:
             return run_norm(self.norm, self.blocks(x))
@@ -276,7 +265,7 @@ class ViT(nn.Module):
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         """Tokens [B, N, D] -> [B, D], or the tokens where nothing is pooled. pool_type: timm's name, for once."""
-        return self._pool(x, self.config.pool if pool_type is None else _pool_of("pool_type", pool_type))
+        return self._pool(x, self.config.pool if pool_type is None else pool_of("pool_type", pool_type))
 
     def _pool(self, x: Tensor, pool: str) -> Tensor:
         if pool == "none":
@@ -321,161 +310,6 @@ class ViT(nn.Module):
         taps["pooled"] = self.forward_head(x, pre_logits=True)
         taps["logits"] = self.forward_head(x)
         return taps
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Iterable[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-        output_dict: bool = False,
-        attn_mask: Tensor | None = None,
-    ) -> Any:
-        """Token maps of chosen blocks, as timm returns them.
-
-        Args:
-            indices: the last n blocks for an int, these blocks for a sequence, all for None.
-            return_prefix_tokens: pair each map with its prefix tokens.
-            norm: apply the final norm to each.
-            stop_early: do not run blocks after the last one asked for.
-            output_fmt: 'NCHW' for maps, 'NLC' for tokens.
-            intermediates_only: leave the final tokens out.
-            output_dict: a dict with image_features, image_intermediates and image_intermediates_prefix.
-
-        Returns:
-            (final tokens, list), the list, or the dict.
-
-        Raises:
-            ValueError: output_fmt or an index does not exist.
-        """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"forward_intermediates: output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
-        if attn_mask is not None:
-            _say_mask_is_stock()
-        wanted = self._block_indices(indices)
-        B, grid = x.shape[0], self.patch_embed.dynamic_feat_size(tuple(x.shape[2:]))
-        x, found = self.embed(x), []
-        stop = max(wanted, default=-1) + 1 if stop_early else len(self.blocks)
-        for i, block in enumerate(self.blocks[:stop]):
-            x = self._run_block(block, x, attn_mask)
-            if i in wanted:
-                found.append(run_norm(self.norm, x) if norm else x)
-        prefix = [t[:, : self.num_prefix_tokens] for t in found]
-        maps = [t[:, self.num_prefix_tokens :] for t in found]
-        if output_fmt == "NCHW":
-            maps = [t.reshape(B, *grid, -1).permute(0, 3, 1, 2).contiguous() for t in maps]
-        with_prefix = return_prefix_tokens and self.num_prefix_tokens > 0
-        if output_dict:
-            result = {"image_intermediates": maps}
-            if with_prefix:
-                result["image_intermediates_prefix"] = prefix
-            if not intermediates_only:
-                result["image_features"] = run_norm(self.norm, x)
-            return result
-        if with_prefix:
-            maps = list(zip(maps, prefix, strict=True))
-        return maps if intermediates_only else (run_norm(self.norm, x), maps)
-
-    def _block_indices(self, indices: int | Iterable[int] | None) -> list[int]:
-        depth = len(self.blocks)
-        if indices is None:
-            return list(range(depth))
-        if isinstance(indices, int):
-            if not 0 < indices <= depth:
-                raise ValueError(f"indices must be between 1 and depth={depth} for the last blocks, got {indices}")
-            return list(range(depth - indices, depth))
-        indices = list(indices)
-        if any(not -depth <= i < depth for i in indices):
-            raise ValueError(f"indices must be between {-depth} and {depth - 1}, got {indices}")
-        return [i % depth for i in indices]
-
-    def get_intermediate_layers(
-        self,
-        x: Tensor,
-        n: int | Iterable[int] = 1,
-        reshape: bool = False,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        attn_mask: Tensor | None = None,
-    ) -> list:
-        """DINO's interface to `forward_intermediates`: the last n blocks, or these blocks."""
-        return self.forward_intermediates(
-            x, n, return_prefix_tokens, norm, output_fmt="NCHW" if reshape else "NLC", intermediates_only=True,
-            attn_mask=attn_mask,
-        )  # fmt: skip
-
-    def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
-        """The classifier; with a distillation token both."""
-        return (self.head, self.head_dist) if self.config.distillation_token else self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None, zero_init: bool = False) -> None:
-        """Replace the classifier, and the pooling where asked (timm's names: '', 'avg', 'token', 'map').
-
-        Args:
-            num_classes: 0 for none.
-            zero_init: start with zero weights, the usual choice for fine-tuning with a high learning rate.
-
-        Raises:
-            ValueError: that pooling does not exist here.
-        """
-        pool = self.config.pool if global_pool is None else _pool_of("global_pool", global_pool)
-        if pool == "map" and self.config.pool != "map":
-            raise ValueError("reset_classifier: global_pool='map' needs a model built with it, got one without")
-        config = self.config.replace(num_classes=num_classes, pool=pool, norm_after_pool=self.config.norm_after_pool)
-        if self.config.pool == "map" and pool != "map":
-            del self.attn_pool
-        self.config = config
-        self._build_heads()
-        if zero_init and num_classes:
-            for head in (self.head, getattr(self, "head_dist", None)):
-                if head is not None:
-                    nn.init.zeros_(head.weight)
-                    nn.init.zeros_(head.bias)
-
-    def set_input_size(
-        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
-    ) -> None:
-        """Change the image size; positions are resampled to the new grid.
-
-        Raises:
-            NotImplementedError: another patch_size (the projection would have to be resampled).
-        """
-        if patch_size is not None and self.config.replace(patch_size=patch_size).patch_size != self.config.patch_size:
-            raise NotImplementedError(f"set_input_size: patch_size stays {self.config.patch_size}, got {patch_size}")
-        if img_size is None:
-            return
-        if self.config.input_norm:
-            raise NotImplementedError("set_input_size: vit-pytorch's positions are not on a grid that can be resampled")
-        config = self.config.replace(image_size=img_size)
-        if self.pos_embed is not None:
-            pos_embed = resample_pos_embed(
-                self.pos_embed.detach(), config.grid_size, self.config.grid_size, self._positioned_prefix()
-            )
-            self.pos_embed = nn.Parameter(pos_embed.clone(), requires_grad=self.pos_embed.requires_grad)
-        self.config = config
-        self.patch_embed.img_size, self.patch_embed.grid_size = config.image_size, config.grid_size
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward in place of keeping its activations."""
-        self.grad_checkpointing = enable
-
-    def set_distilled_training(self, enable: bool = True) -> None:
-        """In training, return both heads' logits for a distillation loss."""
-        self.distilled_training = enable
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that are not decayed, besides biases and norms."""
-        return {"pos_embed", "cls_token", "reg_token", "dist_token"}
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns by which timm's optimizer factory assigns layer-wise learning rates."""
-        stem = r"^(cls_token|reg_token|dist_token|pos_embed|patch_embed|norm_pre)"
-        return {"stem": stem, "blocks": [(r"^blocks\.(\d+)", None), (r"^norm\.", (99999,))]}
 
     def fusion_report(self) -> list[tuple[str, str, list[str]]]:
         """(part, op, reasons why the op does not run) for every part, as the model is now; see `vitfast.explain`."""
@@ -523,16 +357,3 @@ def open_gate(weight: Tensor, bias: Tensor | None) -> None:
     nn.init.normal_(weight, std=1e-6)
     if bias is not None:
         nn.init.ones_(bias)
-
-
-def _pool_of(argument: str, timm_name: str) -> str:
-    if timm_name not in POOLS_BY_TIMM_NAME:
-        raise ValueError(f"{argument} must be one of {list(POOLS_BY_TIMM_NAME)}, got {timm_name!r}")
-    return POOLS_BY_TIMM_NAME[timm_name]
-
-
-def _say_mask_is_stock() -> None:
-    if not torch.compiler.is_compiling():
-        warnings.warn(
-            "attn_mask: attention runs as torch's scaled_dot_product_attention, not as vitfast's op", stacklevel=3
-        )

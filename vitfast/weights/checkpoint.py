@@ -70,11 +70,19 @@ def read_checkpoint(path: str | os.PathLike, *, allow_pickle: bool = False) -> d
             f"read_checkpoint: path must be a .safetensors file, got {str(path)!r}; a pickled file can be read with "
             "allow_pickle=True if you trust where it comes from"
         )
-    while isinstance(state, Mapping) and (inner := next((k for k in WRAPPERS if isinstance(state.get(k), Mapping)), "")):
-        state = state[inner]
+    state = _unwrap(state)
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"read_checkpoint: {str(path)!r} must hold a flat mapping of names to tensors")
     return {_strip(key): value for key, value in state.items()}
+
+
+def _unwrap(state: Any) -> Any:
+    while isinstance(state, Mapping):
+        inner = next((name for name in WRAPPERS if isinstance(state.get(name), Mapping)), None)
+        if inner is None:
+            break
+        state = state[inner]
+    return state
 
 
 def _strip(key: str) -> str:
