@@ -2,12 +2,11 @@
 
 import re
 import sys
-from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import YARDSTICK_EPS, accept, accept_model
+from numerics import RMS_RATIO, YARDSTICK_EPS, accept
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -119,8 +118,15 @@ def cotangents_of(outs):
     return [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.device) for o in outs]
 
 
-def rms(t):
-    return t.square().mean().sqrt()
+def judge(name, out, ref, low, dtype):
+    """`accept`; where stock itself is too far off to be its yardstick, only: no further off than stock."""
+    # the ratio of two rms errors over n numbers fluctuates by chance, much where n is small
+    k = RMS_RATIO[dtype] * (1 + 8 * out.numel() ** -0.5)
+    eps, scale, error, stock = torch.finfo(dtype).eps, *(t.square().mean().sqrt() for t in (ref, out - ref, low - ref))
+    if stock <= YARDSTICK_EPS[dtype] * eps * scale:
+        accept(out, ref, low, grad=name.startswith("grad"), k=k, what=name)
+    else:
+        assert out.dtype == low.dtype and error <= k * stock, f"{name}: {error:.3e} is {error / stock:.2f} x stock's"
 
 
 def bitwise(got, expected, what=""):
@@ -143,12 +149,24 @@ class Recorder(TorchDispatchMode):
         return out
 
 
+def stock_of(variant):
+    """The best stock operators, in the dtype of the tensors: the reference, but a convolution cuts the patches."""
+    if VARIANTS[variant][0] != "patch_embed":
+        return reference_of(variant)
+
+    def convolution(images, weight, bias=None, pos_embed=None, prefix=None):
+        x = F.conv2d(images, weight, bias, stride=weight.shape[2:]).flatten(2).transpose(1, 2)
+        return reference.with_prefix(x, pos_embed, prefix)
+
+    return convolution
+
+
 def judged(variant, tensors, dtype):
     """Results and gradients as (name, op's, reference's in fp64, stock operators' in the same dtype)."""
     outs = reference_of(variant)(**tensors)
     cotangents = [c.to(dtype).double() for c in cotangents_of(outs if isinstance(outs, tuple) else (outs,))]
     ref = run(reference_of(variant), {name: t.double() for name, t in tensors.items()}, cotangents)
-    low = run(reference_of(variant), tensors, cotangents)
+    low = run(stock_of(variant), tensors, cotangents)
     out = run(op_of(variant), tensors, cotangents)
     return [(name, out[name], ref[name], low[name]) for name in ref]
 
@@ -172,10 +190,7 @@ def test_fp64_result_or_gradient_differs_from_the_reference(variant, size, devic
 def test_error_is_larger_than_that_of_the_stock_operators(variant, size, dtype, device):
     """Rounding in a place where stock doesn't round, statistics in half precision, a wrong eps or GELU."""
     for name, out, ref, low in judged(variant, build(variant, size, dtype=dtype, device=device), dtype):
-        grad = name.startswith("grad")
-        # stock sums the gradients of norm weights in half precision, which makes it no yardstick for `accept`
-        rule = accept_model if grad and rms(low - ref) > YARDSTICK_EPS[dtype] * torch.finfo(dtype).eps * rms(ref) else partial(accept, grad=grad)
-        rule(out, ref, low, what=f"{variant} {size} {name}")
+        judge(name, out, ref, low, dtype)
 
 
 DATA = {
@@ -195,6 +210,6 @@ def test_hard_rows_lose_digits(variant, data, dtype, device):
     first = next(iter(tensors))
     tensors[first] = DATA[data](tensors[first])
     for name, out, ref, low in judged(variant, {name: t.to(device, dtype) for name, t in tensors.items()}, dtype):
-        # these rows are ill-conditioned: stock is what can be asked for, but no yardstick in the sense of `accept`
+        # these rows are ill-conditioned, and the sums over them in half precision more so
         if name.startswith("out") or name == f"grad {first}":
-            accept_model(out, ref, low, what=name)
+            judge(name, out, ref, low, dtype)

@@ -218,7 +218,7 @@ class Attention(nn.Module):
 
     def attend_packed(self, qkv: Tensor, mask: Tensor | None = None) -> Tensor:
         """Packed projection [B, N, 3, H, head_dim] -> [B, N, H * head_dim]."""
-        if not self._as_is():
+        if not all(plain(module, *kinds) for _, module, *kinds in self.untouched_parts()):
             return self.attend(*qkv.unbind(2), mask)
         out = ops.attention_qkv(qkv, scale=self.scale, mask=mask, dropout_p=self._dropout_p())
         return run_norm(self.norm, out)
@@ -226,11 +226,19 @@ class Attention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """q [B, Nq, H, head_dim], k and v [B, Nk, H, head_dim] -> [B, Nq, H * head_dim]."""
         q, k = run_norm(self.q_norm, q), run_norm(self.k_norm, k)
-        out = ops.attention(q, k, v, scale=self.scale, mask=mask, dropout_p=self._dropout_p())
+        if plain(self.attn_drop, nn.Dropout):
+            out = ops.attention(q, k, v, scale=self.scale, mask=mask, dropout_p=self._dropout_p())
+        else:
+            # somebody replaced or watches the dropout of the attention weights, so they have to exist
+            out = reference.attention_visibly(q, k, v, self.scale, mask, self.attn_drop)
         return run_norm(self.norm, out)
 
-    def _as_is(self) -> bool:
-        return plain(self.q_norm, nn.Identity) and plain(self.k_norm, nn.Identity)
+    def untouched_parts(self) -> list[tuple]:
+        """(name, module, *classes) of what the packed op leaves out."""
+        return [
+            ("attn.q_norm", self.q_norm, nn.Identity), ("attn.k_norm", self.k_norm, nn.Identity),
+            ("attn.attn_drop", self.attn_drop, nn.Dropout),
+        ]  # fmt: skip
 
     def _dropout_p(self) -> float:
         return self.attn_drop.p if self.attn_drop.training else 0.0
@@ -289,39 +297,36 @@ class Block(nn.Module):
         self.drop_path2 = DropPath(drop_path)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, keep: int | None = None) -> Tensor:
-        """Tokens [B, N, D] -> [B, N, D]; with `keep`, only the first `keep` tokens are computed and returned."""
+        """Tokens [B, N, D] -> [B, N, D]; an untouched block computes only the first `keep` if asked."""
         return self.mlp_branch(self.attention_branch(x, attn_mask, keep))
 
     def attention_branch(self, x: Tensor, attn_mask: Tensor | None = None, keep: int | None = None) -> Tensor:
-        """x + attention(norm1(x)), for the first `keep` tokens or for all."""
+        """x + attention(norm1(x)), for all tokens, or in an untouched block for the first `keep`."""
         attn = self.attn
         fusable = not any_global_hook()
         if not (fusable and plain(attn, Attention)):
-            x = x + self.drop_path1(self.ls1(attn(self.norm1(x), attn_mask=attn_mask)))
-            return x if keep is None else x[:, :keep]
+            return x + self.drop_path1(self.ls1(attn(self.norm1(x), attn_mask=attn_mask)))
         qkv = attn.qkv
         read_plain = plain(self.norm1, *NORMS) and plain(qkv, nn.Linear)
         if keep is None:
             norm1 = self.norm1
             packed = ops.linear(x, qkv.weight, qkv.bias, **norm_args(norm1)) if read_plain else qkv(norm1(x))
             out = attn.attend_packed(attn.split(packed, 3), attn_mask)
-        elif read_plain:
+        else:
+            # only ever asked of an untouched block
             inner, bias, norm = attn.attn_dim, qkv.bias, norm_args(self.norm1)
             kv = ops.linear(x, qkv.weight[inner:], None if bias is None else bias[inner:], **norm)
             x = x[:, :keep]
             q = ops.linear(x, qkv.weight[:inner], None if bias is None else bias[:inner], **norm)
             out = attn.attend(attn.split(q, 1).squeeze(2), *attn.split(kv, 2).unbind(2))
-        else:
-            q, k, v = attn.split(qkv(self.norm1(x)), 3).unbind(2)
-            x = x[:, :keep]
-            out = attn.attend(q[:, :keep], k, v)
         proj = attn.proj
         if not self._plain_tail(self.ls1, self.drop_path1, attn.proj_drop) or not plain(proj, nn.Linear):
             return x + self.drop_path1(self.ls1(attn.proj_drop(proj(out))))
-        gamma, row_scale = gamma_of(self.ls1), self.drop_path1.row_scale(x)
+        gamma = gamma_of(self.ls1)
         if dropping(attn.proj_drop):
             branch = attn.proj_drop(ops.linear(out, proj.weight, proj.bias))
-            return x + reference.scale_branch(branch, gamma, row_scale)
+            return x + reference.scale_branch(branch, gamma, self.drop_path1.row_scale(x))
+        row_scale = self.drop_path1.row_scale(x)
         return ops.linear(out, proj.weight, proj.bias, gamma=gamma, row_scale=row_scale, residual=x)
 
     def mlp_branch(self, x: Tensor) -> Tensor:
@@ -329,19 +334,21 @@ class Block(nn.Module):
         mlp, norm2 = self.mlp, self.norm2
         if not self._plain_mlp():
             return x + self.drop_path2(self.ls2(mlp(norm2(x))))
-        gamma, row_scale, fc2 = gamma_of(self.ls2), self.drop_path2.row_scale(x), mlp.fc2
+        gamma, fc2 = gamma_of(self.ls2), mlp.fc2
         inner_norm = type(mlp.norm) is not nn.Identity
         if mlp.kind != "swiglu" and not inner_norm and not dropping(mlp.drop1) and not dropping(mlp.drop2):
             return ops.mlp(
                 x, norm2.weight, getattr(norm2, "bias", None), mlp.fc1.weight, mlp.fc1.bias, fc2.weight, fc2.bias,
                 norm_eps=norm2.eps, norm="layer" if type(norm2) is nn.LayerNorm else "rms",
-                act=activation_name(mlp.act), gated=mlp.kind == "swiglu_packed", gamma=gamma, row_scale=row_scale,
+                act=activation_name(mlp.act), gated=mlp.kind == "swiglu_packed", gamma=gamma,
+                row_scale=self.drop_path2.row_scale(x),
             )  # fmt: skip
         hidden = mlp.drop1(self._hidden(x))
         inner = norm_args(mlp.norm) if inner_norm else {}
         if dropping(mlp.drop2):
             branch = mlp.drop2(ops.linear(hidden, fc2.weight, fc2.bias, **inner))
-            return x + reference.scale_branch(branch, gamma, row_scale)
+            return x + reference.scale_branch(branch, gamma, self.drop_path2.row_scale(x))
+        row_scale = self.drop_path2.row_scale(x)
         return ops.linear(hidden, fc2.weight, fc2.bias, gamma=gamma, row_scale=row_scale, residual=x, **inner)
 
     def _hidden(self, x: Tensor) -> Tensor:
@@ -354,6 +361,23 @@ class Block(nn.Module):
             return reference.activation(gate, act) * value
         gate = ops.linear(x, mlp.fc1_g.weight, mlp.fc1_g.bias, act=act, **norm)
         return gate * ops.linear(x, mlp.fc1_x.weight, mlp.fc1_x.bias, **norm)
+
+    def untouched(self) -> bool:
+        """Whether every part is what `Block` built, so that each token's row of norms and projections is its own."""
+        attn = self.attn
+        if any_global_hook() or not plain(self, Block) or not plain(attn, Attention) or not self._plain_mlp():
+            return False
+        maybe_norm = (nn.Identity, *NORMS)
+        return (
+            self._plain_tail(self.ls1, self.drop_path1, attn.proj_drop)
+            and plain(self.norm1, *NORMS)
+            and plain(attn.qkv, nn.Linear)
+            and plain(attn.q_norm, *maybe_norm)
+            and plain(attn.k_norm, *maybe_norm)
+            and plain(attn.attn_drop, nn.Dropout)
+            and plain(attn.norm, *maybe_norm)
+            and plain(attn.proj, nn.Linear, nn.Identity)
+        )
 
     def _plain_tail(self, scale: nn.Module, drop_path: nn.Module, dropout: nn.Module) -> bool:
         return plain(scale, nn.Identity, LayerScale) and plain(drop_path, DropPath) and plain(dropout, nn.Dropout)
@@ -384,15 +408,14 @@ class Block(nn.Module):
         proj = [("attn.proj", self.attn.proj, nn.Linear)] + tail(
             1, ("attn.proj_drop", self.attn.proj_drop, nn.Dropout)
         )
-        softmax = list(hooks)
-        if dropping(self.attn.attn_drop):
-            softmax.append("attention dropout is on: scaled_dot_product_attention")
+        softmax = [("attn.attn_drop", self.attn.attn_drop, nn.Dropout)]
+        dropout = ["attn_drop is on: scaled_dot_product_attention"] if dropping(self.attn.attn_drop) else []
         mlp_op = "mlp"
         if self.mlp.kind == "swiglu" or type(self.mlp.norm) is not nn.Identity or dropping(self.mlp.drop1):
             mlp_op = "linear (one a projection)"
         return [
             ("norm1 + attn.qkv", "linear", hooks + _reasons(whole + qkv)),
-            ("attn softmax", "attention", softmax + _reasons(whole)),
+            ("attn softmax", "attention", dropout + _reasons(softmax)),
             ("attn.proj + residual", "linear", hooks + _reasons(whole + proj)),
             ("norm2 + mlp + residual", mlp_op,
              hooks + _reasons(self._mlp_parts() + tail(2, ("mlp.drop2", self.mlp.drop2, nn.Dropout)))),

@@ -6,6 +6,8 @@ Shapes: B images, N tokens, C or D channels, H heads.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -100,6 +102,17 @@ def attention(
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale)
     return out.transpose(1, 2).flatten(2)
+
+
+def attention_visibly(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, on_weights: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """`attention` with the weights [B, H, Nq, Nk] passed through `on_weights` before they meet v."""
+    logits = scale * torch.einsum("bqhd,bkhd->bhqk", q, k)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
+    weights = on_weights(logits.softmax(dim=-1))
+    return torch.einsum("bhqk,bkhd->bqhd", weights.to(v.dtype), v).flatten(2)
 
 
 def attention_lse(q: Tensor, k: Tensor, scale: float) -> Tensor:

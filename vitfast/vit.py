@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from vitfast import ops, reference
 from vitfast.config import ViTConfig
 from vitfast.fusion import any_global_hook, plain
-from vitfast.model import Attention, AttentionPool, Block, PatchEmbed, build_norm, run_norm
+from vitfast.model import AttentionPool, Block, PatchEmbed, build_norm, run_norm
 from vitfast.timm_surface import TimmSurface, pool_of, say_mask_is_stock
 from vitfast.weights import vit_pytorch
 from vitfast.weights.pos_embed import resample_pos_embed
@@ -178,7 +178,7 @@ class ViT(TimmSurface, nn.Module):
         With pooling by token only the class token (and the distillation token) is read after the last block: the
         rest of its queries, projections and MLP rows can be left out exactly. Not where somebody could see them.
         """
-        if self.config.pool != "token" or not self.config.depth or any_global_hook():
+        if self.config.pool != "token" or not self.config.depth:
             return None
         cls = type(self)
         if any(getattr(cls, name) is not getattr(ViT, name) for name in PUBLIC_STAGES):
@@ -186,10 +186,9 @@ class ViT(TimmSurface, nn.Module):
         if any(callable(self.__dict__.get(name)) for name in PUBLIC_STAGES):
             return None
         last = self.blocks[-1]
-        untouched = plain(self.blocks, nn.Sequential) and plain(last, Block) and plain(self.norm, *NORMS_OR_NONE)
-        if not untouched or not plain(last.attn, Attention):
+        if not (type(last) is Block and last.untouched() and plain(self.norm, *NORMS_OR_NONE)):
             return None
-        if any(module._forward_hooks or module._forward_pre_hooks for module in last.modules()):
+        if not plain(self.blocks, nn.Sequential):
             return None
         return 1 + int(self.config.distillation_token)
 

@@ -137,7 +137,7 @@ def _attention_cuda(q, k, v, scale):
         return _nothing(q)
     if not _flash_takes(q):
         return attention_formula(q, k, v, scale)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    q, k, v = (_rows_of_heads(t) for t in (q, k, v))
     out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)
     return _rows(out), lse.contiguous()
 
@@ -148,13 +148,18 @@ def _attention_backward_cuda(grad, q, k, v, out, lse, scale):
     if not _flash_takes(q):
         return attention_formula_backward(grad, q, k, v, out, lse, scale)
     B, N, H, D = q.shape
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    q, k, v = (_rows_of_heads(t) for t in (q, k, v))
     grad, out = (t.view(B, N, H, D).transpose(1, 2) for t in (grad.contiguous(), out))
     unused = torch.zeros(2, dtype=torch.uint64, device=q.device)
     grads = aten._scaled_dot_product_flash_attention_backward(
         grad, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, False, unused, unused, scale=scale
     )
     return tuple(g.transpose(1, 2).contiguous() for g in grads)
+
+
+def _rows_of_heads(t):
+    """[B, N, H, D] -> [B, H, N, D]; torch's flash attention wants the numbers of a head side by side."""
+    return (t if t.stride(-1) == 1 else t.contiguous()).transpose(1, 2)
 
 
 def _flash_takes(q):
