@@ -1,89 +1,16 @@
 """Every op against fp64, against stock operators, and against itself: strides, gradients, autocast, errors."""
 
-import re
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
 from numerics import RMS_RATIO, YARDSTICK_EPS, accept
-from torch._subclasses import FakeTensorMode
+from test_reference import SIZES, VARIANTS, build, every_variant, reference_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import vitfast
 from vitfast import ops, reference
 
-attention_module = sys.modules["vitfast.ops.attention"]
-
-# (N, C, head_dim): one token; fewer channels than a vector register; padded tiles; head dims that are no power
-# of two, whose scale doesn't round to the one of 64
-SIZES = [(1, 192, 64), (2, 17, 72), (17, 3, 80), (197, 192, 16)]
-NO_NORM = dict(norm_weight=None, norm_bias=None)
-
-# shapes in letters: B images, N tokens, C channels, F = 2 C hidden, H heads, D head_dim, M = N + 3 keys,
-# P prefix tokens, T = P + N, I image channels, images of N patches of a x b pixels in one row: a x w
-VARIANTS = {
-    "layer_norm": ("layer_norm", dict(x="BNC", weight="C", bias="C"), dict(eps=1e-6)),
-    "layer_norm bare": ("layer_norm", dict(x="BNC"), dict(weight=None, bias=None, eps=1e-5)),
-    "layer_norm rms": ("layer_norm", dict(x="BNC", weight="C"), dict(bias=None, eps=1e-6, kind="rms")),
-    "add_layer_norm": (
-        "add_layer_norm",
-        dict(residual="BNC", branch="BNC", weight="C", bias="C", gamma="C", row_scale="B"),
-        dict(eps=1e-6),
-    ),
-    "add_layer_norm rms": (
-        "add_layer_norm", dict(residual="BNC", branch="BNC"), dict(weight=None, bias=None, eps=1e-5, kind="rms"),
-    ),
-    "linear": ("linear", dict(x="BNC", weight="FC", bias="F"), {}),
-    "linear bare": ("linear", dict(x="BNC", weight="FC", gamma="F"), dict(act="silu")),
-    "linear full": (
-        "linear",
-        dict(x="BNC", weight="FC", bias="F", norm_weight="C", norm_bias="C", gamma="F", row_scale="B", residual="BNF"),
-        dict(norm="layer", act="gelu"),
-    ),
-    "linear rms": (
-        "linear",
-        dict(x="BNC", weight="FC", norm_weight="C", row_scale="B", residual="BNF"),
-        dict(norm="rms", act="quick_gelu", norm_eps=1e-5),
-    ),
-    "attention": ("attention", dict(q="BNHD", k="BMHD", v="BMHD"), {}),
-    "attention_qkv": ("attention_qkv", dict(qkv="BN3HD"), {}),
-    "mlp": (
-        "mlp",
-        dict(x="BNC", norm_weight="C", norm_bias="C", w1="FC", b1="F", w2="CF", b2="C", gamma="C", row_scale="B"),
-        dict(norm="layer", norm_eps=1e-6),
-    ),
-    "mlp bare": (
-        "mlp", dict(x="BNC", w1="FC", w2="CF"),
-        dict(b1=None, b2=None, norm="rms", norm_eps=1e-6, act="gelu_tanh", **NO_NORM),
-    ),
-    "mlp gated": (
-        "mlp", dict(x="BNC", norm_weight="C", norm_bias="C", w1="FC", b1="F", w2="CC", b2="C"),
-        dict(norm="layer", norm_eps=1e-6, act="silu", gated=True),
-    ),
-    "patch_embed": ("patch_embed", dict(images="BIaw", weight="CIab", bias="C", pos_embed="TC", prefix="PC"), {}),
-    "patch_embed patches": ("patch_embed", dict(images="BIaw", weight="CIab", pos_embed="NC", prefix="PC"), dict(bias=None)),
-    "patch_embed bare": ("patch_embed", dict(images="BIaw", weight="CIab"), dict(bias=None)),
-}  # fmt: skip
 FULL = ["layer_norm", "add_layer_norm", "linear full", "attention", "attention_qkv", "mlp", "patch_embed"]
 NORMED = [name for name, (_, shapes, _) in VARIANTS.items() if "norm" in name or "mlp" in name or "norm_weight" in shapes]
-every_variant = pytest.mark.parametrize("variant", VARIANTS)
-
-
-def build(variant, size=SIZES[1], *, dtype=torch.float32, device="cpu", B=2):
-    """The tensors of a variant; row_scale drops the last image, as stochastic depth does."""
-    N, C, D = size
-    letters = dict(B=B, N=N, C=C, F=2 * C, H=3, D=D, M=N + 3, P=2, T=N + 2, I=3, a=2, b=3, w=3 * N, **{"3": 3})
-    tensors = {}
-    for name, shape in VARIANTS[variant][1].items():
-        t = torch.randn([letters[letter] for letter in shape], dtype=torch.float64)
-        if name in ("weight", "w1", "w2") and t.dim() > 1:
-            t *= t[0].numel() ** -0.5
-        if name == "row_scale":
-            t = torch.full((B,), 1.25, dtype=torch.float64)
-            t[-1:] = 0
-        tensors[name] = t.to(device, dtype)
-    return tensors
 
 
 def op_of(variant):
@@ -91,22 +18,14 @@ def op_of(variant):
     return lambda **tensors: getattr(ops, name)(**tensors, **options)
 
 
-def reference_of(variant):
-    """The function of vitfast.reference behind the op; in dtype T it is the chain of stock operators in T."""
-    name, _, options = VARIANTS[variant]
-    if name == "attention_qkv":
-        return lambda qkv: reference.attention(*qkv.unbind(2), qkv.shape[-1] ** -0.5)
-    if name == "attention":
-        return lambda q, k, v: reference.attention(q, k, v, q.shape[-1] ** -0.5)
-    unset = dict(gamma=None, row_scale=None) if name == "add_layer_norm" else {}
-    return lambda **tensors: getattr(reference, name)(**{**unset, **options, **tensors})
+def outs_of(result):
+    return result if isinstance(result, tuple) else (result,)
 
 
 def run(fn, tensors, cotangents=None, frozen=("row_scale",)):
     """Results and gradients by name; cotangents are fp64 and rounded to the dtype of the results."""
     leaves = {name: t.detach().requires_grad_(name not in frozen) for name, t in tensors.items()}
-    out = fn(**leaves)
-    outs = out if isinstance(out, tuple) else (out,)
+    outs = outs_of(fn(**leaves))
     wanted = {name: t for name, t in leaves.items() if t.requires_grad}
     cotangents = [c.to(o.dtype) for c, o in zip(cotangents or cotangents_of(outs), outs, strict=True)]
     grads = torch.autograd.grad(outs, list(wanted.values()), cotangents)
@@ -163,8 +82,7 @@ def stock_of(variant):
 
 def judged(variant, tensors, dtype):
     """Results and gradients as (name, op's, reference's in fp64, stock operators' in the same dtype)."""
-    outs = reference_of(variant)(**tensors)
-    cotangents = [c.to(dtype).double() for c in cotangents_of(outs if isinstance(outs, tuple) else (outs,))]
+    cotangents = [c.to(dtype).double() for c in cotangents_of(outs_of(reference_of(variant)(**tensors)))]
     ref = run(reference_of(variant), {name: t.double() for name, t in tensors.items()}, cotangents)
     low = run(stock_of(variant), tensors, cotangents)
     out = run(op_of(variant), tensors, cotangents)
@@ -213,3 +131,260 @@ def test_hard_rows_lose_digits(variant, data, dtype, device):
         # these rows are ill-conditioned, and the sums over them in half precision more so
         if name.startswith("out") or name == f"grad {first}":
             judge(name, out, ref, low, dtype)
+
+
+# --- strides, rows, empty batches
+
+
+def of_nans(t, shape):
+    return torch.full(shape, float("nan"), dtype=t.dtype, device=t.device)
+
+
+def among_nans(t):
+    """A slice of a wider tensor, as q is of the packed projection; anything read beside it is NaN."""
+    wide = of_nans(t, (*t.shape[:-1], 3, t.shape[-1]))
+    wide[..., 1, :] = t
+    return wide[..., 1, :]
+
+
+def padded(t):
+    """Rows of NaNs' neighbours: the last dim of a wider one, the start not aligned."""
+    wide = of_nans(t, (*t.shape[:-1], t.shape[-1] + 3))
+    wide[..., 1:-2] = t
+    return wide[..., 1:-2]
+
+
+LAYOUTS = {
+    "slice of packed": among_nans,
+    "padded last dim": padded,
+    "last dim outermost": lambda t: t.movedim(-1, 0).contiguous().movedim(0, -1),
+    "channels last": lambda t: t.movedim(1, -1).contiguous().movedim(-1, 1),
+    "expanded": lambda t: t[:1].expand_as(t),
+    "storage offset 1": lambda t: torch.cat([of_nans(t, (1,)), t.flatten()])[1:].view(t.shape),
+}
+
+
+@every_variant
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_strides_change_the_result(variant, layout, dtype, device):
+    """A stride taken for that of a contiguous tensor, in the inputs or in the incoming gradient."""
+    tensors = build(variant, (17, 17, 72), dtype=dtype, device=device)
+    view = lambda t: LAYOUTS[layout](t) if t.dim() > 2 else t  # noqa: E731
+    views = {name: view(t) for name, t in tensors.items() if t.dim() > 0}
+    dense = {name: t.contiguous() for name, t in views.items()}
+    cotangents = cotangents_of(outs_of(op_of(variant)(**dense)))
+    got = run(op_of(variant), views, [view(c) for c in cotangents])
+    expected = run(op_of(variant), dense, [view(c).contiguous() for c in cotangents])
+    assert any(not t.is_contiguous() or t.storage_offset() for t in views.values())
+    bitwise(got, expected)
+
+
+@every_variant
+def test_a_nan_spreads_to_other_images(variant, device):
+    """An image or a row that reads from its neighbours."""
+    clean = build(variant, (17, 17, 72), device=device, B=3)
+    first = next(iter(clean))
+    dirty = {**clean, first: clean[first].clone()}
+    dirty[first][1].flatten()[0] = float("nan")
+    others = [0, 2]
+    got, expected = run(op_of(variant), dirty), run(op_of(variant), clean)
+    for name in got:
+        if name.startswith("out") or clean[name[5:]].shape[0] == 3 == clean[first].shape[0] and name != "grad row_scale":
+            torch.testing.assert_close(got[name][others], expected[name][others], rtol=0, atol=0, msg=name)
+    assert got["out 0"][1].isnan().any()
+    if "attention" not in variant:
+        torch.testing.assert_close(got["out 0"][1, -1:], expected["out 0"][1, -1:], rtol=0, atol=0)
+
+
+@every_variant
+def test_an_empty_batch_fails_or_has_another_gradient(variant, device):
+    """A kernel launched on nothing, a reshape(-1) of nothing, gradients of weights that aren't zero."""
+    tensors = build(variant, device=device, B=0)
+    bitwise(run(op_of(variant), tensors), run(reference_of(variant), tensors))
+
+
+@every_variant
+def test_two_runs_differ(variant, device):
+    """Atomics or uninitialised memory; an input or a saved tensor overwritten by forward or backward."""
+    tensors = build(variant, (197, 17, 72), device=device)
+    versions = {name: t._version for name, t in tensors.items()}
+    expected = run(op_of(variant), tensors)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        bitwise(run(op_of(variant), tensors), expected)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    leaves = {name: t.requires_grad_(name != "row_scale") for name, t in tensors.items()}
+    total = sum(o.sum() for o in outs_of(op_of(variant)(**leaves)))
+    wanted = [t for t in leaves.values() if t.requires_grad]
+    first, second = (torch.autograd.grad(total, wanted, retain_graph=True) for _ in range(2))
+    bitwise(dict(enumerate(second)), dict(enumerate(first)), "second backward")
+    assert {name: t._version for name, t in tensors.items()} == versions
+
+
+# --- what is paid for, in which dtype
+
+
+@every_variant
+def test_frozen_inputs_cost_or_change_gradients(variant):
+    """A linear probe or LoRA that pays for gradients nobody wants, or gets wrong ones for the rest."""
+    tensors = build(variant)
+    everything = run(op_of(variant), tensors)
+    for name in tensors.keys() - {"row_scale"}:
+        with Recorder() as recorder:
+            got = run(op_of(variant), tensors, frozen=tensors.keys() - {name})
+        bitwise({name: got[f"grad {name}"]}, {name: everything[f"grad {name}"]}, "alone")
+        computed = [g for func, _, out in recorder.calls if "backward" in str(func) for g in outs_of(out)]
+        if variant != "attention":  # whose stock kernel makes all three at once
+            assert sum(g is not None for g in computed) <= 1, f"{name} alone: {len(computed)} gradients"
+
+
+@pytest.mark.parametrize(
+    ("variant", "wanted", "products"),
+    [
+        ("linear full", ["x", "weight"], 2), ("linear full", ["x"], 1), ("linear full", ["weight"], 1),
+        ("linear full", ["norm_bias"], 1), ("linear full", ["bias", "gamma", "residual"], 0),
+        ("mlp", ["x", "w1", "w2"], 4), ("mlp", ["x"], 2), ("mlp", ["w1"], 2), ("mlp", ["w2"], 1),
+        ("mlp", ["b2", "gamma"], 0),
+    ],
+)  # fmt: skip
+def test_frozen_weights_cost_matrix_products(variant, wanted, products):
+    """A mask that is handed on but not obeyed."""
+    leaves = {name: t.requires_grad_(name in wanted) for name, t in build(variant).items()}
+    total = op_of(variant)(**leaves).sum()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        total.backward()
+    kernels = ("aten::mm", "aten::addmm", "aten::bmm")
+    assert sum(e.count for e in profile.key_averages() if e.key in kernels) == products
+
+
+AUTOCAST = {
+    "layer_norm": torch.float32, "add_layer_norm": torch.float32, "linear": torch.bfloat16,
+    "linear full": torch.float32, "attention": torch.bfloat16, "attention_qkv": torch.bfloat16,
+    "mlp": torch.float32, "patch_embed": torch.float32, "patch_embed bare": torch.bfloat16,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", AUTOCAST)
+def test_autocast_gives_another_dtype(variant, device):
+    """A residual stream rounded to bf16, a product left in fp32, fp64 rounded down, gradients in another dtype."""
+    tensors = build(variant, device=device)
+    doubles = {name: t.double() for name, t in tensors.items()}
+    with torch.autocast(device.type, torch.bfloat16):
+        got, in_fp64 = run(op_of(variant), tensors), run(op_of(variant), doubles)
+    assert got["out 0"].dtype == AUTOCAST[variant]
+    assert all(g.dtype == torch.float32 for name, g in got.items() if name.startswith("grad"))
+    bitwise(in_fp64, run(op_of(variant), doubles))
+    for name, ref in in_fp64.items():
+        torch.testing.assert_close(got[name].double(), ref, rtol=0.05, atol=0.03 * ref.abs().max().item())
+
+
+# --- attention
+
+
+def heads(*shape, dtype=torch.float64, device="cpu"):
+    return torch.randn(*shape, dtype=torch.float64).to(device, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_lse_is_wrong(size, dtype, device):
+    """The base of the logarithm, a forgotten scale, padded keys in the sum, lse rounded to half precision."""
+    tensors = build("attention", size, dtype=dtype, device=device)
+    out, lse = ops.attention(**tensors, scale=0.3, return_lse=True)
+    ref = reference.attention_lse(tensors["q"].double(), tensors["k"].double(), 0.3)
+    assert lse.dtype == torch.promote_types(dtype, torch.float32) and not lse.requires_grad
+    torch.testing.assert_close(lse.double(), ref, rtol=1e-6, atol=1e-5)
+    bitwise({"out": out}, {"out": ops.attention(**tensors, scale=0.3)})
+    packed = build("attention_qkv", size, dtype=dtype, device=device)["qkv"]
+    one, two = ops.attention_qkv(packed, return_lse=True), ops.attention(*packed.unbind(2), return_lse=True)
+    bitwise(dict(enumerate(one)), dict(enumerate(two)))
+
+
+def test_no_key_at_all_gives_nan(device):
+    """0 / 0 in the softmax of an empty row."""
+    q, k = (heads(2, n, 3, 8, device=device).requires_grad_() for n in (5, 0))
+    out, lse = ops.attention(q, k, k, return_lse=True)
+    assert out.shape == (2, 5, 24) and not out.any() and (lse == float("-inf")).all()
+    assert not torch.autograd.grad(out.sum(), q)[0].any()
+
+
+@pytest.mark.parametrize("how", ["bool mask", "float mask", "dropout"])
+def test_mask_or_dropout_differs_from_sdpa(how):
+    """A mask that is ignored, transposed or inverted; dropout with another random state; a made-up lse."""
+    q, k, v = (heads(2, n, 3, 8) for n in (5, 7, 7))
+    mask = {"bool mask": heads(2, 1, 5, 7) > -1, "float mask": heads(5, 7), "dropout": None}[how]
+    dropout_p = 0.5 if how == "dropout" else 0.0
+    torch.manual_seed(3)
+    out = ops.attention(q, k, v, mask=mask, dropout_p=dropout_p)
+    torch.manual_seed(3)
+    expected = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), mask, dropout_p)
+    torch.testing.assert_close(out, expected.transpose(1, 2).flatten(2))
+    assert not torch.allclose(out, ops.attention(q, k, v))
+    with pytest.raises(NotImplementedError, match="return_lse"):
+        ops.attention(q, k, v, mask=mask, dropout_p=dropout_p, return_lse=True)
+
+
+# --- errors
+
+BAD = {
+    "shape": (lambda t: torch.cat([t, t[..., :1]], dim=-1), r"\b{name}\b.*got"),
+    "device": (lambda t: t.to("meta"), r"\b{name} on meta"),
+    "int": (lambda t: t.long(), r"\b{name}\b.*int64"),
+    "dtype": (lambda t: t.double(), r"\b{name} float64"),
+}
+# added or multiplied in the wider dtype, as torch does
+ANY_FLOAT = ("residual", "branch", "gamma", "row_scale", "pos_embed", "prefix")
+BAD_INPUTS = [
+    (variant, name, how)
+    for variant in FULL for name in VARIANTS[variant][1] for how in BAD
+    if not (how == "dtype" and name in ANY_FLOAT) and not (name == "qkv" and how in ("shape", "device", "dtype"))
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("variant", "name", "how"), BAD_INPUTS)
+def test_bad_input_is_no_clear_error(variant, name, how):
+    """An index error, a crash inside torch or a result, in place of one ValueError that names the argument."""
+    tensors, (spoil, message) = build(variant), BAD[how]
+    with pytest.raises(ValueError, match=rf"^{VARIANTS[variant][0]}: .*{message.format(name=name)}"):
+        op_of(variant)(**{**tensors, name: spoil(tensors[name])})
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ops.layer_norm(torch.tensor(1.0), None, None, 1e-6), r"layer_norm: x must be \[\.\.\., C\], got \[\]"),
+        (lambda: ops.layer_norm(torch.ones(2, 3), None, None, 1e-6, "batch"), "kind .*'layer'.*'batch'"),
+        (lambda: ops.linear(torch.ones(3), torch.ones(2, 3)), r"x must be \[B, \.\.\., K\], got \[3\]"),
+        (lambda: ops.attention_qkv(torch.ones(2, 5, 4, 3, 8)), r"\[B, N, 3, H, D\], got \[2, 5, 4, 3, 8\]"),
+        (lambda: ops.attention(*[torch.ones(2, 5, 8)] * 3), r"q must be \[B, N, H, D\], got \[2, 5, 8\]; k must be"),
+        (lambda: ops.patch_embed(torch.ones(1, 3, 5, 4), torch.ones(8, 3, 2, 2)), "multiple of the patch 2x2.*5x4"),
+        (lambda: ops.patch_embed(torch.ones(1, 4, 4, 4), torch.ones(8, 3, 2, 2)), "3 channels.*got 4"),
+        (lambda: ops.patch_embed(torch.ones(1, 3, 4, 4).byte(), torch.ones(8, 3, 2, 2)), "uint8 .* mean and std"),
+    ],
+)
+def test_rank_or_choice_is_no_clear_error(call, message):
+    """A wrong rank or name that passes, or fails inside torch."""
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_only_the_first_of_several_faults_is_named():
+    """A user who has to fix his call one error at a time."""
+    x, weight = torch.zeros(2, 3, 4), torch.zeros(5, 4)
+    with pytest.raises(ValueError) as error:
+        ops.linear(x, weight, torch.zeros(4), gamma=torch.zeros(6), residual=torch.zeros(2, 3, 5).int(), act="relu")
+    for part in ("act", "'relu'", "bias must be [5]", "got [4]", "gamma must be [5]", "got [6]", "residual", "int32"):
+        assert part in str(error.value), part
+
+
+def test_uint8_images_are_normalised_otherwise(device):
+    """A forgotten / 255, mean and std of the wrong channel."""
+    images = torch.randint(0, 256, (2, 3, 4, 6), dtype=torch.uint8, device=device)
+    mean, std = torch.tensor([0.1, 0.5, 0.9], device=device), torch.tensor([0.2, 0.3, 0.4], device=device)
+    weight = torch.randn(8, 3, 2, 3, device=device)
+    floats = (images.double() / 255 - mean.double()[:, None, None]) / std.double()[:, None, None]
+    expected = ops.patch_embed(floats, weight.double())
+    torch.testing.assert_close(ops.patch_embed(images, weight, mean=mean, std=std).double(), expected, rtol=1e-4, atol=1e-4)

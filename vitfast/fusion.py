@@ -28,17 +28,15 @@ def plain(module: nn.Module, *kinds: type) -> bool:
         and not module._backward_hooks
         and not module._backward_pre_hooks
         and "forward" not in module.__dict__
-        and _plain_weights(module)
+        and (not module._parameters or _plain_weights(module))
     )
 
 
 def _plain_weights(module: nn.Module) -> bool:
-    if torch.compiler.is_exporting():
-        # torch.export puts stand-ins of other classes in the place of parameters
-        return True
     for parameter in module._parameters.values():
         if parameter is not None and type(parameter) not in PLAIN_TENSORS:
-            return False
+            # torch.export puts stand-ins of other classes in the place of parameters
+            return torch.compiler.is_exporting()
     return True
 
 

@@ -48,9 +48,9 @@ def build_norm(config: ViTConfig, dim: int) -> nn.Module:
 
 def norm_args(module: nn.Module) -> dict:
     """The norm prologue of `ops.linear` that does what `module` does."""
-    if type(module) is nn.LayerNorm:
-        return dict(norm="layer", norm_weight=module.weight, norm_bias=module.bias, norm_eps=module.eps)
-    return dict(norm="rms", norm_weight=module.weight, norm_bias=None, norm_eps=module.eps)
+    own = module._parameters
+    kind = "layer" if type(module) is nn.LayerNorm else "rms"
+    return {"norm": kind, "norm_weight": own["weight"], "norm_bias": own.get("bias"), "norm_eps": module.eps}
 
 
 def run_norm(module: nn.Module, x: Tensor) -> Tensor:
@@ -218,7 +218,12 @@ class Attention(nn.Module):
 
     def attend_packed(self, qkv: Tensor, mask: Tensor | None = None) -> Tensor:
         """Packed projection [B, N, 3, H, head_dim] -> [B, N, H * head_dim]."""
-        if not all(plain(module, *kinds) for _, module, *kinds in self.untouched_parts()):
+        parts = self._modules
+        if not (
+            plain(parts["q_norm"], nn.Identity)
+            and plain(parts["k_norm"], nn.Identity)
+            and plain(parts["attn_drop"], nn.Dropout)
+        ):
             return self.attend(*qkv.unbind(2), mask)
         out = ops.attention_qkv(qkv, scale=self.scale, mask=mask, dropout_p=self._dropout_p())
         return run_norm(self.norm, out)
@@ -232,13 +237,6 @@ class Attention(nn.Module):
             # somebody replaced or watches the dropout of the attention weights, so they have to exist
             out = reference.attention_visibly(q, k, v, self.scale, mask, self.attn_drop)
         return run_norm(self.norm, out)
-
-    def untouched_parts(self) -> list[tuple]:
-        """(name, module, *classes) of what the packed op leaves out."""
-        return [
-            ("attn.q_norm", self.q_norm, nn.Identity), ("attn.k_norm", self.k_norm, nn.Identity),
-            ("attn.attn_drop", self.attn_drop, nn.Dropout),
-        ]  # fmt: skip
 
     def _dropout_p(self) -> float:
         return self.attn_drop.p if self.attn_drop.training else 0.0
@@ -266,9 +264,10 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, config.dim, bias=config.proj_bias)
         self.drop2 = nn.Dropout(config.mlp_dropout)
 
-    def first_layers(self) -> list[tuple[str, nn.Module]]:
-        names = ("fc1_g", "fc1_x") if self.kind == "swiglu" else ("fc1",)
-        return [(name, getattr(self, name)) for name in names]
+    @property
+    def first_names(self) -> tuple[str, ...]:
+        """Names of the projections before the activation."""
+        return ("fc1_g", "fc1_x") if self.kind == "swiglu" else ("fc1",)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "swiglu":
@@ -300,55 +299,64 @@ class Block(nn.Module):
         """Tokens [B, N, D] -> [B, N, D]; an untouched block computes only the first `keep` if asked."""
         return self.mlp_branch(self.attention_branch(x, attn_mask, keep))
 
+    # The two branches read their parts from `_modules`: `nn.Module.__getattr__` takes 0.8 us, and a block has twenty.
+
     def attention_branch(self, x: Tensor, attn_mask: Tensor | None = None, keep: int | None = None) -> Tensor:
         """x + attention(norm1(x)), for all tokens, or in an untouched block for the first `keep`."""
-        attn = self.attn
-        fusable = not any_global_hook()
-        if not (fusable and plain(attn, Attention)):
-            return x + self.drop_path1(self.ls1(attn(self.norm1(x), attn_mask=attn_mask)))
-        qkv = attn.qkv
-        read_plain = plain(self.norm1, *NORMS) and plain(qkv, nn.Linear)
-        if keep is None:
-            norm1 = self.norm1
-            packed = ops.linear(x, qkv.weight, qkv.bias, **norm_args(norm1)) if read_plain else qkv(norm1(x))
-            out = attn.attend_packed(attn.split(packed, 3), attn_mask)
-        else:
-            # only ever asked of an untouched block
-            inner, bias, norm = attn.attn_dim, qkv.bias, norm_args(self.norm1)
-            kv = ops.linear(x, qkv.weight[inner:], None if bias is None else bias[inner:], **norm)
+        parts = self._modules
+        norm1, attn, scale, drop_path = parts["norm1"], parts["attn"], parts["ls1"], parts["drop_path1"]
+        if any_global_hook() or not plain(attn, Attention):
+            return x + drop_path(scale(attn(norm1(x), attn_mask=attn_mask)))
+        qkv, proj, proj_drop = attn._modules["qkv"], attn._modules["proj"], attn._modules["proj_drop"]
+        if keep is not None:
+            out = self._attend_first(x, keep)
             x = x[:, :keep]
-            q = ops.linear(x, qkv.weight[:inner], None if bias is None else bias[:inner], **norm)
-            out = attn.attend(attn.split(q, 1).squeeze(2), *attn.split(kv, 2).unbind(2))
-        proj = attn.proj
-        if not self._plain_tail(self.ls1, self.drop_path1, attn.proj_drop) or not plain(proj, nn.Linear):
-            return x + self.drop_path1(self.ls1(attn.proj_drop(proj(out))))
-        gamma = gamma_of(self.ls1)
-        if dropping(attn.proj_drop):
-            branch = attn.proj_drop(ops.linear(out, proj.weight, proj.bias))
-            return x + reference.scale_branch(branch, gamma, self.drop_path1.row_scale(x))
-        row_scale = self.drop_path1.row_scale(x)
+        else:
+            if plain(norm1, *NORMS) and plain(qkv, nn.Linear):
+                packed = ops.linear(x, qkv.weight, qkv.bias, **norm_args(norm1))
+            else:
+                packed = qkv(norm1(x))
+            out = attn.attend_packed(attn.split(packed, 3), attn_mask)
+        if not self._plain_tail(scale, drop_path, proj_drop) or not plain(proj, nn.Linear):
+            return x + drop_path(scale(proj_drop(proj(out))))
+        gamma = gamma_of(scale)
+        if dropping(proj_drop):
+            branch = proj_drop(ops.linear(out, proj.weight, proj.bias))
+            return x + reference.scale_branch(branch, gamma, drop_path.row_scale(x))
+        row_scale = drop_path.row_scale(x)
         return ops.linear(out, proj.weight, proj.bias, gamma=gamma, row_scale=row_scale, residual=x)
+
+    def _attend_first(self, x: Tensor, keep: int) -> Tensor:
+        """Attention of the first `keep` tokens over all; keys and values for all, queries only for these."""
+        attn, qkv, norm = self.attn, self.attn.qkv, norm_args(self.norm1)
+        inner, bias = attn.attn_dim, qkv.bias
+        kv = ops.linear(x, qkv.weight[inner:], None if bias is None else bias[inner:], **norm)
+        q = ops.linear(x[:, :keep], qkv.weight[:inner], None if bias is None else bias[:inner], **norm)
+        return attn.attend(attn.split(q, 1).squeeze(2), *attn.split(kv, 2).unbind(2))
 
     def mlp_branch(self, x: Tensor) -> Tensor:
         """x + mlp(norm2(x))."""
-        mlp, norm2 = self.mlp, self.norm2
+        parts = self._modules
+        norm2, mlp, scale, drop_path = parts["norm2"], parts["mlp"], parts["ls2"], parts["drop_path2"]
         if not self._plain_mlp():
-            return x + self.drop_path2(self.ls2(mlp(norm2(x))))
-        gamma, fc2 = gamma_of(self.ls2), mlp.fc2
-        inner_norm = type(mlp.norm) is not nn.Identity
-        if mlp.kind != "swiglu" and not inner_norm and not dropping(mlp.drop1) and not dropping(mlp.drop2):
+            return x + drop_path(scale(mlp(norm2(x))))
+        inside = mlp._modules
+        fc2, drop1, drop2, inner_norm = inside["fc2"], inside["drop1"], inside["drop2"], inside["norm"]
+        gamma, has_norm = gamma_of(scale), type(inner_norm) is not nn.Identity
+        if mlp.kind != "swiglu" and not has_norm and not dropping(drop1) and not dropping(drop2):
+            fc1 = inside["fc1"]
             return ops.mlp(
-                x, norm2.weight, getattr(norm2, "bias", None), mlp.fc1.weight, mlp.fc1.bias, fc2.weight, fc2.bias,
+                x, norm2.weight, getattr(norm2, "bias", None), fc1.weight, fc1.bias, fc2.weight, fc2.bias,
                 norm_eps=norm2.eps, norm="layer" if type(norm2) is nn.LayerNorm else "rms",
-                act=activation_name(mlp.act), gated=mlp.kind == "swiglu_packed", gamma=gamma,
-                row_scale=self.drop_path2.row_scale(x),
+                act=activation_name(inside["act"]), gated=mlp.kind == "swiglu_packed", gamma=gamma,
+                row_scale=drop_path.row_scale(x),
             )  # fmt: skip
-        hidden = mlp.drop1(self._hidden(x))
-        inner = norm_args(mlp.norm) if inner_norm else {}
-        if dropping(mlp.drop2):
-            branch = mlp.drop2(ops.linear(hidden, fc2.weight, fc2.bias, **inner))
-            return x + reference.scale_branch(branch, gamma, self.drop_path2.row_scale(x))
-        row_scale = self.drop_path2.row_scale(x)
+        hidden = drop1(self._hidden(x))
+        inner = norm_args(inner_norm) if has_norm else {}
+        if dropping(drop2):
+            branch = drop2(ops.linear(hidden, fc2.weight, fc2.bias, **inner))
+            return x + reference.scale_branch(branch, gamma, drop_path.row_scale(x))
+        row_scale = drop_path.row_scale(x)
         return ops.linear(hidden, fc2.weight, fc2.bias, gamma=gamma, row_scale=row_scale, residual=x, **inner)
 
     def _hidden(self, x: Tensor) -> Tensor:
@@ -383,9 +391,18 @@ class Block(nn.Module):
         return plain(scale, nn.Identity, LayerScale) and plain(drop_path, DropPath) and plain(dropout, nn.Dropout)
 
     def _plain_mlp(self) -> bool:
-        if any_global_hook() or not self._plain_tail(self.ls2, self.drop_path2, self.mlp.drop2):
-            return False
-        return all(plain(module, *kinds) for _, module, *kinds in self._mlp_parts())
+        parts, inside = self._modules, self._modules["mlp"]._modules
+        return (
+            not any_global_hook()
+            and plain(parts["mlp"], Mlp)
+            and self._plain_tail(parts["ls2"], parts["drop_path2"], inside["drop2"])
+            and plain(parts["norm2"], *NORMS)
+            and plain(inside["act"], *ACTIVATIONS)
+            and plain(inside["drop1"], nn.Dropout)
+            and plain(inside["norm"], nn.Identity, *NORMS)
+            and plain(inside["fc2"], nn.Linear)
+            and all(plain(inside[name], nn.Linear) for name in parts["mlp"].first_names)
+        )
 
     def _mlp_parts(self) -> list[tuple]:
         mlp = self.mlp
@@ -394,7 +411,7 @@ class Block(nn.Module):
             ("mlp.drop1", mlp.drop1, nn.Dropout), ("mlp.norm", mlp.norm, nn.Identity, *NORMS),
             ("mlp.fc2", mlp.fc2, nn.Linear),
         ]  # fmt: skip
-        return parts + [(f"mlp.{name}", layer, nn.Linear) for name, layer in mlp.first_layers()]
+        return parts + [(f"mlp.{name}", getattr(mlp, name), nn.Linear) for name in mlp.first_names]
 
     def fusion_report(self) -> list[tuple[str, str, list[str]]]:
         """(part, op, reasons against it) of this block as it is now."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vitfast import reference
 from vitfast.ops import _register
-from vitfast.ops._check import Reasons, autocast_dtype, cast
+from vitfast.ops._check import FLOATS, Reasons, autocast_dtype, cast
 from vitfast.switches import stock_only
 
 aten = torch.ops.aten
@@ -66,11 +66,11 @@ def attention_qkv(
     qkv = cast(qkv, autocast_dtype(qkv))
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(f"attention_qkv: qkv must be [B, N, 3, H, D], got {list(qkv.shape)}")
-    q, k, v = qkv.unbind(2)
-    _check(q, k, v)
+    if qkv.dtype not in FLOATS:
+        raise ValueError(f"attention_qkv: qkv must be a floating point tensor, got {str(qkv.dtype)[6:]}")
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     if _needs_sdpa(mask, dropout_p, return_lse):
-        return reference.attention(q, k, v, scale, mask, dropout_p)
+        return reference.attention(*qkv.unbind(2), scale, mask, dropout_p)
     out, lse = _attention_qkv(qkv, scale)
     return (out, lse) if return_lse else out
 
@@ -212,7 +212,7 @@ def _setup(ctx, inputs, output):
 def _attention_grad(ctx, grad, _):
     if grad is None:
         return None, None, None, None
-    need = ctx.needs_input_grad
+    need = ctx.needed
     grads = _attention_backward(grad, *ctx.saved_tensors, ctx.scale)
     return *(g if n else None for g, n in zip(grads, need, strict=False)), None
 

@@ -138,7 +138,7 @@ def _layer_norm_grad(ctx, grad, *_):
         return (None,) * 6
     x, weight, bias, mean, rstd = ctx.saved_tensors
     grads = _layer_norm_backward(
-        grad, x, mean, rstd, weight, bias, ctx.eps, ctx.kind, list(ctx.needs_input_grad[:3])
+        grad, x, mean, rstd, weight, bias, ctx.eps, ctx.kind, list(ctx.needed[:3])
     )
     return *grads, None, None, None
 
@@ -161,14 +161,14 @@ def _add_layer_norm_setup(ctx, inputs, output):
     total, _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
-    kept = branch if ctx.needs_input_grad[6] else None
+    kept = branch if ctx.needed[6] else None
     ctx.save_for_backward(total, weight, bias, mean, rstd, kept, gamma, row_scale)
     ctx.eps, ctx.kind, ctx.branch_dtype = eps, kind, branch.dtype
 
 
 def _add_layer_norm_grad(ctx, grad_total, grad_normed, *_):
     total, weight, bias, mean, rstd, branch, gamma, row_scale = ctx.saved_tensors
-    need = ctx.needs_input_grad
+    need = ctx.needed
     grad_weight = grad_bias = grad_gamma = grad_branch = None
     if grad_normed is not None:
         needs_total = need[0] or need[1] or need[6]

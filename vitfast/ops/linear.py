@@ -156,7 +156,7 @@ def _linear_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(
         x, weight, bias, norm_weight, norm_bias, mean, rstd, pre,
-        branch if ctx.needs_input_grad[8] else None, gamma, row_scale,
+        branch if ctx.needed[8] else None, gamma, row_scale,
     )  # fmt: skip
     ctx.how = (norm_eps, norm, act)
 
@@ -165,7 +165,7 @@ def _linear_grad(ctx, grad, *_):
     if grad is None:
         return (None,) * 11
     x, weight, bias, norm_weight, norm_bias, mean, rstd, pre, branch, gamma, row_scale = ctx.saved_tensors
-    need = ctx.needs_input_grad
+    need = ctx.needed
     mask = [*need[:5], need[8]]
     grads = (None,) * 6
     if any(mask):

@@ -162,7 +162,7 @@ def _mlp_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(
         x, norm_weight, norm_bias, mean, rstd, w1, b1, w2, b2, pre,
-        branch if ctx.needs_input_grad[11] else None, gamma, row_scale,
+        branch if ctx.needed[11] else None, gamma, row_scale,
     )  # fmt: skip
     ctx.how = (norm_eps, norm, act, gated)
 
@@ -170,7 +170,7 @@ def _mlp_setup(ctx, inputs, output):
 def _mlp_grad(ctx, grad, *_):
     if grad is None:
         return (None,) * 13
-    need = ctx.needs_input_grad
+    need = ctx.needed
     mask = [*need[:3], *need[5:9], need[11]]
     x, norm_weight, norm_bias, mean, rstd, w1, b1, w2, b2, pre, branch, gamma, row_scale = ctx.saved_tensors
     grads = _mlp_backward(

@@ -171,7 +171,7 @@ def _setup(ctx, inputs, output):
 def _patch_embed_grad(ctx, grad):
     images, weight, pos_embed, prefix, mean, std = ctx.saved_tensors
     grads = _patch_embed_backward(
-        grad, images, weight, pos_embed, prefix, mean, std, list(ctx.needs_input_grad[:5])
+        grad, images, weight, pos_embed, prefix, mean, std, list(ctx.needed[:5])
     )
     return *grads, None, None
 
