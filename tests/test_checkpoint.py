@@ -1,6 +1,5 @@
 """Checkpoint files and the state dicts in them: what survives, what is refused, what a bad file leaves behind."""
 
-import copy
 import json
 import os
 
@@ -11,7 +10,6 @@ import vit_pytorch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
-from torch import nn
 
 import vitfast
 from vitfast.weights import checkpoint
@@ -167,9 +165,10 @@ def test_weights_inside_a_training_checkpoint_are_not_found(keys, tmp_path):
     assert_same(other.state_dict(), snapshot(model))
 
 
-@pytest.mark.parametrize(
-    "content", [{"head.weight": [1.0, 2.0]}, [torch.zeros(1)], torch.zeros(1), {0: torch.zeros(1)}, {"model": 3}], ids=str
-)  # fmt: skip
+NOT_WEIGHTS = [{"head.weight": [1.0, 2.0]}, [torch.zeros(1)], torch.zeros(1), {0: torch.zeros(1)}, {"model": 3}]
+
+
+@pytest.mark.parametrize("content", NOT_WEIGHTS, ids=str)
 def test_file_without_a_flat_mapping_of_tensors_is_taken(content, tmp_path):
     torch.save(content, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="other.pt.*flat mapping of names to tensors"):
@@ -276,7 +275,9 @@ def test_file_of_timm_gives_another_model(name, path):
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
 
 
-GRIDS = [((2, 8), (4, 4)), ((4, 4), (2, 8)), ((14, 14), (10, 10)), ((7, 7), (12, 9)), ((3, 5), (6, 5)), ((1, 1), (3, 2))]
+GRIDS = [
+    ((2, 8), (4, 4)), ((4, 4), (2, 8)), ((14, 14), (10, 10)), ((7, 7), (12, 9)), ((3, 5), (6, 5)), ((1, 1), (3, 2)),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 5])
@@ -346,10 +347,10 @@ def test_class_token_of_an_old_mean_pooled_model_is_dropped_silently():
     """Up to 1.16.0 the class token took part in the mean, so such weights mean another model."""
     state = old_release(vit_pytorch.ViT(**SMALL).state_dict())
     ours = vitfast.ViT(**SMALL, pool="mean")
-    before = copy.deepcopy(ours.state_dict())
+    before = snapshot(ours)
     with pytest.raises(RuntimeError, match=r"(?s)cls_token must be \[0, 64\].*pos_embed must be \[16, 64\]"):
         ours.load_state_dict(state)
-    assert all(torch.equal(value, before[name]) for name, value in ours.state_dict().items())
+    assert_same(ours.state_dict(), before)
 
 
 def test_weights_before_release_1_4_are_loaded_or_refused_without_the_reason():

@@ -81,12 +81,9 @@ def test_same_seed_draws_other_initial_weights(changes):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_pool_that_vit_pytorch_lacks_is_accepted():
+def test_argument_that_vit_pytorch_refuses_is_accepted():
     with pytest.raises(ValueError, match="pool.*'cls' or 'mean'.*'max'"):
         vitfast.ViT(**SMALL, pool="max")
-
-
-def test_image_that_the_patch_does_not_divide_is_accepted():
     with pytest.raises(ValueError, match="image_size"):
         vitfast.ViT(**{**SMALL, "image_size": 30})
 
@@ -313,7 +310,7 @@ def test_dino_on_our_model_embeds_something_else(layer):
 
 @pytest.mark.parametrize("layer_name", ["transformer", "to_patch_embedding"])
 def test_extractor_gets_nothing_and_does_not_say_why(layer_name):
-    """A hook on a view never fires: refuse it and name the module that to hook instead."""
+    """A hook on a view never fires: refuse it and name the module to hook instead."""
     theirs, ours = pair()
     x = images()
     with pytest.raises(NotImplementedError, match="blocks|norm|patch_embed"):

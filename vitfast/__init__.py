@@ -13,11 +13,11 @@ from vitfast.fusion import explain
 from vitfast.switches import set_exportable
 from vitfast.variants import UNSUPPORTED, VARIANTS, config_for, create_model, list_models
 from vitfast.vit import ViT
-from vitfast.weights.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
+from vitfast.weights.checkpoint import load_checkpoint, read_checkpoint, read_config, save_checkpoint
 
 __version__ = "0.1.0"
 
 __all__ = [
     "UNSUPPORTED", "VARIANTS", "ViT", "ViTConfig", "config_for", "create_model", "explain", "list_models",
-    "load_checkpoint", "ops", "read_checkpoint", "reference", "save_checkpoint", "set_exportable",
+    "load_checkpoint", "ops", "read_checkpoint", "read_config", "reference", "save_checkpoint", "set_exportable",
 ]  # fmt: skip

@@ -45,14 +45,16 @@ class ViT(TimmSurface, nn.Module):
         super().__init__()
         if pool not in ("cls", "mean"):
             raise ValueError(f"ViT: pool must be 'cls' or 'mean', got {pool!r}")
-        # vit-pytorch takes any size up to image_size, as long as the patch divides it
+        out_proj = not (heads == 1 and dim_head == dim)
         fixed = ViTConfig(
             image_size=image_size, patch_size=patch_size, num_classes=num_classes, dim=dim, depth=depth, heads=heads,
             head_dim=dim_head, mlp_dim=mlp_dim, channels=channels, norm_eps=1e-5, qkv_bias=False,
-            out_proj=not (heads == 1 and dim_head == dim), class_token=pool == "cls",
+            out_proj=out_proj, class_token=pool == "cls",
             pool="none" if num_classes == 0 else {"cls": "token", "mean": "mean"}[pool], norm_after_pool=False,
-            input_norm=True, emb_dropout=emb_dropout, attn_dropout=dropout, proj_dropout=dropout, mlp_dropout=dropout,
+            input_norm=True, emb_dropout=emb_dropout, attn_dropout=dropout, proj_dropout=dropout if out_proj else 0.0,
+            mlp_dropout=dropout,
         )  # fmt: skip
+        # vit-pytorch takes any size up to image_size, as long as the patch divides it
         self._build(fixed.replace(dynamic_image_size=True))
 
     @classmethod
@@ -236,7 +238,7 @@ class ViT(TimmSurface, nn.Module):
     def _prefix(self) -> Tensor | None:
         """Class, distillation and register tokens, [P, D]."""
         if self.config.input_norm:
-            return self.cls_token if self.config.class_token else None
+            return self.cls_token
         names = ("cls_token", "dist_token", "reg_token")
         found = [t.squeeze(0) for t in (getattr(self, name, None) for name in names) if t is not None]
         return torch.cat(found) if len(found) > 1 else (found[0] if found else None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -168,6 +170,18 @@ def _flash_takes(q):
     return half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
+def _outside_autocast(formula):
+    """An op runs inside its caller's autocast, which would round the fp32 logits below."""
+
+    @functools.wraps(formula)
+    def run(q, *args):
+        with torch.autocast(q.device.type, enabled=False):
+            return formula(q, *args)
+
+    return run
+
+
+@_outside_autocast
 def attention_formula(q, k, v, scale):
     """Attention as written, for what no stock kernel takes; the N x N weights live only inside this call."""
     dtype = _lse_dtype(q.dtype)
@@ -177,6 +191,7 @@ def attention_formula(q, k, v, scale):
     return torch.einsum("bhqk,bkhd->bqhd", weights, v.to(dtype)).to(q.dtype).flatten(2).contiguous(), lse
 
 
+@_outside_autocast
 def attention_formula_backward(grad, q, k, v, out, lse, scale):
     """Gradients from q, k, v, out and lse. With P the weights and dP = grad v^T:
     dS = P * (dP - rowsum(grad * out)), dq = scale dS k, dk = scale dS^T q, dv = P^T grad.

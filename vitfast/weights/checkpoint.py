@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +14,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vitfast.config import ViTConfig
 from vitfast.weights.pos_embed import resample_pos_embed
 
 if TYPE_CHECKING:
     from vitfast.vit import ViT
 
 PREFIXES = ("module.", "_orig_mod.")
+CONFIG_KEY = "vitfast_config"
 WRAPPERS = ("state_dict", "model", "model_ema", "state_dict_ema")
 
 
@@ -31,19 +33,24 @@ def save_checkpoint(model: ViT, path: str | os.PathLike, *, layout: str = "timm"
 
     Raises:
         ValueError: the path does not end in .safetensors.
+        FileNotFoundError: its folder does not exist.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"save_checkpoint: path must end in .safetensors, got {str(path)!r}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"save_checkpoint: no folder {str(path.parent)!r}")
     state = {key: value.detach().contiguous() for key, value in model.state_dict(layout=layout).items()}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(state, temporary, metadata={"vitfast_config": json.dumps(model.config.to_dict())})
+        # safetensors makes files that only their owner can read; this one gets the mode that any new file has
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        save_file(state, temporary, metadata={CONFIG_KEY: json.dumps(model.config.to_dict())})
+        temporary.chmod(mode)
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_checkpoint(path: str | os.PathLike, *, allow_pickle: bool = False) -> dict[str, Tensor]:
@@ -71,14 +78,16 @@ def read_checkpoint(path: str | os.PathLike, *, allow_pickle: bool = False) -> d
             "allow_pickle=True if you trust where it comes from"
         )
     state = _unwrap(state)
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+    flat = isinstance(state, Mapping) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+    if not flat:
         raise ValueError(f"read_checkpoint: {str(path)!r} must hold a flat mapping of names to tensors")
     return {_strip(key): value for key, value in state.items()}
 
 
 def _unwrap(state: Any) -> Any:
-    while isinstance(state, Mapping):
-        inner = next((name for name in WRAPPERS if isinstance(state.get(name), Mapping)), None)
+    # bounded: a pickled mapping may contain itself
+    for _ in WRAPPERS:
+        inner = next((k for k in WRAPPERS if isinstance(state, Mapping) and isinstance(state.get(k), Mapping)), None)
         if inner is None:
             break
         state = state[inner]
@@ -96,19 +105,37 @@ def load_checkpoint(
 ) -> ViT:
     """Load a file written by `save_checkpoint`, by timm or by vit-pytorch into `model`.
 
-    Positions of another square image size are resampled to the model's grid.
+    Positions of another image size are resampled to the model's grid. The file's own config says from which grid; a
+    file without one is taken to have square images.
 
     Raises:
         RuntimeError: one error that lists every missing, unexpected and wrongly shaped key; nothing is loaded then.
         FileNotFoundError, ValueError: as `read_checkpoint`.
     """
     state = read_checkpoint(path, allow_pickle=allow_pickle)
-    own = model.pos_embed
-    given = state.get("pos_embed")
-    if own is not None and given is not None and given.dim() == own.dim() == 3 and given.shape[1] != own.shape[1]:
+    own, given = model.pos_embed, state.get("pos_embed")
+    if own is not None and given is not None and given.dim() == own.dim() == 3:
         prefix = 0 if model.no_embed_class else model.num_prefix_tokens
-        side = int(max(given.shape[1] - prefix, 0) ** 0.5)
-        if side * side + prefix == given.shape[1]:
-            state["pos_embed"] = resample_pos_embed(given, model.patch_embed.grid_size, (side, side), prefix)
+        config = read_config(path)
+        if config is not None:
+            grid = config.grid_size
+        elif given.shape[1] != own.shape[1]:
+            grid = (math.isqrt(max(given.shape[1] - prefix, 0)),) * 2
+        else:
+            grid = model.patch_embed.grid_size
+        if prefix + grid[0] * grid[1] == given.shape[1]:
+            state["pos_embed"] = resample_pos_embed(given, model.patch_embed.grid_size, grid, prefix)
     model.load_state_dict(state, strict=strict)
     return model
+
+
+def read_config(path: str | os.PathLike) -> ViTConfig | None:
+    """The config that `save_checkpoint` wrote beside the weights, None where the file has none.
+
+    `vitfast.ViT.from_config(read_config(path))` is the model that fits.
+    """
+    if Path(path).suffix != ".safetensors":
+        return None
+    with safe_open(path, framework="pt", device="cpu") as file:
+        text = (file.metadata() or {}).get(CONFIG_KEY)
+    return None if text is None else ViTConfig(**json.loads(text))

@@ -104,33 +104,59 @@ class Patchify(nn.Module):
         return reference.patch_rows(images, self.patch_size, "hwc")
 
 
-class TransformerView(nn.Module):
-    """The blocks and the final norm of a ViT under one call, sharing its modules. It is not part of the model's own
-    forward, so a hook on it would never fire.
+class View(nn.Module):
+    """Modules of a ViT under vit-pytorch's name, made anew at every look. The model's own forward does not call it, so
+    what would be silent elsewhere is refused: hooks, and assignments into it.
     """
+
+    instead = ""
+
+    def register_forward_hook(self, *args, **kwargs):
+        raise NotImplementedError(f"a hook on this view would never fire; {self.instead}")
+
+    register_forward_pre_hook = register_full_backward_hook = register_forward_hook
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self.__dict__.get("complete"):
+            raise AttributeError(f"assigning {name!r} to this view would have no effect; {self.instead}")
+        super().__setattr__(name, value)
+
+
+class PatchEmbeddingView(View, nn.Sequential):
+    """vit-pytorch's `to_patch_embedding`: cut, LayerNorm, Linear, LayerNorm."""
+
+    instead = "use `model.patch_embed` and its `input_norm`, `proj` and `norm`"
+
+    def __setitem__(self, index: int, module: nn.Module) -> None:
+        raise TypeError(f"assigning to this view would have no effect; {self.instead}")
+
+
+class TransformerView(View):
+    """vit-pytorch's `transformer`: the blocks and the final norm."""
+
+    instead = (
+        "use `model.blocks[i]` with its `norm1`, `attn`, `norm2` and `mlp`, and `model.norm`, whose output is what "
+        "vit-pytorch's `transformer` returns (`model.forward_intermediates` gives tokens of any block)"
+    )
 
     def __init__(self, model: ViT):
         super().__init__()
         self.blocks, self.norm = model.blocks, model.norm
+        self.complete = True
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+        return self.norm(self.blocks(x))
 
-    def register_forward_hook(self, *args, **kwargs):
+    def modules(self):
+        # vit-pytorch's Recorder looks here for modules of vit-pytorch's own classes, and would find none
         raise NotImplementedError(
-            "transformer: a hook here would never fire, vitfast's ViT runs `model.blocks` and `model.norm`; hook those "
-            "(`model.norm` gives what vit-pytorch's `transformer` returns) or call `model.forward_intermediates`"
+            "transformer.modules(): there is no module that computes attention weights, and none of vit-pytorch's "
+            f"classes; {self.instead}"
         )
-
-    register_forward_pre_hook = register_full_backward_hook = register_forward_hook
 
     @property
     def layers(self):
-        raise NotImplementedError(
-            "transformer.layers: the blocks are `model.blocks[i]` with `norm1`, `attn`, `norm2` and `mlp`"
-        )
+        raise NotImplementedError(f"transformer.layers: {self.instead}")
 
 
 def attribute(model: ViT, name: str) -> Any:
@@ -152,7 +178,7 @@ def attribute(model: ViT, name: str) -> Any:
         )
     if name == "to_patch_embedding":
         embed = model.patch_embed
-        return nn.Sequential(Patchify(embed.patch_size), embed.input_norm, embed.proj, embed.norm)
+        return PatchEmbeddingView(Patchify(embed.patch_size), embed.input_norm, embed.proj, embed.norm)
     if name == "transformer":
         return TransformerView(model)
     if name == "pos_embedding":

@@ -1,0 +1,126 @@
+"""What `import vitfast` costs and touches, and rules for the package's own source text."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vitfast
+
+PACKAGE = Path(vitfast.__file__).parent
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+LIMIT_S = 0.15
+
+
+def python(code, *arguments):
+    """What `code` prints in a fresh process that finds the same package."""
+    code = f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r})\n{code}"
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+# children of one process that has imported torch, so that torch itself is paid for once
+TIMED = """
+import os, time
+import torch
+
+for _ in range(5):
+    read, write = os.pipe()
+    if not os.fork():
+        start = time.perf_counter()
+        import vitfast
+        os.write(write, repr(time.perf_counter() - start).encode())
+        os._exit(0)
+    os.close(write)
+    print(os.read(read, 100).decode() or "inf")
+    os.wait()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_import_adds_more_than_its_limit_to_torch():
+    """Best of five: a busy machine slows some of them down, a slow import all of them."""
+    seconds = [float(line) for line in python(TIMED).splitlines()]
+    assert len(seconds) == 5
+    assert min(seconds) <= LIMIT_S, f"import vitfast took {min(seconds):.3f} s after import torch"
+
+
+def test_import_pulls_in_a_package_for_demo_or_tests():
+    code = "import torch; before = set(sys.modules); import vitfast; print(*set(sys.modules) - before)"
+    added = {name.split(".")[0] for name in python(code).split()}
+    heavy = "timm vit_pytorch matplotlib sklearn torchvision transformers peft onnx onnxruntime einops scipy tqdm PIL"
+    assert "vitfast" in added and not added & set(heavy.split())
+
+
+FORWARD_AND_BACKWARD = """
+import torch, vitfast
+model = vitfast.ViT(image_size=32, patch_size=8, num_classes=10, dim=32, depth=2, heads=2, mlp_dim=64)
+model(torch.randn(2, 3, 32, 32)).sum().backward()
+print(all(p.grad is not None for p in model.parameters()))
+"""
+
+
+def test_package_needs_triton():
+    """Where triton is absent (macOS, Windows) import, forward, backward and the report must work."""
+    code = "sys.modules['triton'] = None\n" + FORWARD_AND_BACKWARD
+    code += "from vitfast.info import collect; print(collect()['triton']['why'])"
+    assert python(code).splitlines() == ["True", "triton is not installed"]
+
+
+# every way in which torch asks for a device or starts CUDA; torch itself may have asked before
+NO_DEVICE = """
+import torch
+
+def refuse(*args, **kwargs):
+    raise AssertionError("a device was asked for")
+
+for name in ("is_available", "device_count", "init", "_lazy_init", "get_device_capability", "get_device_properties",
+             "get_device_name", "current_device", "synchronize", "current_stream", "is_bf16_supported", "mem_get_info"):
+    setattr(torch.cuda, name, refuse)
+for name in ("_cuda_init", "_cuda_getDeviceCount", "_cuda_getDevice"):
+    if hasattr(torch._C, name):
+        setattr(torch._C, name, refuse)
+torch.accelerator.current_accelerator = torch.accelerator.is_available = refuse
+import vitfast
+import vitfast.cli, vitfast.info
+print(torch.cuda.is_initialized())
+"""
+
+
+def test_import_asks_for_a_device():
+    """A query at import starts CUDA in processes that fork, and fails in containers without a driver."""
+    assert python(NO_DEVICE) == "False"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_source_breaks_a_rule(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 500, "a file of more than 500 lines"
+    tree = ast.parse(text)
+    asserts = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert)]
+    assert not asserts, f"assert vanishes under python -O: lines {asserts}"
+    if path.relative_to(PACKAGE) != Path("weights/checkpoint.py"):
+        assert "torch.load(" not in text, "files are read in weights/checkpoint.py only"
+    imported = {
+        name.split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])
+    }
+    assert not imported & {"pickle", "dill", "joblib", "marshal", "shelve"}, "unsafe ways to read a file"
+
+
+def test_torch_load_may_run_code():
+    """Every call says weights_only=True; a default could change, and did."""
+    calls = [
+        node
+        for node in ast.walk(ast.parse((PACKAGE / "weights/checkpoint.py").read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"
+    ]
+    assert calls
+    for call in calls:
+        assert {k.arg: ast.unparse(k.value) for k in call.keywords}.get("weights_only") == "True"
