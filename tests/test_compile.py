@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensorMode
 
 import vitfast
 
+# `vitfast.ops.attention` is the function
 attention_module = sys.modules["vitfast.ops.attention"]
 NO_COMPILER = not any(map(shutil.which, ("g++", "clang++", "c++")))
 
@@ -84,9 +85,6 @@ def test_cuda_implementation_differs_from_the_shape_function(monkeypatch, dtype,
     assert described[0] == described[1]
 
 
-# --- models
-
-
 @pytest.fixture(autouse=True)
 def forget_compiled_code():
     torch._dynamo.reset()
@@ -150,6 +148,7 @@ needs_compiler = pytest.mark.skipif(NO_COMPILER, reason="inductor needs a C++ co
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_inductor_reads_results_with_other_strides():
     """Generated code that trusts a shape function; decompositions of the operators between the ops."""
     model = timm_model(depth=1)
@@ -159,6 +158,7 @@ def test_inductor_reads_results_with_other_strides():
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_compile_cache_returns_code_of_another_autocast_dtype():
     """bf16, fp16, and bf16 from the cache on disk, in one process."""
     model = timm_model(depth=1).eval()
@@ -235,6 +235,6 @@ def test_graph_has_breaks_or_stock_operators_instead_of_ops(build_model):
     used = [t.split(".")[1] for t in targets if t.startswith("vitfast.")]
     # the last block computes only the class token, so that its queries are projected apart
     expected = ["linear", "attention_qkv", "linear", "mlp", "linear", "linear", "attention", "linear", "mlp"]
-    first, last = (["patch_embed"], ["layer_norm"]) if build_model is timm_model else (["linear", "layer_norm"], ["layer_norm"])
-    assert used == first + expected + last
+    first = ["patch_embed"] if build_model is timm_model else ["linear", "layer_norm"]
+    assert used == [*first, *expected, "layer_norm"]
     assert not [t for t in targets if "softmax" in t or "scaled_dot" in t or "gelu" in t]

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import vitfast.ops
 from vitfast import reference
 
+# `vitfast.ops.attention` is the function
 attention_module = sys.modules["vitfast.ops.attention"]
 
 # (N, C, head_dim): one token; fewer channels than a vector register; padded tiles; head dims that are no power
@@ -59,7 +59,9 @@ VARIANTS = {
         dict(norm="layer", norm_eps=1e-6, act="silu", gated=True),
     ),
     "patch_embed": ("patch_embed", dict(images="BIaw", weight="CIab", bias="C", pos_embed="TC", prefix="PC"), {}),
-    "patch_embed patches": ("patch_embed", dict(images="BIaw", weight="CIab", pos_embed="NC", prefix="PC"), dict(bias=None)),
+    "patch_embed patches": (
+        "patch_embed", dict(images="BIaw", weight="CIab", pos_embed="NC", prefix="PC"), dict(bias=None),
+    ),
     "patch_embed bare": ("patch_embed", dict(images="BIaw", weight="CIab"), dict(bias=None)),
 }  # fmt: skip
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
@@ -129,14 +131,16 @@ def test_layer_norm_has_another_eps_or_variance():
     centred = x - x.sum(-1, keepdim=True) / 5
     layer = centred / ((centred**2).sum(-1, keepdim=True) / 5 + 0.01).sqrt() * weight + bias
     close(reference.layer_norm(x, weight, bias, 0.01), layer)
-    close(reference.layer_norm(x, weight, None, 0.01, "rms"), x / ((x**2).sum(-1, keepdim=True) / 5 + 0.01).sqrt() * weight)
+    rms = x / ((x**2).sum(-1, keepdim=True) / 5 + 0.01).sqrt() * weight
+    close(reference.layer_norm(x, weight, None, 0.01, "rms"), rms)
     assert reference.layer_norm(x, None, None, 0.01, out_dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
 def test_add_layer_norm_norms_the_wrong_tensor():
     """The residual or the branch normed in place of their sum; row_scale along the tokens."""
     residual, branch, gamma, weight, bias = draw(2, 2, 5), draw(2, 2, 5), draw(5), draw(5), draw(5)
-    total, normed = reference.add_layer_norm(residual, branch, gamma, torch.tensor([0.0, 2.0]).double(), weight, bias, 1e-3)
+    row_scale = torch.tensor([0.0, 2.0], dtype=torch.float64)
+    total, normed = reference.add_layer_norm(residual, branch, gamma, row_scale, weight, bias, 1e-3)
     close(total, torch.stack([residual[0], residual[1] + 2 * branch[1] * gamma]))
     close(normed, reference.layer_norm(total, weight, bias, 1e-3))
 
@@ -232,7 +236,8 @@ def test_uint8_images_are_normalised_by_another_channel():
     assert got.dtype == torch.float64
     for c in range(3):
         close(got[:, c], (images[:, c].double() / 255 - mean[c].double()) / std[c].double())
-    close(reference.patch_embed(images, torch.ones(1, 3, 2, 3).double(), None, mean=mean, std=std)[:, 0, 0], got.sum((1, 2, 3)))
+    token = reference.patch_embed(images, torch.ones(1, 3, 2, 3).double(), None, mean=mean, std=std)
+    close(token[:, 0, 0], got.sum((1, 2, 3)))
 
 
 @every_variant

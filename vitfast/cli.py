@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 
@@ -25,7 +26,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return demo.main(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return _info(arguments) if arguments.command == "info" else _models(arguments)
+    try:
+        status = _info(arguments) if arguments.command == "info" else _models(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # whoever read our output (head, less) has enough; keep the interpreter from failing once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return status
 
 
 def _info(arguments: argparse.Namespace) -> int:

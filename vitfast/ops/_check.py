@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+HALVES = (torch.float16, torch.bfloat16)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -19,22 +20,32 @@ class Reasons:
         if t is not None and tuple(t.shape) != tuple(expected):
             self.reasons.append(f"{name} must be {list(expected)} {because}, got {list(t.shape)} ({describe(t)})")
 
-    def same_device(self, **tensors: Tensor | None) -> None:
-        found = {name: t.device for name, t in tensors.items() if t is not None}
-        if len(set(found.values())) > 1:
-            where = ", ".join(f"{name} on {device}" for name, device in found.items())
+    def tensors(self, **named: Tensor | None) -> None:
+        """All must be floating point tensors on one device."""
+        given = {name: t for name, t in named.items() if t is not None}
+        devices = [t.device for t in given.values()]
+        if devices.count(devices[0]) != len(devices):
+            where = ", ".join(f"{name} on {t.device}" for name, t in given.items())
             self.reasons.append(f"all tensors must be on one device, got {where}")
+        for name, t in given.items():
+            if t.dtype not in FLOATS:
+                self.reasons.append(f"{name} must be a floating point tensor, got {str(t.dtype)[6:]}")
+
+    def norm_dtypes(self, x: Tensor, **parameters: Tensor | None) -> None:
+        """A norm's parameters have its input's dtype, or are float32 beside a half-precision input."""
+        allowed = (x.dtype, torch.float32) if x.dtype in HALVES else (x.dtype,)
+        given = {name: t.dtype for name, t in parameters.items() if t is not None}
+        if any(dtype not in allowed for dtype in given.values()) or len(set(given.values())) > 1:
+            which = ", ".join(f"{name} {str(dtype)[6:]}" for name, dtype in given.items())
+            self.reasons.append(
+                f"norm parameters must have x's dtype (or float32 beside half precision), got x {str(x.dtype)[6:]}, {which}"
+            )
 
     def same_dtype(self, **tensors: Tensor | None) -> None:
         found = {name: t.dtype for name, t in tensors.items() if t is not None}
         if len(set(found.values())) > 1:
             which = ", ".join(f"{name} {str(dtype)[6:]}" for name, dtype in found.items())
             self.reasons.append(f"these must have one dtype (or use autocast), got {which}")
-
-    def floating(self, **tensors: Tensor | None) -> None:
-        for name, t in tensors.items():
-            if t is not None and t.dtype not in FLOATS:
-                self.reasons.append(f"{name} must be a floating point tensor, got {str(t.dtype)[6:]}")
 
     def fail(self, reason: str) -> None:
         self.reasons.append(reason)
@@ -52,7 +63,7 @@ def describe(t: Tensor) -> str:
 def autocast_dtype(t: Tensor) -> torch.dtype | None:
     """The dtype in which autocast wants this op to compute, None outside autocast; fp64 is left alone."""
     kind = t.device.type
-    if t.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+    if t.dtype == torch.float64 or kind == "meta" or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 

@@ -17,11 +17,27 @@ def norm_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kind: str, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The normed rows in `out_dtype`, and mean and rstd as torch keeps them (empty for kind 'rms')."""
+    # contiguous first, here and below: the same result to the bit whatever the strides
+    x = x.contiguous()
     if kind == "rms":
-        empty = x.new_empty(0)
-        return reference.layer_norm(x, weight, None, eps, "rms").to(out_dtype), empty, empty
+        return reference.layer_norm(x, weight, None, eps, "rms").to(out_dtype), x.new_empty(0), x.new_empty(0)
+    x = _in_dtype_of(weight, x)
     h, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
     return h.to(out_dtype), mean, rstd
+
+
+def stats_fake(x: Tensor, weight: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
+    """Mean and rstd of `norm_forward`, shapes and dtypes only."""
+    if kind != "layer":
+        return x.new_empty(0), x.new_empty(0)
+    x = _in_dtype_of(weight, x.contiguous())
+    _, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, weight, 1e-6)
+    return mean, rstd
+
+
+def _in_dtype_of(weight: Tensor | None, x: Tensor) -> Tensor:
+    # float32 norm parameters beside a half-precision input: torch takes that on CPUs only
+    return x if weight is None or weight.dtype == x.dtype else x.to(weight.dtype)
 
 
 def norm_backward(
@@ -36,9 +52,13 @@ def norm_backward(
     mask: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of input, weight and bias, each only where `mask` asks for it."""
+    grad, x = grad.contiguous(), x.contiguous()
     if kind == "layer":
-        grad = grad.to(x.dtype)
-        return aten.native_layer_norm_backward(grad, x, x.shape[-1:], mean, rstd, weight, bias, mask)
+        wide = _in_dtype_of(weight, x)
+        grads = aten.native_layer_norm_backward(
+            grad.to(wide.dtype), wide, x.shape[-1:], mean, rstd, weight, bias, mask
+        )
+        return grads[0].to(x.dtype) if mask[0] else None, grads[1], grads[2]
     dtype = torch.promote_types(x.dtype, torch.float32)
     x_hat = x.to(dtype)
     scale = torch.rsqrt(x_hat.square().mean(-1, keepdim=True) + eps)
@@ -65,7 +85,7 @@ def activation_backward(grad: Tensor, x: Tensor, name: str) -> Tensor:
 
 
 def add_branch(residual: Tensor | None, branch: Tensor, gamma: Tensor | None, row_scale: Tensor | None) -> Tensor:
-    """residual + row_scale * gamma * branch; a fresh tensor unless all three are None.
+    """residual + row_scale * gamma * branch, contiguous; a fresh tensor unless all three are None.
 
     Rounds where the stock chain of operators rounds. `branch` may be overwritten when gamma is None.
     """
@@ -77,13 +97,14 @@ def add_branch(residual: Tensor | None, branch: Tensor, gamma: Tensor | None, ro
         return branch
     if residual.dtype == branch.dtype and residual.shape == branch.shape:
         return branch.add_(residual)
-    return residual + branch
+    return (residual + branch).contiguous()
 
 
 def branch_grads(
     grad: Tensor, branch: Tensor, gamma: Tensor | None, row_scale: Tensor | None, dtype: torch.dtype, need_gamma: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Gradient of the branch in `dtype`, and of gamma where needed. `grad` is the gradient of the sum."""
+    grad = grad.contiguous()
     if row_scale is not None:
         grad = grad * row_scale.view(-1, *[1] * (grad.dim() - 1))
     grad_gamma = None

@@ -94,9 +94,8 @@ def _check(q, k, v):
     B, _, H, D = q.shape
     check.shape("k", k, (B, k.shape[1], H, D), "to match q")
     check.shape("v", v, tuple(k.shape), "to match k")
-    check.floating(q=q, k=k, v=v)
+    check.tensors(q=q, k=k, v=v)
     check.same_dtype(q=q, k=k, v=v)
-    check.same_device(q=q, k=k, v=v)
     check.raise_if_any()
 
 
@@ -117,7 +116,7 @@ def _nothing(q):
 def _attention_cpu(q, k, v, scale):
     if not q.numel() or not k.numel():
         return _nothing(q)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    q, k, v = (_rows_of_heads(t) for t in (q, k, v))
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, scale=scale)
     return _rows(out), lse.contiguous()
 
@@ -126,7 +125,7 @@ def _attention_backward_cpu(grad, q, k, v, out, lse, scale):
     if not q.numel() or not k.numel():
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     B, N, H, D = q.shape
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    q, k, v = (_rows_of_heads(t) for t in (q, k, v))
     grad, out = (t.view(B, N, H, D).transpose(1, 2) for t in (grad.contiguous(), out))
     grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad, q, k, v, out, lse, 0.0, False, scale=scale
@@ -160,7 +159,7 @@ def _attention_backward_cuda(grad, q, k, v, out, lse, scale):
 
 
 def _rows_of_heads(t):
-    """[B, N, H, D] -> [B, H, N, D]; torch's flash attention wants the numbers of a head side by side."""
+    """[B, N, H, D] -> [B, H, N, D]; torch's fused kernels want the numbers of a head side by side."""
     return (t if t.stride(-1) == 1 else t.contiguous()).transpose(1, 2)
 
 

@@ -39,7 +39,9 @@ def layer_norm(
     Numerics: statistics in fp32 (fp64 for fp64), one cast at the end.
     Source: Ba et al., "Layer Normalization" (2016); Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
     """
-    _check("layer_norm", x, weight, bias, kind)
+    check = _check("layer_norm", x, weight, bias, kind)
+    check.tensors(x=x, weight=weight, bias=bias)
+    check.raise_if_any()
     out_dtype = out_dtype or x.dtype
     if stock_only():
         return reference.layer_norm(x, weight, bias, eps, kind, out_dtype)
@@ -71,8 +73,8 @@ def add_layer_norm(
     Raises:
         ValueError: shape, device, dtype or kind does not fit.
     """
-    _check("add_layer_norm", residual, weight, bias, kind)
-    check = Reasons("add_layer_norm")
+    check = _check("add_layer_norm", residual, weight, bias, kind, name="residual")
+    check.tensors(residual=residual, branch=branch, weight=weight, bias=bias, gamma=gamma, row_scale=row_scale)
     check.shape("branch", branch, tuple(residual.shape), "to match residual")
     check.shape("gamma", gamma, (residual.shape[-1],), "to match residual.shape[-1]")
     check.shape("row_scale", row_scale, (residual.shape[0],), "to match residual.shape[0]")
@@ -84,17 +86,19 @@ def add_layer_norm(
     return _add_layer_norm(residual, branch, weight, bias, eps, kind, gamma, row_scale)[:2]
 
 
-def _check(name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str) -> None:
-    check = Reasons(name)
+def _check(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str, name: str = "x") -> Reasons:
+    check = Reasons(op)
+    if x.dim() < 1:
+        check.fail(f"{name} must be [..., C], got {list(x.shape)}")
+        check.raise_if_any()
     if kind not in KINDS:
         check.fail(f"kind must be one of {KINDS}, got {kind!r}")
-    check.shape("weight", weight, (x.shape[-1],), f"to match x.shape[-1]={x.shape[-1]}")
-    check.shape("bias", bias, (x.shape[-1],), f"to match x.shape[-1]={x.shape[-1]}")
+    check.shape("weight", weight, (x.shape[-1],), f"to match {name}.shape[-1]={x.shape[-1]}")
+    check.shape("bias", bias, (x.shape[-1],), f"to match {name}.shape[-1]={x.shape[-1]}")
     if kind == "rms" and bias is not None:
         check.fail("bias must be None for kind 'rms'")
-    check.floating(x=x, weight=weight, bias=bias)
-    check.same_device(x=x, weight=weight, bias=bias)
-    check.raise_if_any()
+    check.norm_dtypes(x, weight=weight, bias=bias)
+    return check
 
 
 def _layer_norm_stock(x, weight, bias, eps, kind, out_dtype):
@@ -102,14 +106,8 @@ def _layer_norm_stock(x, weight, bias, eps, kind, out_dtype):
 
 
 def _layer_norm_fake(x, weight, bias, eps, kind, out_dtype):
-    return torch.empty_like(x, dtype=out_dtype, memory_format=torch.contiguous_format), *_stats_fake(x, weight, kind)
-
-
-def _stats_fake(x, weight, kind):
-    if kind == "rms":
-        return x.new_empty(0), x.new_empty(0)
-    fake = torch.ops.aten.native_layer_norm(x, x.shape[-1:], weight, weight, 1e-6)
-    return fake[1], fake[2]
+    normed = torch.empty_like(x, dtype=out_dtype, memory_format=torch.contiguous_format)
+    return normed, *_stock.stats_fake(x, weight, kind)
 
 
 def _layer_norm_backward_stock(grad, x, mean, rstd, weight, bias, eps, kind, mask):
@@ -145,15 +143,13 @@ def _layer_norm_grad(ctx, grad, *_):
 
 def _add_layer_norm_stock(residual, branch, weight, bias, eps, kind, gamma, row_scale):
     scaled = reference.scale_branch(branch, gamma, row_scale)
-    total = residual + scaled
-    if total.dtype != residual.dtype:
-        total = total.to(residual.dtype)
+    total = (residual + scaled).to(residual.dtype).contiguous()
     return total, *_stock.norm_forward(total, weight, bias, eps, kind, branch.dtype)
 
 
 def _add_layer_norm_fake(residual, branch, weight, bias, eps, kind, gamma, row_scale):
     total = torch.empty_like(residual, memory_format=torch.contiguous_format)
-    return total, torch.empty_like(total, dtype=branch.dtype), *_stats_fake(total, weight, kind)
+    return total, torch.empty_like(total, dtype=branch.dtype), *_stock.stats_fake(total, weight, kind)
 
 
 def _add_layer_norm_setup(ctx, inputs, output):

@@ -79,17 +79,21 @@ def _check(x, weight, bias, norm, norm_weight, norm_bias, act, gamma, row_scale,
     check.shape("gamma", gamma, (D,), f"to match weight.shape[0]={D}")
     check.shape("row_scale", row_scale, (x.shape[0],), "to match x.shape[0]")
     check.shape("residual", residual, (*x.shape[:-1], D), "to match the output")
-    check.floating(x=x, weight=weight, bias=bias, residual=residual)
-    check.same_device(x=x, weight=weight, bias=bias, norm_weight=norm_weight, gamma=gamma, residual=residual)
+    check.tensors(
+        x=x, weight=weight, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias, gamma=gamma,
+        row_scale=row_scale, residual=residual,
+    )  # fmt: skip
     if norm == "none":
         check.same_dtype(x=x, weight=weight, bias=bias)
     else:
+        check.norm_dtypes(x, norm_weight=norm_weight, norm_bias=norm_bias)
         check.same_dtype(weight=weight, bias=bias)
     check.raise_if_any()
 
 
 def _linear_stock(x, weight, bias, norm_weight, norm_bias, norm_eps, norm, act, gamma, row_scale, residual):
     mean = rstd = pre = branch = None
+    x = x.contiguous()
     if norm == "none":
         h = x
     else:
@@ -106,10 +110,8 @@ def _linear_stock(x, weight, bias, norm_weight, norm_bias, norm_eps, norm, act, 
 def _linear_fake(x, weight, bias, norm_weight, norm_bias, norm_eps, norm, act, gamma, row_scale, residual):
     y = x.new_empty(*x.shape[:-1], weight.shape[0], dtype=weight.dtype)
     mean = rstd = pre = branch = None
-    if norm == "layer":
-        _, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], norm_weight, norm_bias, norm_eps)
-    elif norm == "rms":
-        mean = rstd = x.new_empty(0)
+    if norm != "none":
+        mean, rstd = _stock.stats_fake(x, norm_weight, norm)
     if act != "none":
         pre = torch.empty_like(y)
     if gamma is not None:
@@ -122,6 +124,7 @@ def _linear_backward_stock(
     grad, x, weight, bias, norm_weight, norm_bias, mean, rstd, pre, branch, gamma, row_scale, norm_eps, norm, act, mask
 ):
     need_x, need_weight, need_bias, need_norm_weight, need_norm_bias, need_gamma = mask
+    x = x.contiguous()
     grad, grad_gamma = _stock.branch_grads(grad, branch, gamma, row_scale, weight.dtype, need_gamma)
     grad = _stock.activation_backward(grad, pre, act)
     need_h = need_x or need_norm_weight or need_norm_bias

@@ -80,8 +80,10 @@ def _check(x, norm_weight, norm_bias, w1, b1, w2, b2, norm, act, gated, gamma, r
     check.shape("b2", b2, (D,), f"to match w1.shape[1]={D}")
     check.shape("gamma", gamma, (D,), f"to match w1.shape[1]={D}")
     check.shape("row_scale", row_scale, (x.shape[0],), "to match x.shape[0]")
-    check.floating(x=x, w1=w1, w2=w2)
-    check.same_device(x=x, norm_weight=norm_weight, w1=w1, b1=b1, w2=w2, b2=b2, gamma=gamma)
+    check.tensors(
+        x=x, norm_weight=norm_weight, norm_bias=norm_bias, w1=w1, b1=b1, w2=w2, b2=b2, gamma=gamma, row_scale=row_scale
+    )
+    check.norm_dtypes(x, norm_weight=norm_weight, norm_bias=norm_bias)
     check.same_dtype(w1=w1, b1=b1, w2=w2, b2=b2)
     check.raise_if_any()
 
@@ -95,6 +97,7 @@ def _hidden(pre, act, gated):
 
 
 def _mlp_stock(x, norm_weight, norm_bias, norm_eps, norm, w1, b1, w2, b2, act, gated, gamma, row_scale):
+    x = x.contiguous()
     h, mean, rstd = _stock.norm_forward(x, norm_weight, norm_bias, norm_eps, norm, w1.dtype)
     pre = F.linear(h, w1, b1)
     y = F.linear(_hidden(pre, act, gated), w2, b2)
@@ -103,12 +106,10 @@ def _mlp_stock(x, norm_weight, norm_bias, norm_eps, norm, w1, b1, w2, b2, act, g
 
 
 def _mlp_fake(x, norm_weight, norm_bias, norm_eps, norm, w1, b1, w2, b2, act, gated, gamma, row_scale):
-    if norm == "rms":
-        mean = rstd = x.new_empty(0)
-    else:
-        _, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], norm_weight, norm_bias, norm_eps)
+    mean, rstd = _stock.stats_fake(x, norm_weight, norm)
     pre = x.new_empty(*x.shape[:-1], w1.shape[0], dtype=w1.dtype)
     y = x.new_empty(x.shape, dtype=w1.dtype)
+    x = x.contiguous()
     branch = x.new_empty(0) if gamma is None else torch.empty_like(y)
     return _stock.add_branch(x, y, gamma, row_scale), mean, rstd, pre, branch
 
@@ -118,6 +119,7 @@ def _mlp_backward_stock(
     norm_eps, norm, act, gated, mask,
 ):  # fmt: skip
     need_x, need_norm_weight, need_norm_bias, need_w1, need_b1, need_w2, need_b2, need_gamma = mask
+    x = x.contiguous()
     need_h = need_x or need_norm_weight or need_norm_bias
     need_pre = need_h or need_w1 or need_b1
     grad_y, grad_gamma = _stock.branch_grads(grad, branch, gamma, row_scale, w1.dtype, need_gamma)
@@ -140,7 +142,7 @@ def _mlp_backward_stock(
                 [need_x, need_norm_weight, need_norm_bias],
             )  # fmt: skip
     if need_x:
-        grad_x = grad_x + grad
+        grad_x = (grad_x + grad).contiguous()
     return grad_x, grad_norm_weight, grad_norm_bias, grad_w1, grad_b1, grad_w2, grad_b2, grad_gamma
 
 

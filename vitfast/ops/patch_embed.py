@@ -71,7 +71,6 @@ def _check(images, weight, bias, pos_embed, prefix, mean, std):
                 f"pos_embed must be [{N}, {D}] (patches) or [{P + N}, {D}] (all tokens), got {list(pos_embed.shape)}"
             )
     check.shape("bias", bias, (D,), f"to match weight.shape[0]={D}")
-    check.floating(weight=weight, bias=bias, pos_embed=pos_embed, prefix=prefix)
     if images.dtype == torch.uint8:
         if mean is None or std is None:
             check.fail("uint8 images need mean and std")
@@ -82,7 +81,9 @@ def _check(images, weight, bias, pos_embed, prefix, mean, std):
         check.fail(f"images must be floating point or uint8, got {str(images.dtype)[6:]}")
     else:
         check.same_dtype(images=images, weight=weight, bias=bias)
-    check.same_device(images=images, weight=weight, bias=bias, pos_embed=pos_embed, prefix=prefix)
+    if images.device != weight.device:
+        check.fail(f"all tensors must be on one device, got images on {images.device}, weight on {weight.device}")
+    check.tensors(weight=weight, bias=bias, pos_embed=pos_embed, prefix=prefix, mean=mean, std=std)
     check.raise_if_any()
 
 
@@ -132,21 +133,24 @@ def _patch_embed_fake(images, weight, bias, pos_embed, prefix, mean, std):
 def _patch_embed_backward_stock(grad, images, weight, pos_embed, prefix, mean, std, mask):
     need_images, need_weight, need_bias, need_pos, need_prefix = mask
     B, P, N, D = _sizes(images, weight, prefix)
+    grad = grad.contiguous()
     grad_pos = grad_prefix = grad_images = grad_weight = grad_bias = None
     if need_pos:
         on_prefix = pos_embed.shape[0] == P + N
         grad_pos = (grad if on_prefix else grad[:, P:]).sum(0).to(pos_embed.dtype)
     if need_prefix:
         grad_prefix = grad[:, :P].sum(0).to(prefix.dtype)
-    if need_images or need_weight or need_bias:
+    patches = grad[:, P:].to(weight.dtype)
+    if need_bias:
+        grad_bias = patches.sum((0, 1))
+    if need_images or need_weight:
         if images.dtype == torch.uint8:
             images = reference.normalise(images, mean, std, weight.dtype)
         (ph, pw), (H, W) = weight.shape[2:], images.shape[2:]
-        grad = grad[:, P:].to(weight.dtype).transpose(1, 2).reshape(B, D, H // ph, W // pw)
-        grad_images, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-            grad, images, weight, [D], [ph, pw], [0, 0], [1, 1], False, [0, 0], 1,
-            [need_images, need_weight, need_bias],
-        )  # fmt: skip
+        maps = patches.transpose(1, 2).reshape(B, D, H // ph, W // pw)
+        grad_images, grad_weight, _ = torch.ops.aten.convolution_backward(
+            maps, images, weight, None, [ph, pw], [0, 0], [1, 1], False, [0, 0], 1, [need_images, need_weight, False]
+        )
         grad_images, grad_weight = (None if g is None else g.contiguous() for g in (grad_images, grad_weight))
     return grad_images, grad_weight, grad_bias, grad_pos, grad_prefix
 
