@@ -171,14 +171,15 @@ def test_compile_cache_returns_code_of_another_autocast_dtype():
             torch.testing.assert_close(got, eager, rtol=0.02, atol=4 * torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize("build_model", [timm_model, vit_pytorch_model])
+@pytest.mark.parametrize(
+    ("build_model", "training"), [(timm_model, False), (timm_model, True), (vit_pytorch_model, True)]
+)
 def test_each_batch_size_compiles_again(build_model, training):
     """A batch size burnt into the graph by a check or a reshape."""
     model = build_model().train(training)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
-    for batch in (3, 4, 5, 8, 13):
+    for batch in (3, 4, 7):
         with torch.set_grad_enabled(training):
             torch.testing.assert_close(compiled(images(batch)), model(images(batch)))
     # the first size, then any size

@@ -38,7 +38,8 @@ class Reasons:
         if any(dtype not in allowed for dtype in given.values()) or len(set(given.values())) > 1:
             which = ", ".join(f"{name} {str(dtype)[6:]}" for name, dtype in given.items())
             self.reasons.append(
-                f"norm parameters must have x's dtype (or float32 beside half precision), got x {str(x.dtype)[6:]}, {which}"
+                f"norm parameters must have x's dtype (or float32 beside half precision), got x {str(x.dtype)[6:]}, "
+                f"{which}"
             )
 
     def same_dtype(self, **tensors: Tensor | None) -> None:

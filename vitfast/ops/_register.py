@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 
 LIBRARY = torch.library.Library("vitfast", "DEF")
 
@@ -62,13 +64,16 @@ def autograd(name: str, *, setup_context: Callable, backward: Callable) -> None:
             return output
 
         @staticmethod
+        @once_differentiable
         def backward(ctx, *grads):
             return None, *backward(ctx, *grads)
 
     Gradient.__name__ = Gradient.__qualname__ = f"{name}_gradient"
 
     def kernel(keyset, *inputs):
-        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
+        needs_grad = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
+        # inside forward-mode AD too: the Function has no such rule and says so, the plain op would drop the tangent
+        if needs_grad or forward_ad._current_level >= 0:
             return Gradient.apply(keyset, *inputs)
         with torch._C._AutoDispatchBelowAutograd():
             return overload.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)

@@ -80,8 +80,9 @@ def activation_backward(grad: Tensor, x: Tensor, name: str) -> Tensor:
         return aten.gelu_backward(grad, x, approximate="none" if name == "gelu" else "tanh")
     if name == "silu":
         return aten.silu_backward(grad, x)
-    s = torch.sigmoid(1.702 * x)
-    return grad * (s + 1.702 * x * s * (1 - s))
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    s = torch.sigmoid(1.702 * wide)
+    return (grad * (s + 1.702 * wide * s * (1 - s))).to(grad.dtype)
 
 
 def add_branch(residual: Tensor | None, branch: Tensor, gamma: Tensor | None, row_scale: Tensor | None) -> Tensor:

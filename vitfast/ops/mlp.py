@@ -34,7 +34,7 @@ def mlp(
     """x + row_scale * gamma * (act(norm(x) @ w1.T + b1) @ w2.T + b2).
 
     Args:
-        x: [B, ..., D], the residual; its dtype is kept (fp32 under autocast).
+        x: [B, ..., D], the residual; it stays fp32 under autocast.
         norm_weight, norm_bias: [D] or None; norm: 'layer' or 'rms'; norm_eps: added to the variance.
         w1: [F, D], b1: [F] or None.
         w2: [D, F], b2: [D] or None; [D, F / 2] when gated.
@@ -44,7 +44,7 @@ def mlp(
         row_scale: [B], stochastic depth: 0 or 1 / keep probability per image. Gets no gradient.
 
     Returns:
-        [B, ..., D] in x's dtype.
+        [B, ..., D] in x's dtype, or the weights' where that is the higher one.
 
     Raises:
         ValueError: shape, device, dtype, norm or act does not fit.

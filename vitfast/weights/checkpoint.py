@@ -133,9 +133,17 @@ def read_config(path: str | os.PathLike) -> ViTConfig | None:
     """The config that `save_checkpoint` wrote beside the weights, None where the file has none.
 
     `vitfast.ViT.from_config(read_config(path))` is the model that fits.
+
+    Raises:
+        ValueError: what is written there is no config that this release understands.
     """
     if Path(path).suffix != ".safetensors":
         return None
     with safe_open(path, framework="pt", device="cpu") as file:
         text = (file.metadata() or {}).get(CONFIG_KEY)
-    return None if text is None else ViTConfig(**json.loads(text))
+    if text is None:
+        return None
+    try:
+        return ViTConfig(**json.loads(text))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"read_config: the config in {str(path)!r} is not one of this release: {error}") from error

@@ -1,0 +1,194 @@
+"""Time whole models against timm eager: inference and training step, in one run, in turns.
+
+    python benchmarks/bench_model.py --device cpu [--models vit_small_patch16_224 ...] [--quick] [--json FILE]
+
+Each row is timed only after its logits were checked against timm's on the same weights and images. The ratio is the
+median over rounds of timm's time by ours, pair by pair; timm is timed twice a round, and its ratio to itself is the
+noise. Rows whose noise exceeds 3 % are measured again, twice at most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+
+import vitfast
+from vitfast.info import cpu_name
+from vitfast.timing import compare
+
+MODELS = ("vit_small_patch16_224", "vit_base_patch16_224")
+TRAINED = ("vit_small_patch16_224",)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# relative error of logits against timm's in the same dtype above which a row is not timed
+TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=15.0, help="about how long to measure one row")
+    parser.add_argument("--quick", action="store_true", help="2 seconds a row")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.memory_of:
+        print(json.dumps(training_memory(*arguments.memory_of)))
+        return 0
+    seconds = 2.0 if arguments.quick else arguments.seconds
+    record = {"run": describe(arguments), "rows": [], "memory": []}
+    print_header(record["run"])
+    failed = False
+    for name in arguments.models:
+        for dtype in arguments.dtypes:
+            for row in bench(name, dtype, arguments.batches, arguments.device, seconds):
+                record["rows"].append(row)
+                failed |= "error" in row
+                print(format_row(row), flush=True)
+    if arguments.device == "cpu":
+        print("\n| memory of a training step, batch 8 | dtype | timm MiB | vitfast MiB |\n|---|---|---|---|")
+        for name in (n for n in arguments.models if n in TRAINED):
+            for dtype in arguments.dtypes:
+                row = compare_memory(name, dtype, arguments.threads)
+                record["memory"].append(row)
+                print(f"| {name} | {dtype} | {row['timm']:.0f} | {row['vitfast']:.0f} |", flush=True)
+    if arguments.json:
+        temporary = arguments.json.with_suffix(".tmp")
+        temporary.write_text(json.dumps(record, indent=2))
+        os.replace(temporary, arguments.json)
+    return int(failed)
+
+
+def describe(arguments: argparse.Namespace) -> dict[str, Any]:
+    def git(*command: str) -> str:
+        found = subprocess.run(["git", *command], capture_output=True, text=True, cwd=Path(__file__).parent)
+        return found.stdout.strip()
+
+    on_gpu = arguments.device.startswith("cuda")
+    return {
+        "command": "python " + " ".join(sys.argv),
+        "date": datetime.date.today().isoformat(),
+        "commit": git("rev-parse", "--short", "HEAD"),
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "device": torch.cuda.get_device_name() if on_gpu else cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__, "timm": timm.__version__, "vitfast": vitfast.__version__,
+        "python": platform.python_version(),
+    }  # fmt: skip
+
+
+def print_header(run: dict[str, Any]) -> None:
+    dirty = " with local changes" if run["dirty"] else ""
+    print(f"`{run['command']}`: {run['device']} ({run['cpu_capability']}), {run['threads']} threads,")
+    print(f"torch {run['torch']}, timm {run['timm']} eager, commit {run['commit']}{dirty}, {run['date']}.")
+    print("Medians; ratio above 1: vitfast is faster\n")
+    print("| model | job | batch | dtype | timm ms | vitfast ms | ratio | 20-80 % | timm / timm | rounds |")
+    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
+
+
+def format_row(row: dict[str, Any]) -> str:
+    start = f"| {row['model']} | {row['job']} | {row['batch']} | {row['dtype']} |"
+    if "error" in row:
+        return f"{start} not timed: {row['error']} |"
+    return (
+        f"{start} {row['timm_ms']:.1f} | {row['vitfast_ms']:.1f} | {row['ratio']:.3f} | "
+        f"{row['ratio_20']:.3f}-{row['ratio_80']:.3f} | {row['noise']:.3f} | {row['rounds']} |"
+    )
+
+
+def bench(name: str, dtype: str, batches: list[int], device: str, seconds: float):
+    theirs = timm.create_model(name).to(device, DTYPES[dtype]).eval()
+    ours = vitfast.create_model(name).to(device, DTYPES[dtype]).eval()
+    ours.load_state_dict(theirs.state_dict())
+    size = theirs.patch_embed.img_size
+    for batch in batches:
+        images = torch.randn(batch, 3, *size, device=device, dtype=DTYPES[dtype])
+        row = {"model": name, "job": "inference", "batch": batch, "dtype": dtype}
+        yield row | (wrong(ours, theirs, images, dtype) or timed(inference, ours, theirs, images, device, seconds))
+    if name in TRAINED:
+        batch = max(batches)
+        images = torch.randn(batch, 3, *size, device=device, dtype=DTYPES[dtype])
+        row = {"model": name, "job": "training step", "batch": batch, "dtype": dtype}
+        yield row | (wrong(ours, theirs, images, dtype) or timed(training, ours, theirs, images, device, seconds))
+
+
+def wrong(ours: torch.nn.Module, theirs: torch.nn.Module, images: torch.Tensor, dtype: str) -> dict[str, str] | None:
+    """Why the row must not be timed, None where the logits agree."""
+    with torch.inference_mode():
+        expected, got = theirs(images).double(), ours(images).double()
+    error = ((got - expected).square().mean().sqrt() / expected.square().mean().sqrt()).item()
+    if error <= TOLERANCE[dtype]:
+        return None
+    return {"error": f"logits differ from timm's by {error:.1e} of their size, allowed {TOLERANCE[dtype]:.0e}"}
+
+
+def timed(job: Callable, ours, theirs, images, device: str, seconds: float) -> dict[str, Any]:
+    result = compare(job(ours, images), job(theirs, images), device, seconds=seconds)
+    low, high = result.ratio_spread
+    return {
+        "timm_ms": result.theirs_ms, "vitfast_ms": result.ours_ms, "ratio": result.ratio, "ratio_20": low,
+        "ratio_80": high, "noise": result.noise, "rounds": len(result.ours),
+    }  # fmt: skip
+
+
+def inference(model: torch.nn.Module, images: torch.Tensor) -> Callable[[], None]:
+    @torch.inference_mode()
+    def call() -> None:
+        model.eval()(images)
+
+    return call
+
+
+def training(model: torch.nn.Module, images: torch.Tensor) -> Callable[[], None]:
+    """Forward, cross entropy, backward; no optimizer, which would be the same for both."""
+    labels = torch.arange(len(images), device=images.device)
+
+    def call() -> None:
+        F.cross_entropy(model.train()(images).float(), labels).backward()
+        model.zero_grad(set_to_none=True)
+
+    return call
+
+
+def compare_memory(name: str, dtype: str, threads: int) -> dict[str, Any]:
+    """Peak memory of one training step of each library, each in a process of its own."""
+    row: dict[str, Any] = {"model": name, "dtype": dtype}
+    for library in ("timm", "vitfast"):
+        command = [sys.executable, __file__, "--threads", str(threads), "--memory-of", f"{library}:{name}", dtype]
+        row[library] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return row
+
+
+def training_memory(library_and_name: str, dtype: str) -> float:
+    """MiB by which the process's peak grew over two training steps."""
+    library, name = library_and_name.split(":")
+    create = {"timm": timm.create_model, "vitfast": vitfast.create_model}[library]
+    model = create(name).to(DTYPES[dtype])
+    images = torch.randn(8, 3, *model.patch_embed.img_size, dtype=DTYPES[dtype])
+    call = training(model, images)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(2):
+        call()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+if __name__ == "__main__":
+    sys.exit(main())
