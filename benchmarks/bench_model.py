@@ -4,7 +4,8 @@
 
 Each row is timed only after its logits were checked against timm's on the same weights and images. The ratio is the
 median over rounds of timm's time by ours, pair by pair; timm is timed twice a round, and its ratio to itself is the
-noise. Rows whose noise exceeds 3 % are measured again, twice at most.
+noise. Rounds whose noise exceeds 3 % are measured again; "noisy" counts those that stayed above it
+(see vitfast/timing.py).
 """
 
 from __future__ import annotations
@@ -23,11 +24,10 @@ from typing import Any
 
 import timm
 import torch
-import torch.nn.functional as F
 
 import vitfast
 from vitfast.info import cpu_name
-from vitfast.timing import compare
+from vitfast.timing import inference, interleaved_medians, training_step
 
 MODELS = ("vit_small_patch16_224", "vit_base_patch16_224")
 TRAINED = ("vit_small_patch16_224",)
@@ -100,7 +100,7 @@ def print_header(run: dict[str, Any]) -> None:
     print(f"`{run['command']}`: {run['device']} ({run['cpu_capability']}), {run['threads']} threads,")
     print(f"torch {run['torch']}, timm {run['timm']} eager, commit {run['commit']}{dirty}, {run['date']}.")
     print("Medians; ratio above 1: vitfast is faster\n")
-    print("| model | job | batch | dtype | timm ms | vitfast ms | ratio | 20-80 % | timm / timm | rounds |")
+    print("| model | job | batch | dtype | timm ms | vitfast ms | ratio | 25-75 % | timm / timm | rounds (noisy) |")
     print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
 
 
@@ -110,24 +110,29 @@ def format_row(row: dict[str, Any]) -> str:
         return f"{start} not timed: {row['error']} |"
     return (
         f"{start} {row['timm_ms']:.1f} | {row['vitfast_ms']:.1f} | {row['ratio']:.3f} | "
-        f"{row['ratio_20']:.3f}-{row['ratio_80']:.3f} | {row['noise']:.3f} | {row['rounds']} |"
+        f"{row['ratio_25']:.3f}-{row['ratio_75']:.3f} | {row['noise']:.3f} | {row['rounds']} ({row['noisy']}) |"
     )
 
 
 def bench(name: str, dtype: str, batches: list[int], device: str, seconds: float):
-    theirs = timm.create_model(name).to(device, DTYPES[dtype]).eval()
-    ours = vitfast.create_model(name).to(device, DTYPES[dtype]).eval()
+    theirs = timm.create_model(name).to(device, DTYPES[dtype])
+    ours = vitfast.create_model(name).to(device, DTYPES[dtype])
     ours.load_state_dict(theirs.state_dict())
-    size = theirs.patch_embed.img_size
-    for batch in batches:
-        images = torch.randn(batch, 3, *size, device=device, dtype=DTYPES[dtype])
-        row = {"model": name, "job": "inference", "batch": batch, "dtype": dtype}
-        yield row | (wrong(ours, theirs, images, dtype) or timed(inference, ours, theirs, images, device, seconds))
+    jobs = [("inference", batch) for batch in batches]
     if name in TRAINED:
-        batch = max(batches)
-        images = torch.randn(batch, 3, *size, device=device, dtype=DTYPES[dtype])
-        row = {"model": name, "job": "training step", "batch": batch, "dtype": dtype}
-        yield row | (wrong(ours, theirs, images, dtype) or timed(training, ours, theirs, images, device, seconds))
+        jobs.append(("training step", max(batches)))
+    for job, batch in jobs:
+        images = torch.randn(batch, 3, *theirs.patch_embed.img_size, device=device, dtype=DTYPES[dtype])
+        labels = torch.arange(batch, device=device)
+        row = {"model": name, "job": job, "batch": batch, "dtype": dtype}
+        error = wrong(ours.eval(), theirs.eval(), images, dtype)
+        if error is not None:
+            yield row | error
+        elif job == "inference":
+            yield row | timed(inference(ours, images), inference(theirs, images), device, seconds)
+        else:
+            calls = training_step(ours, images, labels), training_step(theirs, images, labels)
+            yield row | timed(*calls, device, seconds)
 
 
 def wrong(ours: torch.nn.Module, theirs: torch.nn.Module, images: torch.Tensor, dtype: str) -> dict[str, str] | None:
@@ -140,32 +145,14 @@ def wrong(ours: torch.nn.Module, theirs: torch.nn.Module, images: torch.Tensor, 
     return {"error": f"logits differ from timm's by {error:.1e} of their size, allowed {TOLERANCE[dtype]:.0e}"}
 
 
-def timed(job: Callable, ours, theirs, images, device: str, seconds: float) -> dict[str, Any]:
-    result = compare(job(ours, images), job(theirs, images), device, seconds=seconds)
-    low, high = result.ratio_spread
+def timed(ours: Callable, theirs: Callable, device: str, seconds: float) -> dict[str, Any]:
+    result = interleaved_medians({"timm": theirs, "vitfast": ours}, device=device, budget_s=seconds)
+    low, high = result.spread["vitfast"]
     return {
-        "timm_ms": result.theirs_ms, "vitfast_ms": result.ours_ms, "ratio": result.ratio, "ratio_20": low,
-        "ratio_80": high, "noise": result.noise, "rounds": len(result.ours),
+        "timm_ms": result.median_ms["timm"], "vitfast_ms": result.median_ms["vitfast"],
+        "ratio": result.ratio["vitfast"], "ratio_25": low, "ratio_75": high, "noise": result.noise,
+        "rounds": result.rounds, "repeated": result.repeated, "noisy": result.noisy,
     }  # fmt: skip
-
-
-def inference(model: torch.nn.Module, images: torch.Tensor) -> Callable[[], None]:
-    @torch.inference_mode()
-    def call() -> None:
-        model.eval()(images)
-
-    return call
-
-
-def training(model: torch.nn.Module, images: torch.Tensor) -> Callable[[], None]:
-    """Forward, cross entropy, backward; no optimizer, which would be the same for both."""
-    labels = torch.arange(len(images), device=images.device)
-
-    def call() -> None:
-        F.cross_entropy(model.train()(images).float(), labels).backward()
-        model.zero_grad(set_to_none=True)
-
-    return call
 
 
 def compare_memory(name: str, dtype: str, threads: int) -> dict[str, Any]:
@@ -183,7 +170,7 @@ def training_memory(library_and_name: str, dtype: str) -> float:
     create = {"timm": timm.create_model, "vitfast": vitfast.create_model}[library]
     model = create(name).to(DTYPES[dtype])
     images = torch.randn(8, 3, *model.patch_embed.img_size, dtype=DTYPES[dtype])
-    call = training(model, images)
+    call = training_step(model, images, torch.arange(8))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(2):
         call()

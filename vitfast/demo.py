@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Train a small ViT on scikit-learn's digits, reload it, compare it with timm and time both.",
     )
     parser.add_argument("--output", default="demo_output", help="folder for what is written (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help="passes over the 1,437 images (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="passes over the images (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and order; the split stays (default: 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     arguments = parser.parse_args(argv)
@@ -243,7 +243,7 @@ def save_and_reload(model: vitfast.ViT, path: Path, images: Tensor) -> vitfast.V
         before, after = model(images), fresh(images)
     if not torch.equal(before, after):
         largest = (before - after).abs().max().item()
-        raise RuntimeError(f"save_and_reload: logits of the reloaded model must be equal, got a difference of {largest:g}")
+        raise RuntimeError(f"save_and_reload: logits of the reloaded model must be equal, they differ by {largest:g}")
     return fresh
 
 
