@@ -156,7 +156,11 @@ class ViT(TimmSurface, nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in vit_pytorch.ATTRIBUTES:
-            name = vit_pytorch.settable(name)
+            name = vit_pytorch.settable(self, name)
+            if name == "head" and value is None:
+                # vit-pytorch's way of asking for tokens
+                self.config = self.config.replace(num_classes=0, pool="none", norm_after_pool=False)
+                value = nn.Identity()
         super().__setattr__(name, value)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
@@ -332,6 +336,8 @@ class ViT(TimmSurface, nn.Module):
         state = super().state_dict(*args, **kwargs)
         if layout == "timm":
             return state
+        if args or kwargs.get("prefix") or kwargs.get("destination") is not None:
+            raise ValueError(f"state_dict: layout={layout!r} takes no destination and no prefix")
         if layout != "vit_pytorch":
             raise ValueError(f"state_dict: layout must be 'timm' or 'vit_pytorch', got {layout!r}")
         return vit_pytorch.from_vitfast(state, self.config)
@@ -347,6 +353,15 @@ class ViT(TimmSurface, nn.Module):
             state_dict = vit_pytorch.to_vitfast(state_dict, self.config)
         check_state_dict(self, state_dict, strict)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        # vit-pytorch weights of a ViT inside another module (MAE, DataParallel): our load_state_dict is not asked there
+        own = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+        if vit_pytorch.is_layout(own):
+            for key in own:
+                del state_dict[prefix + key]
+            state_dict.update({prefix + k: v for k, v in vit_pytorch.to_vitfast(own, self.config).items()})
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 PUBLIC_STAGES = ("forward_features", "forward_head", "pool", "embed")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -41,7 +42,7 @@ def save_checkpoint(model: ViT, path: str | os.PathLike, *, layout: str = "timm"
     if not path.parent.is_dir():
         raise FileNotFoundError(f"save_checkpoint: no folder {str(path.parent)!r}")
     state = {key: value.detach().contiguous() for key, value in model.state_dict(layout=layout).items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         # safetensors makes files that only their owner can read; this one gets the mode that any new file has
         temporary.touch()
@@ -68,8 +69,11 @@ def read_checkpoint(path: str | os.PathLike, *, allow_pickle: bool = False) -> d
     if not path.is_file():
         raise FileNotFoundError(f"read_checkpoint: no file {str(path)!r}")
     if path.suffix == ".safetensors":
-        with safe_open(path, framework="pt", device="cpu") as file:
-            state: Any = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                state: Any = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
+        except SafetensorError as error:
+            raise ValueError(f"read_checkpoint: {str(path)!r} is not a whole safetensors file: {error}") from error
     elif allow_pickle:
         state = torch.load(path, map_location="cpu", weights_only=True)
     else:

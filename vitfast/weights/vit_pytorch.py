@@ -117,7 +117,7 @@ class View(nn.Module):
     register_forward_pre_hook = register_full_backward_hook = register_forward_hook
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if self.__dict__.get("complete"):
+        if self.__dict__.get("complete") and (isinstance(value, nn.Module) or name in self._modules):
             raise AttributeError(f"assigning {name!r} to this view would have no effect; {self.instead}")
         super().__setattr__(name, value)
 
@@ -127,8 +127,10 @@ class PatchEmbeddingView(View, nn.Sequential):
 
     instead = "use `model.patch_embed` and its `input_norm`, `proj` and `norm`"
 
-    def __setitem__(self, index: int, module: nn.Module) -> None:
-        raise TypeError(f"assigning to this view would have no effect; {self.instead}")
+    def __setitem__(self, *args) -> None:
+        raise TypeError(f"changing this view would have no effect; {self.instead}")
+
+    __delitem__ = append = insert = extend = pop = __setitem__
 
 
 class TransformerView(View):
@@ -186,12 +188,14 @@ def attribute(model: ViT, name: str) -> Any:
     return model.head if model.num_classes else None
 
 
-def settable(name: str) -> str:
+def settable(model: ViT, name: str) -> str:
     """Our name for what a user assigns under vit-pytorch's.
 
     Raises:
-        AttributeError: assigning it would have no effect; the message says what to assign.
+        AttributeError: assigning it would have no effect, or the model is of timm's architecture; says what to assign.
     """
+    if not model.__dict__["config"].input_norm:
+        attribute(model, name)
     ours = {"mlp_head": "head", "pos_embedding": "pos_embed"}.get(name)
     if ours is None:
         raise AttributeError(
