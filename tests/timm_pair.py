@@ -103,12 +103,17 @@ def pair_of(name, batch=2, **keywords):
     return theirs, ours, images
 
 
-def grads_of(model):
-    return {name: p.grad for name, p in model.named_parameters()}
+def run(model, images, cotangent=None):
+    """Output, and the gradients by name of its product with `cotangent`; the same draws for every model."""
+    model.zero_grad()
+    torch.manual_seed(1)
+    out = model(images)
+    out.backward(torch.randn_like(out) if cotangent is None else cotangent.to(out.dtype))
+    return out.detach(), {name: p.grad for name, p in model.named_parameters()}
 
 
 def taps_of(timm_model, images):
-    """timm's values at the stages that `ViT.intermediates` names."""
+    """timm's values at the stages that `ViT.intermediates` names; draws as in `run`."""
     taps, handles = {}, []
 
     def before(name, module):
@@ -122,6 +127,7 @@ def taps_of(timm_model, images):
         before(f"blocks.{i}.attn", block.norm2)
         after(f"blocks.{i}.mlp", block)
     after("tokens", timm_model.norm)
+    torch.manual_seed(1)
     taps["logits"] = timm_model(images)
     taps["pooled"] = timm_model.forward_head(taps["tokens"], pre_logits=True)
     for handle in handles:

@@ -163,7 +163,8 @@ class ViTConfig:
             must(self.norm == "layer", "norm", "'layer' with input_norm")
             must(not self.register_tokens, "register_tokens", "0 with input_norm")
             must(not self.distillation_token, "distillation_token", "False with input_norm")
-            must(not self.pre_norm and not self.patch_norm, "pre_norm", "False (and patch_norm too) with input_norm")
+            must(not self.pre_norm, "pre_norm", "False with input_norm")
+            must(not self.patch_norm, "patch_norm", "False with input_norm")
             must(self.pos_embed == "all", "pos_embed", "'all' with input_norm")
             must(not self.dynamic_pad, "dynamic_pad", "False with input_norm")
 

@@ -15,6 +15,7 @@ from vitfast import ops, reference
 from vitfast.config import ViTConfig
 from vitfast.fusion import any_global_hook, plain, why_not_plain
 from vitfast.ops._check import autocast_dtype
+from vitfast.ops.attention import check_mask
 
 NORMS = (nn.LayerNorm, nn.RMSNorm)
 
@@ -146,8 +147,8 @@ class PatchEmbed(nn.Module):
         (h, w), (ph, pw) = size, self.patch_size
         return (-(-h // ph), -(-w // pw)) if self.pad else (h // ph, w // pw)
 
-    def prepare(self, images: Tensor) -> Tensor:
-        """Check the images, and pad them where the config says so.
+    def check(self, images: Tensor) -> None:
+        """Raise where these are no images for this model.
 
         Raises:
             TypeError: not a floating point tensor.
@@ -166,12 +167,14 @@ class PatchEmbed(nn.Module):
                     f"ViT: images must be {self.img_size[0]}x{self.img_size[1]}, got {H}x{W} "
                     "(other sizes: dynamic_image_size=True, dynamic_img_size=True in create_model, or set_input_size)"
                 )
-        elif self.pad:
-            if H % ph or W % pw:
-                images = F.pad(images, (0, -W % pw, 0, -H % ph))
-        elif H % ph or W % pw or not H or not W:
+        elif not H or not W or (not self.pad and (H % ph or W % pw)):
             raise ValueError(f"ViT: image height and width must be multiples of the patch {ph}x{pw}, got {H}x{W}")
-        return images
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """`check` the images, and pad them where the config says so."""
+        self.check(images)
+        (H, W), (ph, pw) = images.shape[2:], self.patch_size
+        return F.pad(images, (0, -W % pw, 0, -H % ph)) if self.pad and (H % ph or W % pw) else images
 
     def forward(self, images: Tensor) -> Tensor:
         images = self.prepare(images)
@@ -235,6 +238,7 @@ class Attention(nn.Module):
             out = ops.attention(q, k, v, scale=self.scale, mask=mask, dropout_p=self._dropout_p())
         else:
             # somebody replaced or watches the dropout of the attention weights, so they have to exist
+            check_mask(mask, q, k)
             out = reference.attention_visibly(q, k, v, self.scale, mask, self.attn_drop)
         return run_norm(self.norm, out)
 

@@ -73,6 +73,7 @@ class TimmSurface:
         if attn_mask is not None:
             say_mask_is_stock()
         wanted = self._block_indices(indices)
+        self.patch_embed.check(x)
         B, grid = x.shape[0], self.patch_embed.dynamic_feat_size(tuple(x.shape[2:]))
         x, found = self.embed(x), []
         stop = max(wanted, default=-1) + 1 if stop_early else len(self.blocks)
@@ -191,5 +192,6 @@ class TimmSurface:
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns by which timm's optimizer factory assigns layer-wise learning rates."""
-        stem = r"^(cls_token|reg_token|dist_token|pos_embed|patch_embed|norm_pre)"
+        # no capturing group: timm reads those as layer numbers
+        stem = r"^(?:cls_token|reg_token|dist_token|pos_embed|patch_embed|norm_pre)"
         return {"stem": stem, "blocks": [(r"^blocks\.(\d+)", None), (r"^norm\.", (99999,))]}

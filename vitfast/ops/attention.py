@@ -41,6 +41,7 @@ def attention(
 
     Raises:
         ValueError: shape, device or dtype does not fit.
+        TypeError: a mask that is neither bool nor float.
         NotImplementedError: lse together with a mask or dropout.
 
     Numerics: logits, softmax and accumulation in fp32. A mask or dropout runs `F.scaled_dot_product_attention`.
@@ -50,6 +51,7 @@ def attention(
     q, k, v = cast(q, dtype), cast(k, dtype), cast(v, dtype)
     _check(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    check_mask(mask, q, k)
     if _needs_sdpa(mask, dropout_p, return_lse):
         return reference.attention(q, k, v, scale, mask, dropout_p)
     out, lse = _attention(q, k, v, scale)
@@ -71,6 +73,7 @@ def attention_qkv(
     if qkv.dtype not in FLOATS:
         raise ValueError(f"attention_qkv: qkv must be a floating point tensor, got {str(qkv.dtype)[6:]}")
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    check_mask(mask, qkv[:, :, 0], qkv[:, :, 1])
     if _needs_sdpa(mask, dropout_p, return_lse):
         return reference.attention(*qkv.unbind(2), scale, mask, dropout_p)
     out, lse = _attention_qkv(qkv, scale)
@@ -97,6 +100,21 @@ def _check(q, k, v):
     check.tensors(q=q, k=k, v=v)
     check.same_dtype(q=q, k=k, v=v)
     check.raise_if_any()
+
+
+def check_mask(mask, q, k):
+    """Raise where `mask` cannot be used with q [B, Nq, H, D] and k [B, Nk, H, D]."""
+    if mask is None:
+        return
+    if mask.dtype not in (torch.bool, torch.float32, q.dtype):
+        raise TypeError(
+            f"attention: mask must be bool or float (float32 or q's {str(q.dtype)[6:]}), got {str(mask.dtype)[6:]}"
+        )
+    B, Nq, H, _ = q.shape
+    full = (B, H, Nq, k.shape[1])
+    missing = 4 - mask.dim()
+    if missing < 0 or any(n not in (1, size) for n, size in zip(mask.shape, full[missing:], strict=True)):
+        raise ValueError(f"attention: mask must be broadcastable to {list(full)}, got {list(mask.shape)}")
 
 
 def _lse_dtype(dtype):

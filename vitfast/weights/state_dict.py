@@ -15,7 +15,7 @@ def check_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], strict:
         strict: missing and unexpected keys are errors too; wrong shapes always are.
 
     Raises:
-        RuntimeError: one error with all missing, unexpected and wrongly shaped keys.
+        RuntimeError: one error with all missing, unexpected and wrongly shaped keys, and values that are no tensors.
     """
     own = nn.Module.state_dict(model)
     problems = []
@@ -23,8 +23,12 @@ def check_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], strict:
         problems += [f"missing: {key} {list(own[key].shape)}" for key in own if key not in state_dict]
         problems += [f"unexpected: {key}" for key in state_dict if key not in own]
     for key, value in own.items():
-        given = state_dict.get(key)
-        if given is not None and not is_lazy(value) and tuple(given.shape) != tuple(value.shape):
+        if key not in state_dict or is_lazy(value):
+            continue
+        given = state_dict[key]
+        if not isinstance(given, Tensor):
+            problems.append(f"no tensor: {key} must be a torch.Tensor, got {type(given).__name__}")
+        elif tuple(given.shape) != tuple(value.shape):
             problems.append(f"wrong shape: {key} must be {list(value.shape)}, got {list(given.shape)}")
     if problems:
         raise RuntimeError(
