@@ -434,13 +434,25 @@ class Block(nn.Module):
         mlp_op = "mlp"
         if self.mlp.kind == "swiglu" or type(self.mlp.norm) is not nn.Identity or dropping(self.mlp.drop1):
             mlp_op = "linear (one a projection)"
+        inner = [(f"attn.{name}", getattr(self.attn, name)) for name in ("q_norm", "k_norm", "norm")]
         return [
             ("norm1 + attn.qkv", "linear", hooks + _reasons(whole + qkv)),
+            *norm_report(inner),
             ("attn softmax", "attention", dropout + _reasons(softmax)),
             ("attn.proj + residual", "linear", hooks + _reasons(whole + proj)),
             ("norm2 + mlp + residual", mlp_op,
              hooks + _reasons(self._mlp_parts() + tail(2, ("mlp.drop2", self.mlp.drop2, nn.Dropout)))),
         ]  # fmt: skip
+
+
+def norm_report(norms: list[tuple[str, nn.Module]]) -> list[tuple[str, str, list[str]]]:
+    """`Block.fusion_report` of norms that stand alone; nothing for those that the config leaves out."""
+    hooks = ["a global module hook is registered"] if any_global_hook() else []
+    return [
+        (name, "layer_norm", hooks + _reasons([(name, module, *NORMS)]))
+        for name, module in norms
+        if not plain(module, nn.Identity)
+    ]
 
 
 def _reasons(parts: list[tuple]) -> list[str]:

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from vitfast import ops, reference
 from vitfast.config import ViTConfig
 from vitfast.fusion import any_global_hook, plain
-from vitfast.model import AttentionPool, Block, PatchEmbed, build_norm, run_norm
+from vitfast.model import AttentionPool, Block, PatchEmbed, build_norm, norm_report, run_norm
 from vitfast.timm_surface import TimmSurface, pool_of, say_mask_is_stock
 from vitfast.weights import vit_pytorch
 from vitfast.weights.pos_embed import resample_pos_embed
@@ -285,9 +285,10 @@ class ViT(TimmSurface, nn.Module):
         """Tokens after the final norm -> logits, or with `pre_logits` the features before the classifier."""
         if self.config.distillation_token:
             return self._forward_two_heads(x, pre_logits)
-        x = run_norm(self.fc_norm, self._pool(x, self.config.pool))
         if self.config.input_norm:
-            x = self.to_latent(x)
+            x = self.to_latent(run_norm(self.fc_norm, self._pool(x, self.config.pool)))
+        else:
+            x = run_norm(self.fc_norm, self.pool(x))
         x = self.head_drop(x)
         return x if pre_logits else self.head(x)
 
@@ -320,12 +321,14 @@ class ViT(TimmSurface, nn.Module):
         """(part, op, reasons why the op does not run) for every part, as the model is now; see `vitfast.explain`."""
         op = "linear" if self.config.input_norm else "patch_embed"
         rows = [("patch_embed", op, self.patch_embed.why_not_fused())]
+        if not self.config.input_norm:
+            rows += norm_report([("norm_pre", self.norm_pre)])
         for i, block in enumerate(self.blocks):
             if type(block) is not Block:
                 rows.append((f"blocks.{i}", "", [f"is {type(block).__name__}, not Block"]))
                 continue
             rows += [(f"blocks.{i}: {part}", op, reasons) for part, op, reasons in block.fusion_report()]
-        return rows
+        return rows + norm_report([("norm", self.norm), ("fc_norm", self.fc_norm)])
 
     def state_dict(self, *args, layout: str = "timm", **kwargs) -> dict[str, Tensor]:
         """The weights under timm's names, or under vit-pytorch's with `layout='vit_pytorch'`.
