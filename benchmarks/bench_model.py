@@ -15,7 +15,6 @@ import datetime
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -62,7 +61,7 @@ def main() -> int:
                 record["rows"].append(row)
                 failed |= "error" in row
                 print(format_row(row), flush=True)
-    if arguments.device == "cpu":
+    if arguments.device == "cpu" and sys.platform == "linux":
         print("\n| memory of a training step, batch 8 | dtype | timm MiB | vitfast MiB |\n|---|---|---|---|")
         for name in (n for n in arguments.models if n in TRAINED):
             for dtype in arguments.dtypes:
@@ -165,16 +164,24 @@ def compare_memory(name: str, dtype: str, threads: int) -> dict[str, Any]:
 
 
 def training_memory(library_and_name: str, dtype: str) -> float:
-    """MiB by which the process's peak grew over two training steps."""
+    """MiB by which the process grew at its peak over two training steps."""
     library, name = library_and_name.split(":")
     create = {"timm": timm.create_model, "vitfast": vitfast.create_model}[library]
     model = create(name).to(DTYPES[dtype])
     images = torch.randn(8, 3, *model.patch_embed.img_size, dtype=DTYPES[dtype])
     call = training_step(model, images, torch.arange(8))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # sets the peak back to what is resident now; getrusage's would be that of building the model
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident_mib("VmHWM")
     for _ in range(2):
         call()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return resident_mib("VmHWM") - before
+
+
+def resident_mib(field: str) -> float:
+    """A field of Linux's /proc/self/status."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[field].split()[0]) / 1024
 
 
 if __name__ == "__main__":

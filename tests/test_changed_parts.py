@@ -215,6 +215,19 @@ def test_weight_of_another_class_is_read_as_plain_data(part):
         assert "weight of class Halved" in str(vitfast.explain(ours))
 
 
+def test_weights_outside_of_the_parameters_are_not_found():
+    """FSDP with flat parameters leaves plain views of one tensor in their place."""
+    theirs, ours, images = pair("token")
+    ours.eval()
+    with torch.no_grad():
+        for module in ours.modules():
+            for name in list(module._parameters) if isinstance(module, (nn.Linear, nn.LayerNorm, nn.Conv2d)) else ():
+                value = module._parameters.pop(name)
+                setattr(module, name, None if value is None else value.detach().clone())
+        expected = theirs.eval()(images)
+        assert (ours(images) - expected).norm() <= 1e-4 * expected.norm()
+
+
 def test_functional_call_uses_the_modules_own_weights():
     """Meta-learning and ensembles call the model with other weights."""
     theirs, ours, images = pair("token")

@@ -25,13 +25,6 @@ def model_and_images(flavour):
     return ours.eval(), images
 
 
-@pytest.fixture
-def exportable():
-    vitfast.set_exportable(True)
-    yield
-    vitfast.set_exportable(False)
-
-
 def close(found, expected):
     assert (found - expected).norm() <= 1e-4 * expected.norm()
 
@@ -59,13 +52,11 @@ def test_onnx_file_fails_or_computes_something_else(flavour, tmp_path):
 
 
 @every_flavour
-def test_trace_fails_or_computes_something_else(flavour, exportable):
-    """TorchScript tracing, saved and loaded in a runtime without vitfast's ops, on another batch size."""
+def test_trace_fails_or_needs_vitfast_where_it_is_loaded(flavour):
+    """TorchScript tracing, without any switch, saved and loaded, on another batch size."""
     model, images = model_and_images(flavour)
-    vitfast.set_exportable(False)
     with torch.no_grad():
         expected = model(images)
-    vitfast.set_exportable(True)
     traced = torch.jit.trace(model, images[:2])
     assert "vitfast::" not in str(traced.inlined_graph)
     file = io.BytesIO()
@@ -89,10 +80,3 @@ def test_switch_is_not_turned_back_or_not_reported():
     close(out, expected)
     assert vitfast.explain(model).all_fused
     assert torch.equal(model(images), expected)
-
-
-def test_trace_without_the_switch_hides_what_is_missing():
-    """The traced file would need vitfast's ops where it is loaded: the graph names them."""
-    model, images = model_and_images("vit")
-    traced = torch.jit.trace(model, images)
-    assert "vitfast::" in str(traced.inlined_graph)

@@ -251,6 +251,34 @@ def test_frozen_weights_cost_matrix_products(variant, wanted, products):
     assert sum(e.count for e in profile.key_averages() if e.key in kernels) == products
 
 
+@every_variant
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_result_changes_where_no_backward_may_follow(variant, dtype):
+    """Without gradients ops compute in place: other bits, or an input that is overwritten."""
+    tensors = build(variant, dtype=dtype)
+    copies = {name: t.clone() for name, t in tensors.items()}
+    expected = run(op_of(variant), tensors)
+    for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with mode():
+            outs = outs_of(op_of(variant)(**tensors))
+        assert not any(out.requires_grad for out in outs)
+        bitwise({f"out {i}": out for i, out in enumerate(outs)}, {k: v for k, v in expected.items() if k[:3] == "out"})
+    bitwise(tensors, copies, "overwritten:")
+
+
+@pytest.mark.parametrize("variant", ["linear full", "mlp"])
+def test_inference_keeps_what_only_a_backward_needs(variant):
+    """The MLP's hidden activation twice in memory; a backward of a raw op call that kept nothing."""
+    tensors = build(variant)
+    with Recorder() as recorder, torch.no_grad():
+        op_of(variant)(**tensors)
+    ((func, args, outs),) = recorder.calls
+    assert args[-1] is False and [out is None for out in outs] == [False, True, True, True, True]
+    leaves = [t.detach().requires_grad_() if isinstance(t, torch.Tensor) else t for t in args]
+    with pytest.raises(RuntimeError, match="saves=False"):
+        func(*leaves)[0].sum().backward()
+
+
 @pytest.mark.parametrize("variant", FULL)
 def test_second_derivative_is_silently_wrong(variant):
     """A gradient penalty that trains on a number with the backward op's own derivative left out."""

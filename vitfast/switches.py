@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import torch
+
 _exportable = False
 
 
 def set_exportable(enable: bool = True) -> None:
-    """Lower models to stock PyTorch operators, for exporters that know no custom op (ONNX, TorchScript tracing).
+    """Lower models to stock PyTorch operators, for exporters that know no custom op, such as ONNX.
 
     The model keeps its weights and its results (to rounding). Applies to all models of the process until
-    `set_exportable(False)`.
+    `set_exportable(False)`. While `torch.jit.trace` runs it is so anyway: its files are loaded without vitfast.
     """
     global _exportable
     _exportable = bool(enable)
@@ -17,4 +19,4 @@ def set_exportable(enable: bool = True) -> None:
 
 def stock_only() -> bool:
     """Whether ops must run as stock PyTorch operators now."""
-    return _exportable
+    return _exportable or torch.jit.is_tracing()

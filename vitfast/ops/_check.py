@@ -56,6 +56,20 @@ class Reasons:
             raise ValueError(f"{self.op}: " + "; ".join(self.reasons))
 
 
+def alike(x: Tensor, vectors: tuple[tuple[Tensor | None, int], ...], *others: Tensor | None) -> bool:
+    """Whether all tensors given have x's floating dtype and device, and each of `vectors` the length beside it.
+
+    The usual case, which an op's checks then need not look at one by one: they cost more than the op's dispatch.
+    """
+    dtype, device = x.dtype, x.device
+    if dtype not in FLOATS:
+        return False
+    for t, length in vectors:
+        if t is not None and (t.dtype is not dtype or t.device != device or t.shape != (length,)):
+            return False
+    return all(t is None or (t.dtype is dtype and t.device == device) for t in others)
+
+
 def describe(t: Tensor) -> str:
     """'float32, cuda:0'"""
     return f"{str(t.dtype)[6:]}, {t.device}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +44,27 @@ def op(schema: str, *, cpu: Callable, cuda: Callable, fake: Callable) -> Callabl
             "cuda": Implementation("stock PyTorch operators", None, NO_CUDA_KERNEL),
         }
     return getattr(torch.ops.vitfast, name).default
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a backward may follow, so that an op has to return what that needs."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def call(op: Callable, differentiable: bool, *args: Any) -> Any:
+    """`op(*args)`; past autograd where no backward may follow, whose kernel below costs 15 us to find that out."""
+    if differentiable or torch.compiler.is_compiling():
+        return op(*args)
+    if torch.is_inference_mode_enabled() or forward_ad._current_level >= 0:
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+def must_have_saved(name: str, saves: bool) -> None:
+    """Refuse a backward of a raw op call that was told not to prepare one."""
+    if not saves:
+        raise RuntimeError(f"vitfast::{name} was called with saves=False, which leaves nothing for its backward")
 
 
 def autograd(name: str, *, setup_context: Callable, backward: Callable) -> None:

@@ -15,21 +15,21 @@ aten = torch.ops.aten
 
 def norm_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kind: str, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The normed rows in `out_dtype`, and mean and rstd as torch keeps them (empty for kind 'rms')."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The normed rows in `out_dtype`, and mean and rstd as torch keeps them (None for kind 'rms')."""
     # contiguous first, here and below: the same result to the bit whatever the strides
     x = x.contiguous()
     if kind == "rms":
-        return reference.layer_norm(x, weight, None, eps, "rms").to(out_dtype), x.new_empty(0), x.new_empty(0)
+        return reference.layer_norm(x, weight, None, eps, "rms").to(out_dtype), None, None
     x = _in_dtype_of(weight, x)
     h, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
     return h.to(out_dtype), mean, rstd
 
 
-def stats_fake(x: Tensor, weight: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
+def stats_fake(x: Tensor, weight: Tensor | None, kind: str) -> tuple[Tensor | None, Tensor | None]:
     """Mean and rstd of `norm_forward`, shapes and dtypes only."""
     if kind != "layer":
-        return x.new_empty(0), x.new_empty(0)
+        return None, None
     x = _in_dtype_of(weight, x.contiguous())
     _, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, weight, 1e-6)
     return mean, rstd
@@ -43,8 +43,8 @@ def _in_dtype_of(weight: Tensor | None, x: Tensor) -> Tensor:
 def norm_backward(
     grad: Tensor,
     x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
@@ -70,6 +70,13 @@ def norm_backward(
         inner = grad if weight is None else grad * weight.to(dtype)
         grad_x = (scale * (inner - x_hat * (inner * x_hat).mean(-1, keepdim=True))).to(x.dtype)
     return grad_x, grad_weight, None
+
+
+def activation_in_place(x: Tensor, name: str) -> Tensor:
+    """`reference.activation`, over `x` where torch can."""
+    if name in ("gelu", "gelu_tanh"):
+        return aten.gelu_(x, approximate="none" if name == "gelu" else "tanh")
+    return aten.silu_(x) if name == "silu" else reference.activation(x, name)
 
 
 def activation_backward(grad: Tensor, x: Tensor, name: str) -> Tensor:

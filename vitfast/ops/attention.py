@@ -10,6 +10,7 @@ from torch import Tensor
 from vitfast import reference
 from vitfast.ops import _register
 from vitfast.ops._check import FLOATS, Reasons, autocast_dtype, cast
+from vitfast.ops._register import call, wants_gradient
 from vitfast.switches import stock_only
 
 aten = torch.ops.aten
@@ -51,10 +52,11 @@ def attention(
     q, k, v = cast(q, dtype), cast(k, dtype), cast(v, dtype)
     _check(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    check_mask(mask, q, k)
+    if mask is not None:
+        check_mask(mask, q, k)
     if _needs_sdpa(mask, dropout_p, return_lse):
         return reference.attention(q, k, v, scale, mask, dropout_p)
-    out, lse = _attention(q, k, v, scale)
+    out, lse = call(_attention, wants_gradient(q, k, v), q, k, v, scale)
     return (out, lse) if return_lse else out
 
 
@@ -73,10 +75,11 @@ def attention_qkv(
     if qkv.dtype not in FLOATS:
         raise ValueError(f"attention_qkv: qkv must be a floating point tensor, got {str(qkv.dtype)[6:]}")
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
-    check_mask(mask, qkv[:, :, 0], qkv[:, :, 1])
+    if mask is not None:
+        check_mask(mask, qkv[:, :, 0], qkv[:, :, 1])
     if _needs_sdpa(mask, dropout_p, return_lse):
         return reference.attention(*qkv.unbind(2), scale, mask, dropout_p)
-    out, lse = _attention_qkv(qkv, scale)
+    out, lse = call(_attention_qkv, wants_gradient(qkv), qkv, scale)
     return (out, lse) if return_lse else out
 
 
@@ -104,8 +107,6 @@ def _check(q, k, v):
 
 def check_mask(mask, q, k):
     """Raise where `mask` cannot be used with q [B, Nq, H, D] and k [B, Nk, H, D]."""
-    if mask is None:
-        return
     if mask.dtype not in (torch.bool, torch.float32, q.dtype):
         raise TypeError(
             f"attention: mask must be bool or float (float32 or q's {str(q.dtype)[6:]}), got {str(mask.dtype)[6:]}"

@@ -8,6 +8,7 @@ from torch import Tensor
 from vitfast import reference
 from vitfast.ops import _register, _stock
 from vitfast.ops._check import Reasons
+from vitfast.ops._register import call, wants_gradient
 from vitfast.switches import stock_only
 
 KINDS = ("layer", "rms")
@@ -45,7 +46,7 @@ def layer_norm(
     out_dtype = out_dtype or x.dtype
     if stock_only():
         return reference.layer_norm(x, weight, bias, eps, kind, out_dtype)
-    return _layer_norm(x, weight, bias, eps, kind, out_dtype)[0]
+    return call(_layer_norm, wants_gradient(x, weight, bias), x, weight, bias, eps, kind, out_dtype)[0]
 
 
 def add_layer_norm(
@@ -125,7 +126,7 @@ def _layer_norm_backward_fake(grad, x, mean, rstd, weight, bias, eps, kind, mask
 def _layer_norm_setup(ctx, inputs, output):
     x, weight, bias, eps, kind, _ = inputs
     _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
+    ctx.mark_non_differentiable(*(t for t in (mean, rstd) if t is not None))
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, bias, mean, rstd)
     ctx.eps, ctx.kind = eps, kind
@@ -155,7 +156,7 @@ def _add_layer_norm_fake(residual, branch, weight, bias, eps, kind, gamma, row_s
 def _add_layer_norm_setup(ctx, inputs, output):
     _, branch, weight, bias, eps, kind, gamma, row_scale = inputs
     total, _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
+    ctx.mark_non_differentiable(*(t for t in (mean, rstd) if t is not None))
     ctx.set_materialize_grads(False)
     kept = branch if ctx.needed[6] else None
     ctx.save_for_backward(total, weight, bias, mean, rstd, kept, gamma, row_scale)
@@ -186,18 +187,18 @@ def _add_layer_norm_grad(ctx, grad_total, grad_normed, *_):
 
 _layer_norm = _register.op(
     "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, str kind, ScalarType out_dtype)"
-    " -> (Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor?, Tensor?)",
     cpu=_layer_norm_stock, cuda=_layer_norm_stock, fake=_layer_norm_fake,
 )  # fmt: skip
 _layer_norm_backward = _register.op(
-    "layer_norm_backward(Tensor grad, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, float eps,"
+    "layer_norm_backward(Tensor grad, Tensor x, Tensor? mean, Tensor? rstd, Tensor? weight, Tensor? bias, float eps,"
     " str kind, bool[] mask) -> (Tensor?, Tensor?, Tensor?)",
     cpu=_layer_norm_backward_stock, cuda=_layer_norm_backward_stock, fake=_layer_norm_backward_fake,
 )  # fmt: skip
 _register.autograd("layer_norm", setup_context=_layer_norm_setup, backward=_layer_norm_grad)
 _add_layer_norm = _register.op(
     "add_layer_norm(Tensor residual, Tensor branch, Tensor? weight, Tensor? bias, float eps, str kind,"
-    " Tensor? gamma, Tensor? row_scale) -> (Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? gamma, Tensor? row_scale) -> (Tensor, Tensor, Tensor?, Tensor?)",
     cpu=_add_layer_norm_stock, cuda=_add_layer_norm_stock, fake=_add_layer_norm_fake,
 )  # fmt: skip
 _register.autograd("add_layer_norm", setup_context=_add_layer_norm_setup, backward=_add_layer_norm_grad)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from vitfast import reference
 from vitfast.ops import _register, _stock
-from vitfast.ops._check import Reasons, autocast_dtype, cast
+from vitfast.ops._check import Reasons, alike, autocast_dtype, cast
+from vitfast.ops._register import call, must_have_saved, wants_gradient
 from vitfast.switches import stock_only
 
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu", "silu")
@@ -53,9 +54,28 @@ def linear(
     if norm == "none":
         x = cast(x, dtype)
     weight, bias = cast(weight, dtype), cast(bias, dtype)
-    _check(x, weight, bias, norm, norm_weight, norm_bias, act, gamma, row_scale, residual)
+    if not _usual(x, weight, bias, norm, norm_weight, norm_bias, act, gamma, row_scale, residual):
+        _check(x, weight, bias, norm, norm_weight, norm_bias, act, gamma, row_scale, residual)
     args = (x, weight, bias, norm_weight, norm_bias, norm_eps, norm, act, gamma, row_scale, residual)
-    return reference.linear(*args) if stock_only() else _linear(*args)[0]
+    if stock_only():
+        return reference.linear(*args)
+    saves = wants_gradient(x, weight, bias, norm_weight, norm_bias, gamma, residual)
+    return call(_linear, saves, *args, saves)[0]
+
+
+def _usual(x, weight, bias, norm, norm_weight, norm_bias, act, gamma, row_scale, residual):
+    """Whether this is a call of one dtype that `_check` would pass."""
+    if norm not in NORMS or act not in ACTIVATIONS or weight.dim() != 2:
+        return False
+    (D, K), shape = weight.shape, x.shape
+    if len(shape) < 2:
+        return False
+    vectors = (bias, D), (norm_weight, K), (norm_bias, K), (gamma, D), (row_scale, shape[0])
+    return (
+        shape[-1] == K
+        and (residual is None or residual.shape == (*shape[:-1], D))
+        and alike(x, vectors, weight, residual)
+    )
 
 
 def _check(x, weight, bias, norm, norm_weight, norm_bias, act, gamma, row_scale, residual):
@@ -91,7 +111,7 @@ def _check(x, weight, bias, norm, norm_weight, norm_bias, act, gamma, row_scale,
     check.raise_if_any()
 
 
-def _linear_stock(x, weight, bias, norm_weight, norm_bias, norm_eps, norm, act, gamma, row_scale, residual):
+def _linear_stock(x, weight, bias, norm_weight, norm_bias, norm_eps, norm, act, gamma, row_scale, residual, saves):
     mean = rstd = pre = branch = None
     x = x.contiguous()
     if norm == "none":
@@ -100,14 +120,14 @@ def _linear_stock(x, weight, bias, norm_weight, norm_bias, norm_eps, norm, act, 
         h, mean, rstd = _stock.norm_forward(x, norm_weight, norm_bias, norm_eps, norm, weight.dtype)
     y = F.linear(h, weight, bias)
     if act != "none":
-        y, pre = reference.activation(y, act), y
+        y, pre = (reference.activation(y, act), y) if saves else (_stock.activation_in_place(y, act), None)
     if gamma is not None:
         branch = y
     out = _stock.add_branch(residual, y, gamma, row_scale)
-    return out, *(x.new_empty(0) if t is None else t for t in (mean, rstd, pre, branch))
+    return (out, mean, rstd, pre, branch) if saves else (out, None, None, None, None)
 
 
-def _linear_fake(x, weight, bias, norm_weight, norm_bias, norm_eps, norm, act, gamma, row_scale, residual):
+def _linear_fake(x, weight, bias, norm_weight, norm_bias, norm_eps, norm, act, gamma, row_scale, residual, saves):
     y = x.new_empty(*x.shape[:-1], weight.shape[0], dtype=weight.dtype)
     mean = rstd = pre = branch = None
     if norm != "none":
@@ -117,7 +137,7 @@ def _linear_fake(x, weight, bias, norm_weight, norm_bias, norm_eps, norm, act, g
     if gamma is not None:
         branch = torch.empty_like(y)
     out = _stock.add_branch(residual, y, gamma, row_scale)
-    return out, *(x.new_empty(0) if t is None else t for t in (mean, rstd, pre, branch))
+    return (out, mean, rstd, pre, branch) if saves else (out, None, None, None, None)
 
 
 def _linear_backward_stock(
@@ -153,9 +173,9 @@ def _linear_backward_fake(
 
 
 def _linear_setup(ctx, inputs, output):
-    x, weight, bias, norm_weight, norm_bias, norm_eps, norm, act, gamma, row_scale, _ = inputs
+    x, weight, bias, norm_weight, norm_bias, norm_eps, norm, act, gamma, row_scale, _, ctx.saves = inputs
     _, mean, rstd, pre, branch = output
-    ctx.mark_non_differentiable(mean, rstd, pre, branch)
+    ctx.mark_non_differentiable(*(t for t in output[1:] if t is not None))
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(
         x, weight, bias, norm_weight, norm_bias, mean, rstd, pre,
@@ -165,8 +185,9 @@ def _linear_setup(ctx, inputs, output):
 
 
 def _linear_grad(ctx, grad, *_):
+    must_have_saved("linear", ctx.saves)
     if grad is None:
-        return (None,) * 11
+        return (None,) * 12
     x, weight, bias, norm_weight, norm_bias, mean, rstd, pre, branch, gamma, row_scale = ctx.saved_tensors
     need = ctx.needed
     mask = [*need[:5], need[8]]
@@ -175,17 +196,18 @@ def _linear_grad(ctx, grad, *_):
         grads = _linear_backward(
             grad, x, weight, bias, norm_weight, norm_bias, mean, rstd, pre, branch, gamma, row_scale, *ctx.how, mask
         )
-    return *grads[:5], None, None, None, grads[5], None, grad if need[10] else None
+    return *grads[:5], None, None, None, grads[5], None, grad if need[10] else None, None
 
 
 _linear = _register.op(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, str norm,"
-    " str act, Tensor? gamma, Tensor? row_scale, Tensor? residual) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " str act, Tensor? gamma, Tensor? row_scale, Tensor? residual, bool saves)"
+    " -> (Tensor, Tensor?, Tensor?, Tensor?, Tensor?)",
     cpu=_linear_stock, cuda=_linear_stock, fake=_linear_fake,
 )  # fmt: skip
 _linear_backward = _register.op(
     "linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias,"
-    " Tensor mean, Tensor rstd, Tensor pre, Tensor? branch, Tensor? gamma, Tensor? row_scale, float norm_eps,"
+    " Tensor? mean, Tensor? rstd, Tensor? pre, Tensor? branch, Tensor? gamma, Tensor? row_scale, float norm_eps,"
     " str norm, str act, bool[] mask) -> (Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)",
     cpu=_linear_backward_stock, cuda=_linear_backward_stock, fake=_linear_backward_fake,
 )  # fmt: skip

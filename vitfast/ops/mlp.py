@@ -8,7 +8,8 @@ from torch import Tensor
 
 from vitfast import reference
 from vitfast.ops import _register, _stock
-from vitfast.ops._check import Reasons, autocast_dtype, cast
+from vitfast.ops._check import Reasons, alike, autocast_dtype, cast
+from vitfast.ops._register import call, must_have_saved, wants_gradient
 from vitfast.ops.linear import ACTIVATIONS as LINEAR_ACTIVATIONS
 from vitfast.switches import stock_only
 
@@ -49,14 +50,33 @@ def mlp(
     Raises:
         ValueError: shape, device, dtype, norm or act does not fit.
 
-    Numerics: products accumulate in fp32, statistics in fp32. For the backward the first projection's output is
-    kept; the normed rows and the activation are computed again.
+    Numerics: products accumulate in fp32, statistics in fp32. Where a backward may follow, the first projection's
+    output is kept; the normed rows and the activation are computed again.
     """
     dtype = autocast_dtype(x)
     w1, b1, w2, b2 = (cast(t, dtype) for t in (w1, b1, w2, b2))
-    _check(x, norm_weight, norm_bias, w1, b1, w2, b2, norm, act, gated, gamma, row_scale)
+    if not _usual(x, norm_weight, norm_bias, w1, b1, w2, b2, norm, act, gated, gamma, row_scale):
+        _check(x, norm_weight, norm_bias, w1, b1, w2, b2, norm, act, gated, gamma, row_scale)
     args = (x, norm_weight, norm_bias, norm_eps, norm, w1, b1, w2, b2, act, gated, gamma, row_scale)
-    return reference.mlp(*args) if stock_only() else _mlp(*args)[0]
+    if stock_only():
+        return reference.mlp(*args)
+    saves = wants_gradient(x, norm_weight, norm_bias, w1, b1, w2, b2, gamma)
+    return call(_mlp, saves, *args, saves)[0]
+
+
+def _usual(x, norm_weight, norm_bias, w1, b1, w2, b2, norm, act, gated, gamma, row_scale):
+    """Whether this is a call of one dtype that `_check` would pass."""
+    if norm not in ("layer", "rms") or act not in ACTIVATIONS or w1.dim() != 2 or (gated and w1.shape[0] % 2):
+        return False
+    (hidden, D), shape = w1.shape, x.shape
+    if len(shape) < 2:
+        return False
+    vectors = (norm_weight, D), (norm_bias, D), (b1, hidden), (b2, D), (gamma, D), (row_scale, shape[0])
+    return (
+        shape[-1] == D
+        and w2.shape == (D, hidden // 2 if gated else hidden)
+        and alike(x, vectors, w1, w2)
+    )
 
 
 def _check(x, norm_weight, norm_bias, w1, b1, w2, b2, norm, act, gated, gamma, row_scale):
@@ -96,21 +116,28 @@ def _hidden(pre, act, gated):
     return reference.activation(gate, act).mul_(value)
 
 
-def _mlp_stock(x, norm_weight, norm_bias, norm_eps, norm, w1, b1, w2, b2, act, gated, gamma, row_scale):
+def _mlp_stock(x, norm_weight, norm_bias, norm_eps, norm, w1, b1, w2, b2, act, gated, gamma, row_scale, saves):
     x = x.contiguous()
     h, mean, rstd = _stock.norm_forward(x, norm_weight, norm_bias, norm_eps, norm, w1.dtype)
     pre = F.linear(h, w1, b1)
+    if not saves:
+        # over the projection: the largest tensor of a block is touched once less
+        hidden = _hidden(pre, act, gated) if gated else _stock.activation_in_place(pre, act)
+        y = F.linear(hidden, w2, b2)
+        return _stock.add_branch(x, y, gamma, row_scale), None, None, None, None
     y = F.linear(_hidden(pre, act, gated), w2, b2)
-    branch = x.new_empty(0) if gamma is None else y
+    branch = None if gamma is None else y
     return _stock.add_branch(x, y, gamma, row_scale), mean, rstd, pre, branch
 
 
-def _mlp_fake(x, norm_weight, norm_bias, norm_eps, norm, w1, b1, w2, b2, act, gated, gamma, row_scale):
-    mean, rstd = _stock.stats_fake(x, norm_weight, norm)
-    pre = x.new_empty(*x.shape[:-1], w1.shape[0], dtype=w1.dtype)
+def _mlp_fake(x, norm_weight, norm_bias, norm_eps, norm, w1, b1, w2, b2, act, gated, gamma, row_scale, saves):
     y = x.new_empty(x.shape, dtype=w1.dtype)
     x = x.contiguous()
-    branch = x.new_empty(0) if gamma is None else torch.empty_like(y)
+    if not saves:
+        return _stock.add_branch(x, y, gamma, row_scale), None, None, None, None
+    mean, rstd = _stock.stats_fake(x, norm_weight, norm)
+    pre = x.new_empty(*x.shape[:-1], w1.shape[0], dtype=w1.dtype)
+    branch = None if gamma is None else torch.empty_like(y)
     return _stock.add_branch(x, y, gamma, row_scale), mean, rstd, pre, branch
 
 
@@ -158,9 +185,9 @@ def _mlp_backward_fake(
 
 
 def _mlp_setup(ctx, inputs, output):
-    x, norm_weight, norm_bias, norm_eps, norm, w1, b1, w2, b2, act, gated, gamma, row_scale = inputs
+    x, norm_weight, norm_bias, norm_eps, norm, w1, b1, w2, b2, act, gated, gamma, row_scale, ctx.saves = inputs
     _, mean, rstd, pre, branch = output
-    ctx.mark_non_differentiable(mean, rstd, pre, branch)
+    ctx.mark_non_differentiable(*(t for t in output[1:] if t is not None))
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(
         x, norm_weight, norm_bias, mean, rstd, w1, b1, w2, b2, pre,
@@ -170,26 +197,28 @@ def _mlp_setup(ctx, inputs, output):
 
 
 def _mlp_grad(ctx, grad, *_):
+    must_have_saved("mlp", ctx.saves)
     if grad is None:
-        return (None,) * 13
+        return (None,) * 14
     need = ctx.needed
     mask = [*need[:3], *need[5:9], need[11]]
     x, norm_weight, norm_bias, mean, rstd, w1, b1, w2, b2, pre, branch, gamma, row_scale = ctx.saved_tensors
     grads = _mlp_backward(
         grad, x, norm_weight, norm_bias, mean, rstd, w1, b1, w2, b2, pre, branch, gamma, row_scale, *ctx.how, mask
     )
-    return *grads[:3], None, None, *grads[3:7], None, None, grads[7], None
+    return *grads[:3], None, None, *grads[3:7], None, None, grads[7], None, None
 
 
 _mlp = _register.op(
     "mlp(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, str norm, Tensor w1, Tensor? b1, Tensor w2,"
-    " Tensor? b2, str act, bool gated, Tensor? gamma, Tensor? row_scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? b2, str act, bool gated, Tensor? gamma, Tensor? row_scale, bool saves)"
+    " -> (Tensor, Tensor?, Tensor?, Tensor?, Tensor?)",
     cpu=_mlp_stock, cuda=_mlp_stock, fake=_mlp_fake,
 )  # fmt: skip
 _mlp_backward = _register.op(
-    "mlp_backward(Tensor grad, Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor mean, Tensor rstd, Tensor w1,"
-    " Tensor? b1, Tensor w2, Tensor? b2, Tensor pre, Tensor? branch, Tensor? gamma, Tensor? row_scale, float norm_eps,"
-    " str norm, str act, bool gated, bool[] mask)"
+    "mlp_backward(Tensor grad, Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor? mean, Tensor? rstd,"
+    " Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor pre, Tensor? branch, Tensor? gamma, Tensor? row_scale,"
+    " float norm_eps, str norm, str act, bool gated, bool[] mask)"
     " -> (Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)",
     cpu=_mlp_backward_stock, cuda=_mlp_backward_stock, fake=_mlp_backward_fake,
 )  # fmt: skip
