@@ -21,6 +21,7 @@ class Implementation(NamedTuple):
     why_no_kernel: str
 
 
+GRADIENTS: dict[Callable, type[torch.autograd.Function]] = {}
 IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {}
 
 NO_CUDA_KERNEL = "its Triton or CUDA kernel is not part of this release"
@@ -52,11 +53,11 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 
 
 def call(op: Callable, differentiable: bool, *args: Any) -> Any:
-    """`op(*args)`; past autograd where no backward may follow, whose kernel below costs 15 us to find that out."""
-    if differentiable or torch.compiler.is_compiling():
+    """`op(*args)` by the shortest way: what torch's dispatcher would find out about autograd at 15 us is known here."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or forward_ad._current_level >= 0:
         return op(*args)
-    if torch.is_inference_mode_enabled() or forward_ad._current_level >= 0:
-        return op(*args)
+    if differentiable:
+        return GRADIENTS[op].apply(None, *args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
 
@@ -79,7 +80,10 @@ def autograd(name: str, *, setup_context: Callable, backward: Callable) -> None:
         @staticmethod
         def forward(ctx, keyset, *inputs):
             with torch._C._AutoDispatchBelowAutograd():
-                output = overload.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+                if keyset is None:  # from `call`
+                    output = overload(*inputs)
+                else:
+                    output = overload.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
             ctx.needed = ctx.needs_input_grad[1:]
             setup_context(ctx, inputs, output)
             return output
@@ -99,4 +103,5 @@ def autograd(name: str, *, setup_context: Callable, backward: Callable) -> None:
         with torch._C._AutoDispatchBelowAutograd():
             return overload.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
 
+    GRADIENTS[overload] = Gradient
     LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)

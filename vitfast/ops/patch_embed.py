@@ -9,6 +9,7 @@ from torch import Tensor
 from vitfast import reference
 from vitfast.ops import _register
 from vitfast.ops._check import FLOATS, Reasons, autocast_dtype, cast
+from vitfast.ops._register import call, wants_gradient
 from vitfast.switches import stock_only
 
 
@@ -47,7 +48,8 @@ def patch_embed(
     _check(images, weight, bias, pos_embed, prefix, mean, std)
     if stock_only():
         return _exportable(images, weight, bias, pos_embed, prefix, mean, std)
-    return _patch_embed(images, weight, bias, pos_embed, prefix, mean, std)
+    differentiable = wants_gradient(images, weight, bias, pos_embed, prefix)
+    return call(_patch_embed, differentiable, images, weight, bias, pos_embed, prefix, mean, std)
 
 
 def _check(images, weight, bias, pos_embed, prefix, mean, std):
