@@ -56,11 +56,13 @@ def same(ours, theirs, images, unlike=None):
     assert error < 1e-4, error
     if unlike is not None:
         assert (out - unlike).norm() > 20 * (out - expected).norm() + 1e-5 * unlike.norm()
+    # what is below the rounding of the largest gradient is noise
+    noise = 1e-7 * max(grad.norm() for grad in their_grads.values() if grad is not None)
     for name, grad in their_grads.items():
         found = grads[name]
         assert (grad is None) == (found is None), name
         if grad is not None and "k_norm.bias" not in name:
-            assert (found - grad).norm() <= 2e-3 * grad.norm(), name
+            assert (found - grad).norm() <= 2e-3 * grad.norm() + noise, name
 
 
 def other(x):

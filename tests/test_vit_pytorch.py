@@ -106,9 +106,11 @@ def test_forward_or_gradient_is_less_exact_than_vit_pytorch(changes, dtype, trai
     refs, lows, found = ([g for g in gs if g is not None and g.numel()] for gs in (grads_ref, grads_low, grads))
     of_low = torch.stack([relative(g, r) for g, r in zip(lows, refs, strict=True)])
     of_ours = torch.stack([relative(g, r) for g, r in zip(found, refs, strict=True)])
-    # one gain of a massive channel can dominate a tensor, so a tensor is held to the worst of theirs
-    bad = [n for n, error in zip(names, of_ours, strict=True) if not error <= 3 * of_low.max()]
-    assert not bad, f"gradients of {bad}"
+    # one gain of a massive channel can dominate a tensor, so a tensor is held to the worst of theirs; eight roundings
+    # of fp32 more, because where only the class token is computed a gain's gradient sums eight numbers, by luck or not
+    allowed = 3 * of_low.max() + 8 * torch.finfo(torch.float32).eps
+    bad = [n for n, error in zip(names, of_ours, strict=True) if not error <= allowed]
+    assert not bad, f"gradients of {bad}: {of_ours.max()} against {of_low.max()}"
     assert of_ours.square().mean().sqrt() <= 2 * of_low.square().mean().sqrt()
 
 

@@ -116,6 +116,8 @@ def _patch_embed_stock(images, weight, bias, pos_embed, prefix, mean, std):
     tokens = images.new_empty(B, P + N, D, dtype=_token_dtype(weight, pos_embed, prefix))
     if images.dtype == torch.uint8:
         images = reference.normalise(images, mean, std, weight.dtype)
+    # contiguous: for other strides torch may take another kernel, whose result has other bits
+    images, weight = images.contiguous(), weight.contiguous()
     x = F.conv2d(images, weight, bias, stride=weight.shape[2:]).flatten(2).transpose(1, 2)
     on_prefix = pos_embed is not None and P > 0 and pos_embed.shape[0] == P + N
     if pos_embed is None:
@@ -148,6 +150,7 @@ def _patch_embed_backward_stock(grad, images, weight, pos_embed, prefix, mean, s
     if need_images or need_weight:
         if images.dtype == torch.uint8:
             images = reference.normalise(images, mean, std, weight.dtype)
+        images, weight = images.contiguous(), weight.contiguous()
         (ph, pw), (H, W) = weight.shape[2:], images.shape[2:]
         maps = patches.transpose(1, 2).reshape(B, D, H // ph, W // pw)
         grad_images, grad_weight, _ = torch.ops.aten.convolution_backward(
