@@ -7,8 +7,8 @@ WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
-# what decides which packages are installed; the package itself is installed editable
-INPUTS := pyproject.toml setup.py constraints.txt
+# what decides which packages are installed and what is compiled; the package itself is installed editable
+INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
 # pip names a hundred requirements that are met; only downloads, the install and errors (stderr) are news
 define install

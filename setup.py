@@ -1,8 +1,186 @@
-"""All metadata is in pyproject.toml. This file is for what cannot be declared there: the extension's
-`ext_modules`, collected from the sources in csrc/ and the compilers found. While csrc/ has no sources,
-vitfast is pure Python.
+"""Builds the extension `vitfast._C` where it can, and installs vitfast without it where it cannot.
+
+All metadata is in pyproject.toml. Environment variables:
+
+    VITFAST_BUILD_CUDA   1: with the CUDA part, else an error; 0: without it; auto (default): where there is nvcc
+    VITFAST_CUDA_ARCHS   what nvcc compiles for, "80;90a;100+PTX" by default; +PTX adds code for newer cards
+    CXX, NVCC            compilers to use
+
+A compiler that is missing or fails costs one clear line and the part it would have built. What was built, and why the
+rest was not, goes into vitfast/_build.json beside the extension, where `vitfast info` reads it.
 """
 
-from setuptools import setup
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
-setup()
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+CSRC = Path("csrc")
+SOURCES = ["bindings.cpp", "cpu_features.cpp"]
+CUDA_SOURCES = ["cuda_probe.cu"]
+# sm_80 runs on 8.6 and 8.9 too; PTX of 90a would not run on anything newer, so compute_80 and compute_100 are kept
+ARCHS = "80+PTX;90a;100+PTX"
+
+
+class Missing(Exception):
+    """Why a part cannot be built."""
+
+
+def wanted_cuda() -> str:
+    wanted = os.environ.get("VITFAST_BUILD_CUDA", "auto").lower()
+    if wanted not in ("0", "1", "auto"):
+        sys.exit(f"vitfast: VITFAST_BUILD_CUDA must be 0, 1 or auto, got {wanted!r}")
+    return wanted
+
+
+def gencodes() -> list[str]:
+    """nvcc's options for VITFAST_CUDA_ARCHS."""
+    options = []
+    for arch in re.split(r"[;, ]+", os.environ.get("VITFAST_CUDA_ARCHS", ARCHS).strip()):
+        match = re.fullmatch(r"(\d+[af]?)(\+PTX)?", arch.replace(".", "").removeprefix("sm_"))
+        if not match:
+            sys.exit(f"vitfast: VITFAST_CUDA_ARCHS must look like '80;90a;100+PTX', got {arch!r}")
+        number, ptx = match.groups()
+        options.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if ptx:
+            options.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return options
+
+
+def run(command: list[str]) -> str:
+    """Output of `command`; Missing with the end of what it said when it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise Missing(f"{command[0]} did not start: {error.strerror}") from None
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines()
+        errors = [line for line in said if "error" in line.lower()] or said[-1:] or ["no output"]
+        raise Missing(f"{Path(command[0]).name} failed: {errors[0][:300]}")
+    return done.stdout + done.stderr
+
+
+class BuildWhatIsPossible(build_ext):
+    """Compiles with the C++ compiler and, where it is wanted, nvcc; never fails for the lack of either."""
+
+    def run(self):
+        wanted, options = wanted_cuda(), gencodes()
+        report = {"extension": False, "cuda": False, "why_no_extension": "", "why_no_cuda": ""}
+        target = Path(self.get_ext_fullpath(self.extensions[0].name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            compiler = self.find_compiler()
+            report["compiler"] = run([*compiler, "--version"]).splitlines()[0]
+            objects, link = self.compile_cuda(wanted, options, report)
+            self.compile_and_link(compiler, objects, link, target)
+            report["extension"] = True
+        except Missing as reason:
+            if wanted == "1":
+                sys.exit(f"vitfast: VITFAST_BUILD_CUDA=1, but {reason}")
+            report["why_no_extension"] = str(reason)
+            report["cuda"], report["why_no_cuda"] = False, "the extension was not built"
+            target.unlink(missing_ok=True)  # of an earlier build in the source tree
+        self.say(report)
+        (target.parent / "_build.json").write_text(json.dumps(report, indent=1) + "\n")
+
+    def find_compiler(self) -> list[str]:
+        if "CXX" in os.environ:
+            compiler = shlex.split(os.environ["CXX"])
+            if not compiler or not shutil.which(compiler[0]):
+                raise Missing(f"CXX={os.environ['CXX']!r} was not found")
+            return compiler
+        for name in ("c++", "g++", "clang++"):
+            if shutil.which(name):
+                return [name]
+        raise Missing("no C++ compiler (c++, g++, clang++) was found")
+
+    def compile_cuda(self, wanted: str, options: list[str], report: dict) -> tuple[list[str], list[str]]:
+        """Object files and linker options of the CUDA part; none, with the reason in `report`, where it cannot be."""
+        if wanted == "0":
+            report["why_no_cuda"] = "built with VITFAST_BUILD_CUDA=0"
+            return [], []
+        try:
+            nvcc = shutil.which(os.environ.get("NVCC", "nvcc"))
+            if nvcc is None:
+                raise Missing("nvcc was not found (NVCC names it, or put it on the PATH)")
+            # what is on the PATH may be a wrapper, so nvcc is asked where its libraries are
+            dry = run([nvcc, "--dryrun", "-x", "cu", os.devnull, "-o", os.devnull])
+            libraries = re.search(r"^#\$ LIBRARIES=(.*)$", dry, re.MULTILINE)
+            if libraries is None:
+                raise Missing("nvcc --dryrun did not name its libraries")
+            objects = []
+            for source in CUDA_SOURCES:
+                objects.append(str(self.object_dir() / f"{source}.o"))
+                run([nvcc, "-c", str(CSRC / source), "-o", objects[-1], "-O3", "-std=c++17", "-Xcompiler", "-fPIC",
+                     "-Xcompiler", "-fvisibility=hidden", "--threads", "0", *options])  # fmt: skip
+            report["cuda"] = True
+            report["nvcc"] = re.search(r"release ([\d.]+)", run([nvcc, "--version"])).group(1)
+            report["archs"] = [option.rpartition("code=")[2] for option in options]
+            # static, and without symbols of its own: it does not meet torch's runtime
+            return objects, [*shlex.split(libraries.group(1)), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        except Missing as reason:
+            if wanted == "1":
+                raise
+            report["why_no_cuda"] = str(reason)
+            return [], []
+
+    def compile_and_link(self, compiler: list[str], objects: list[str], link: list[str], target: Path) -> None:
+        try:
+            import pybind11
+        except ImportError:
+            raise Missing("pybind11 is not installed (pip installs it unless --no-build-isolation is given)") from None
+        import sysconfig
+
+        includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+        if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+            raise Missing("Python's headers are not installed (Debian: python3-dev)")
+        defines = ["-DVITFAST_CUDA"] if objects else []
+        flags = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", *includes, *defines]
+        running = []
+        for source in SOURCES:
+            compiled = str(self.object_dir() / f"{source}.o")
+            running.append([*compiler, "-c", str(CSRC / source), "-o", compiled, *flags])
+            objects = [*objects, compiled]
+        for command in running:
+            run(command)
+        shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared", "-s"]
+        # under another name first: a process that has the old one loaded keeps it
+        temporary = target.with_suffix(".tmp")
+        run([*compiler, *shared, *objects, "-o", str(temporary), *link])
+        os.replace(temporary, target)
+
+    def object_dir(self) -> Path:
+        folder = Path(self.build_temp)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def say(self, report: dict) -> None:
+        if report["extension"]:
+            cuda = f"no CUDA part: {report['why_no_cuda']}"
+            if report["cuda"]:
+                cuda = f"CUDA part: {', '.join(report['archs'])}"
+            line = f"built vitfast._C ({cuda})"
+        else:
+            line = f"installing without the compiled extension: {report['why_no_extension']}"
+        # pip shows a build's output only with -v or when it fails; whoever builds otherwise sees it
+        print(f"vitfast: {line}", file=sys.stderr, flush=True)
+
+    def get_outputs(self):
+        target = Path(self.get_ext_fullpath(self.extensions[0].name))
+        return [str(path) for path in (target, target.parent / "_build.json") if path.exists()]
+
+    def get_output_mapping(self):
+        return {}
+
+
+setup(
+    ext_modules=[Extension("vitfast._C", sources=[str(CSRC / name) for name in SOURCES])],
+    cmdclass={"build_ext": BuildWhatIsPossible},
+)

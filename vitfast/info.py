@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from vitfast import extension
+
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "timm", "vit-pytorch", "torchvision", "transformers")
 
 
@@ -25,7 +27,7 @@ def collect() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
         "device": device,
-        "extension": {"built": False, "why": "this release has no C++ or CUDA sources"},
+        "extension": _extension(),
         "triton": _triton(device),
         "ops": {
             name: {
@@ -68,6 +70,20 @@ def _device() -> dict[str, Any]:
     }
 
 
+def _extension() -> dict[str, Any]:
+    module, why = extension.load()
+    if module is None:
+        return {"built": False, "why": why}
+    report, cuda = extension.build_report(), extension.cuda_status()
+    return {
+        "built": True,
+        "why": "",
+        "compiler": report.get("compiler"),
+        "cuda": {"archs": report.get("archs", []), "toolkit": report.get("nvcc"), **cuda},
+        "cpu_features": module.cpu_features(),
+    }
+
+
 def cpu_name() -> str:
     """The CPU's name, as far as the system tells."""
     try:
@@ -85,6 +101,18 @@ def _triton(device: dict[str, Any]) -> dict[str, Any]:
     return {"usable": True, "why": ""}
 
 
+def _extension_lines(found: dict[str, Any]) -> list[str]:
+    if not found["built"]:
+        return [f"extension: not built ({found['why']})"]
+    cuda = found["cuda"]
+    usable = ", ".join(cuda["devices"]) if cuda["usable"] else f"not usable ({cuda['why']})"
+    features = [name for name, there in found["cpu_features"].items() if there]
+    return [
+        f"extension: built with {found['compiler']}; this CPU has {', '.join(features) or 'none of what it looks for'}",
+        f"extension, CUDA part: {', '.join(cuda['archs']) or 'none'}; {usable}",
+    ]
+
+
 def report() -> str:
     """The same as text."""
     info = collect()
@@ -97,7 +125,7 @@ def report() -> str:
         if cuda is None
         else f"cuda: {cuda['devices']} x {cuda['name']}, sm_{cuda['capability'].replace('.', '')}, "
         f"{cuda['memory_gib']} GiB, runtime {cuda['runtime']}",
-        f"extension: not built ({info['extension']['why']})",
+        *_extension_lines(info["extension"]),
         "triton: usable" if info["triton"]["usable"] else f"triton: not usable ({info['triton']['why']})",
         "ops:",
     ]

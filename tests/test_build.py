@@ -1,0 +1,208 @@
+"""The build as pip runs it: from the sdist, isolated, with no torch, with and without each compiler."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from vitfast import extension
+
+ROOT = Path(__file__).parent.parent
+NVCC = shutil.which("nvcc")
+pytestmark = pytest.mark.slow
+
+
+def run(*command, **variables):
+    """Exit code and output, in an environment without the variables that steer the build but for those given."""
+    drop = ("VITFAST_BUILD_CUDA", "VITFAST_CUDA_ARCHS", "CXX", "NVCC", "PYTHONPATH")
+    environment = {name: value for name, value in os.environ.items() if name not in drop}
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=environment | variables, timeout=250
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sdist")
+    ignore = shutil.ignore_patterns("_C*", "_build.json", "__pycache__", "*.egg-info")
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "csrc", "vitfast"):
+        source, copy = ROOT / name, folder / "source" / name
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copytree(source, copy, ignore=ignore) if source.is_dir() else shutil.copy(source, copy)
+    code, said = run(sys.executable, "-m", "build", "--sdist", "--outdir", folder, folder / "source")
+    assert code == 0, said
+    (file,) = folder.glob("*.tar.gz")
+    return file
+
+
+def build(sdist, folder, *options, **variables):
+    """pip's exit code, what it said, and the wheel's content unpacked (None where there is no wheel)."""
+    code, said = run(
+        sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "-w", folder, *options, sdist, **variables
+    )
+    (wheel,) = list(folder.glob("*.whl")) or (None,)
+    if wheel is None:
+        return code, said, None
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "unpacked")
+    return code, said, folder / "unpacked" / "vitfast"
+
+
+def line_of(said):
+    """What the build itself said, once."""
+    (line,) = {line.strip() for line in said.splitlines() if line.strip().startswith("vitfast: ")}
+    return line
+
+
+def report_of(package):
+    return json.loads((package / "_build.json").read_text())
+
+
+CALL = (
+    "import importlib.machinery as m, importlib.util as u, json, sys; "
+    "s = u.spec_from_file_location('vitfast._C', sys.argv[1]); c = u.module_from_spec(s); s.loader.exec_module(c); "
+    "print(json.dumps([c.cpu_features(), c.probe_cuda() if hasattr(c, 'probe_cuda') else None]))"
+)
+
+
+def call_extension(package):
+    """cpu_features() and probe_cuda() in a bare interpreter: no torch, no site-packages."""
+    (file,) = package.glob("_C*.so")
+    code, said = run(sys.executable, "-I", "-S", "-c", CALL, file)
+    assert code == 0, said
+    return json.loads(said)
+
+
+def test_plain_install_in_an_empty_environment_fails_or_lacks_a_part(sdist, tmp_path):
+    """No torch at build time, build isolation on, nothing but pip in the environment."""
+    venv.create(tmp_path / "env", with_pip=True)
+    code, said = run(tmp_path / "env/bin/python", "-m", "pip", "install", "-v", "--no-deps", sdist)
+    assert code == 0, said
+    assert "built vitfast._C (" in line_of(said)
+    (package,) = (tmp_path / "env").glob("lib/python*/site-packages/vitfast")
+    assert report_of(package)["extension"] and report_of(package)["cuda"] == bool(NVCC)
+    features, probe = call_extension(package)
+    if Path("/proc/cpuinfo").exists():
+        flags = Path("/proc/cpuinfo").read_text().split()
+        for name, flag in (("avx2", "avx2"), ("avx512", "avx512bw"), ("avx512_bf16", "avx512_bf16"),
+                           ("avx512_vnni", "avx512_vnni"), ("amx_bf16", "amx_bf16")):  # fmt: skip
+            assert features.get(name, False) == (flag in flags), name
+    assert (probe is None) == (not NVCC)
+    if NVCC:
+        assert {"sm_80", "sm_90a", "sm_100", "compute_80", "compute_100"} <= set(report_of(package)["archs"])
+        assert probe["runtime_version"] > 0
+        assert bool(probe["devices"]) == (probe["error"] == 0)
+    code, said = run(tmp_path / "env/bin/python", "-m", "pip", "uninstall", "-y", "vitfast")
+    assert code == 0 and not package.exists(), "files stay behind"
+
+
+WITHOUT = {
+    "CUDA switched off": ({"VITFAST_BUILD_CUDA": "0"}, "built with VITFAST_BUILD_CUDA=0"),
+    "no nvcc": ({"NVCC": "/nowhere/nvcc"}, "nvcc was not found (NVCC names it, or put it on the PATH)"),
+    "nvcc that fails": ({"NVCC": "/bin/false"}, "false failed: no output"),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_missing_nvcc_costs_more_than_the_cuda_part(name, sdist, tmp_path):
+    variables, why = WITHOUT[name]
+    code, said, package = build(sdist, tmp_path, **variables)
+    assert code == 0, said
+    assert line_of(said) == f"vitfast: built vitfast._C (no CUDA part: {why})"
+    report = report_of(package)
+    assert (report["extension"], report["cuda"], report["why_no_cuda"]) == (True, False, why)
+    features, probe = call_extension(package)
+    assert probe is None and isinstance(features, dict)
+
+
+NO_COMPILER = {
+    "none": ({"PATH": "/nowhere"}, "no C++ compiler (c++, g++, clang++) was found"),
+    "not there": ({"CXX": "/nowhere/c++"}, "CXX='/nowhere/c++' was not found"),
+    "fails": ({"CXX": "broken"}, "c++ failed: c++: fatal error: cannot execute 'cc1plus'"),
+}
+
+
+@pytest.mark.parametrize("name", NO_COMPILER)
+def test_missing_compiler_fails_the_install(name, sdist, tmp_path):
+    """Pure Python is what is left, and the reason is kept for `vitfast info`."""
+    variables, why = NO_COMPILER[name]
+    if variables.get("CXX") == "broken":
+        compiler = tmp_path / "c++"
+        compiler.write_text("#!/bin/sh\necho \"c++: fatal error: cannot execute 'cc1plus'\" >&2\nexit 1\n")
+        compiler.chmod(0o755)
+        variables = {"CXX": str(compiler)}
+    code, said, package = build(sdist, tmp_path, **variables)
+    assert code == 0, said
+    assert line_of(said) == f"vitfast: installing without the compiled extension: {why}"
+    report = report_of(package)
+    assert (report["extension"], report["cuda"], report["why_no_extension"]) == (False, False, why)
+    assert not list(package.glob("_C*")) and (package / "vit.py").exists()
+
+
+DEMANDED = {
+    "no nvcc": ({"VITFAST_BUILD_CUDA": "1", "NVCC": "/nowhere/nvcc"}, "VITFAST_BUILD_CUDA=1, but nvcc was not found"),
+    "no compiler": ({"VITFAST_BUILD_CUDA": "1", "CXX": "/nowhere/c++"}, "VITFAST_BUILD_CUDA=1, but CXX='/nowhere/c++'"),
+    "bad switch": ({"VITFAST_BUILD_CUDA": "yes"}, "VITFAST_BUILD_CUDA must be 0, 1 or auto, got 'yes'"),
+    "bad arch": ({"VITFAST_CUDA_ARCHS": "80;hopper"}, "ARCHS must look like '80;90a;100+PTX', got 'hopper'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DEMANDED)
+def test_demand_that_cannot_be_met_is_dropped_silently(name, sdist, tmp_path):
+    variables, message = DEMANDED[name]
+    code, said, package = build(sdist, tmp_path, **variables)
+    assert code != 0 and package is None
+    assert message in said
+
+
+def test_chosen_architectures_are_ignored(sdist, tmp_path):
+    """A user who builds for one card; also the C++ part beside an nvcc that knows no such card."""
+    code, said, package = build(sdist, tmp_path, VITFAST_CUDA_ARCHS="8.9+PTX")
+    assert code == 0, said
+    if NVCC:
+        assert report_of(package)["archs"] == ["sm_89", "compute_89"]
+    else:
+        assert "nvcc was not found" in report_of(package)["why_no_cuda"]
+
+
+WORDS = [
+    ((0, 13000, 35), "no NVIDIA driver is installed"),
+    ((12040, 13000, 35), "driver is too old: it supports CUDA 12.4, vitfast was built with 13.0; driver 580 or newer"),
+    ((13000, 13000, 100), "driver (CUDA 13.0) is there, but no device is visible (CUDA_VISIBLE_DEVICES?)"),
+    ((13000, 13000, 999), "CUDA error 999: unknown error"),
+]
+
+
+@pytest.mark.parametrize(("probe", "words"), WORDS)
+def test_old_driver_no_driver_and_no_device_read_the_same(probe, words):
+    assert words in extension.why_no_device(*probe, "unknown error")
+    assert extension.why_no_device(13000, 13000, 0, "no error") == ""
+
+
+def test_missing_extension_is_used_silently(monkeypatch):
+    """`require` says why there is none: not built, file gone, or a file that does not load."""
+
+    def fail(error):
+        def load(name):
+            raise error
+
+        extension.load.cache_clear()
+        monkeypatch.setattr(extension.importlib, "import_module", load)
+        with pytest.raises(NotImplementedError) as raised:
+            extension.require()
+        extension.load.cache_clear()
+        return str(raised.value)
+
+    monkeypatch.setattr(extension, "build_report", lambda: {"why_no_extension": "no C++ compiler was found"})
+    assert "extension is not available: no C++ compiler was found" in fail(ModuleNotFoundError("vitfast._C"))
+    monkeypatch.setattr(extension, "build_report", lambda: {"why_no_extension": ""})
+    assert "its file is gone" in fail(ModuleNotFoundError("vitfast._C"))
+    assert "does not load: libstdc++.so.6: version not found" in fail(ImportError("libstdc++.so.6: version not found"))
+    assert not extension.cuda_status()["usable"] or extension.load()[0] is not None
