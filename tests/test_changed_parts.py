@@ -213,6 +213,10 @@ def test_weight_of_another_class_is_read_as_plain_data(part):
         out, expected = ours(images), theirs(images)
     assert (out - expected).norm() <= 1e-4 * expected.norm()
     assert (out - unchanged).norm() > 1e-2 * unchanged.norm()
+    # where `torch.compiler.is_exporting` is True although nobody exports
+    with torch.no_grad():
+        compiled = torch.compile(ours, backend="eager")(images)
+    assert (compiled - expected).norm() <= 1e-4 * expected.norm()
     if part.startswith("blocks"):
         assert "weight of class Halved" in str(vitfast.explain(ours))
 
@@ -239,24 +243,110 @@ def test_functional_call_uses_the_modules_own_weights():
     assert (out - expected).norm() <= 1e-4 * expected.norm()
 
 
-def test_per_sample_gradients_are_wrong_or_impossible_without_a_reason():
-    """vmap over grad needs an op that says how it is batched; until it has one it must not return numbers."""
+def test_torch_func_does_not_work():
+    """Per-sample gradients and ensembles: the transforms get stock operators, which have rules for them."""
     _, ours, images = pair("token")
     ours.eval()
     params = dict(ours.named_parameters())
     loss = lambda p, x: torch.func.functional_call(ours, p, x[None]).sum()  # noqa: E731
-    with pytest.raises((RuntimeError, NotImplementedError), match="vmap|autograd.Function|torch.func"):
-        torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(params, images)
-    vitfast.set_exportable(True)
-    try:
-        found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(params, images)
-    finally:
-        vitfast.set_exportable(False)
-    ours.zero_grad()
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(params, images)
     ours(images).sum().backward()
     for name, p in ours.named_parameters():
         if "k_norm.bias" not in name:
             assert (found[name].sum(0) - p.grad).norm() <= 2e-3 * p.grad.norm(), name
+    with torch.no_grad():
+        out = torch.func.vmap(lambda x: ours(x[None])[0])(images)
+        assert (out - ours(images)).norm() <= 1e-4 * out.norm()
+
+
+PATCH_CONVOLUTIONS = {
+    "stride": dict(kernel_size=16, stride=8, padding=4), "padding": dict(kernel_size=20, stride=16, padding=2),
+    "dilation": dict(kernel_size=8, stride=16, dilation=2), "no overlap": dict(kernel_size=12, stride=16),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PATCH_CONVOLUTIONS)
+def test_patch_convolution_with_other_settings_is_cut_as_patches(name):
+    """Denser tokens by a smaller stride, overlapping patches: the op knows kernel = stride = patch only."""
+    name, keywords = "vit_tiny_patch16_224", PATCH_CONVOLUTIONS[name]
+    theirs, ours, images = pair_of(name, depth=2, num_classes=10, img_size=32, dynamic_img_size=True)
+    unchanged = ours(images).detach()
+    proj = nn.Conv2d(3, 192, **keywords)
+    for each in (theirs, ours):
+        each.patch_embed.proj = copy.deepcopy(proj)
+    same(ours, theirs, images, unchanged)
+    assert "patch_embed" in [row.part for row in vitfast.explain(ours).rows if row.path == "its modules' own forward"]
+
+
+def test_patch_convolution_for_other_channels_is_refused():
+    theirs, ours, _ = pair("token")
+    for each in (theirs, ours):
+        torch.manual_seed(0)
+        each.patch_embed.proj = nn.Conv2d(5, 192, 16, 16)
+    same(ours, theirs, torch.randn(2, 5, 32, 32))
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Conv2d, nn.GELU])
+def test_class_whose_forward_was_patched_is_skipped(kind, monkeypatch):
+    """Tools that replace `nn.Linear.forward` for all layers at once."""
+    theirs, ours, images = pair("token")
+    unchanged = run(ours, images)[0]
+    original = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: other(original(self, x)))
+    same(ours, theirs, images, unchanged)
+    assert "whose forward was patched" in str(vitfast.explain(ours))
+
+
+def test_norm_without_an_eps_fails():
+    """torch's RMSNorm has eps=None unless told otherwise."""
+    theirs, ours, images = pair("token")
+    for each in (theirs, ours):
+        each.blocks[0].norm1, each.blocks[1].norm2, each.norm = (nn.RMSNorm(192) for _ in range(3))
+    same(ours, theirs, images)
+
+
+def test_replaced_or_compiled_containers_break_the_model_or_explain():
+    theirs, ours, images = pair("token")
+
+    class Mean(nn.Module):
+        def forward(self, x, **kwargs):
+            return x.mean(1, keepdim=True).expand_as(x)
+
+    for each in (theirs, ours):
+        each.blocks[0].attn = Mean()
+        each.blocks[1].mlp = nn.Linear(192, 192)
+        nn.init.eye_(each.blocks[1].mlp.weight)
+        nn.init.zeros_(each.blocks[1].mlp.bias)
+    same(ours, theirs, images)
+    said = str(vitfast.explain(ours))
+    assert "Mean, not Attention" in said and "torch.nn.modules.linear.Linear, not Mlp" in said
+    expected = ours.eval()(images)
+    ours.blocks = torch.compile(ours.blocks, backend="eager")
+    assert (ours(images) - expected).norm() <= 1e-4 * expected.norm()
+    ours.blocks = nn.Identity()
+    assert ours(images).shape == (2, 10)
+
+
+def test_pooling_is_missing_from_explain():
+    _, ours, _ = pair("map")
+    assert vitfast.explain(ours).all_fused
+    ours.attn_pool.q.register_forward_hook(lambda *_: None)
+    assert [row.part for row in vitfast.explain(ours).rows if not row.path.startswith("op")] == ["attn_pool.q"]
+
+
+def test_intermediates_leave_out_what_a_hook_does():
+    _, ours, images = pair("token")
+    ours.blocks[1].register_forward_hook(lambda _, args, out: 2 * out)
+    with pytest.raises(NotImplementedError, match="blocks.1 has forward hooks; use forward_intermediates"):
+        ours.intermediates(images)
+
+
+def test_hook_cannot_change_its_output_in_place():
+    theirs, ours, images = pair("token")
+    for each in (theirs, ours):
+        each.blocks[0].register_forward_hook(lambda _, args, out: out.mul_(2))
+        each.blocks[1].attn.proj.register_forward_hook(lambda _, args, out: out.add_(1))
+    same(ours, theirs, images)
 
 
 def test_replaced_module_is_skipped():

@@ -125,7 +125,7 @@ def test_pickled_file_is_read_unasked_or_not_at_all(suffix, tmp_path):
     torch.save(model.state_dict(), path)
     other = model_of()
     before = snapshot(other)
-    with pytest.raises(ValueError, match="allow_pickle=True if you trust"):
+    with pytest.raises(ValueError, match=r"allow_pickle=True\) if you trust"):
         vitfast.load_checkpoint(other, path)
     assert_same(other.state_dict(), before)
     vitfast.load_checkpoint(other, path, allow_pickle=True)
@@ -391,3 +391,27 @@ def test_weights_go_into_a_model_of_another_architecture():
         vitfast.ViT(**SMALL).state_dict(layout="flax")
 
 
+def test_training_checkpoint_gives_other_weights_than_timm(tmp_path):
+    """timm's loader takes the averaged weights where a file has both."""
+    averaged, raw = model_of(), model_of()
+    with torch.no_grad():
+        averaged.head.weight.zero_()
+    torch.save({"state_dict": raw.state_dict(), "state_dict_ema": averaged.state_dict()}, tmp_path / "last.pth.tar")
+    loaded = vitfast.load_checkpoint(model_of(), tmp_path / "last.pth.tar", allow_pickle=True)
+    assert_same(loaded.state_dict(), snapshot(averaged))
+
+
+@pytest.mark.parametrize("wrap", [lambda m: torch.compile(m, backend="eager"), torch.nn.DataParallel])
+def test_wrapped_model_cannot_be_saved_or_loaded(wrap, tmp_path):
+    model, other = model_of(), model_of()
+    vitfast.save_checkpoint(wrap(model), tmp_path / "m.safetensors")
+    wrapped = wrap(other)
+    assert vitfast.load_checkpoint(wrapped, tmp_path / "m.safetensors") is wrapped
+    assert_same(other.state_dict(), snapshot(model))
+
+
+def test_prefix_of_a_wrapper_is_not_named():
+    model = model_of()
+    state = {f"module.{key}": value for key, value in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="every key starts with 'module.'"):
+        model.load_state_dict(state)

@@ -239,3 +239,38 @@ def test_graph_has_breaks_or_stock_operators_instead_of_ops(build_model):
     first = ["patch_embed"] if build_model is timm_model else ["linear", "layer_norm"]
     assert used == [*first, *expected, "layer_norm"]
     assert not [t for t in targets if "softmax" in t or "scaled_dot" in t or "gelu" in t]
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_training_on_several_image_sizes_does_not_compile():
+    """The second size makes height and width symbolic, and with them the resampling of positions."""
+    model = timm_model(depth=1, dynamic_img_size=True)
+    compiled = torch.compile(model)
+    for size in ((32, 32), (48, 64), (64, 16)):
+        x = torch.randn(3, 3, *size, generator=torch.Generator().manual_seed(0))
+        got, expected = (training_step(model, call, x) for call in (compiled, model))
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("example", [(32, 32), (48, 64)])
+def test_exported_model_serves_the_size_of_the_example_only(example):
+    model = timm_model(dynamic_img_size=True).eval()
+    rows, columns = torch.export.Dim("h", min=2, max=8), torch.export.Dim("w", min=2, max=8)
+    shapes = ({0: torch.export.Dim("b"), 2: 16 * rows, 3: 16 * columns},)
+    exported = torch.export.export(model, (torch.randn(2, 3, *example),), dynamic_shapes=shapes, strict=False).module()
+    with torch.no_grad():
+        for size in ((32, 32), (48, 64), (128, 32)):
+            x = torch.randn(3, 3, *size)
+            torch.testing.assert_close(exported(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_ahead_of_time_compiled_model_fails(tmp_path):
+    model = timm_model(depth=1).eval()
+    with torch.no_grad():
+        exported = torch.export.export(model, (images(),))
+        package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "vit.pt2"))
+        out = torch._inductor.aoti_load_package(package)(images())
+        torch.testing.assert_close(out, model(images()), rtol=1e-4, atol=1e-4)

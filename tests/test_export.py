@@ -80,3 +80,16 @@ def test_switch_is_not_turned_back_or_not_reported():
     close(out, expected)
     assert vitfast.explain(model).all_fused
     assert torch.equal(model(images), expected)
+
+
+@pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "TorchScript"])
+def test_onnx_export_without_the_switch_fails(dynamo, tmp_path):
+    """Who does not know the switch, and who uses the older exporter."""
+    model, images = model_and_images("vit")
+    shapes = {"dynamic_shapes": {"x": {0: torch.export.Dim("b")}}} if dynamo else {"dynamic_axes": {"x": {0: "b"}}}
+    path = tmp_path / "vit.onnx"
+    torch.onnx.export(model, (images,), path, dynamo=dynamo, input_names=["x"], verbose=False, **shapes)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        for n in (1, 3):
+            close(torch.from_numpy(session.run(None, {"x": images[:n].numpy()})[0]), model(images[:n]))

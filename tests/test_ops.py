@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from numerics import RMS_RATIO, YARDSTICK_EPS, accept
 from test_reference import SIZES, VARIANTS, build, draw, every_variant, reference_of
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitfast import ops, reference
@@ -249,6 +250,49 @@ def test_frozen_weights_cost_matrix_products(variant, wanted, products):
         total.backward()
     kernels = ("aten::mm", "aten::addmm", "aten::bmm")
     assert sum(e.count for e in profile.key_averages() if e.key in kernels) == products
+
+
+# the others keep their result for the backward, as stock attention does; torch says so then
+@pytest.mark.parametrize("variant", ["layer_norm", "linear full", "mlp", "patch_embed"])
+def test_result_cannot_be_changed_in_place(variant):
+    """Hooks that do `out.mul_(2)`, in-place dropout: autograd refuses them on what looks like a view."""
+    tensors = {name: t.requires_grad_(name != "row_scale") for name, t in build(variant).items()}
+    wanted = [t for t in tensors.values() if t.requires_grad]
+    expected = torch.autograd.grad(sum((3 * o).sum() for o in outs_of(op_of(variant)(**tensors))), wanted)
+    outs = outs_of(op_of(variant)(**tensors))
+    found = torch.autograd.grad(sum(o.mul_(3).sum() for o in outs), wanted)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("wide", ["weights", "gamma"])
+@pytest.mark.parametrize("variant", ["linear full", "mlp"])
+def test_gradient_has_another_dtype_than_its_input(variant, wide):
+    """Compiled code reads a gradient in the dtype of its input, as the shape function says."""
+    names = ("gamma",) if wide == "gamma" else ("weight", "bias", "w1", "b1", "w2", "b2", "gamma")
+    tensors = {name: t.to(torch.float32 if name in names else torch.bfloat16) for name, t in build(variant).items()}
+    leaves = {name: t.requires_grad_(name != "row_scale") for name, t in tensors.items()}
+    wanted = {name: t for name, t in leaves.items() if t.requires_grad}
+    with Recorder() as recorder:
+        out = op_of(variant)(**leaves)
+        grads = torch.autograd.grad(out.float().square().sum(), list(wanted.values()))
+    assert {name: g.dtype for name, g in zip(wanted, grads, strict=True)} == {n: t.dtype for n, t in wanted.items()}
+    for func, args, result in recorder.calls:
+        with FakeTensorMode() as mode:
+            fakes = func(*(mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for t in args))
+        for real, fake in zip(outs_of(result), outs_of(fakes), strict=True):
+            assert (real is None) == (fake is None) and (real is None or real.dtype == fake.dtype), func
+
+
+@pytest.mark.parametrize(("norm", "ignored"), [("rms", "norm_bias"), ("none", "norm_weight"), ("none", "norm_bias")])
+def test_argument_without_effect_is_accepted(norm, ignored):
+    x, weight, vector = torch.randn(2, 3, 4), torch.randn(5, 4), torch.randn(4)
+    given = {"norm_weight": vector} if norm == "rms" else {}
+    with pytest.raises(ValueError, match=f"{ignored} must be None for norm '{norm}'"):
+        ops.linear(x, weight, norm=norm, **given | {ignored: vector})
+    if norm == "rms":
+        with pytest.raises(ValueError, match="norm_bias must be None for norm 'rms'"):
+            ops.mlp(x, vector, vector, torch.randn(8, 4), None, torch.randn(4, 8), None, norm="rms")
 
 
 @every_variant

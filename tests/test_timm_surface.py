@@ -352,3 +352,49 @@ def test_timms_tools_do_not_find_our_parameters():
     assert frozen == {"patch_embed", "blocks"}
     adapted = timm.models.adapt_input_conv(1, ours.patch_embed.proj.weight)
     assert adapted.shape == (64, 1, 16, 16)
+
+
+def test_head_replaced_by_hand_is_not_followed():
+    """`model.head = nn.Linear(...); model.num_classes = ...`, as fine-tuning scripts do."""
+    theirs, ours, x = pair("token")
+    for model in (theirs, ours):
+        torch.manual_seed(0)
+        model.head = torch.nn.Linear(192, 4)
+        model.num_classes = 4
+        model.global_pool = "avg"
+    close(ours(x), theirs(x))
+    assert (ours.config.num_classes, ours.global_pool) == (4, "avg")
+    with pytest.raises(ValueError, match="'map' needs a model built with it"):
+        ours.global_pool = "map"
+    assert ours.attn_pool is None and pair("map")[1].attn_pool is not None
+
+
+@pytest.mark.parametrize("name", ["token", "registers", "map", "clip"])
+def test_weights_after_meta_stay_uninitialised(name):
+    """FSDP2: build on meta, shard, `to_empty`, `init_weights`."""
+    timm_name, keywords = SMALL[name]
+    build = lambda **more: vitfast.create_model(timm_name, depth=2, num_classes=10, **keywords, **more)  # noqa: E731
+    model = build(device="meta").to_empty(device="cpu")
+    for p in model.parameters():
+        p.data.fill_(float("nan"))
+    model.init_weights()
+    for (key, p), fresh in zip(model.named_parameters(), build().parameters(), strict=True):
+        assert p.isfinite().all(), key
+        assert abs(p.std(correction=0) - fresh.std(correction=0)) <= 0.2 * fresh.std(correction=0) + 1e-3, key
+    with pytest.raises(NotImplementedError, match="mode must be ''.*got 'jax'"):
+        model.init_weights("jax")
+
+
+@pytest.mark.parametrize("rate", ["proj_drop_rate", "attn_drop_rate"])
+def test_seed_drops_other_numbers_than_timms(rate):
+    theirs, ours, x = pair("token", **{rate: 0.3})
+    close(run(ours.train(), x)[0], run(theirs.train(), x)[0])
+
+
+def test_drop_path_scales_by_another_number_under_autocast():
+    """1 / 0.9 rounded to bf16, where timm multiplies by it in fp32 behind a LayerScale."""
+    _, ours, x = pair("registers", drop_path_rate=0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        drop = ours.train().blocks[2].drop_path1
+        scale = drop.row_scale(torch.zeros(1000, 1, 384), ours.blocks[2].ls1.gamma)
+    assert scale.dtype is torch.float32 and scale.max() == torch.tensor(1.0) / torch.tensor(0.9)

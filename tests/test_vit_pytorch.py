@@ -398,3 +398,31 @@ def test_timm_flavoured_model_pretends_to_have_vit_pytorch_attributes():
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         model.nothing  # noqa: B018
     assert hasattr(vitfast.ViT(**SMALL), "transformer")
+
+
+def test_assigned_pooling_dropout_or_head_has_no_effect():
+    """Fine-tuning code that changes vit-pytorch's attributes on the model."""
+    keywords = dict(image_size=32, patch_size=8, num_classes=5, dim=64, depth=2, heads=4, mlp_dim=128)
+    x = torch.randn(2, 3, 32, 32)
+    theirs, ours = vit_pytorch.ViT(**keywords).eval(), vitfast.ViT(**keywords).eval()
+    ours.load_state_dict(theirs.state_dict())
+    head = torch.nn.Linear(64, 3)
+    for value in ("mean", "cls"):
+        theirs.pool = ours.pool = value
+        close(ours(x), theirs(x), 1e-5)
+    for model in (theirs, ours):
+        model.mlp_head = None
+    assert ours.mlp_head is None and ours(x).shape == (2, 17, 64)
+    for model in (theirs, ours):
+        model.mlp_head = head
+    close(ours(x), theirs(x), 1e-5)
+    assert ours.mlp_head is head and ours.config.num_classes == 3
+    ours.dropout = torch.nn.Dropout(0.9)
+    assert ours.dropout is ours.pos_drop
+    assert not torch.equal(ours.train()(x), ours(x))
+    with pytest.raises(ValueError, match="pool must be 'cls' or 'mean', got 'max'"):
+        ours.pool = "max"
+    for change in (lambda m: m.transformer.register_full_backward_pre_hook(print),
+                   lambda m: setattr(m.transformer, "forward", print)):  # fmt: skip
+        with pytest.raises((NotImplementedError, AttributeError), match="this view would"):
+            change(ours)

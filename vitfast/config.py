@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -108,6 +109,10 @@ class ViTConfig:
 
     def __post_init__(self) -> None:
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731  (frozen)
+        for name in self.__annotations__:
+            value = getattr(self, name)
+            if isinstance(value, numbers.Integral) and not isinstance(value, (bool, int)):
+                put(name, int(value))  # numpy's
         put("image_size", _pair("image_size", self.image_size))
         put("patch_size", _pair("patch_size", self.patch_size))
         for name in ("channels", "dim", "heads"):

@@ -7,7 +7,6 @@ import importlib
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -387,14 +386,12 @@ def draw(path: Path, history: Training, data: Digits, predictions: Tensor, accur
 
 def write_whole(path: Path, write: Callable[[str], Any]) -> None:
     """Let `write` fill a temporary file and put it in `path`'s place only when it is complete."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write(temporary)
+        write(str(temporary))
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -6,23 +6,35 @@ changed what those forwards do: a LoRA adapter, a hook, a parametrization or a q
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.modules import module as torch_module
 
+from vitfast.switches import exporting
+
 PLAIN_TENSORS = (Parameter, Tensor)
-HOOKS = (
-    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
-)  # fmt: skip
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# each class an op may stand in for, and the forward that it had when vitfast was imported
+FORWARDS: dict[type, Callable] = {}
+
+
+def stands_for(*kinds: type) -> None:
+    """Note the forward that ops compute in place of these classes."""
+    FORWARDS.update({kind: kind.forward for kind in kinds})
+
+
+stands_for(nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Conv2d, nn.Dropout, nn.Identity, nn.GELU, nn.SiLU, nn.Sequential)
 
 
 def plain(module: nn.Module, *kinds: type) -> bool:
     """Whether `module` is exactly one of `kinds` and does what its class says: no hook, no patch, plain weights."""
+    kind = type(module)
     return (
-        type(module) in kinds
+        kind in kinds
+        and kind.forward is FORWARDS[kind]
         and not module._forward_hooks
         and not module._forward_pre_hooks
         and not module._backward_hooks
@@ -36,7 +48,7 @@ def _plain_weights(module: nn.Module) -> bool:
     for parameter in module._parameters.values():
         if parameter is not None and type(parameter) not in PLAIN_TENSORS:
             # torch.export puts stand-ins of other classes in the place of parameters
-            return torch.compiler.is_exporting()
+            return exporting()
     return True
 
 
@@ -46,6 +58,8 @@ def why_not_plain(module: nn.Module, *kinds: type) -> str | None:
         name = f"{type(module).__module__}.{type(module).__qualname__}"
         expected = " or ".join(kind.__name__ for kind in kinds)
         return f"is parametrized ({name})" if hasattr(module, "parametrizations") else f"is {name}, not {expected}"
+    if type(module).forward is not FORWARDS[type(module)]:
+        return f"is a {type(module).__name__}, whose forward was patched"
     for hooks in HOOKS:
         if getattr(module, hooks):
             return f"has {hooks.strip('_').replace('_', ' ')}"

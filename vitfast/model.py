@@ -13,114 +13,27 @@ from torch import Tensor, nn
 
 from vitfast import ops, reference
 from vitfast.config import ViTConfig
-from vitfast.fusion import any_global_hook, plain, why_not_plain
-from vitfast.ops._check import autocast_dtype
+from vitfast.fusion import any_global_hook, plain, stands_for
+from vitfast.layers import (
+    ACTIVATIONS,
+    NORMS,
+    DropPath,
+    LayerScale,
+    activation_name,
+    build_activation,
+    build_norm,
+    dropping,
+    eps_of,
+    gamma_of,
+    norm_args,
+    norm_kind,
+    norm_report,
+    parameters_of,
+    reasons_of,
+    run_linear,
+    run_norm,
+)
 from vitfast.ops.attention import check_mask
-
-NORMS = (nn.LayerNorm, nn.RMSNorm)
-
-
-class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x), the GELU of OpenAI's CLIP."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return reference.activation(x, "quick_gelu")
-
-
-ACTIVATIONS = (nn.GELU, QuickGELU, nn.SiLU)
-
-
-def activation_name(module: nn.Module) -> str:
-    """What `ops` call the activation that `module` computes."""
-    if type(module) is nn.GELU:
-        return "gelu" if module.approximate == "none" else "gelu_tanh"
-    return "quick_gelu" if type(module) is QuickGELU else "silu"
-
-
-def build_activation(name: str) -> nn.Module:
-    if name in ("gelu", "gelu_tanh"):
-        return nn.GELU("none" if name == "gelu" else "tanh")
-    return QuickGELU() if name == "quick_gelu" else nn.SiLU()
-
-
-def build_norm(config: ViTConfig, dim: int) -> nn.Module:
-    return (nn.LayerNorm if config.norm == "layer" else nn.RMSNorm)(dim, eps=config.norm_eps)
-
-
-def parameters_of(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-    """Weight and bias, wherever they are kept; `nn.Module.__getattr__` takes 0.8 us, and a block asks ten times."""
-    own = module._parameters
-    if "weight" in own:
-        return own["weight"], own.get("bias")
-    # sharding tools that flatten parameters leave tensors in their place
-    return module.weight, getattr(module, "bias", None)
-
-
-def norm_kind(module: nn.Module) -> str:
-    return "layer" if type(module) is nn.LayerNorm else "rms"
-
-
-def norm_args(module: nn.Module) -> dict:
-    """The norm prologue of `ops.linear` that does what `module` does."""
-    weight, bias = parameters_of(module)
-    return {"norm": norm_kind(module), "norm_weight": weight, "norm_bias": bias, "norm_eps": module.eps}
-
-
-def run_norm(module: nn.Module, x: Tensor) -> Tensor:
-    """`module(x)`, as an op where the module is a plain norm."""
-    if plain(module, nn.Identity) and not any_global_hook():
-        return x
-    if not plain(module, *NORMS) or any_global_hook():
-        return module(x)
-    return ops.layer_norm(x, *parameters_of(module), module.eps, norm_kind(module))
-
-
-def run_linear(module: nn.Module, x: Tensor) -> Tensor:
-    """`module(x)`, as an op where the module is a plain linear layer."""
-    if not plain(module, nn.Linear) or any_global_hook():
-        return module(x)
-    return ops.linear(x, *parameters_of(module))
-
-
-class LayerScale(nn.Module):
-    """Learned scale per channel of a branch ("Going deeper with Image Transformers", 2021)."""
-
-    def __init__(self, dim: int, init: float):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), float(init)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gamma
-
-
-class DropPath(nn.Module):
-    """Stochastic depth: a branch is dropped per image, and scaled up where it stays (Huang et al., 2016)."""
-
-    def __init__(self, drop_prob: float = 0.0):
-        super().__init__()
-        self.drop_prob = drop_prob
-
-    def extra_repr(self) -> str:
-        return f"drop_prob={self.drop_prob:.3f}"
-
-    def row_scale(self, x: Tensor) -> Tensor | None:
-        """[B], 0 or 1 / keep probability for each image; None where nothing is dropped."""
-        if not self.training or not self.drop_prob:
-            return None
-        keep = 1.0 - self.drop_prob
-        draws = x.new_empty(x.shape[0], dtype=autocast_dtype(x) or x.dtype).bernoulli_(keep)
-        return draws.div_(keep) if keep > 0 else draws
-
-    def forward(self, x: Tensor) -> Tensor:
-        return reference.scale_branch(x, None, self.row_scale(x))
-
-
-def gamma_of(scale: nn.Module) -> Tensor | None:
-    return scale.gamma if type(scale) is LayerScale else None
-
-
-def dropping(dropout: nn.Dropout) -> bool:
-    return dropout.training and dropout.p > 0
 
 
 class PatchEmbed(nn.Module):
@@ -151,6 +64,27 @@ class PatchEmbed(nn.Module):
     def num_patches(self) -> int:
         return self.grid_size[0] * self.grid_size[1]
 
+    def cuts_patches(self) -> bool:
+        """Whether `proj` is a convolution as this class built it: stride and kernel are the patch, nothing else."""
+        proj, patch = self.proj, self.patch_size
+        return (
+            plain(proj, nn.Conv2d)
+            and proj.kernel_size == proj.stride == patch
+            and proj.padding == (0, 0)
+            and proj.dilation == (1, 1)
+            and proj.groups == 1
+        )
+
+    def grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of tokens that `proj` makes of an image of `size`, also where its stride was changed."""
+        proj = self.proj
+        if self.input_norm is not None or not isinstance(proj, nn.Conv2d) or isinstance(proj.padding, str):
+            return self.dynamic_feat_size(size)
+        if self.pad:
+            size = tuple(-(-n // patch) * patch for n, patch in zip(size, self.patch_size, strict=True))
+        parts = zip(size, proj.padding, proj.dilation, proj.kernel_size, proj.stride, strict=True)
+        return tuple((n + 2 * p - d * (k - 1) - 1) // stride + 1 for n, p, d, k, stride in parts)
+
     def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
         """Pixels per token."""
         return max(self.patch_size) if as_scalar else self.patch_size
@@ -170,8 +104,9 @@ class PatchEmbed(nn.Module):
         if not isinstance(images, Tensor) or not images.is_floating_point():
             got = images.dtype if isinstance(images, Tensor) else type(images).__name__
             raise TypeError(f"ViT: images must be a floating point tensor (normalised pixels), got {got}")
-        if images.dim() != 4 or images.shape[1] != self.channels:
-            raise ValueError(f"ViT: images must be [B, {self.channels}, H, W], got {list(images.shape)}")
+        channels = self.proj.in_channels if isinstance(self.proj, nn.Conv2d) else self.channels
+        if images.dim() != 4 or images.shape[1] != channels:
+            raise ValueError(f"ViT: images must be [B, {channels}, H, W], got {list(images.shape)}")
         H, W = images.shape[2:]
         ph, pw = self.patch_size
         if not self.dynamic:
@@ -192,7 +127,7 @@ class PatchEmbed(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         images = self.prepare(images)
         if self.input_norm is None:
-            if plain(self.proj, nn.Conv2d) and not any_global_hook():
+            if self.cuts_patches() and not any_global_hook():
                 x = ops.patch_embed(images, self.proj.weight, self.proj.bias)
             else:
                 x = self.proj(images).flatten(2).transpose(1, 2)
@@ -206,10 +141,13 @@ class PatchEmbed(nn.Module):
 
     def why_not_fused(self) -> list[str]:
         """What keeps the patch projection from running as an op."""
-        parts = [("patch_embed", self, PatchEmbed), ("proj", self.proj, nn.Conv2d)]
+        hooks = ["a global module hook is registered"] if any_global_hook() else []
         if self.input_norm is not None:
-            parts = [("proj", self.proj, nn.Linear), ("input_norm", self.input_norm, *NORMS)]
-        return _reasons(parts)
+            return hooks + reasons_of([("proj", self.proj, nn.Linear), ("input_norm", self.input_norm, *NORMS)])
+        reasons = hooks + reasons_of([("patch_embed", self, PatchEmbed), ("proj", self.proj, nn.Conv2d)])
+        if not reasons and not self.cuts_patches():
+            return [f"proj has another kernel, stride, padding, dilation or groups than a {self.patch_size} patch"]
+        return reasons
 
 
 class Attention(nn.Module):
@@ -336,8 +274,8 @@ class Block(nn.Module):
         gamma = gamma_of(scale)
         if dropping(proj_drop):
             branch = proj_drop(ops.linear(out, *parameters_of(proj)))
-            return x + reference.scale_branch(branch, gamma, drop_path.row_scale(x))
-        row_scale = drop_path.row_scale(x)
+            return x + reference.scale_branch(branch, gamma, drop_path.row_scale(x, gamma))
+        row_scale = drop_path.row_scale(x, gamma)
         return ops.linear(out, *parameters_of(proj), gamma=gamma, row_scale=row_scale, residual=x)
 
     def _attend_first(self, x: Tensor, keep: int) -> Tensor:
@@ -360,15 +298,15 @@ class Block(nn.Module):
         if mlp.kind != "swiglu" and not has_norm and not dropping(drop1) and not dropping(drop2):
             return ops.mlp(
                 x, *parameters_of(norm2), *parameters_of(inside["fc1"]), *parameters_of(fc2),
-                norm_eps=norm2.eps, norm=norm_kind(norm2), act=activation_name(inside["act"]),
-                gated=mlp.kind == "swiglu_packed", gamma=gamma, row_scale=drop_path.row_scale(x),
+                norm_eps=eps_of(norm2, norm2.weight), norm=norm_kind(norm2), act=activation_name(inside["act"]),
+                gated=mlp.kind == "swiglu_packed", gamma=gamma, row_scale=drop_path.row_scale(x, gamma),
             )  # fmt: skip
         hidden = drop1(self._hidden(x))
         inner = norm_args(inner_norm) if has_norm else {}
         if dropping(drop2):
             branch = drop2(ops.linear(hidden, *parameters_of(fc2), **inner))
-            return x + reference.scale_branch(branch, gamma, drop_path.row_scale(x))
-        row_scale = drop_path.row_scale(x)
+            return x + reference.scale_branch(branch, gamma, drop_path.row_scale(x, gamma))
+        row_scale = drop_path.row_scale(x, gamma)
         return ops.linear(hidden, *parameters_of(fc2), gamma=gamma, row_scale=row_scale, residual=x, **inner)
 
     def _hidden(self, x: Tensor) -> Tensor:
@@ -383,7 +321,10 @@ class Block(nn.Module):
         return gate * ops.linear(x, *parameters_of(mlp.fc1_x), **norm)
 
     def untouched(self) -> bool:
-        """Whether every part is what `Block` built, so that each token's row of norms and projections is its own."""
+        """Whether every part is what `Block` built, so that each token's row of norms and projections is its own.
+
+        Not while dropout is on: fewer numbers would be drawn than for all tokens, and a seed would give others.
+        """
         attn = self.attn
         if any_global_hook() or not plain(self, Block) or not plain(attn, Attention) or not self._plain_mlp():
             return False
@@ -397,6 +338,7 @@ class Block(nn.Module):
             and plain(attn.attn_drop, nn.Dropout)
             and plain(attn.norm, *maybe_norm)
             and plain(attn.proj, nn.Linear, nn.Identity)
+            and not any(map(dropping, (attn.attn_drop, attn.proj_drop, self.mlp.drop1, self.mlp.drop2)))
         )
 
     def _plain_tail(self, scale: nn.Module, drop_path: nn.Module, dropout: nn.Module) -> bool:
@@ -427,6 +369,8 @@ class Block(nn.Module):
 
     def fusion_report(self) -> list[tuple[str, str, list[str]]]:
         """(part, op, reasons against it) of this block as it is now."""
+        if type(self.attn) is not Attention or type(self.mlp) is not Mlp:
+            return [("attn and mlp", "", reasons_of([("attn", self.attn, Attention), ("mlp", self.mlp, Mlp)]))]
         whole = [("attn", self.attn, Attention)]
         hooks = ["a global module hook is registered"] if any_global_hook() else []
         tail = lambda n, drop: [  # noqa: E731
@@ -444,29 +388,13 @@ class Block(nn.Module):
             mlp_op = "linear (one a projection)"
         inner = [(f"attn.{name}", getattr(self.attn, name)) for name in ("q_norm", "k_norm", "norm")]
         return [
-            ("norm1 + attn.qkv", "linear", hooks + _reasons(whole + qkv)),
+            ("norm1 + attn.qkv", "linear", hooks + reasons_of(whole + qkv)),
             *norm_report(inner),
-            ("attn softmax", "attention", dropout + _reasons(softmax)),
-            ("attn.proj + residual", "linear", hooks + _reasons(whole + proj)),
+            ("attn softmax", "attention", dropout + reasons_of(softmax)),
+            ("attn.proj + residual", "linear", hooks + reasons_of(whole + proj)),
             ("norm2 + mlp + residual", mlp_op,
-             hooks + _reasons(self._mlp_parts() + tail(2, ("mlp.drop2", self.mlp.drop2, nn.Dropout)))),
+             hooks + reasons_of(self._mlp_parts() + tail(2, ("mlp.drop2", self.mlp.drop2, nn.Dropout)))),
         ]  # fmt: skip
-
-
-def norm_report(norms: list[tuple[str, nn.Module]]) -> list[tuple[str, str, list[str]]]:
-    """`Block.fusion_report` of norms that stand alone; nothing for those that the config leaves out."""
-    hooks = ["a global module hook is registered"] if any_global_hook() else []
-    return [
-        (name, "layer_norm", hooks + _reasons([(name, module, *NORMS)]))
-        for name, module in norms
-        if not plain(module, nn.Identity)
-    ]
-
-
-def _reasons(parts: list[tuple]) -> list[str]:
-    """Why each of (name, module, *classes) is not plain, as 'name reason'."""
-    found = ((name, why_not_plain(module, *kinds)) for name, module, *kinds in parts)
-    return [f"{name} {why}" for name, why in found if why]
 
 
 class AttentionPool(nn.Module):
@@ -484,6 +412,13 @@ class AttentionPool(nn.Module):
         # timm's pooling MLP is a plain one with biases, whatever the blocks have
         self.mlp = Mlp(config.replace(mlp="mlp", mlp_norm=False, mlp_dropout=0.0, proj_bias=True))
 
+    def fusion_report(self) -> list[tuple[str, str, list[str]]]:
+        """`Block.fusion_report` of the pooling; its MLP sees one row an image and always runs as modules."""
+        parts = [("q", self.q, nn.Linear), ("kv", self.kv, nn.Linear), ("proj", self.proj, nn.Linear)]
+        whole = reasons_of([("attn_pool", self, AttentionPool)])
+        rows = [(f"attn_pool.{part[0]}", "linear", whole + reasons_of([part])) for part in parts]
+        return [*rows, ("attn_pool softmax", "attention", whole), *norm_report([("attn_pool.norm", self.norm)])]
+
     def forward(self, x: Tensor) -> Tensor:
         """Tokens [B, N, D] -> [B, D]"""
         heads = (self.num_heads, self.head_dim)
@@ -491,3 +426,6 @@ class AttentionPool(nn.Module):
         k, v = run_linear(self.kv, x).unflatten(-1, (2, *heads)).unbind(2)
         pooled = run_linear(self.proj, ops.attention(q, k, v))
         return (pooled + self.mlp(run_norm(self.norm, pooled)))[:, 0]
+
+
+stands_for(PatchEmbed, Attention, Mlp, Block, AttentionPool)

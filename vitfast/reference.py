@@ -37,7 +37,7 @@ def layer_norm(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """(x - mean) * rstd * weight + bias over the last dim, or x * rstd * weight for kind 'rms'."""
-    shape = x.shape[-1:]
+    shape = [int(x.shape[-1])]  # a number also where a tracer makes a tensor of it
     y = F.rms_norm(x, shape, weight, eps) if kind == "rms" else F.layer_norm(x, shape, weight, bias, eps)
     return y if out_dtype is None else y.to(out_dtype)
 
@@ -111,7 +111,11 @@ def attention_visibly(
     logits = scale * torch.einsum("bqhd,bkhd->bhqk", q, k)
     if mask is not None:
         logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
-    weights = on_weights(logits.softmax(dim=-1))
+    weights = logits.softmax(dim=-1)
+    if mask is not None:
+        # no key at all: zeros, as `attention` gives
+        weights = weights.masked_fill((logits == float("-inf")).all(-1, keepdim=True), 0.0)
+    weights = on_weights(weights)
     return torch.einsum("bhqk,bkhd->bqhd", weights.to(v.dtype), v).flatten(2)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitfast.model import run_norm
+from vitfast.layers import run_norm
 from vitfast.weights.pos_embed import resample_pos_embed
 
 TIMM_POOLS = {"token": "token", "mean": "avg", "map": "map", "none": ""}
@@ -32,10 +32,29 @@ def say_mask_is_stock() -> None:
 class TimmSurface:
     """The methods and attributes of timm's VisionTransformer, for `vitfast.ViT`."""
 
-    num_classes = property(lambda self: self.config.num_classes)
+    @property
+    def num_classes(self) -> int:
+        """Classes of the head; set by training code that replaces `head` itself."""
+        return self.config.num_classes
+
+    @num_classes.setter
+    def num_classes(self, value: int) -> None:
+        self.config = self.config.replace(num_classes=value)
+
+    @property
+    def global_pool(self) -> str:
+        """timm's name of the pooling: '', 'avg', 'token' or 'map'."""
+        return TIMM_POOLS[self.config.pool]
+
+    @global_pool.setter
+    def global_pool(self, value: str) -> None:
+        pool = pool_of("global_pool", value)
+        if pool == "map" and self.attn_pool is None:
+            raise ValueError("global_pool='map' needs a model built with it, got one without")
+        self.config = self.config.replace(pool=pool)
+
     embed_dim = num_features = head_hidden_size = property(lambda self: self.config.dim)
     in_chans = property(lambda self: self.config.channels)
-    global_pool = property(lambda self: TIMM_POOLS[self.config.pool])
     dynamic_img_size = property(lambda self: self.config.dynamic_image_size)
     pool_include_prefix = property(lambda self: self.config.pool_prefix)
 
@@ -74,7 +93,7 @@ class TimmSurface:
             say_mask_is_stock()
         wanted = self._block_indices(indices)
         self.patch_embed.check(x)
-        B, grid = x.shape[0], self.patch_embed.dynamic_feat_size(tuple(x.shape[2:]))
+        B, grid = x.shape[0], self.patch_embed.grid_of(tuple(x.shape[2:]))
         x, found = self.embed(x), []
         stop = max(wanted, default=-1) + 1 if stop_early else len(self.blocks)
         for i, block in enumerate(self.blocks[:stop]):
@@ -142,9 +161,9 @@ class TimmSurface:
         pool = self.config.pool if global_pool is None else pool_of("global_pool", global_pool)
         if pool == "map" and self.config.pool != "map":
             raise ValueError("reset_classifier: global_pool='map' needs a model built with it, got one without")
-        config = self.config.replace(num_classes=num_classes, pool=pool, norm_after_pool=self.config.norm_after_pool)
-        if self.config.pool == "map" and pool != "map":
-            del self.attn_pool
+        config = self.config.replace(num_classes=num_classes, pool=pool)
+        if pool != "map":
+            self.attn_pool = None
         self.config = config
         self._build_heads()
         if zero_init and num_classes:

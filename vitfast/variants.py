@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from vitfast.config import ACTIVATIONS, ViTConfig
+from vitfast.data_config import data_config
 from vitfast.timm_surface import POOLS_BY_TIMM_NAME
 from vitfast.vit import ViT
 from vitfast.weights.checkpoint import load_checkpoint
@@ -272,7 +273,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 
 
 def create_model(
-    name: str,
+    model_name: str,
     pretrained: bool = False,
     *,
     checkpoint_path: str | os.PathLike[str] | None = "",
@@ -285,7 +286,7 @@ def create_model(
     Default values are timm's: what is not given is what `timm.create_model(name)` uses.
 
     Args:
-        name: a name from `list_models()`, without a pretrained tag.
+        model_name: a name from `list_models()`, without a pretrained tag.
         pretrained: must be False; vitfast downloads nothing.
         checkpoint_path: weights to load into the model, as `vitfast.load_checkpoint` does.
         device: where the parameters are made; torch's default device when None. 'meta' allocates nothing.
@@ -303,9 +304,11 @@ def create_model(
             f"create_model: pretrained must be False, got {pretrained!r}: vitfast downloads no weights; pass their "
             "file as checkpoint_path"
         )
-    config = config_for(name, **timm_keywords)
+    config = config_for(model_name, **timm_keywords)
     with torch.device(device) if device is not None else nullcontext():
         model = ViT.from_config(config)
+    # timm's transforms for these weights; the size is the one they were trained at, as in timm
+    model.pretrained_cfg = model.default_cfg = data_config(model_name, config_for(model_name).image_size)
     if dtype is not None:
         model = model.to(dtype)
     if checkpoint_path:

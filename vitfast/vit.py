@@ -10,8 +10,10 @@ from torch.utils.checkpoint import checkpoint
 
 from vitfast import ops, reference
 from vitfast.config import ViTConfig
-from vitfast.fusion import any_global_hook, plain
-from vitfast.model import AttentionPool, Block, PatchEmbed, build_norm, norm_report, run_norm
+from vitfast.fusion import any_global_hook, plain, why_not_plain
+from vitfast.layers import LayerScale, build_norm, norm_report, run_norm
+from vitfast.model import AttentionPool, Block, PatchEmbed
+from vitfast.switches import exporting
 from vitfast.timm_surface import TimmSurface, pool_of, say_mask_is_stock
 from vitfast.weights import vit_pytorch
 from vitfast.weights.pos_embed import resample_pos_embed
@@ -62,6 +64,11 @@ class ViT(TimmSurface, nn.Module):
         """Build the model that `config` describes, freshly initialised."""
         if not isinstance(config, ViTConfig):
             raise TypeError(f"ViT.from_config: config must be a ViTConfig, got {type(config).__name__}")
+        if cls.__init__ is not ViT.__init__:
+            raise TypeError(
+                f"{cls.__name__}.from_config: this class has an __init__ of its own, which would not run; "
+                "give it a ViT as an attribute, or override methods only"
+            )
         model = cls.__new__(cls)
         nn.Module.__init__(model)
         model._build(config)
@@ -92,17 +99,17 @@ class ViT(TimmSurface, nn.Module):
         self.blocks = nn.Sequential(*(Block(config, rate) for rate in rates))
         if not config.input_norm:
             self.norm = nn.Identity() if config.norm_after_pool else final_norm
-        if config.pool == "map":
-            self.attn_pool = AttentionPool(config)
+        # None where timm has None
+        self.attn_pool = AttentionPool(config) if config.pool == "map" else None
         self.fc_norm = final_norm if config.norm_after_pool else nn.Identity()
         if config.input_norm:
             self.to_latent = nn.Identity()
             # wrappers of vit-pytorch read these two; `pool` is a string there and a method in timm
-            self.pool, self.patch_size = "cls" if config.class_token else "mean", config.patch_size
+            self.__dict__["pool"], self.patch_size = "cls" if config.class_token else "mean", config.patch_size
         self.head_drop = nn.Dropout(config.head_dropout)
         self._build_heads()
         if not config.input_norm:
-            self.init_weights()
+            self._init_from_timm()
 
     def _build_tokens(self, config: ViTConfig) -> None:
         D, positions = config.dim, {"all": config.num_prefix_tokens, "patches": 0, "none": None}[config.pos_embed]
@@ -128,8 +135,31 @@ class ViT(TimmSurface, nn.Module):
             self.head_dist = build().train(self.training)
 
     @torch.no_grad()
-    def init_weights(self) -> None:
-        """timm's default initialisation: truncated normal of 0.02, tokens near zero, gates of SwiGLU open."""
+    def init_weights(self, mode: str = "") -> None:
+        """Initialise every parameter anew, for instance after `to_empty` of a model built on 'meta'.
+
+        timm's default initialisation (truncated normal of 0.02, tokens near zero, gates of SwiGLU open), or
+        vit-pytorch's for its architecture.
+
+        Raises:
+            NotImplementedError: another of timm's modes.
+        """
+        if mode:
+            raise NotImplementedError(f"init_weights: mode must be '' (timm's default), got {mode!r}")
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.RMSNorm)):
+                module.reset_parameters()
+            elif isinstance(module, LayerScale):
+                module.gamma.fill_(module.init)
+        if self.config.input_norm:
+            nn.init.normal_(self.cls_token)
+            nn.init.normal_(self.pos_embed)
+        else:
+            self._init_from_timm()
+
+    @torch.no_grad()
+    def _init_from_timm(self) -> None:
+        """What timm does after its modules were made."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -156,12 +186,11 @@ class ViT(TimmSurface, nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in vit_pytorch.ATTRIBUTES:
-            name = vit_pytorch.settable(self, name)
-            if name == "head" and value is None:
-                # vit-pytorch's way of asking for tokens
-                self.config = self.config.replace(num_classes=0, pool="none", norm_after_pool=False)
-                value = nn.Identity()
+            name, value = vit_pytorch.assigned(self, name, value)
         super().__setattr__(name, value)
+        if name == "head" and isinstance(value, nn.Linear) and value.out_features != self.num_classes:
+            # a file of the weights says for how many classes they are
+            self.config = self.config.replace(num_classes=value.out_features)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """Images [B, C, H, W] -> logits [B, num_classes]; features without a classifier, tokens without pooling.
@@ -191,10 +220,10 @@ class ViT(TimmSurface, nn.Module):
             return None
         if any(callable(self.__dict__.get(name)) for name in PUBLIC_STAGES):
             return None
+        if not plain(self.blocks, nn.Sequential) or not len(self.blocks):
+            return None
         last = self.blocks[-1]
         if not (type(last) is Block and last.untouched() and plain(self.norm, *NORMS_OR_NONE)):
-            return None
-        if not plain(self.blocks, nn.Sequential):
             return None
         return 1 + int(self.config.distillation_token)
 
@@ -206,7 +235,7 @@ class ViT(TimmSurface, nn.Module):
         if attn_mask is not None:
             say_mask_is_stock()
         x = self.embed(x)
-        if not plain(self.blocks, nn.Sequential) and attn_mask is None and not self.grad_checkpointing:
+        if not plain(self.blocks, nn.Sequential) and attn_mask is None:
             return run_norm(self.norm, self.blocks(x))
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
@@ -225,7 +254,7 @@ class ViT(TimmSurface, nn.Module):
         fused = (
             not self.config.input_norm
             and plain(patch_embed, PatchEmbed)
-            and plain(patch_embed.proj, nn.Conv2d)
+            and patch_embed.cuts_patches()
             and plain(patch_embed.norm, nn.Identity)
             and not any_global_hook()
         )
@@ -251,7 +280,7 @@ class ViT(TimmSurface, nn.Module):
         """Positions for these images, [P + N, D] or [N, D]."""
         if self.pos_embed is None:
             return None
-        grid = self.patch_embed.dynamic_feat_size(tuple(images.shape[2:]))
+        grid = self.patch_embed.grid_of(tuple(images.shape[2:]))
         if self.config.input_norm:
             tokens = self.num_prefix_tokens + grid[0] * grid[1]
             if tokens > self.pos_embed.shape[0]:
@@ -261,7 +290,9 @@ class ViT(TimmSurface, nn.Module):
                 )
             return self.pos_embed[:tokens]
         pos_embed = self.pos_embed
-        if self.config.dynamic_image_size and grid != self.patch_embed.grid_size:
+        # an exported program serves all sizes, so it must not be told that this one needs no resampling
+        resampled = exporting() or grid != self.patch_embed.grid_size
+        if self.config.dynamic_image_size and resampled:
             pos_embed = resample_pos_embed(pos_embed, grid, self.patch_embed.grid_size, self._positioned_prefix())
         return pos_embed.squeeze(0)
 
@@ -306,7 +337,14 @@ class ViT(TimmSurface, nn.Module):
             'patch_tokens': tokens that enter the first block; 'blocks.{i}.attn' and 'blocks.{i}.mlp': tokens after
             that branch, residual included; 'tokens': after the final norm; 'pooled': what the classifier reads;
             'logits'.
+
+        Raises:
+            NotImplementedError: a block was replaced or has hooks, so that its two halves are not all that it does.
         """
+        for i, block in enumerate(self.blocks):
+            why = why_not_plain(block, Block)
+            if why is not None:
+                raise NotImplementedError(f"intermediates: blocks.{i} {why}; use forward_intermediates")
         taps = {"patch_tokens": self.embed(x)}
         x = taps["patch_tokens"]
         for i, block in enumerate(self.blocks):
@@ -314,7 +352,8 @@ class ViT(TimmSurface, nn.Module):
             x = taps[f"blocks.{i}.mlp"] = block.mlp_branch(x)
         x = taps["tokens"] = run_norm(self.norm, x)
         taps["pooled"] = self.forward_head(x, pre_logits=True)
-        taps["logits"] = self.forward_head(x)
+        # two heads read two features, of which 'pooled' is the mean
+        taps["logits"] = self.forward_head(x) if self.config.distillation_token else self.head(taps["pooled"])
         return taps
 
     def fusion_report(self) -> list[tuple[str, str, list[str]]]:
@@ -322,13 +361,16 @@ class ViT(TimmSurface, nn.Module):
         op = "linear" if self.config.input_norm else "patch_embed"
         rows = [("patch_embed", op, self.patch_embed.why_not_fused())]
         if not self.config.input_norm:
-            rows += norm_report([("norm_pre", self.norm_pre)])
+            rows += norm_report([("patch_embed.norm", self.patch_embed.norm), ("norm_pre", self.norm_pre)])
         for i, block in enumerate(self.blocks):
             if type(block) is not Block:
                 rows.append((f"blocks.{i}", "", [f"is {type(block).__name__}, not Block"]))
                 continue
             rows += [(f"blocks.{i}: {part}", op, reasons) for part, op, reasons in block.fusion_report()]
-        return rows + norm_report([("norm", self.norm), ("fc_norm", self.fc_norm)])
+        rows += norm_report([("norm", self.norm)])
+        if self.attn_pool is not None:
+            rows += self.attn_pool.fusion_report()
+        return rows + norm_report([("fc_norm", self.fc_norm)])
 
     def state_dict(self, *args, layout: str = "timm", **kwargs) -> dict[str, Tensor]:
         """The weights under timm's names, or under vit-pytorch's with `layout='vit_pytorch'`.

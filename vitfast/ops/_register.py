@@ -11,6 +11,9 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 LIBRARY = torch.library.Library("vitfast", "DEF")
+AUTOGRAD_AND_VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+for _key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor"):
+    AUTOGRAD_AND_VIEWS = AUTOGRAD_AND_VIEWS.add(getattr(torch._C.DispatchKey, _key))
 
 
 class Implementation(NamedTuple):
@@ -58,8 +61,17 @@ def call(op: Callable, differentiable: bool, *args: Any) -> Any:
         return op(*args)
     if differentiable:
         return GRADIENTS[op].apply(None, *args)
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return op(*args)
+
+
+def below_autograd() -> Any:
+    """Dispatch past autograd and past its bookkeeping of views.
+
+    Without the second part an op's result would count as a view of one that its implementation made on the way, and
+    users could not change it in place. The guard is private to torch: there is no public way (torch 2.11).
+    """
+    return torch._C._ExcludeDispatchKeyGuard(AUTOGRAD_AND_VIEWS)
 
 
 def must_have_saved(name: str, saves: bool) -> None:
@@ -79,7 +91,7 @@ def autograd(name: str, *, setup_context: Callable, backward: Callable) -> None:
     class Gradient(torch.autograd.Function):
         @staticmethod
         def forward(ctx, keyset, *inputs):
-            with torch._C._AutoDispatchBelowAutograd():
+            with below_autograd():
                 if keyset is None:  # from `call`
                     output = overload(*inputs)
                 else:
@@ -100,7 +112,7 @@ def autograd(name: str, *, setup_context: Callable, backward: Callable) -> None:
         # inside forward-mode AD too: the Function has no such rule and says so, the plain op would drop the tangent
         if needs_grad or forward_ad._current_level >= 0:
             return Gradient.apply(keyset, *inputs)
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return overload.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
 
     GRADIENTS[overload] = Gradient

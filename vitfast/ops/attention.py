@@ -114,7 +114,7 @@ def check_mask(mask, q, k):
     B, Nq, H, _ = q.shape
     full = (B, H, Nq, k.shape[1])
     missing = 4 - mask.dim()
-    if missing < 0 or any(n not in (1, size) for n, size in zip(mask.shape, full[missing:], strict=True)):
+    if not 0 <= missing <= 2 or any(n not in (1, size) for n, size in zip(mask.shape, full[missing:], strict=True)):
         raise ValueError(f"attention: mask must be broadcastable to {list(full)}, got {list(mask.shape)}")
 
 

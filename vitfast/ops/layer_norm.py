@@ -46,7 +46,9 @@ def layer_norm(
     out_dtype = out_dtype or x.dtype
     if stock_only():
         return reference.layer_norm(x, weight, bias, eps, kind, out_dtype)
-    return call(_layer_norm, wants_gradient(x, weight, bias), x, weight, bias, eps, kind, out_dtype)[0]
+    # by name: AOTInductor hands a ScalarType on as another one (torch 2.11)
+    name = str(out_dtype).removeprefix("torch.")
+    return call(_layer_norm, wants_gradient(x, weight, bias), x, weight, bias, eps, kind, name)[0]
 
 
 def add_layer_norm(
@@ -103,11 +105,11 @@ def _check(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, kind:
 
 
 def _layer_norm_stock(x, weight, bias, eps, kind, out_dtype):
-    return _stock.norm_forward(x, weight, bias, eps, kind, out_dtype)
+    return _stock.norm_forward(x, weight, bias, eps, kind, getattr(torch, out_dtype))
 
 
 def _layer_norm_fake(x, weight, bias, eps, kind, out_dtype):
-    normed = torch.empty_like(x, dtype=out_dtype, memory_format=torch.contiguous_format)
+    normed = torch.empty_like(x, dtype=getattr(torch, out_dtype), memory_format=torch.contiguous_format)
     return normed, *_stock.stats_fake(x, weight, kind)
 
 
@@ -186,7 +188,7 @@ def _add_layer_norm_grad(ctx, grad_total, grad_normed, *_):
 
 
 _layer_norm = _register.op(
-    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, str kind, ScalarType out_dtype)"
+    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, str kind, str out_dtype)"
     " -> (Tensor, Tensor?, Tensor?)",
     cpu=_layer_norm_stock, cuda=_layer_norm_stock, fake=_layer_norm_fake,
 )  # fmt: skip

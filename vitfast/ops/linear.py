@@ -42,7 +42,7 @@ def linear(
         residual: [B, ..., D]; keeps its dtype (fp32 under autocast).
 
     Returns:
-        [B, ..., D] in x's dtype; with a residual in the residual's (or the higher of the two).
+        [B, ..., D] in the weight's dtype, or in gamma's or the residual's where that is the higher one.
 
     Raises:
         ValueError: shape, device, dtype, norm or act does not fit.
@@ -65,7 +65,7 @@ def linear(
 
 def _usual(x, weight, bias, norm, norm_weight, norm_bias, act, gamma, row_scale, residual):
     """Whether this is a call of one dtype that `_check` would pass."""
-    if norm not in NORMS or act not in ACTIVATIONS or weight.dim() != 2:
+    if norm not in NORMS or act not in ACTIVATIONS or weight.dim() != 2 or _ignored(norm, norm_weight, norm_bias):
         return False
     (D, K), shape = weight.shape, x.shape
     if len(shape) < 2:
@@ -78,10 +78,19 @@ def _usual(x, weight, bias, norm, norm_weight, norm_bias, act, gamma, row_scale,
     )
 
 
+def _ignored(norm, norm_weight, norm_bias):
+    """Names of what was given and would have no effect."""
+    given = ("norm_weight", norm_weight), ("norm_bias", norm_bias)
+    without = {"none": ("norm_weight", "norm_bias"), "rms": ("norm_bias",)}.get(norm, ())
+    return [name for name, t in given if t is not None and name in without]
+
+
 def _check(x, weight, bias, norm, norm_weight, norm_bias, act, gamma, row_scale, residual):
     check = Reasons("linear")
     if norm not in NORMS:
         check.fail(f"norm must be one of {NORMS}, got {norm!r}")
+    for name in _ignored(norm, norm_weight, norm_bias):
+        check.fail(f"{name} must be None for norm {norm!r}, got a tensor")
     if act not in ACTIVATIONS:
         check.fail(f"act must be one of {ACTIVATIONS}, got {act!r}")
     if weight.dim() != 2:

@@ -68,6 +68,8 @@ def _usual(x, norm_weight, norm_bias, w1, b1, w2, b2, norm, act, gated, gamma, r
     """Whether this is a call of one dtype that `_check` would pass."""
     if norm not in ("layer", "rms") or act not in ACTIVATIONS or w1.dim() != 2 or (gated and w1.shape[0] % 2):
         return False
+    if norm == "rms" and norm_bias is not None:
+        return False
     (hidden, D), shape = w1.shape, x.shape
     if len(shape) < 2:
         return False
@@ -83,6 +85,8 @@ def _check(x, norm_weight, norm_bias, w1, b1, w2, b2, norm, act, gated, gamma, r
     check = Reasons("mlp")
     if norm not in ("layer", "rms"):
         check.fail(f"norm must be 'layer' or 'rms', got {norm!r}")
+    if norm == "rms" and norm_bias is not None:
+        check.fail("norm_bias must be None for norm 'rms', got a tensor")
     if act not in ACTIVATIONS:
         check.fail(f"act must be one of {ACTIVATIONS}, got {act!r}")
     if w1.dim() != 2 or x.dim() < 2:
@@ -169,7 +173,8 @@ def _mlp_backward_stock(
                 [need_x, need_norm_weight, need_norm_bias],
             )  # fmt: skip
     if need_x:
-        grad_x = (grad_x + grad).contiguous()
+        # the residual's gradient may be of a higher dtype: x's own is what the shape function promises
+        grad_x = (grad_x + grad).to(x.dtype).contiguous()
     return grad_x, grad_norm_weight, grad_norm_bias, grad_w1, grad_b1, grad_w2, grad_b2, grad_gamma
 
 

@@ -17,26 +17,28 @@ from torch import Tensor
 
 from vitfast.config import ViTConfig
 from vitfast.weights.pos_embed import resample_pos_embed
+from vitfast.weights.state_dict import PREFIXES
 
 if TYPE_CHECKING:
     from vitfast.vit import ViT
 
-PREFIXES = ("module.", "_orig_mod.")
 CONFIG_KEY = "vitfast_config"
-WRAPPERS = ("state_dict", "model", "model_ema", "state_dict_ema")
+# averaged weights first, as timm's loader takes them
+WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
 
 def save_checkpoint(model: ViT, path: str | os.PathLike, *, layout: str = "timm") -> None:
     """Write the model's weights and config as safetensors. An existing file is replaced only by a complete one.
 
     Args:
+        model: a ViT, or one wrapped by torch.compile, DataParallel or DDP.
         layout: names of the weights, 'timm' or 'vit_pytorch'.
 
     Raises:
         ValueError: the path does not end in .safetensors.
         FileNotFoundError: its folder does not exist.
     """
-    path = Path(path)
+    model, path = unwrapped(model), Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"save_checkpoint: path must end in .safetensors, got {str(path)!r}")
     if not path.parent.is_dir():
@@ -54,8 +56,17 @@ def save_checkpoint(model: ViT, path: str | os.PathLike, *, layout: str = "timm"
         temporary.unlink(missing_ok=True)
 
 
+def unwrapped(model: torch.nn.Module) -> ViT:
+    """The model inside the wrappers of torch.compile, DataParallel and DDP."""
+    while (inner := getattr(model, "_orig_mod", None) or getattr(model, "module", None)) is not None:
+        model = inner
+    return model
+
+
 def read_checkpoint(path: str | os.PathLike, *, allow_pickle: bool = False) -> dict[str, Tensor]:
     """The tensors of a checkpoint file, on the CPU, with the prefixes of DDP and torch.compile taken off the keys.
+
+    Of a training checkpoint that has both, the averaged weights (`state_dict_ema`, `model_ema`), as timm does.
 
     Args:
         path: a .safetensors file, or with `allow_pickle` a .pt, .pth or .bin file.
@@ -75,11 +86,14 @@ def read_checkpoint(path: str | os.PathLike, *, allow_pickle: bool = False) -> d
         except SafetensorError as error:
             raise ValueError(f"read_checkpoint: {str(path)!r} is not a whole safetensors file: {error}") from error
     elif allow_pickle:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged or hostile file can raise anything
+            raise ValueError(f"read_checkpoint: {str(path)!r} is not a whole file of plain weights: {error}") from error
     else:
         raise ValueError(
             f"read_checkpoint: path must be a .safetensors file, got {str(path)!r}; a pickled file can be read with "
-            "allow_pickle=True if you trust where it comes from"
+            "load_checkpoint(model, path, allow_pickle=True) if you trust where it comes from"
         )
     state = _unwrap(state)
     flat = isinstance(state, Mapping) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
@@ -101,7 +115,7 @@ def _unwrap(state: Any) -> Any:
 def _strip(key: str) -> str:
     while (prefix := next((p for p in PREFIXES if key.startswith(p)), None)) is not None:
         key = key[len(prefix) :]
-    return key
+    return key.replace("._orig_mod.", ".")  # blocks compiled one by one
 
 
 def load_checkpoint(
@@ -116,6 +130,7 @@ def load_checkpoint(
         RuntimeError: one error that lists every missing, unexpected and wrongly shaped key; nothing is loaded then.
         FileNotFoundError, ValueError: as `read_checkpoint`.
     """
+    wrapped, model = model, unwrapped(model)
     state = read_checkpoint(path, allow_pickle=allow_pickle)
     own, given = model.pos_embed, state.get("pos_embed")
     if own is not None and given is not None and given.dim() == own.dim() == 3:
@@ -130,7 +145,7 @@ def load_checkpoint(
         if prefix + grid[0] * grid[1] == given.shape[1]:
             state["pos_embed"] = resample_pos_embed(given, model.patch_embed.grid_size, grid, prefix)
     model.load_state_dict(state, strict=strict)
-    return model
+    return wrapped
 
 
 def read_config(path: str | os.PathLike) -> ViTConfig | None:
@@ -143,8 +158,11 @@ def read_config(path: str | os.PathLike) -> ViTConfig | None:
     """
     if Path(path).suffix != ".safetensors":
         return None
-    with safe_open(path, framework="pt", device="cpu") as file:
-        text = (file.metadata() or {}).get(CONFIG_KEY)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            text = (file.metadata() or {}).get(CONFIG_KEY)
+    except SafetensorError as error:
+        raise ValueError(f"read_config: {str(path)!r} is not a whole safetensors file: {error}") from error
     if text is None:
         return None
     try:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitfast.switches import exporting
+
 
 def resample_pos_embed(
     pos_embed: Tensor,
@@ -35,10 +37,27 @@ def resample_pos_embed(
             f"resample_pos_embed: pos_embed must be [1, {num_prefix + rows * columns}, D] for {num_prefix} prefix "
             f"tokens and a {rows}x{columns} grid, got {list(pos_embed.shape)}"
         )
-    if tuple(new_grid) == tuple(old_grid):
+    export = exporting()
+    # an exported program serves all sizes, so it must not be told that this one needs no resampling
+    if not export and tuple(new_grid) == tuple(old_grid):
         return pos_embed
     prefix, grid = pos_embed[:, :num_prefix], pos_embed[:, num_prefix:]
     grid = grid.float().reshape(1, rows, columns, -1).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=tuple(new_grid), mode="bicubic", antialias=antialias)
+    if torch.compiler.is_compiling() and not export:
+        grid = _interpolate_by_products(grid, new_grid, antialias)
+    else:
+        grid = F.interpolate(grid, size=tuple(new_grid), mode="bicubic", antialias=antialias)
     grid = grid.permute(0, 2, 3, 1).flatten(1, 2).to(pos_embed.dtype)
     return torch.cat([prefix, grid], dim=1) if num_prefix else grid
+
+
+def _interpolate_by_products(grid: Tensor, size: tuple[int, int], antialias: bool) -> Tensor:
+    """The same interpolation as two matrix products: inductor (torch 2.11) fails on the gradient of the other form
+    where the size is symbolic, which it is when images of several sizes are trained on.
+    """
+    for dim, (old, new) in enumerate(zip(grid.shape[2:], size, strict=True)):
+        with torch.no_grad():
+            unit = torch.eye(old, device=grid.device)[None, None]
+            weights = F.interpolate(unit, size=(new, old), mode="bicubic", antialias=antialias)[0, 0]
+        grid = torch.einsum("nr,bdrc->bdnc" if dim == 0 else "nc,bdrc->bdrn", weights, grid)
+    return grid

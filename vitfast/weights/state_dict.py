@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 from torch.nn.parameter import is_lazy
+
+PREFIXES = ("module.", "_orig_mod.")
 
 
 def check_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True) -> None:
@@ -17,7 +20,9 @@ def check_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], strict:
     Raises:
         RuntimeError: one error with all missing, unexpected and wrongly shaped keys, and values that are no tensors.
     """
-    own = nn.Module.state_dict(model)
+    # a module's extra state may be anything, and torch hands it on unread
+    entries = lambda state: {k: v for k, v in state.items() if not k.endswith(_EXTRA_STATE_KEY_SUFFIX)}  # noqa: E731
+    own, state_dict = entries(nn.Module.state_dict(model)), entries(state_dict)
     problems = []
     if strict:
         problems += [f"missing: {key} {list(own[key].shape)}" for key in own if key not in state_dict]
@@ -31,7 +36,11 @@ def check_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], strict:
         elif tuple(given.shape) != tuple(value.shape):
             problems.append(f"wrong shape: {key} must be {list(value.shape)}, got {list(given.shape)}")
     if problems:
+        count = len(problems)
+        prefix = next((p for p in PREFIXES if state_dict and all(key.startswith(p) for key in state_dict)), None)
+        if prefix:
+            problems.append(f"(every key starts with {prefix!r}, which a wrapper put there: take it off)")
         raise RuntimeError(
-            f"load_state_dict: {len(problems)} keys do not fit {type(model).__name__}; nothing was loaded.\n  "
+            f"load_state_dict: {count} keys do not fit {type(model).__name__}; nothing was loaded.\n  "
             + "\n  ".join(problems)
         )

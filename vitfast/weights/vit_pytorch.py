@@ -18,7 +18,7 @@ from vitfast.config import ViTConfig
 if TYPE_CHECKING:
     from vitfast.vit import ViT
 
-ATTRIBUTES = ("to_patch_embedding", "transformer", "pos_embedding", "mlp_head")
+ATTRIBUTES = ("to_patch_embedding", "transformer", "pos_embedding", "mlp_head", "dropout", "pool")
 
 # (vit-pytorch, vitfast); {i} is the block
 NAMES = (
@@ -115,9 +115,11 @@ class View(nn.Module):
         raise NotImplementedError(f"a hook on this view would never fire; {self.instead}")
 
     register_forward_pre_hook = register_full_backward_hook = register_forward_hook
+    register_full_backward_pre_hook = register_forward_hook
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if self.__dict__.get("complete") and (isinstance(value, nn.Module) or name in self._modules):
+        refused = isinstance(value, nn.Module) or name in self._modules or name == "forward"
+        if self.__dict__.get("complete") and refused:
             raise AttributeError(f"assigning {name!r} to this view would have no effect; {self.instead}")
         super().__setattr__(name, value)
 
@@ -172,6 +174,8 @@ def attribute(model: ViT, name: str) -> Any:
         "transformer": "blocks and norm",
         "pos_embedding": "pos_embed",
         "mlp_head": "head",
+        "dropout": "pos_drop",
+        "pool": "config.pool",
     }[name]
     if "config" not in model.__dict__ or not model.config.input_norm:
         raise AttributeError(
@@ -180,26 +184,50 @@ def attribute(model: ViT, name: str) -> Any:
         )
     if name == "to_patch_embedding":
         embed = model.patch_embed
-        return PatchEmbeddingView(Patchify(embed.patch_size), embed.input_norm, embed.proj, embed.norm)
+        view = PatchEmbeddingView(Patchify(embed.patch_size), embed.input_norm, embed.proj, embed.norm)
+        view.complete = True
+        return view
     if name == "transformer":
         return TransformerView(model)
     if name == "pos_embedding":
         return model.pos_embed
-    return model.head if model.num_classes else None
+    if name == "dropout":
+        return model.pos_drop
+    return None if isinstance(model.head, nn.Identity) else model.head
 
 
-def settable(model: ViT, name: str) -> str:
-    """Our name for what a user assigns under vit-pytorch's.
+def assigned(model: ViT, name: str, value: Any) -> tuple[str, Any]:
+    """Our name and value for what a user assigns under vit-pytorch's name; the config follows.
 
     Raises:
         AttributeError: assigning it would have no effect, or the model is of timm's architecture; says what to assign.
+        ValueError: a pooling that vit-pytorch does not have, or that this model has no token for.
     """
-    if not model.__dict__["config"].input_norm:
+    config = model.__dict__["config"]
+    if not config.input_norm:
+        if name in ("pool", "dropout"):
+            return name, value
         attribute(model, name)
-    ours = {"mlp_head": "head", "pos_embedding": "pos_embed"}.get(name)
+    if name == "pool":
+        if value not in ("cls", "mean") or (value == "cls" and not config.class_token):
+            allowed = "'cls' or 'mean'" if config.class_token else "'mean' (there is no class token)"
+            raise ValueError(f"ViT.pool must be {allowed}, got {value!r}")
+        if config.pool != "none":
+            model.config = _pooled(config, value)
+    elif name == "mlp_head" and value is None:
+        # vit-pytorch's way of asking for tokens
+        model.config, value = config.replace(num_classes=0, pool="none"), nn.Identity()
+    elif name == "mlp_head":
+        model.config = _pooled(config, model.__dict__["pool"])
+    ours = {"mlp_head": "head", "pos_embedding": "pos_embed", "dropout": "pos_drop", "pool": "pool"}.get(name)
     if ours is None:
         raise AttributeError(
             f"ViT.{name} is a view and cannot be replaced; assign to the modules under `patch_embed`, `blocks` or "
             "`norm` instead"
         )
-    return ours
+    return ours, value
+
+
+def _pooled(config: ViTConfig, pool: str) -> ViTConfig:
+    """With pooling by vit-pytorch's name; its mean is that of all tokens."""
+    return config.replace(pool={"cls": "token", "mean": "mean"}[pool], pool_prefix=pool == "mean")
