@@ -25,7 +25,7 @@ def exporting() -> bool:
 
 def stock_only() -> bool:
     """Whether ops must run as stock PyTorch operators now."""
-    if _exportable or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _exportable:
         return _exportable or (exporting() and torch.onnx.is_in_onnx_export())
     # jit.trace knows no ops of ours; vmap, grad and jvp of torch.func want rules that stock operators have
     return torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None

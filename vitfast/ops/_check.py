@@ -65,7 +65,7 @@ def alike(x: Tensor, vectors: tuple[tuple[Tensor | None, int], ...], *others: Te
     if dtype not in FLOATS:
         return False
     for t, length in vectors:
-        if t is not None and (t.dtype is not dtype or t.device != device or t.shape != (length,)):
+        if t is not None and (t.dtype is not dtype or t.shape != (length,) or t.device != device):
             return False
     return all(t is None or (t.dtype is dtype and t.device == device) for t in others)
 

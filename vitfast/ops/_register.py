@@ -52,7 +52,11 @@ def op(schema: str, *, cpu: Callable, cuda: Callable, fake: Callable) -> Callabl
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
     """Whether a backward may follow, so that an op has to return what that needs."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def call(op: Callable, differentiable: bool, *args: Any) -> Any:

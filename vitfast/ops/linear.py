@@ -65,7 +65,9 @@ def linear(
 
 def _usual(x, weight, bias, norm, norm_weight, norm_bias, act, gamma, row_scale, residual):
     """Whether this is a call of one dtype that `_check` would pass."""
-    if norm not in NORMS or act not in ACTIVATIONS or weight.dim() != 2 or _ignored(norm, norm_weight, norm_bias):
+    if norm not in NORMS or act not in ACTIVATIONS or weight.dim() != 2:
+        return False
+    if norm != "layer" and (norm_bias is not None or (norm == "none" and norm_weight is not None)):
         return False
     (D, K), shape = weight.shape, x.shape
     if len(shape) < 2:
