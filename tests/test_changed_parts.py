@@ -14,6 +14,7 @@ from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrizations
 
 import vitfast
+from vitfast.layers import run_norm
 
 MODELS = {
     "token": ("vit_tiny_patch16_224", {"img_size": 32, "qk_norm": True, "init_values": 0.1, "drop_path_rate": 0.0}),
@@ -297,12 +298,53 @@ def test_class_whose_forward_was_patched_is_skipped(kind, monkeypatch):
     assert "whose forward was patched" in str(vitfast.explain(ours))
 
 
-def test_norm_without_an_eps_fails():
-    """torch's RMSNorm has eps=None unless told otherwise."""
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_norm_without_an_eps_fails_or_takes_another(dtype):
+    """torch's RMSNorm has eps=None unless told otherwise, and takes the eps of the dtype it computes in."""
     theirs, ours, images = pair("token")
     for each in (theirs, ours):
         each.blocks[0].norm1, each.blocks[1].norm2, each.norm = (nn.RMSNorm(192) for _ in range(3))
     same(ours, theirs, images)
+    norm, small = ours.norm.to(dtype), (1e-3 * torch.randn(2, 5, 192)).to(dtype)
+    torch.testing.assert_close(run_norm(norm, small), norm(small))
+
+
+class Stem(nn.Module):
+    """Patches by another way, as a convolutional stem or a frozen tokenizer makes them."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool = nn.AvgPool2d(16)
+        self.widen = nn.Conv2d(3, 192, 1)
+
+    def forward(self, images):
+        return self.widen(self.pool(images)).flatten(2).transpose(1, 2)
+
+
+def test_replaced_stem_or_pooling_breaks_the_model_or_explain():
+    theirs, ours, images = pair("token")
+    stem = Stem()
+    for each in (theirs, ours):
+        each.patch_embed = copy.deepcopy(stem)
+    same(ours, theirs, images)
+    assert "Stem, not PatchEmbed" in str(vitfast.explain(ours))
+    ours = pair("map")[1]
+    ours.attn_pool = nn.Identity()
+    assert "Identity, not AttentionPool" in str(vitfast.explain(ours))
+
+
+def test_watched_container_of_blocks_turns_checkpointing_off():
+    """The container's hook has to run, and activations must still be recomputed."""
+    _, ours, images = pair("token")
+    expected, grads = run(ours, images)
+    calls = {"container": 0, "block": 0}
+    ours.blocks.register_forward_hook(lambda *_: calls.update(container=calls["container"] + 1))
+    ours.blocks[0].register_forward_pre_hook(lambda *_: calls.update(block=calls["block"] + 1))
+    ours.set_grad_checkpointing()
+    found, again = run(ours, images)
+    assert calls["container"] >= 1 and calls["block"] == 2
+    assert (found - expected).norm() <= 1e-4 * expected.norm()
+    assert all((again[n] - g).norm() <= 2e-3 * g.norm() + 1e-3 for n, g in grads.items() if "k_norm.bias" not in n)
 
 
 def test_replaced_or_compiled_containers_break_the_model_or_explain():

@@ -83,6 +83,16 @@ def gradients_not_worse(grads, refs, lows, ratio):
     assert typical <= ratio, f"gradients are {typical:.2f} x as far off as timm's"
 
 
+def as_exact_as_timms(case, dtype):
+    """Output and every gradient, of one run in `dtype`."""
+    theirs, ours = case.models(dtype)
+    images = case.images.to(dtype)
+    low, grads_low = run(theirs, images, case.cotangent)
+    out, grads = run(ours, images, case.cotangent)
+    not_worse(out, case.out, low, "output")
+    gradients_not_worse(grads, case.grads, grads_low, RATIO[dtype])
+
+
 def test_formula_is_another_one(case):
     """A wrong eps, scale, GELU, order of branches or drawn mask; a gradient that is lost or partly lost."""
     out, grads = run(case.ours.double(), case.images.double(), case.cotangent)
@@ -97,12 +107,7 @@ def test_formula_is_another_one(case):
 @every_dtype
 def test_output_or_gradient_is_less_exact_than_timms(case, dtype):
     """A rounding too many, statistics in half precision, sums of gradients in half precision."""
-    theirs, ours = case.models(dtype)
-    images = case.images.to(dtype)
-    low, grads_low = run(theirs, images, case.cotangent)
-    out, grads = run(ours, images, case.cotangent)
-    not_worse(out, case.out, low, "output")
-    gradients_not_worse(grads, case.grads, grads_low, RATIO[dtype])
+    as_exact_as_timms(case, dtype)
 
 
 @every_dtype
@@ -150,12 +155,7 @@ def test_error_grows_with_depth_or_tokens(size):
     name, keywords = FULL_SIZE[size]
     case = Case(*pair_of(name, 1, **keywords))
     for dtype in (torch.float32, torch.bfloat16):
-        theirs, ours = case.models(dtype)
-        images = case.images.to(dtype)
-        low, grads_low = run(theirs, images, case.cotangent)
-        out, grads = run(ours, images, case.cotangent)
-        not_worse(out, case.out, low, "output")
-        gradients_not_worse(grads, case.grads, grads_low, RATIO[dtype])
+        as_exact_as_timms(case, dtype)
 
 
 @pytest.mark.slow

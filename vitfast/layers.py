@@ -60,8 +60,10 @@ def norm_args(module: nn.Module) -> dict:
 
 
 def eps_of(module: nn.Module, weight: Tensor | None) -> float:
-    """`module.eps`; `nn.RMSNorm` without one takes that of its dtype."""
-    return module.eps if module.eps is not None else torch.finfo(torch.float32 if weight is None else weight.dtype).eps
+    """`module.eps`; `nn.RMSNorm` without one takes that of the dtype it computes in, fp32 for half precision."""
+    if module.eps is not None:
+        return module.eps
+    return torch.finfo(torch.float64 if weight is not None and weight.dtype is torch.float64 else torch.float32).eps
 
 
 def run_norm(module: nn.Module, x: Tensor) -> Tensor:

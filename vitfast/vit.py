@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from vitfast import ops, reference
 from vitfast.config import ViTConfig
 from vitfast.fusion import any_global_hook, plain, why_not_plain
-from vitfast.layers import LayerScale, build_norm, norm_report, run_norm
+from vitfast.layers import LayerScale, build_norm, norm_report, reasons_of, run_norm
 from vitfast.model import AttentionPool, Block, PatchEmbed
 from vitfast.switches import exporting
 from vitfast.timm_surface import TimmSurface, pool_of, say_mask_is_stock
@@ -236,7 +236,8 @@ class ViT(TimmSurface, nn.Module):
             say_mask_is_stock()
         x = self.embed(x)
         if not plain(self.blocks, nn.Sequential) and attn_mask is None:
-            return run_norm(self.norm, self.blocks(x))
+            # as one segment where checkpointing is on: the container has to run, and it runs all blocks
+            return run_norm(self.norm, self._run_block(self.blocks, x, None))
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
             x = self._run_block(block, x, attn_mask, keep if i == last else None)
@@ -280,8 +281,8 @@ class ViT(TimmSurface, nn.Module):
         """Positions for these images, [P + N, D] or [N, D]."""
         if self.pos_embed is None:
             return None
-        grid = self.patch_embed.grid_of(tuple(images.shape[2:]))
         if self.config.input_norm:
+            grid = self.patch_embed.grid_of(tuple(images.shape[2:]))
             tokens = self.num_prefix_tokens + grid[0] * grid[1]
             if tokens > self.pos_embed.shape[0]:
                 raise ValueError(
@@ -290,9 +291,11 @@ class ViT(TimmSurface, nn.Module):
                 )
             return self.pos_embed[:tokens]
         pos_embed = self.pos_embed
+        if not self.config.dynamic_image_size:
+            return pos_embed.squeeze(0)
+        grid = self.patch_embed.grid_of(tuple(images.shape[2:]))
         # an exported program serves all sizes, so it must not be told that this one needs no resampling
-        resampled = exporting() or grid != self.patch_embed.grid_size
-        if self.config.dynamic_image_size and resampled:
+        if exporting() or grid != self.patch_embed.grid_size:
             pos_embed = resample_pos_embed(pos_embed, grid, self.patch_embed.grid_size, self._positioned_prefix())
         return pos_embed.squeeze(0)
 
@@ -359,17 +362,23 @@ class ViT(TimmSurface, nn.Module):
     def fusion_report(self) -> list[tuple[str, str, list[str]]]:
         """(part, op, reasons why the op does not run) for every part, as the model is now; see `vitfast.explain`."""
         op = "linear" if self.config.input_norm else "patch_embed"
-        rows = [("patch_embed", op, self.patch_embed.why_not_fused())]
+        rows = [("patch_embed", op, reasons_of([("patch_embed", self.patch_embed, PatchEmbed)]))]
+        if type(self.patch_embed) is PatchEmbed:
+            rows = [("patch_embed", op, self.patch_embed.why_not_fused())]
+            if not self.config.input_norm:
+                rows += norm_report([("patch_embed.norm", self.patch_embed.norm)])
         if not self.config.input_norm:
-            rows += norm_report([("patch_embed.norm", self.patch_embed.norm), ("norm_pre", self.norm_pre)])
+            rows += norm_report([("norm_pre", self.norm_pre)])
         for i, block in enumerate(self.blocks):
             if type(block) is not Block:
                 rows.append((f"blocks.{i}", "", [f"is {type(block).__name__}, not Block"]))
                 continue
             rows += [(f"blocks.{i}: {part}", op, reasons) for part, op, reasons in block.fusion_report()]
         rows += norm_report([("norm", self.norm)])
-        if self.attn_pool is not None:
+        if type(self.attn_pool) is AttentionPool:
             rows += self.attn_pool.fusion_report()
+        elif self.attn_pool is not None:
+            rows.append(("attn_pool", "", reasons_of([("attn_pool", self.attn_pool, AttentionPool)])))
         return rows + norm_report([("fc_norm", self.fc_norm)])
 
     def state_dict(self, *args, layout: str = "timm", **kwargs) -> dict[str, Tensor]:
