@@ -12,11 +12,13 @@ rest was not, goes into vitfast/_build.json beside the extension, where `vitfast
 
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -24,6 +26,10 @@ from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
 SOURCES = ["bindings.cpp", "cpu_features.cpp"]
+# compiled once for each instruction set that the machine's architecture has; the CPU's best is chosen at run time
+KERNELS = "cpu_kernels.cpp"
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
+X86_FLAGS = {"avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
 CUDA_SOURCES = ["cuda_probe.cu"]
 # sm_80 runs on 8.6 and 8.9 too; PTX of 90a would not run on anything newer, so compute_80 and compute_100 are kept
 ARCHS = "80+PTX;90a;100+PTX"
@@ -73,13 +79,14 @@ class BuildWhatIsPossible(build_ext):
     def run(self):
         wanted, options = wanted_cuda(), gencodes()
         report = {"extension": False, "cuda": False, "why_no_extension": "", "why_no_cuda": ""}
+        report |= {"isas": [], "why_no_isa": {}, "openmp": [], "why_no_openmp": ""}
         target = Path(self.get_ext_fullpath(self.extensions[0].name))
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             compiler = self.find_compiler()
             report["compiler"] = run([*compiler, "--version"]).splitlines()[0]
             objects, link = self.compile_cuda(wanted, options, report)
-            self.compile_and_link(compiler, objects, link, target)
+            self.compile_and_link(compiler, objects, link, target, report)
             report["extension"] = True
         except Missing as reason:
             if wanted == "1":
@@ -131,7 +138,7 @@ class BuildWhatIsPossible(build_ext):
             report["why_no_cuda"] = str(reason)
             return [], []
 
-    def compile_and_link(self, compiler: list[str], objects: list[str], link: list[str], target: Path) -> None:
+    def compile_and_link(self, compiler: list[str], objects: list[str], link: list[str], target: Path, report: dict) -> None:
         try:
             import pybind11
         except ImportError:
@@ -141,20 +148,53 @@ class BuildWhatIsPossible(build_ext):
         includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
         if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
             raise Missing("Python's headers are not installed (Debian: python3-dev)")
-        defines = ["-DVITFAST_CUDA"] if objects else []
-        flags = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", *includes, *defines]
-        running = []
-        for source in SOURCES:
-            compiled = str(self.object_dir() / f"{source}.o")
-            running.append([*compiler, "-c", str(CSRC / source), "-o", compiled, *flags])
-            objects = [*objects, compiled]
-        for command in running:
-            run(command)
+        flags = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall"]
+        # gcc's own header of AVX-512 warns of itself
+        flags += ["-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
+        flags += self.openmp(compiler, report)
+        sets = {"portable": [], **(X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else {})}
+        compiled = {
+            isa: (KERNELS, f"{KERNELS}.{isa}.o", [*flags, f"-DVITFAST_ISA={isa}", *options])
+            for isa, options in sets.items()
+        }
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            made = {isa: pool.submit(self.compile, compiler, *what) for isa, what in compiled.items()}
+            for isa in made:
+                try:
+                    objects = [*objects, made[isa].result()]
+                    report["isas"].append(isa)
+                except Missing as reason:  # an older compiler
+                    if isa == "portable":
+                        raise
+                    report["why_no_isa"][isa] = str(reason)
+            defines = [f"-DVITFAST_HAS_{isa.upper()}" for isa in report["isas"]]
+            defines += ["-DVITFAST_CUDA"] if report["cuda"] else []
+            made = [pool.submit(self.compile, compiler, name, f"{name}.o", [*flags, *includes, *defines])
+                    for name in SOURCES]  # fmt: skip
+            objects += [one.result() for one in made]
+        link = [*link, *report["openmp"]]
         shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared", "-s"]
         # under another name first: a process that has the old one loaded keeps it
         temporary = target.with_suffix(".tmp")
         run([*compiler, *shared, *objects, "-o", str(temporary), *link])
         os.replace(temporary, target)
+
+    def openmp(self, compiler: list[str], report: dict) -> list[str]:
+        """The option for OpenMP where the compiler has it; without it the kernels run on one thread."""
+        probe = self.object_dir() / "openmp.cpp"
+        probe.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
+        try:
+            run([*compiler, "-fopenmp", str(probe), "-o", str(probe.with_suffix(".out"))])
+            report["openmp"] = ["-fopenmp"]
+        except Missing as reason:
+            report["openmp"], report["why_no_openmp"] = [], str(reason)
+        return report["openmp"]
+
+    def compile(self, compiler: list[str], source: str, name: str, flags: list[str]) -> str:
+        """The object file of one source."""
+        target = str(self.object_dir() / name)
+        run([*compiler, "-c", str(CSRC / source), "-o", target, *flags])
+        return target
 
     def object_dir(self) -> Path:
         folder = Path(self.build_temp)
@@ -166,7 +206,9 @@ class BuildWhatIsPossible(build_ext):
             cuda = f"no CUDA part: {report['why_no_cuda']}"
             if report["cuda"]:
                 cuda = f"CUDA part: {', '.join(report['archs'])}"
-            line = f"built vitfast._C ({cuda})"
+            kernels = f"CPU kernels: {', '.join(report['isas'])}"
+            kernels += "" if report["openmp"] else f" on one thread, no OpenMP: {report['why_no_openmp']}"
+            line = f"built vitfast._C ({kernels}; {cuda})"
         else:
             line = f"installing without the compiled extension: {report['why_no_extension']}"
         # pip shows a build's output only with -v or when it fails; whoever builds otherwise sees it

@@ -1,25 +1,76 @@
 // Python's view of the extension. No torch header anywhere in csrc: it builds without torch and survives its upgrades.
+// Tensors arrive as addresses, sizes and strides; vitfast/native.py is the only caller and checks them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <tuple>
+
 #include "cpu_features.h"
+#include "cpu_kernels.h"
 #ifdef VITFAST_CUDA
 #include "cuda_probe.h"
 #endif
 
 namespace py = pybind11;
+using namespace vitfast;
+
+namespace {
+
+using View = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;  // address, strides of image, token and head
+
+HeadsView heads_view(const View& view) {
+  const auto& [data, image, token, head] = view;
+  return {reinterpret_cast<const void*>(data), image, token, head};
+}
+
+void attention(const CpuKernels& kernels, const View& q, const View& k, const View& v, uintptr_t out, uintptr_t lse,
+               int64_t B, int64_t H, int64_t Nq, int64_t Nk, int64_t D, float scale, int dtype, int threads) {
+  py::gil_scoped_release release;
+  kernels.attention({heads_view(q), heads_view(k), heads_view(v), reinterpret_cast<void*>(out),
+                     reinterpret_cast<float*>(lse), B, H, Nq, Nk, D, scale, static_cast<DType>(dtype), threads});
+}
+
+void activation(const CpuKernels& kernels, uintptr_t x, uintptr_t y, int64_t n, int dtype, int act, int threads) {
+  py::gil_scoped_release release;
+  kernels.activation(reinterpret_cast<const void*>(x), reinterpret_cast<void*>(y), n, static_cast<DType>(dtype),
+                     static_cast<Act>(act), threads);
+}
+
+// The tables that were built and that this CPU can run, best last.
+std::vector<const CpuKernels*> usable_kernels() {
+  std::vector<const CpuKernels*> usable{&kernels_portable};
+  std::map<std::string, bool> can = cpu_features();
+#ifdef VITFAST_HAS_AVX2
+  if (can["avx2"]) usable.push_back(&kernels_avx2);
+#endif
+#ifdef VITFAST_HAS_AVX512
+  if (can["avx512"]) usable.push_back(&kernels_avx512);
+#endif
+#ifdef VITFAST_HAS_AVX512_BF16
+  if (can["avx512_bf16"]) usable.push_back(&kernels_avx512_bf16);
+#endif
+  return usable;
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled half of vitfast; use it through the package.";
-  m.def("cpu_features", &vitfast::cpu_features, "Instruction set -> usable on this machine.");
+  m.def("cpu_features", &cpu_features, "Instruction set -> usable on this machine.");
+  py::class_<CpuKernels>(m, "CpuKernels", "The kernels compiled for one instruction set.")
+      .def_property_readonly("name", [](const CpuKernels& kernels) { return kernels.name; })
+      .def("attention", &attention)
+      .def("activation", &activation);
+  m.def("usable_kernels", &usable_kernels, py::return_value_policy::reference,
+        "The instruction sets that this CPU has and this build knows, best last.");
 #ifdef VITFAST_CUDA
   m.def(
       "probe_cuda",
       [] {
-        vitfast::CudaProbe probe;
+        CudaProbe probe;
         {
           py::gil_scoped_release release;
-          probe = vitfast::probe_cuda();
+          probe = probe_cuda();
         }
         py::dict result;
         result["driver_version"] = probe.driver_version;

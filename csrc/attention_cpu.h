@@ -1,0 +1,249 @@
+// softmax(scale q k^T) v, one head at a time: its keys and values are packed once into panels that an inner product reads
+// in order; then a few query rows at a time get all their logits, the softmax and their output.
+// No online softmax: the logits of ROWS queries stay in the cache up to tens of thousands of keys.
+#pragma once
+
+#include <math.h>
+#include <cstdlib>
+#include <new>
+
+#include "cpu_kernels.h"
+#include "parallel.h"
+#include "simd.h"
+
+namespace {
+
+using vitfast::AttentionArgs;
+using vitfast::DType;
+using vitfast::HeadsView;
+
+constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
+
+// With panels of two vectors ROWS * 2 sums, a panel and a broadcast fill the registers.
+constexpr int64_t ROWS = REGISTERS == 32 ? 12 : 6;
+constexpr int64_t PANEL = 2 * LANES;
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// A cell is what one lane multiplies at a time: one fp32 number, or two bf16 numbers side by side.
+struct SingleCells {
+  using Cell = float;
+  static constexpr int64_t numbers = 1;
+  static Floats add_product(Floats sum, Floats a, Floats b) { return sum + a * b; }
+
+  template <class T>
+  static void from_row(const T* row, int64_t n, float* cells) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) store(cells + i, load(row + i));
+    if (i < n) store_part(cells + i, load_part(row + i, n - i), n - i);
+  }
+  // `rows` has one row
+  template <class T>
+  static void from_rows(const T* const* rows, int64_t n, float* cells) {
+    from_row(rows[0], n, cells);
+  }
+};
+
+#if defined(__AVX512BF16__)
+struct PairCells {
+  using Cell = uint32_t;
+  static constexpr int64_t numbers = 2;
+  static Floats add_product(Floats sum, Floats a, Floats b) {
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+  }
+  // pairs of neighbours in a row
+  static void from_row(const Bf16* row, int64_t n, uint32_t* cells) {
+    memcpy(cells, row, n / 2 * 4);
+    if (n % 2) cells[n / 2] = row[n - 1].bits;
+  }
+  // pairs of neighbours in a column; the second row may be missing
+  static void from_rows(const Bf16* const* rows, int64_t n, uint32_t* cells) {
+    for (int64_t i = 0; i < n; i += LANES) {
+      const int64_t part = n - i < LANES ? n - i : LANES;
+      Halves low = {}, high = {};
+      memcpy(&low, rows[0] + i, part * 2);
+      if (rows[1]) memcpy(&high, rows[1] + i, part * 2);
+      const Words pairs = widen(low) | (widen(high) << 16);
+      memcpy(cells + i, &pairs, part * 4);
+    }
+  }
+};
+#endif
+
+// c[ROWS][VECTORS * LANES] = a[ROWS][depth] b[depth][VECTORS * LANES]
+template <class Cells, int VECTORS, class Cell = typename Cells::Cell>
+inline void multiply(const Cell* a, int64_t a_row, const Cell* b, int64_t depth, float* c, int64_t c_row) {
+  Floats sum[ROWS][VECTORS] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    Floats panel[VECTORS];
+#pragma GCC unroll 2
+    for (int v = 0; v < VECTORS; ++v) panel[v] = load_bits<Floats>(b + (k * VECTORS + v) * LANES);
+#pragma GCC unroll 12
+    for (int64_t i = 0; i < ROWS; ++i) {
+      const Floats x = splat(load_bits<float>(a + i * a_row + k));
+#pragma GCC unroll 2
+      for (int v = 0; v < VECTORS; ++v) sum[i][v] = Cells::add_product(sum[i][v], x, panel[v]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int64_t i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 2
+    for (int v = 0; v < VECTORS; ++v) store(c + i * c_row + v * LANES, sum[i][v]);
+  }
+}
+
+// c[ROWS][columns] = a[ROWS][depth] b, where b is packed in panels; columns is a multiple of LANES
+template <class Cells, class Cell = typename Cells::Cell>
+inline void multiply_panels(const Cell* a, int64_t a_row, const Cell* b, int64_t depth, float* c, int64_t columns) {
+  int64_t j = 0;
+  for (; j + PANEL <= columns; j += PANEL) multiply<Cells, 2>(a, a_row, b + j * depth, depth, c + j, columns);
+  if (j < columns) multiply<Cells, 1>(a, a_row, b + j * depth, depth, c + j, columns);
+}
+
+// Where column j of a packed matrix begins, and how far its rows are apart.
+struct Column {
+  int64_t start, step;
+  Column(int64_t j, int64_t columns, int64_t depth) {
+    const int64_t panel = j / PANEL * PANEL;
+    step = columns - panel < PANEL ? LANES : PANEL;
+    start = panel * depth + (j - panel);
+  }
+};
+
+// Logits of one query -> weights times their sum, in place; returns the sum, and the largest logit times log2 e.
+inline float exponentiate(float* logits, int64_t n, float scale, float* most) {
+  const float factor = scale * LOG2_E;
+  Floats high = splat(-INFINITY), sum = {};
+  for (int64_t j = 0; j < n; j += LANES) high = larger(load(logits + j) * factor, high);
+  *most = largest_of(high);
+  for (int64_t j = 0; j < n; j += LANES) {
+    const Floats weight = exp2_of(load(logits + j) * factor - *most);
+    store(logits + j, weight);
+    sum += weight;
+  }
+  return sum_of(sum);
+}
+
+template <class Cells, class T>
+class Attention {
+  using Cell = typename Cells::Cell;
+  static constexpr bool pairs = Cells::numbers == 2;
+
+ public:
+  explicit Attention(const AttentionArgs& args)
+      : a(args),
+        keys(round_up(a.Nk, LANES)),
+        width(round_up(a.D, LANES)),
+        depth((a.D + Cells::numbers - 1) / Cells::numbers),
+        key_depth((a.Nk + Cells::numbers - 1) / Cells::numbers) {
+    // every part of a thread's workspace starts on a cache line
+    const int64_t sizes[] = {keys * depth, width * key_depth, ROWS * depth, ROWS * keys, pairs ? ROWS * keys / 2 : 0,
+                             ROWS * width, depth + width};
+    for (int i = 0; i < 7; ++i) offset[i + 1] = offset[i] + round_up(sizes[i], 16);
+  }
+
+  void run() const {
+    // a head is one task, or several where there are too few heads to keep all threads busy
+    const int64_t heads = a.B * a.H, blocks = (a.Nq + ROWS - 1) / ROWS;
+    int64_t parts = heads >= 4 * a.threads || heads % a.threads == 0 ? 1 : (4 * a.threads + heads - 1) / heads;
+    if (parts > blocks) parts = blocks;
+    float* memory = static_cast<float*>(std::aligned_alloc(64, offset[7] * 4 * a.threads));
+    if (!memory) throw std::bad_alloc();
+    run_tasks(heads * parts, a.threads, [&](int64_t task, int thread) {
+      const int64_t part = task % parts, first = blocks * part / parts, last = blocks * (part + 1) / parts;
+      run_head(task / parts / a.H, task / parts % a.H, first * ROWS, last * ROWS, memory + thread * offset[7]);
+    });
+    std::free(memory);
+  }
+
+ private:
+  void run_head(int64_t b, int64_t h, int64_t first, int64_t last, float* memory) const {
+    Cell* const k = (Cell*)(memory + offset[0]);
+    Cell* const v = (Cell*)(memory + offset[1]);
+    Cell* const q = (Cell*)(memory + offset[2]);
+    float* const logits = memory + offset[3];
+    float* const out = memory + offset[5];
+    Cell* const row = (Cell*)(memory + offset[6]);
+    pack_keys(b, h, k, row);
+    pack_values(b, h, v, row);
+    if (last > a.Nq) last = a.Nq;
+    for (int64_t i = first; i < last; i += ROWS) {
+      const int64_t rows = last - i < ROWS ? last - i : ROWS;
+      memset(q, 0, ROWS * depth * 4);
+      for (int64_t r = 0; r < rows; ++r) Cells::from_row(at(a.q, b, i + r, h), a.D, q + r * depth);
+      multiply_panels<Cells>(q, depth, k, depth, logits, keys);
+      float scales[ROWS];
+      for (int64_t r = 0; r < rows; ++r) {
+        float* const l = logits + r * keys;
+        for (int64_t j = a.Nk; j < keys; ++j) l[j] = -INFINITY;
+        float most;
+        const float sum = exponentiate(l, keys, a.scale, &most);
+        scales[r] = 1 / sum;
+        if (a.lse) a.lse[(b * a.H + h) * a.Nq + i + r] = most * LN_2 + logf(sum);
+      }
+      multiply_weights(memory, rows, v, out);
+      for (int64_t r = 0; r < rows; ++r)
+        write((T*)a.out + ((b * a.Nq + i + r) * a.H + h) * a.D, out + r * width, scales[r]);
+    }
+  }
+
+  static const T* at(const HeadsView& view, int64_t b, int64_t n, int64_t h) {
+    return (const T*)view.data + b * view.image + n * view.token + h * view.head;
+  }
+
+  void pack_keys(int64_t b, int64_t h, Cell* packed, Cell* row) const {
+    for (int64_t j = 0; j < keys; ++j) {
+      memset(row, 0, depth * 4);
+      if (j < a.Nk) Cells::from_row(at(a.k, b, j, h), a.D, row);
+      const Column column(j, keys, depth);
+      for (int64_t c = 0; c < depth; ++c) packed[column.start + c * column.step] = row[c];
+    }
+  }
+
+  void pack_values(int64_t b, int64_t h, Cell* packed, Cell* row) const {
+    memset(row, 0, width * 4);
+    for (int64_t c = 0; c < key_depth; ++c) {
+      const int64_t j = c * Cells::numbers;
+      const T* const rows[] = {at(a.v, b, j, h), j + 1 < a.Nk ? at(a.v, b, j + 1, h) : nullptr};
+      Cells::from_rows(rows, a.D, row);
+      for (int64_t d = 0; d < width; d += LANES) {
+        const Column column(d, width, key_depth);
+        memcpy(packed + column.start + c * column.step, row + d, LANES * 4);
+      }
+    }
+  }
+
+  void multiply_weights(float* memory, int64_t rows, const Cell* v, float* out) const {
+    float* const logits = memory + offset[3];
+    if constexpr (pairs) {
+      Bf16* const weights = (Bf16*)(memory + offset[4]);
+      for (int64_t j = 0; j < rows * keys; j += LANES) store(weights + j, load(logits + j));
+      multiply_panels<Cells>((const Cell*)weights, keys / 2, v, key_depth, out, width);
+    } else {
+      multiply_panels<Cells>(logits, keys, v, key_depth, out, width);
+    }
+  }
+
+  void write(T* to, const float* from, float scale) const {
+    int64_t d = 0;
+    for (; d + LANES <= a.D; d += LANES) store(to + d, load(from + d) * scale);
+    if (d < a.D) store_part(to + d, load(from + d) * scale, a.D - d);
+  }
+
+  const AttentionArgs& a;
+  const int64_t keys, width;        // Nk and D in whole vectors
+  const int64_t depth, key_depth;   // cells in D and Nk numbers
+  int64_t offset[8] = {};           // of k, v, q, logits, weights, out, row in a thread's workspace, and its size
+};
+
+inline void attention(const AttentionArgs& args) {
+  if (args.dtype == DType::fp32) return Attention<SingleCells, float>(args).run();
+  if (args.dtype == DType::fp16) return Attention<SingleCells, Fp16>(args).run();
+#if defined(__AVX512BF16__)
+  return Attention<PairCells, Bf16>(args).run();
+#else
+  return Attention<SingleCells, Bf16>(args).run();
+#endif
+}
+
+}  // namespace

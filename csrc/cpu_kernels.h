@@ -1,0 +1,42 @@
+// The kernels for the CPU, and one table of them for each instruction set. Raw pointers, sizes and strides in elements;
+// nothing is checked here, bindings.cpp and the Python side do that.
+#pragma once
+
+#include <cstdint>
+
+namespace vitfast {
+
+enum class DType { fp32, bf16, fp16, uint8 };
+
+enum class Act { gelu, gelu_tanh, quick_gelu, silu };
+
+struct HeadsView {  // [B, N, H, D] with D side by side
+  const void* data;
+  int64_t image, token, head;  // strides
+};
+
+struct AttentionArgs {
+  HeadsView q, k, v;
+  void* out;   // [B, Nq, H, D], contiguous
+  float* lse;  // [B, H, Nq] or null
+  int64_t B, H, Nq, Nk, D;
+  float scale;
+  DType dtype;  // fp32, bf16 or fp16, of all of them
+  int threads;
+};
+
+struct PatchRowsArgs;
+
+struct CpuKernels {
+  const char* name;
+  // softmax(scale q k^T) v; logits, softmax and sums in fp32
+  void (*attention)(const AttentionArgs&);
+  // y = act(x) over n numbers of fp32, bf16 or fp16; y may be x
+  void (*activation)(const void* x, void* y, int64_t n, DType dtype, Act act, int threads);
+  // images -> rows of pixels, see patch_geometry.h
+  void (*patch_rows)(const PatchRowsArgs&);
+};
+
+extern const CpuKernels kernels_portable, kernels_avx2, kernels_avx512, kernels_avx512_bf16;
+
+}  // namespace vitfast

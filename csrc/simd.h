@@ -1,0 +1,160 @@
+// One vector type for every instruction set: GCC's and clang's vector extensions, as wide as this translation unit is
+// compiled for. cpu_kernels.cpp includes this once per instruction set; everything is in an unnamed namespace and no
+// template of the standard library is used, because the linker would merge their AVX-512 code into the portable one.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, REGISTERS = 32;
+#elif defined(__AVX2__)
+constexpr int LANES = 8, REGISTERS = 16;
+#else
+constexpr int LANES = 4, REGISTERS = 16;
+#endif
+
+typedef float Floats __attribute__((vector_size(LANES * 4)));
+typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
+typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
+typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
+typedef uint8_t Bytes __attribute__((vector_size(LANES)));
+
+struct Bf16 {
+  uint16_t bits;
+};
+struct Fp16 {
+  uint16_t bits;
+};
+
+template <class Vector>
+inline Vector load_bits(const void* from) {
+  Vector v;
+  memcpy(&v, from, sizeof v);
+  return v;
+}
+template <class Vector>
+inline void store_bits(void* to, Vector v) {
+  memcpy(to, &v, sizeof v);
+}
+
+// Written out: compilers make one broadcast of it. `Floats{} + x` would change a -0 and the bits of a pair of bf16.
+inline Floats splat(float x) {
+#if defined(__AVX512F__)
+  return Floats{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
+#elif defined(__AVX2__)
+  return Floats{x, x, x, x, x, x, x, x};
+#else
+  return Floats{x, x, x, x};
+#endif
+}
+inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+inline float sum_of(Floats v) {
+  float sum = 0;
+  for (int i = 0; i < LANES; ++i) sum += v[i];
+  return sum;
+}
+inline float largest_of(Floats v) {
+  float most = v[0];
+  for (int i = 1; i < LANES; ++i) most = v[i] > most ? v[i] : most;
+  return most;
+}
+
+inline Words widen(Halves h) { return __builtin_convertvector(h, Words); }
+inline Halves narrow(Words w) { return __builtin_convertvector(w, Halves); }
+
+inline Floats load(const float* from) { return load_bits<Floats>(from); }
+inline Floats load(const Bf16* from) { return (Floats)(widen(load_bits<Halves>(from)) << 16); }
+inline Floats load(const uint8_t* from) {
+  return __builtin_convertvector(__builtin_convertvector(load_bits<Bytes>(from), Ints), Floats);
+}
+inline Floats load(const Fp16* from) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtph_ps(load_bits<__m256i>(from));
+#elif defined(__F16C__)
+  return (Floats)_mm256_cvtph_ps(load_bits<__m128i>(from));
+#else
+  const Words h = widen(load_bits<Halves>(from));
+  // the exponent's bias grows by 112; a multiplication does that for denormals too
+  const Floats magnitude = (Floats)((h & 0x7fff) << 13) * 0x1p112f;
+  const Words infinite = (Words)((h & 0x7c00) == 0x7c00) & 0x7f800000u;
+  return (Floats)((Words)magnitude | infinite | ((h & 0x8000) << 16));
+#endif
+}
+
+inline void store(float* to, Floats x) { store_bits(to, x); }
+inline void store(Bf16* to, Floats x) {
+#if defined(__AVX512BF16__)
+  store_bits(to, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+#else
+  const Words u = (Words)x;
+  const Words rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;  // to nearest, ties to even
+  store_bits(to, narrow((Words)(x == x) ? rounded : (Words)((u >> 16) | 0x40)));
+#endif
+}
+inline void store(Fp16* to, Floats x) {
+#if defined(__AVX512F__)
+  store_bits(to, (__m256i)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  store_bits(to, (__m128i)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  const Words u = (Words)x & 0x7fffffff, sign = ((Words)x >> 16) & 0x8000;
+  const Words normal = (u + 0xfff + ((u >> 13) & 1) - (112u << 23)) >> 13;
+  // near 0.5 floats are as far apart as half's denormals, so the addition rounds as they do
+  const Words small = (Words)((Floats)u + 0.5f) - 0x3f000000u;
+  Words h = (Words)((Floats)u < 0x1p-14f) ? small : normal;
+  h = (Words)((Floats)u >= 65520.0f) ? Words{} + 0x7c00u : h;
+  h = (Words)(x == x) ? h : Words{} + 0x7e00u;
+  store_bits(to, narrow(h | sign));
+#endif
+}
+
+// The same for one number; a loop's last few elements go through a vector, so that they get the same bits.
+template <class T>
+inline Floats load_part(const T* from, int64_t n) {
+  T padded[LANES] = {};
+  for (int64_t i = 0; i < n; ++i) padded[i] = from[i];
+  return load(padded);
+}
+template <class T>
+inline void store_part(T* to, Floats x, int64_t n) {
+  T padded[LANES];
+  store(padded, x);
+  for (int64_t i = 0; i < n; ++i) to[i] = padded[i];
+}
+template <class T>
+inline float to_float(T x) {
+  return load_part(&x, 1)[0];
+}
+inline float to_float(float x) { return x; }
+inline float to_float(uint8_t x) { return x; }
+inline float to_float(Bf16 x) {
+  const uint32_t u = uint32_t{x.bits} << 16;
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+
+// 2^x for x <= 126, relative error below 1e-7 (least squares on Chebyshev nodes); 0 below -126.
+inline Floats exp2_of(Floats x) {
+  const float magic = 0x1.8p23f;  // adding it rounds to an integer, kept in the low bits
+  const Floats rounded = x + magic, f = x - (rounded - magic);
+  Floats p = splat(1.53375775e-4f);
+  p = p * f + 1.33998599e-3f;
+  p = p * f + 9.61851981e-3f;
+  p = p * f + 5.55032901e-2f;
+  p = p * f + 2.40226462e-1f;
+  p = p * f + 6.93147182e-1f;
+  p = p * f + 1.0f;
+  const Words power = ((Words)rounded << 23) + 0x3f800000u;
+  const Floats y = p * (Floats)power;
+  return x < -126.0f ? splat(0.0f) : y;
+}
+
+}  // namespace

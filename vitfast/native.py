@@ -1,0 +1,65 @@
+"""The C++ kernels for the CPU, as functions of tensors: `vitfast._C` takes addresses, sizes and strides.
+
+Which instruction set they use is decided at the first call: the best that this CPU has, or with the environment
+variable VITFAST_CPU_ISA (portable, avx2, avx512, avx512_bf16) the best up to that one.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitfast import extension
+
+# as in csrc/cpu_kernels.h
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
+ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "quick_gelu": 2, "silu": 3}
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def kernels() -> Any:
+    """The kernels for this CPU, None where there is no extension.
+
+    Raises:
+        ValueError: VITFAST_CPU_ISA names no instruction set that this CPU and build have.
+    """
+    module, _ = extension.load()
+    if module is None:
+        return None
+    usable = {each.name: each for each in module.usable_kernels()}
+    wanted = os.environ.get("VITFAST_CPU_ISA")
+    if wanted is None:
+        return next(reversed(usable.values()))
+    if wanted not in usable:
+        raise ValueError(f"VITFAST_CPU_ISA must be one of {list(usable)} on this machine, got {wanted!r}")
+    return usable[wanted]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, with_lse: bool, using: Any = None) -> tuple:
+    """softmax(scale q k^T) v, and the lse or None.
+
+    Args:
+        q: [B, Nq, H, D], k and v [B, Nk, H, D], all of one dtype of FLOATS, not empty, D side by side.
+        using: kernels of another instruction set than this CPU's best.
+    """
+    B, Nq, H, D = q.shape
+    out = q.new_empty(B, Nq, H * D)
+    lse = q.new_empty(B, H, Nq, dtype=torch.float32) if with_lse else None
+    (using or kernels()).attention(
+        *((t.data_ptr(), *t.stride()[:3]) for t in (q, k, v)), out.data_ptr(), lse.data_ptr() if with_lse else 0,
+        B, H, Nq, k.shape[1], D, scale, DTYPES[q.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return out, lse
+
+
+def activation(x: Tensor, name: str, out: Tensor, using: Any = None) -> Tensor:
+    """The activation of contiguous x in a dtype of FLOATS, written to `out` (which may be x)."""
+    (using or kernels()).activation(
+        x.data_ptr(), out.data_ptr(), x.numel(), DTYPES[x.dtype], ACTIVATIONS[name], torch.get_num_threads()
+    )
+    return out
