@@ -138,7 +138,9 @@ class BuildWhatIsPossible(build_ext):
             report["why_no_cuda"] = str(reason)
             return [], []
 
-    def compile_and_link(self, compiler: list[str], objects: list[str], link: list[str], target: Path, report: dict) -> None:
+    def compile_and_link(
+        self, compiler: list[str], objects: list[str], link: list[str], target: Path, report: dict
+    ) -> None:
         try:
             import pybind11
         except ImportError:

@@ -37,6 +37,10 @@ struct SingleCells {
     for (; i + LANES <= n; i += LANES) store(cells + i, load(row + i));
     if (i < n) store_part(cells + i, load_part(row + i, n - i), n - i);
   }
+  template <class T>
+  static Floats load_cells(const T* row, int64_t c) {
+    return load(row + c);
+  }
   // `rows` has one row
   template <class T>
   static void from_rows(const T* const* rows, int64_t n, float* cells) {
@@ -56,16 +60,16 @@ struct PairCells {
     memcpy(cells, row, n / 2 * 4);
     if (n % 2) cells[n / 2] = row[n - 1].bits;
   }
+  static Floats load_cells(const Bf16* row, int64_t c) { return load_bits<Floats>(row + 2 * c); }
   // pairs of neighbours in a column; the second row may be missing
   static void from_rows(const Bf16* const* rows, int64_t n, uint32_t* cells) {
-    for (int64_t i = 0; i < n; i += LANES) {
-      const int64_t part = n - i < LANES ? n - i : LANES;
-      Halves low = {}, high = {};
-      memcpy(&low, rows[0] + i, part * 2);
-      if (rows[1]) memcpy(&high, rows[1] + i, part * 2);
-      const Words pairs = widen(low) | (widen(high) << 16);
-      memcpy(cells + i, &pairs, part * 4);
+    static const Bf16 zeros[LANES] = {};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+      const Halves low = load_bits<Halves>(rows[0] + i), high = load_bits<Halves>(rows[1] ? rows[1] + i : zeros);
+      store_bits(cells + i, widen(low) | (widen(high) << 16));
     }
+    for (; i < n; ++i) cells[i] = rows[0][i].bits | (rows[1] ? uint32_t{rows[1][i].bits} << 16 : 0);
   }
 };
 #endif
@@ -114,10 +118,15 @@ struct Column {
 inline float exponentiate(float* logits, int64_t n, float scale, float* most) {
   const float factor = scale * LOG2_E;
   Floats high = splat(-INFINITY), sum = {};
-  for (int64_t j = 0; j < n; j += LANES) high = larger(load(logits + j) * factor, high);
+  // scaled and rounded first: a fused multiply and subtract would give the largest logit a weight beside 1
+  for (int64_t j = 0; j < n; j += LANES) {
+    const Floats scaled = load(logits + j) * factor;
+    store(logits + j, scaled);
+    high = larger(scaled, high);
+  }
   *most = largest_of(high);
   for (int64_t j = 0; j < n; j += LANES) {
-    const Floats weight = exp2_of(load(logits + j) * factor - *most);
+    const Floats weight = exp2_of(load(logits + j) - *most);
     store(logits + j, weight);
     sum += weight;
   }
@@ -192,11 +201,25 @@ class Attention {
   }
 
   void pack_keys(int64_t b, int64_t h, Cell* packed, Cell* row) const {
-    for (int64_t j = 0; j < keys; ++j) {
-      memset(row, 0, depth * 4);
-      if (j < a.Nk) Cells::from_row(at(a.k, b, j, h), a.D, row);
+    const int64_t squares = a.D / Cells::numbers / LANES * LANES;
+    for (int64_t j = 0; j < keys; j += LANES) {
       const Column column(j, keys, depth);
-      for (int64_t c = 0; c < depth; ++c) packed[column.start + c * column.step] = row[c];
+      Cell* const to = packed + column.start;
+      for (int64_t c = 0; c < squares; c += LANES) {
+        Floats cells[LANES];
+        for (int64_t i = 0; i < LANES; ++i)
+          cells[i] = j + i < a.Nk ? Cells::load_cells(at(a.k, b, j + i, h), c) : splat(0.0f);
+        transpose(cells);
+        for (int64_t i = 0; i < LANES; ++i) store_bits(to + (c + i) * column.step, cells[i]);
+      }
+      if (squares == depth) continue;
+      for (int64_t i = 0; i < LANES; ++i) {
+        if (j + i < a.Nk)
+          Cells::from_row(at(a.k, b, j + i, h), a.D, row);
+        else
+          memset(row, 0, depth * 4);
+        for (int64_t c = squares; c < depth; ++c) to[c * column.step + i] = row[c];
+      }
     }
   }
 

@@ -56,11 +56,17 @@ inline Floats splat(float x) {
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
 inline float sum_of(Floats v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#endif
   float sum = 0;
   for (int i = 0; i < LANES; ++i) sum += v[i];
   return sum;
 }
 inline float largest_of(Floats v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#endif
   float most = v[0];
   for (int i = 1; i < LANES; ++i) most = v[i] > most ? v[i] : most;
   return most;
@@ -139,6 +145,33 @@ inline float to_float(Bf16 x) {
   float f;
   memcpy(&f, &u, 4);
   return f;
+}
+
+// rows[i][j] -> rows[j][i]
+inline void transpose(Floats (&rows)[LANES]) {
+#if defined(__clang__)
+  Floats old[LANES];
+  for (int i = 0; i < LANES; ++i) old[i] = rows[i];
+  for (int i = 0; i < LANES; ++i)
+    for (int j = 0; j < LANES; ++j) rows[i][j] = old[j][i];
+#else
+  // swap the off-diagonal quarters of squares of 2, 4, ... rows
+#pragma GCC unroll 4
+  for (int half = 1; half < LANES; half *= 2) {
+    Ints upper, lower;
+    for (int lane = 0; lane < LANES; ++lane) {
+      upper[lane] = lane & half ? LANES + lane - half : lane;
+      lower[lane] = lane & half ? LANES + lane : lane + half;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) {
+      if (i & half) continue;
+      const Floats a = rows[i], b = rows[i + half];
+      rows[i] = __builtin_shuffle(a, b, upper);
+      rows[i + half] = __builtin_shuffle(a, b, lower);
+    }
+  }
+#endif
 }
 
 // 2^x for x <= 126, relative error below 1e-7 (least squares on Chebyshev nodes); 0 below -126.

@@ -117,7 +117,7 @@ def explain(model: nn.Module) -> Explanation:
         TypeError: there is no vitfast model inside.
     """
     from vitfast import switches
-    from vitfast.ops._register import IMPLEMENTATIONS
+    from vitfast.ops._register import implementations
     from vitfast.vit import ViT
 
     vits = [(name, m) for name, m in model.named_modules() if isinstance(m, ViT)]
@@ -135,8 +135,8 @@ def explain(model: nn.Module) -> Explanation:
                 rows.append(Row(name, f"op {op_name}", ""))
     device = next(vits[0][1].parameters()).device.type
     without: dict[tuple[str, str], list[str]] = {}
-    for op, implementations in IMPLEMENTATIONS.items():
-        here = implementations.get(device)
+    for op, devices in implementations().items():
+        here = devices.get(device)
         if here is not None and here.kernel is None:
             without.setdefault((here.path, here.why_no_kernel), []).append(op)
     notes = [f"on {device}, {path} ({why}): {', '.join(found)}" for (path, why), found in without.items()]

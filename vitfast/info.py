@@ -18,7 +18,7 @@ PACKAGES = ("torch", "triton", "numpy", "safetensors", "timm", "vit-pytorch", "t
 def collect() -> dict[str, Any]:
     """Everything `vitfast info` prints, as plain values."""
     from vitfast import __version__
-    from vitfast.ops._register import IMPLEMENTATIONS
+    from vitfast.ops._register import implementations
 
     device = _device()
     return {
@@ -32,9 +32,9 @@ def collect() -> dict[str, Any]:
         "ops": {
             name: {
                 kind: {"runs_as": path.path, "kernel": path.kernel, "why_no_kernel": path.why_no_kernel}
-                for kind, path in implementations.items()
+                for kind, path in devices.items()
             }
-            for name, implementations in IMPLEMENTATIONS.items()
+            for name, devices in implementations().items()
         },
     }
 

@@ -40,19 +40,38 @@ def kernels() -> Any:
     return usable[wanted]
 
 
+def takes(t: Tensor) -> bool:
+    """Whether the kernels for floating point tensors run on this one here."""
+    return t.dtype in FLOATS and kernels() is not None
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, with_lse: bool, using: Any = None) -> tuple:
-    """softmax(scale q k^T) v, and the lse or None.
+    """softmax(scale q k^T) v as [B, Nq, H * D], and the lse [B, H, Nq] or None.
 
     Args:
         q: [B, Nq, H, D], k and v [B, Nk, H, D], all of one dtype of FLOATS, not empty, D side by side.
         using: kernels of another instruction set than this CPU's best.
     """
     B, Nq, H, D = q.shape
-    out = q.new_empty(B, Nq, H * D)
-    lse = q.new_empty(B, H, Nq, dtype=torch.float32) if with_lse else None
+    views = [(t.data_ptr(), *t.stride()[:3]) for t in (q, k, v)]
+    return _attention(q, views, B, H, Nq, k.shape[1], D, scale, with_lse, using)
+
+
+def attention_qkv(qkv: Tensor, scale: float, with_lse: bool, using: Any = None) -> tuple:
+    """`attention` of the packed projection [B, N, 3, H, D]."""
+    B, N, _, H, D = qkv.shape
+    image, token, part, head, _ = qkv.stride()
+    start, step = qkv.data_ptr(), part * qkv.element_size()
+    views = [(start + i * step, image, token, head) for i in range(3)]
+    return _attention(qkv, views, B, H, N, N, D, scale, with_lse, using)
+
+
+def _attention(like, views, B, H, Nq, Nk, D, scale, with_lse, using):
+    out = like.new_empty(B, Nq, H * D)
+    lse = like.new_empty(B, H, Nq, dtype=torch.float32) if with_lse else None
     (using or kernels()).attention(
-        *((t.data_ptr(), *t.stride()[:3]) for t in (q, k, v)), out.data_ptr(), lse.data_ptr() if with_lse else 0,
-        B, H, Nq, k.shape[1], D, scale, DTYPES[q.dtype], torch.get_num_threads(),
+        *views, out.data_ptr(), lse.data_ptr() if with_lse else 0, B, H, Nq, Nk, D, scale, DTYPES[like.dtype],
+        torch.get_num_threads(),
     )  # fmt: skip
     return out, lse
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
+from vitfast import extension, native
+
 LIBRARY = torch.library.Library("vitfast", "DEF")
 AUTOGRAD_AND_VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 for _key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor"):
@@ -28,10 +30,12 @@ GRADIENTS: dict[Callable, type[torch.autograd.Function]] = {}
 IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {}
 
 NO_CUDA_KERNEL = "its Triton or CUDA kernel is not part of this release"
-NO_CPU_KERNEL = "its C++ kernel is not part of this release"
+NO_CPU_KERNEL = "stock operators are as fast"
 
 
-def op(schema: str, *, cpu: Callable, cuda: Callable, fake: Callable) -> Callable:
+def op(
+    schema: str, *, cpu: Callable, cuda: Callable, fake: Callable, cpu_kernel: str | None = None
+) -> Callable:
     """Define `vitfast::<schema>` for CPU and CUDA with its shape function; returns the callable op.
 
     Registered by `Library.define` and `impl`, not by `custom_op`: the call costs a quarter of the time, and a
@@ -44,10 +48,21 @@ def op(schema: str, *, cpu: Callable, cuda: Callable, fake: Callable) -> Callabl
     torch.library.register_fake(f"vitfast::{name}", fake, lib=LIBRARY)
     if not name.endswith("_backward"):
         IMPLEMENTATIONS[name] = {
-            "cpu": Implementation("stock PyTorch operators", None, NO_CPU_KERNEL),
+            "cpu": Implementation("stock PyTorch operators", cpu_kernel, "" if cpu_kernel else NO_CPU_KERNEL),
             "cuda": Implementation("stock PyTorch operators", None, NO_CUDA_KERNEL),
         }
     return getattr(torch.ops.vitfast, name).default
+
+
+def implementations() -> dict[str, dict[str, Implementation]]:
+    """What runs each op on each device, as this installation is."""
+    found = {}
+    for name, devices in IMPLEMENTATIONS.items():
+        found[name] = dict(devices)
+        if devices["cpu"].kernel is not None and native.kernels() is None:
+            why = f"no extension: {extension.load()[1]}"
+            found[name]["cpu"] = Implementation(devices["cpu"].path, None, why)
+    return found
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:

@@ -1,4 +1,4 @@
-"""Norms, activations and branch scaling with their gradients, out of stock PyTorch operators.
+"""Norms, activations and branch scaling with their gradients, out of stock PyTorch operators where those are best.
 
 Used inside op implementations, below autograd. One place, so that `linear` and `mlp` cannot disagree.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vitfast import reference
+from vitfast import native, reference
 
 aten = torch.ops.aten
 
@@ -72,8 +72,17 @@ def norm_backward(
     return grad_x, grad_weight, None
 
 
+def activation(x: Tensor, name: str) -> Tensor:
+    """`reference.activation`, by the C++ kernel on CPUs: torch's tanh GELU takes four times as long there."""
+    if name != "none" and x.device.type == "cpu" and x.is_contiguous() and native.takes(x):
+        return native.activation(x, name, torch.empty_like(x))
+    return reference.activation(x, name)
+
+
 def activation_in_place(x: Tensor, name: str) -> Tensor:
-    """`reference.activation`, over `x` where torch can."""
+    """`activation`, over `x` where that is possible."""
+    if name != "none" and x.device.type == "cpu" and x.is_contiguous() and native.takes(x):
+        return native.activation(x, name, x)
     if name in ("gelu", "gelu_tanh"):
         return aten.gelu_(x, approximate="none" if name == "gelu" else "tanh")
     return aten.silu_(x) if name == "silu" else reference.activation(x, name)

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from vitfast import reference
+from vitfast import native, reference
 from vitfast.ops import _register
 from vitfast.ops._check import FLOATS, Reasons, autocast_dtype, cast
 from vitfast.ops._register import call, wants_gradient
@@ -135,6 +135,9 @@ def _nothing(q):
 def _attention_cpu(q, k, v, scale):
     if not q.numel() or not k.numel():
         return _nothing(q)
+    if native.takes(q):
+        q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+        return native.attention(q, k, v, scale, with_lse=True)
     q, k, v = (_rows_of_heads(t) for t in (q, k, v))
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, scale=scale)
     return _rows(out), lse.contiguous()
@@ -145,6 +148,8 @@ def _attention_qkv_cpu(qkv, scale):
     if not qkv.numel():
         return _nothing(qkv[:, :, 0])
     qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
+    if native.takes(qkv):
+        return native.attention_qkv(qkv, scale, with_lse=True)
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
         *qkv.permute(2, 0, 3, 1, 4).unbind(0), 0.0, False, scale=scale
     )
@@ -277,7 +282,7 @@ def _packed_backward(backward):
 
 _attention = _register.op(
     "attention(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
-    cpu=_attention_cpu, cuda=_attention_cuda, fake=_attention_fake,
+    cpu=_attention_cpu, cuda=_attention_cuda, fake=_attention_fake, cpu_kernel="csrc/attention_cpu.h",
 )  # fmt: skip
 _attention_backward = _register.op(
     "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale)"
@@ -287,7 +292,7 @@ _attention_backward = _register.op(
 _register.autograd("attention", setup_context=_setup, backward=_attention_grad)
 _attention_qkv = _register.op(
     "attention_qkv(Tensor qkv, float scale) -> (Tensor, Tensor)",
-    cpu=_attention_qkv_cpu, cuda=_packed(_attention_cuda),
+    cpu=_attention_qkv_cpu, cuda=_packed(_attention_cuda), cpu_kernel="csrc/attention_cpu.h",
     fake=lambda qkv, scale: _attention_fake(*qkv.unbind(2), scale),
 )  # fmt: skip
 _attention_qkv_backward = _register.op(

@@ -131,7 +131,7 @@ def _linear_stock(x, weight, bias, norm_weight, norm_bias, norm_eps, norm, act, 
         h, mean, rstd = _stock.norm_forward(x, norm_weight, norm_bias, norm_eps, norm, weight.dtype)
     y = F.linear(h, weight, bias)
     if act != "none":
-        y, pre = (reference.activation(y, act), y) if saves else (_stock.activation_in_place(y, act), None)
+        y, pre = (_stock.activation(y, act), y) if saves else (_stock.activation_in_place(y, act), None)
     if gamma is not None:
         branch = y
     out = _stock.add_branch(residual, y, gamma, row_scale)

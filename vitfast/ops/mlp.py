@@ -114,7 +114,7 @@ def _check(x, norm_weight, norm_bias, w1, b1, w2, b2, norm, act, gated, gamma, r
 
 def _hidden(pre, act, gated):
     if not gated:
-        return reference.activation(pre, act)
+        return _stock.activation(pre, act)
     gate, value = pre.chunk(2, dim=-1)
     # in place: every activation but 'none', which is not allowed here, gives a fresh tensor
     return reference.activation(gate, act).mul_(value)
