@@ -3,12 +3,14 @@
     vitfast.ViT(image_size=..., ...)    vit-pytorch's signature and architecture
     vitfast.create_model(name, ...)     timm's names and keywords
     vitfast.ViT.from_config(config)     any ViTConfig
+    vitfast.prepare(model)              frozen, packed, for inference
 
 Importing needs neither a GPU nor triton, and asks no device anything.
 """
 
 from vitfast import ops, reference
 from vitfast.config import ViTConfig
+from vitfast.engine import prepare
 from vitfast.fusion import explain
 from vitfast.switches import set_exportable
 from vitfast.variants import UNSUPPORTED, VARIANTS, config_for, create_model, list_models
@@ -19,5 +21,5 @@ __version__ = "0.1.0"
 
 __all__ = [
     "UNSUPPORTED", "VARIANTS", "ViT", "ViTConfig", "config_for", "create_model", "explain", "list_models",
-    "load_checkpoint", "ops", "read_checkpoint", "read_config", "reference", "save_checkpoint", "set_exportable",
+    "load_checkpoint", "ops", "prepare", "read_checkpoint", "read_config", "reference", "save_checkpoint", "set_exportable",
 ]  # fmt: skip

@@ -320,15 +320,17 @@ class Block(nn.Module):
         gate = ops.linear(x, *parameters_of(mlp.fc1_g), act=act, **norm)
         return gate * ops.linear(x, *parameters_of(mlp.fc1_x), **norm)
 
-    def untouched(self) -> bool:
+    def untouched(self, dropout_counts: bool = True) -> bool:
         """Whether every part is what `Block` built, so that each token's row of norms and projections is its own.
 
-        Not while dropout is on: fewer numbers would be drawn than for all tokens, and a seed would give others.
+        Not while dropout is on, unless it does not count: fewer numbers would be drawn than for all tokens, and a
+        seed would give others.
         """
         attn = self.attn
         if any_global_hook() or not plain(self, Block) or not plain(attn, Attention) or not self._plain_mlp():
             return False
         maybe_norm = (nn.Identity, *NORMS)
+        dropouts = (attn.attn_drop, attn.proj_drop, self.mlp.drop1, self.mlp.drop2)
         return (
             self._plain_tail(self.ls1, self.drop_path1, attn.proj_drop)
             and plain(self.norm1, *NORMS)
@@ -338,7 +340,7 @@ class Block(nn.Module):
             and plain(attn.attn_drop, nn.Dropout)
             and plain(attn.norm, *maybe_norm)
             and plain(attn.proj, nn.Linear, nn.Identity)
-            and not any(map(dropping, (attn.attn_drop, attn.proj_drop, self.mlp.drop1, self.mlp.drop2)))
+            and not (dropout_counts and any(map(dropping, dropouts)))
         )
 
     def _plain_tail(self, scale: nn.Module, drop_path: nn.Module, dropout: nn.Module) -> bool:
@@ -366,6 +368,24 @@ class Block(nn.Module):
             ("mlp.fc2", mlp.fc2, nn.Linear),
         ]  # fmt: skip
         return parts + [(f"mlp.{name}", getattr(mlp, name), nn.Linear) for name in mlp.first_names]
+
+    def parts(self) -> list[tuple]:
+        """(name, module, the classes it has in an untouched block), for all modules inside."""
+        attn, maybe_norm = self.attn, (nn.Identity, *NORMS)
+        found = [("norm1", self.norm1, *NORMS), ("attn", attn, Attention)]
+        if type(attn) is Attention:
+            found += [
+                ("attn.qkv", attn.qkv, nn.Linear), ("attn.q_norm", attn.q_norm, *maybe_norm),
+                ("attn.k_norm", attn.k_norm, *maybe_norm), ("attn.attn_drop", attn.attn_drop, nn.Dropout),
+                ("attn.norm", attn.norm, *maybe_norm), ("attn.proj", attn.proj, nn.Linear, nn.Identity),
+                ("attn.proj_drop", attn.proj_drop, nn.Dropout),
+            ]  # fmt: skip
+        for n in (1, 2):
+            found.append((f"ls{n}", getattr(self, f"ls{n}"), nn.Identity, LayerScale))
+            found.append((f"drop_path{n}", getattr(self, f"drop_path{n}"), DropPath))
+        if type(self.mlp) is Mlp:
+            return [*found, *self._mlp_parts(), ("mlp.drop2", self.mlp.drop2, nn.Dropout)]
+        return [*found, ("norm2", self.norm2, *NORMS), ("mlp", self.mlp, Mlp)]
 
     def fusion_report(self) -> list[tuple[str, str, list[str]]]:
         """(part, op, reasons against it) of this block as it is now."""

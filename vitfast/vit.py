@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,8 @@ class ViT(TimmSurface, nn.Module):
     Raises:
         ValueError, TypeError: a field breaks its rule (see `ViTConfig`).
     """
+
+    BLOCKS: ClassVar = (Block,)  # whose halves `intermediates` can call
 
     def __init__(
         self, *, image_size, patch_size, num_classes, dim, depth, heads, mlp_dim, pool="cls", channels=3,
@@ -207,7 +209,7 @@ class ViT(TimmSurface, nn.Module):
             return self.forward_head(self.forward_features(x, attn_mask))
         return self.forward_head(self._features(x, None, keep))
 
-    def _tokens_that_count(self) -> int | None:
+    def _tokens_that_count(self, dropout_counts: bool = True) -> int | None:
         """How many leading tokens the last block has to compute, None for all.
 
         With pooling by token only the class token (and the distillation token) is read after the last block: the
@@ -223,7 +225,7 @@ class ViT(TimmSurface, nn.Module):
         if not plain(self.blocks, nn.Sequential) or not len(self.blocks):
             return None
         last = self.blocks[-1]
-        if not (type(last) is Block and last.untouched() and plain(self.norm, *NORMS_OR_NONE)):
+        if not (type(last) is Block and last.untouched(dropout_counts) and plain(self.norm, *NORMS_OR_NONE)):
             return None
         return 1 + int(self.config.distillation_token)
 
@@ -345,7 +347,7 @@ class ViT(TimmSurface, nn.Module):
             NotImplementedError: a block was replaced or has hooks, so that its two halves are not all that it does.
         """
         for i, block in enumerate(self.blocks):
-            why = why_not_plain(block, Block)
+            why = why_not_plain(block, *self.BLOCKS)
             if why is not None:
                 raise NotImplementedError(f"intermediates: blocks.{i} {why}; use forward_intermediates")
         taps = {"patch_tokens": self.embed(x)}

@@ -132,12 +132,13 @@ def _nothing(q):
     return q.new_zeros(B, N, H * D), q.new_full((B, H, N), float("-inf"), dtype=_lse_dtype(q.dtype))
 
 
-def _attention_cpu(q, k, v, scale):
+def attention_cpu(q, k, v, scale, with_lse=True):
+    """`attention` below its checks; without lse a None may come in its place."""
     if not q.numel() or not k.numel():
         return _nothing(q)
     if native.takes(q):
         q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-        return native.attention(q, k, v, scale, with_lse=True)
+        return native.attention(q, k, v, scale, with_lse)
     q, k, v = (_rows_of_heads(t) for t in (q, k, v))
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, scale=scale)
     return _rows(out), lse.contiguous()
@@ -282,7 +283,7 @@ def _packed_backward(backward):
 
 _attention = _register.op(
     "attention(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
-    cpu=_attention_cpu, cuda=_attention_cuda, fake=_attention_fake, cpu_kernel="csrc/attention_cpu.h",
+    cpu=attention_cpu, cuda=_attention_cuda, fake=_attention_fake, cpu_kernel="csrc/attention_cpu.h",
 )  # fmt: skip
 _attention_backward = _register.op(
     "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale)"

@@ -1,0 +1,376 @@
+"""Frozen inference: `prepare` packs a model's weights once, and what it returns refuses to run on stale ones."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitfast import native, reference
+from vitfast.fusion import PLAIN_TENSORS, any_global_hook
+from vitfast.layers import reasons_of
+from vitfast.model import Block
+from vitfast.packed import PackedBlock, PackedLinear, frozen
+from vitfast.vit import ViT
+
+DTYPES = (torch.float32, torch.bfloat16)
+TOKENS = ("cls_token", "reg_token", "dist_token", "pos_embed")
+# copied as they are, in the new dtype: whatever somebody put there runs as it would have
+COPIED = ("patch_embed", "norm_pre", "norm", "attn_pool", "fc_norm", "to_latent", "head", "head_dist")
+KEPT_GRIDS = 32
+
+
+def prepare(
+    model: ViT,
+    dtype: torch.dtype | str | None = None,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    threads: int | str | None = "auto",
+) -> PreparedViT:
+    """A frozen copy of `model` for inference, with weights in the layout that the device's kernels read fastest.
+
+    On a CPU: weights are packed for oneDNN, which also adds the residual in the same pass; LayerScale is multiplied
+    into them; with pooling by class token the last block computes nothing else. The copy has the methods of the model
+    (forward_features, forward_intermediates, ...), runs in eval mode without gradients, and takes images in any float
+    dtype, or in uint8.
+
+    The original stays as it is and may be dropped. While it lives it must not change: a call raises when a parameter
+    or a module of it was replaced, moved or written to, as far as torch can tell (writing through `.data` or numpy
+    leaves no trace).
+
+    Args:
+        model: a `vitfast.ViT` on the CPU in fp32, fp16 or bf16.
+        dtype: of weights, tokens and result: torch.float32, torch.bfloat16, 'auto' (bfloat16 where the CPU multiplies
+            it, float32 elsewhere), or None for the model's own.
+        mean, std: per channel, for uint8 images, which become (images / 255 - mean) / std; by default those of
+            `model.pretrained_cfg`, where `create_model` made one.
+        threads: for torch in this whole process. 'auto' lowers torch's number to the cores that affinity and container
+            leave to the process, for more threads than cores run at a fraction of the speed; None changes nothing.
+
+    Returns:
+        The prepared model; `packed_bytes`, `dtype` and `str()` tell what it is.
+
+    Raises:
+        TypeError: model, dtype, mean, std or threads is of the wrong kind.
+        ValueError: mean and std do not fit the model.
+        NotImplementedError: another device or dtype; bfloat16 on a CPU that does not compute it; a block with
+            hooks, adapters, replaced or patched parts; parameters that are sharded, subclassed or made in inference
+            mode. Each with its name and the reason.
+    """
+    if not isinstance(model, ViT):
+        raise TypeError(f"prepare: model must be a vitfast.ViT, got {type(model).__name__}")
+    reasons = why_not(model)
+    if reasons:
+        more = f" (and {len(reasons) - 5} more)" if len(reasons) > 5 else ""
+        raise NotImplementedError(f"prepare: this model cannot be frozen: {'; '.join(reasons[:5])}{more}")
+    dtype = _dtype(model, dtype)
+    normalisation = _normalisation(model, mean, std)
+    _set_threads(threads)
+    with torch.no_grad():
+        return PreparedViT(model, dtype, normalisation)
+
+
+def why_not(model: ViT) -> list[str]:
+    """What keeps `model` from being prepared, in words."""
+    reasons = [f"{name} {why}" for name, p in model.named_parameters() for why in _unusable(p)]
+    if type(model) is not ViT:
+        reasons.append(f"it is a {type(model).__name__}, whose own methods would be ignored (prepare a plain ViT)")
+    elif why := why_not_plain_here(model):
+        reasons.append(f"the model {why}")
+    if any_global_hook():
+        reasons.append("a global module hook is registered")
+    reasons += reasons_of([("blocks", model.blocks, nn.Sequential)])
+    for i, block in enumerate(model.blocks):
+        parts = block.parts() if type(block) is Block else []
+        reasons += [f"blocks.{i}{why}" for why in reasons_of([("", block, Block)])]
+        reasons += [f"blocks.{i}.{why}" for why in reasons_of(parts)]
+    return reasons
+
+
+def why_not_plain_here(model: ViT) -> str | None:
+    """`why_not_plain` of the model itself, whose forward is a chain of methods that somebody may have patched."""
+    patched = [name for name in vars(model) if callable(getattr(ViT, name, None)) and name != "pool"]
+    if patched:
+        return f"has a patched {patched[0]}"
+    for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+        if getattr(model, hooks):
+            return f"has {hooks.strip('_').replace('_', ' ')}"
+    return None
+
+
+def _unusable(p: Tensor) -> list[str]:
+    reasons = []
+    if type(p) not in PLAIN_TENSORS:
+        reasons.append(f"is a {type(p).__name__}, a sharded or subclassed tensor")
+    elif p.is_inference():
+        reasons.append("was made in inference mode, where torch does not count changes")
+    elif p.device.type != "cpu":
+        reasons.append(f"is on {p.device}; prepare works on CPUs only in this release")
+    elif p.dtype not in native.FLOATS:
+        reasons.append(f"is {str(p.dtype)[6:]}; float32, bfloat16 and float16 can be prepared")
+    return reasons
+
+
+def _dtype(model: ViT, dtype: torch.dtype | str | None) -> torch.dtype:
+    if not torch.backends.mkldnn.is_available():
+        raise NotImplementedError("prepare: this build of torch has no oneDNN (torch.backends.mkldnn)")
+    cpu = torch.cpu.get_capabilities()
+    if dtype is None:
+        dtype = next(model.blocks.parameters(), next(model.parameters())).dtype
+    elif dtype == "auto":
+        dtype = torch.bfloat16 if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else torch.float32
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"prepare: dtype must be torch.float32, torch.bfloat16, 'auto' or None, got {dtype!r}")
+    if dtype not in DTYPES:
+        raise NotImplementedError(f"prepare: dtype must be float32 or bfloat16 on a CPU, got {str(dtype)[6:]}")
+    if dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        raise NotImplementedError("prepare: oneDNN has no bfloat16 on this CPU (it wants AVX-512); take float32")
+    return dtype
+
+
+def _normalisation(model: ViT, mean: Any, std: Any) -> tuple[Tensor, Tensor] | None:
+    """mean and std, [C] each, or None where nobody gave them."""
+    if mean is None and std is None:
+        known = getattr(model, "pretrained_cfg", {})
+        mean, std = known.get("mean"), known.get("std")
+        if mean is None or std is None or len(mean) != model.config.channels:
+            return None
+    C, found = model.config.channels, []
+    for name, values in (("mean", mean), ("std", std)):
+        try:
+            values = torch.as_tensor(values, dtype=torch.float32)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"prepare: {name} must be {C} numbers, got {values!r}") from None
+        if values.shape != (C,) or not values.isfinite().all() or (name == "std" and not (values > 0).all()):
+            positive = " above 0" if name == "std" else ""
+            raise ValueError(f"prepare: {name} must be {C} finite numbers{positive}, got {values.tolist()}")
+        found.append(values)
+    return found[0], found[1]
+
+
+def _set_threads(threads: int | str | None) -> None:
+    if threads == "auto":
+        threads = min(torch.get_num_threads(), usable_cores())
+    if threads is None:
+        return
+    if not isinstance(threads, int) or isinstance(threads, bool):
+        raise TypeError(f"prepare: threads must be an int, 'auto' or None, got {threads!r}")
+    if threads < 1:
+        raise ValueError(f"prepare: threads must be at least 1, got {threads}")
+    if threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
+
+
+def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Cores that this process may keep busy: its affinity, and the quota of its control group (Linux)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = (cgroup / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+
+
+class Source:
+    """What the packed weights were made of, to notice when it is not that any more."""
+
+    def __init__(self, model: nn.Module):
+        # every place in a module that holds a module or a tensor, and what was in it
+        self.places: list[tuple[dict, str, Any, str]] = []
+        self.tensors: list[tuple[Tensor, int, int, str]] = []
+        for prefix, module in model.named_modules():
+            for held in (module._modules, module._parameters, module._buffers):
+                for name, value in held.items():
+                    self.places.append((held, name, value, f"{prefix}.{name}" if prefix else name))
+        for held, _, value, name in self.places:
+            if isinstance(value, Tensor) and held is not None:
+                self.tensors.append((value, value.data_ptr(), value._version, name))
+        # the original may be dropped; then nobody can change it
+        this = weakref.ref(self)
+        weakref.finalize(model, lambda: (source := this()) and source.forget()).atexit = False
+
+    def forget(self) -> None:
+        self.places, self.tensors = [], []
+
+    def check(self) -> None:
+        """Raise where the original has changed.
+
+        Raises:
+            RuntimeError: names the part, and what happened to it.
+        """
+        for held, name, value, full_name in self.places:
+            if held.get(name) is not value:
+                self._fail(full_name, "was replaced")
+        for tensor, pointer, version, name in self.tensors:
+            if tensor._version != version:
+                self._fail(name, "was written to")
+            if tensor.data_ptr() != pointer:
+                self._fail(name, "was moved")
+
+    @staticmethod
+    def _fail(name: str, what: str) -> None:
+        raise RuntimeError(
+            f"prepared model: {name} of the original {what} after vitfast.prepare, so the packed weights are stale; "
+            "prepare it again"
+        )
+
+
+def _refuse(name: str) -> Callable:
+    def method(self: PreparedViT, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(f"{name}: a prepared model is frozen; use the original, and prepare it again")
+
+    method.__name__ = name
+    return method
+
+
+class PreparedViT(ViT):
+    """What `prepare` returns: a `ViT` that runs on packed weights, and only runs.
+
+    Attributes:
+        dtype: of weights, tokens and result.
+        packed_bytes: bytes of the packed weights; everything else is copied, in `copied_bytes`.
+    """
+
+    BLOCKS = (PackedBlock,)
+
+    def __init__(self, model: ViT, dtype: torch.dtype, normalisation: tuple[Tensor, Tensor] | None):
+        nn.Module.__init__(self)
+        own = vars(nn.Module())
+        self.__dict__.update({name: value for name, value in vars(model).items() if name not in own})
+        self.dtype = dtype
+        self.normalisation = normalisation
+        self.training = self.grad_checkpointing = self.distilled_training = False
+        for name in TOKENS:
+            token = getattr(model, name, None)
+            if token is not None:
+                # positions keep their dtype: for another image size they are resampled before they are rounded
+                token = token.detach().to(token.dtype if name == "pos_embed" else dtype)
+                self.register_buffer(name, token.clone())
+        for name in COPIED:
+            if name in model._modules:
+                part = model._modules[name]
+                self.add_module(name, None if part is None else frozen(part, dtype))
+        self.pos_drop = self.head_drop = nn.Identity()
+        self._keep = model._tokens_that_count(dropout_counts=False)
+        last = len(model.blocks) - 1
+        self.blocks = nn.Sequential(
+            *(PackedBlock(block, dtype, i == last and self._keep is not None) for i, block in enumerate(model.blocks))
+        )
+        self._positions_of: dict[tuple[int, int], Tensor | None] = {}
+        self._source = Source(model)
+
+    @property
+    def packed_bytes(self) -> int:
+        return sum(m.packed_bytes() for m in self.modules() if isinstance(m, PackedLinear))
+
+    @property
+    def copied_bytes(self) -> int:
+        biases = [m.bias for m in self.modules() if isinstance(m, PackedLinear) and m.bias is not None]
+        return sum(t.nbytes for t in (*self.parameters(), *self.buffers(), *biases))
+
+    def extra_repr(self) -> str:
+        return (
+            f"dtype={self.dtype}, packed={self.packed_bytes / 2**20:.1f} MiB, copied={self.copied_bytes / 2**20:.1f} "
+            f"MiB, threads={torch.get_num_threads()}"
+        )
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """Images [B, C, H, W], of any float dtype or uint8 -> what the original returns in eval mode, in `dtype`.
+
+        Raises:
+            TypeError, ValueError: as the original; uint8 images where mean and std are not known.
+            RuntimeError: the original has changed.
+        """
+        keep = self._keep if attn_mask is None else None
+        with self._running():
+            return ViT.forward_head(self, self._features(x, attn_mask, keep))
+
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """Images -> all tokens [B, N, D] after the final norm."""
+        with self._running():
+            return self._features(x, attn_mask, None)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens after the final norm -> logits, or with `pre_logits` the features before the classifier."""
+        with self._running():
+            return super().forward_head(x, pre_logits)
+
+    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with self._running():
+            return super().forward_intermediates(x, *args, **kwargs)
+
+    def intermediates(self, x: Tensor) -> dict[str, Tensor]:
+        with self._running():
+            return super().intermediates(x)
+
+    forward_intermediates.__doc__ = ViT.forward_intermediates.__doc__
+    intermediates.__doc__ = ViT.intermediates.__doc__
+
+    def _running(self) -> torch.no_grad:
+        """Checks the original; the context to run in."""
+        if torch.compiler.is_compiling():
+            raise NotImplementedError("a prepared model cannot be compiled: its packed weights are opaque to tracers")
+        self._source.check()
+        return _without_gradients_and_autocast()
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images -> tokens [B, P + N, D] that enter the first block."""
+        if isinstance(images, Tensor) and images.dtype is torch.uint8:
+            if self.normalisation is None:
+                raise ValueError("uint8 images need mean and std: give them to vitfast.prepare")
+            images = reference.normalise(images, *self.normalisation, torch.float32)
+        return super().embed(images.to(self.dtype) if isinstance(images, Tensor) else images)
+
+    def _positions(self, images: Tensor) -> Tensor | None:
+        size = tuple(images.shape[2:])
+        if size not in self._positions_of:
+            positions = super()._positions(images)
+            if len(self._positions_of) >= KEPT_GRIDS:
+                self._positions_of.clear()
+            self._positions_of[size] = None if positions is None else positions.to(self.dtype)
+        return self._positions_of[size]
+
+    def _tokens_that_count(self, dropout_counts: bool = True) -> int | None:
+        return self._keep
+
+    def _run_block(self, block: nn.Module, x: Tensor, attn_mask: Tensor | None, keep: int | None = None) -> Tensor:
+        return block(x, attn_mask, keep)
+
+    def train(self, mode: bool = True) -> PreparedViT:
+        if mode:
+            raise NotImplementedError("train: a prepared model only runs; train the original, and prepare it again")
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> PreparedViT:
+        if requires_grad:
+            raise NotImplementedError("requires_grad_: a prepared model has no gradients; use the original")
+        return self
+
+    _apply = _refuse("moving or converting")
+    state_dict = _refuse("state_dict")
+    load_state_dict = _refuse("load_state_dict")
+    reset_classifier = _refuse("reset_classifier")
+    set_input_size = _refuse("set_input_size")
+    set_grad_checkpointing = _refuse("set_grad_checkpointing")
+    set_distilled_training = _refuse("set_distilled_training")
+    init_weights = _refuse("init_weights")
+    __reduce_ex__ = _refuse("copying or pickling")
+    __deepcopy__ = _refuse("copying or pickling")
+
+
+@contextlib.contextmanager
+def _without_gradients_and_autocast():
+    # not inference_mode: what comes out may go into training, for instance of a head
+    with torch.no_grad():
+        if torch.is_autocast_enabled("cpu"):
+            with torch.autocast("cpu", enabled=False):
+                yield
+        else:
+            yield

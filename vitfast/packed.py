@@ -1,0 +1,160 @@
+"""Parts of a prepared model on a CPU: weights in oneDNN's blocked layout, and what follows a product done by oneDNN.
+
+Nothing here is differentiable, and nothing is checked: `engine.prepare` builds these and guards their use.
+Shapes: B images, N tokens, D channels, H heads.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitfast import reference
+from vitfast.fusion import stands_for
+from vitfast.layers import LayerScale, activation_name, run_norm
+from vitfast.model import Block
+from vitfast.ops import _stock
+from vitfast.ops.attention import attention_cpu
+
+# Rows that the layout is chosen for. oneDNN picks one for few rows and one for many, and the first is half as fast on
+# many; from 197 to 16,384 rows the choice was the same.
+ROWS = 1024
+
+
+class PackedLinear(nn.Module):
+    """x @ weight.T + bias with an activation or an addition in the same pass.
+
+    Args:
+        weight: [D, K]; bias: [D] or None.
+        gamma: [D], LayerScale of the result, multiplied into both before they are rounded to `dtype`.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, gamma: Tensor | None = None):
+        super().__init__()
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
+        if gamma is not None:
+            gamma = gamma.detach()
+            weight, bias = weight * gamma[:, None], None if bias is None else bias * gamma
+        self.out_features, self.in_features = weight.shape
+        # plain attributes: opaque tensors have no storage that a module could move or save
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype).contiguous(), ROWS)
+        self.bias = None if bias is None else bias.to(dtype).clone()
+
+    def packed_bytes(self) -> int:
+        """Bytes of the packed weight, padding included."""
+        return torch.ops.mkldnn._nbytes(self.weight)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+    def forward(self, x: Tensor, act: str = "none") -> Tensor:
+        """act(x @ weight.T + bias), x [..., K] -> [..., D]."""
+        fused = act in ("gelu", "gelu_tanh") and x.dtype is torch.float32
+        if not x.numel():
+            return x.new_empty(*x.shape[:-1], self.out_features)
+        if fused:
+            approximate = "none" if act == "gelu" else "tanh"
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "gelu", [], approximate)
+        y = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        # oneDNN's own takes twice as long on bf16 as the C++ kernel
+        return y if act == "none" else _stock.activation_in_place(y, act)
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """residual + x @ weight.T + bias, rounded once."""
+        if not x.numel():
+            return residual.clone()
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
+
+
+class PackedBlock(nn.Module):
+    """What `Block` computes in eval mode, with packed weights.
+
+    Args:
+        block: all of whose parts are as `Block` built them.
+        splits_qkv: keep the projection of the queries apart from that of keys and values, for `keep`.
+    """
+
+    def __init__(self, block: Block, dtype: torch.dtype, splits_qkv: bool):
+        super().__init__()
+        attn, mlp = block.attn, block.mlp
+        gamma = lambda scale: scale.gamma if isinstance(scale, LayerScale) else None  # noqa: E731
+        pack = lambda linear, scale=None: PackedLinear(linear.weight, linear.bias, dtype, scale)  # noqa: E731
+        self.num_heads, self.head_dim, self.scale = attn.num_heads, attn.head_dim, attn.scale
+        self.norm1, self.norm2 = frozen(block.norm1, dtype), frozen(block.norm2, dtype)
+        if splits_qkv:
+            bias, inner = attn.qkv.bias, attn.attn_dim
+            self.q = PackedLinear(attn.qkv.weight[:inner], None if bias is None else bias[:inner], dtype)
+            self.kv = PackedLinear(attn.qkv.weight[inner:], None if bias is None else bias[inner:], dtype)
+        else:
+            self.qkv = pack(attn.qkv)
+        self.q_norm, self.k_norm = frozen(attn.q_norm, dtype), frozen(attn.k_norm, dtype)
+        self.attn_norm = frozen(attn.norm, dtype)
+        self.normed = not (type(attn.q_norm) is type(attn.k_norm) is nn.Identity)
+        self.ls1 = None
+        if isinstance(attn.proj, nn.Linear):
+            self.proj = pack(attn.proj, gamma(block.ls1))
+        else:
+            self.proj = None
+            if isinstance(block.ls1, LayerScale):
+                self.ls1 = frozen(block.ls1, dtype).gamma
+        self.mlp_kind, self.act = mlp.kind, activation_name(mlp.act)
+        self.first = nn.ModuleList(pack(getattr(mlp, name)) for name in mlp.first_names)
+        self.mlp_norm = frozen(mlp.norm, dtype)
+        self.fc2 = pack(mlp.fc2, gamma(block.ls2))
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, keep: int | None = None) -> Tensor:
+        """Tokens [B, N, D] -> [B, N, D], or the first `keep` of them."""
+        return self.mlp_branch(self.attention_branch(x, attn_mask, keep))
+
+    def attention_branch(self, x: Tensor, attn_mask: Tensor | None = None, keep: int | None = None) -> Tensor:
+        """x + attention(norm1(x))"""
+        out = self._attend(norm(self.norm1, x), attn_mask, keep)
+        if keep is not None:
+            x = x[:, :keep].contiguous()
+        out = run_norm(self.attn_norm, out)
+        if self.proj is not None:
+            return self.proj.add_to(x, out)
+        return x + (out if self.ls1 is None else out * self.ls1)
+
+    def _attend(self, h: Tensor, mask: Tensor | None, keep: int | None) -> Tensor:
+        heads = (self.num_heads, self.head_dim)
+        if "qkv" in self._modules:
+            q, k, v = self.qkv(h).unflatten(-1, (3, *heads)).unbind(2)
+        else:
+            q = self.q(h if keep is None else h[:, :keep]).unflatten(-1, heads)
+            k, v = self.kv(h).unflatten(-1, (2, *heads)).unbind(2)
+        if self.normed:
+            q, k = norm(self.q_norm, q), norm(self.k_norm, k)
+        if mask is not None:
+            return reference.attention(q, k, v, self.scale, mask)
+        return attention_cpu(q, k, v, self.scale, with_lse=False)[0]
+
+    def mlp_branch(self, x: Tensor) -> Tensor:
+        """x + mlp(norm2(x))"""
+        return self.fc2.add_to(x, norm(self.mlp_norm, self._hidden(norm(self.norm2, x))))
+
+    def _hidden(self, h: Tensor) -> Tensor:
+        if self.mlp_kind == "mlp":
+            return self.first[0](h, self.act)
+        if self.mlp_kind == "swiglu":
+            return self.first[0](h, self.act).mul_(self.first[1](h))
+        gate, value = self.first[0](h).chunk(2, dim=-1)
+        return _stock.activation(gate, self.act) * value
+
+
+def norm(module: nn.Module, x: Tensor) -> Tensor:
+    """`module(x)` of a norm or nothing, by the shortest way."""
+    if type(module) is nn.LayerNorm:
+        return F.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
+    return x if type(module) is nn.Identity else run_norm(module, x)
+
+
+def frozen(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy in eval mode and `dtype` whose parameters want no gradient."""
+    return copy.deepcopy(module).to(dtype).eval().requires_grad_(False)
+
+
+stands_for(PackedBlock)
