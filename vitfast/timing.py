@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,8 @@ from torch import Tensor, nn
 
 NOISE_LIMIT = 0.03
 MIN_SAMPLE_MS = 20.0
+# OpenMP's threads were seen to spin for 16 ms after their last work, on the cores of whoever runs next
+SETTLE_S = 0.025
 AGAIN = "the baseline again"
 
 
@@ -30,6 +31,7 @@ class Comparison:
         rounds: how many were kept; calls: how many calls a measurement in a round averages.
         repeated: how many were measured again because the baseline differed too much from itself.
         noisy: how many of those kept are above the limit after all, because the repeats were used up.
+        rounds_ms: what each round kept measured; `AGAIN` is the baseline's second measurement.
     """
 
     median_ms: dict[str, float]
@@ -40,6 +42,13 @@ class Comparison:
     calls: int
     repeated: int
     noisy: int
+    rounds_ms: list[dict[str, float]]
+
+    def ratio_of(self, numerator: str, denominator: str) -> tuple[float, float, float]:
+        """One variant's time over another's, taken within each round: lower quartile, median, upper quartile."""
+        ratios = [r[numerator] / r[denominator] for r in self.rounds_ms]
+        low, high = _quartiles(ratios)
+        return low, statistics.median(ratios), high
 
 
 def interleaved_medians(
@@ -77,11 +86,11 @@ def interleaved_medians(
     round_s = calls * (sum(once_ms.values()) + once_ms[baseline]) / 1e3
     wanted = min(max(rounds[0], int(budget_s / round_s)), rounds[1])
 
-    # neighbours change as well as positions: what runs just after a variant finds the caches as that one left them
-    orders = itertools.cycle(itertools.permutations(entries))
+    orders = _orders(len(entries))
     measured: list[dict[str, float]] = []
     while sum(_noise(r, baseline) <= noise_limit for r in measured) < wanted and len(measured) < 2 * wanted:
-        measured.append({name: _sample_ms(call, calls, device) for name, call in next(orders)})
+        order = [entries[i] for i in orders[len(measured) % len(orders)]]
+        measured.append({name: _sample_ms(call, calls, device) for name, call in order})
     kept = sorted(measured, key=lambda r: _noise(r, baseline))[:wanted]
 
     ratios = {
@@ -99,7 +108,19 @@ def interleaved_medians(
         calls=calls,
         repeated=len(measured) - wanted,
         noisy=sum(_noise(r, baseline) > noise_limit for r in kept),
+        rounds_ms=kept,
     )
+
+
+def _orders(n: int) -> list[list[int]]:
+    """Orders of n things in which each stands in every place, and right after every other, equally often.
+
+    What runs just after a variant finds the caches as that one left them, so neighbours count as well as places.
+    Source: Williams, "Experimental Designs Balanced for the Estimation of Residual Effects of Treatments" (1949).
+    """
+    zigzag = [(i + 1) // 2 if i % 2 else n - i // 2 for i in range(n)]
+    orders = [[(place + shift) % n for place in zigzag] for shift in range(n)]
+    return orders if n % 2 == 0 else orders + [order[::-1] for order in orders]
 
 
 def _noise(round_ms: Mapping[str, float], baseline: str) -> float:
@@ -125,6 +146,7 @@ def _sample_ms(call: Callable[[], Any], calls: int, device: torch.device) -> flo
         end.record()
         torch.cuda.synchronize(device)
         return start.elapsed_time(end) / calls
+    time.sleep(SETTLE_S)
     began = time.perf_counter()
     for _ in range(calls):
         call()
