@@ -29,6 +29,8 @@ inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; 
 struct SingleCells {
   using Cell = float;
   static constexpr int64_t numbers = 1;
+  // summed up one after the other; the sums of such pieces are added. One long chain would round too often.
+  static constexpr int64_t piece = 16;
   static Floats add_product(Floats sum, Floats a, Floats b) { return sum + a * b; }
 
   template <class T>
@@ -52,6 +54,7 @@ struct SingleCells {
 struct PairCells {
   using Cell = uint32_t;
   static constexpr int64_t numbers = 2;
+  static constexpr int64_t piece = 512;
   static Floats add_product(Floats sum, Floats a, Floats b) {
     return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
   }
@@ -74,11 +77,12 @@ struct PairCells {
 };
 #endif
 
-// c[ROWS][VECTORS * LANES] = a[ROWS][depth] b[depth][VECTORS * LANES]
+// c[ROWS][VECTORS * LANES] = a[ROWS][depth] b[depth][VECTORS * LANES], plus c from the second piece of depth on
 template <class Cells, int VECTORS, class Cell = typename Cells::Cell>
-inline void multiply(const Cell* a, int64_t a_row, const Cell* b, int64_t depth, float* c, int64_t c_row) {
+inline void multiply(const Cell* a, int64_t a_row, const Cell* b, int64_t first, int64_t last, float* c,
+                     int64_t c_row) {
   Floats sum[ROWS][VECTORS] = {};
-  for (int64_t k = 0; k < depth; ++k) {
+  for (int64_t k = first; k < last; ++k) {
     Floats panel[VECTORS];
 #pragma GCC unroll 2
     for (int v = 0; v < VECTORS; ++v) panel[v] = load_bits<Floats>(b + (k * VECTORS + v) * LANES);
@@ -92,16 +96,25 @@ inline void multiply(const Cell* a, int64_t a_row, const Cell* b, int64_t depth,
 #pragma GCC unroll 12
   for (int64_t i = 0; i < ROWS; ++i) {
 #pragma GCC unroll 2
-    for (int v = 0; v < VECTORS; ++v) store(c + i * c_row + v * LANES, sum[i][v]);
+    for (int v = 0; v < VECTORS; ++v) {
+      float* const to = c + i * c_row + v * LANES;
+      store(to, first ? load(to) + sum[i][v] : sum[i][v]);
+    }
   }
 }
 
 // c[ROWS][columns] = a[ROWS][depth] b, where b is packed in panels; columns is a multiple of LANES
 template <class Cells, class Cell = typename Cells::Cell>
 inline void multiply_panels(const Cell* a, int64_t a_row, const Cell* b, int64_t depth, float* c, int64_t columns) {
-  int64_t j = 0;
-  for (; j + PANEL <= columns; j += PANEL) multiply<Cells, 2>(a, a_row, b + j * depth, depth, c + j, columns);
-  if (j < columns) multiply<Cells, 1>(a, a_row, b + j * depth, depth, c + j, columns);
+  for (int64_t j = 0; j < columns; j += PANEL) {
+    for (int64_t k = 0; k < depth; k += Cells::piece) {
+      const int64_t end = depth - k < Cells::piece ? depth : k + Cells::piece;
+      if (columns - j >= PANEL)
+        multiply<Cells, 2>(a, a_row, b + j * depth, k, end, c + j, columns);
+      else
+        multiply<Cells, 1>(a, a_row, b + j * depth, k, end, c + j, columns);
+    }
+  }
 }
 
 // Where column j of a packed matrix begins, and how far its rows are apart.

@@ -174,10 +174,15 @@ inline void transpose(Floats (&rows)[LANES]) {
 #endif
 }
 
-// 2^x for x <= 126, relative error below 1e-7 (least squares on Chebyshev nodes); 0 below -126.
+// 2^x for x <= 126, relative error below 1e-7 (least squares on Chebyshev nodes); below -126 it may be 0.
 inline Floats exp2_of(Floats x) {
+#if defined(__AVX512F__)
+  const Floats rounded = (Floats)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Floats f = x - rounded;
+#else
   const float magic = 0x1.8p23f;  // adding it rounds to an integer, kept in the low bits
-  const Floats rounded = x + magic, f = x - (rounded - magic);
+  const Floats shifted = x + magic, f = x - (shifted - magic);
+#endif
   Floats p = splat(1.53375775e-4f);
   p = p * f + 1.33998599e-3f;
   p = p * f + 9.61851981e-3f;
@@ -185,9 +190,12 @@ inline Floats exp2_of(Floats x) {
   p = p * f + 2.40226462e-1f;
   p = p * f + 6.93147182e-1f;
   p = p * f + 1.0f;
-  const Words power = ((Words)rounded << 23) + 0x3f800000u;
-  const Floats y = p * (Floats)power;
-  return x < -126.0f ? splat(0.0f) : y;
+#if defined(__AVX512F__)
+  return (Floats)_mm512_scalef_ps((__m512)p, (__m512)rounded);
+#else
+  const Words power = ((Words)shifted << 23) + 0x3f800000u;
+  return x < -126.0f ? splat(0.0f) : p * (Floats)power;
+#endif
 }
 
 }  // namespace

@@ -9,15 +9,14 @@ import math
 import pytest
 import timm
 import torch
-from numerics import accept_model
+from numerics import LUCK, accept_stages
 from timm_pair import FAMILIES, MASSIVE, build_pair, pair_of, run, taps_of
 
 import vitfast
 
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-# numerics.accept_model's 1.25, but for fp32: where the last block computes only the class token its products add up
-# in another order, and one rounding in that row moves every gradient
-RATIO = {torch.float32: 4.0, torch.bfloat16: 1.25, torch.float16: 1.25}
+# numerics.MODEL_RMS_RATIO, but for fp32: attention and the last block's products add up in another order
+RATIO = {torch.float32: 1.5, torch.bfloat16: 1.25, torch.float16: 1.25}
 # above this, rounding has eaten timm's own gradient (it is exactly 0 for the bias of a key's norm)
 USABLE = 0.5
 # drop path is all that differs between the modes, so the widest models are run in one
@@ -47,10 +46,20 @@ def case_of(family, train=True, batch=3, **changes):
 MODES = [(family, train) for family in FAMILIES for train in (True, False) if train or family not in ONCE]
 
 
-@pytest.fixture(scope="module", params=MODES, ids=lambda mode: f"{mode[0]}-{'train' if mode[1] else 'eval'}")
+every_mode = {"params": MODES, "ids": lambda mode: f"{mode[0]}-{'train' if mode[1] else 'eval'}"}
+
+
+@pytest.fixture(scope="module", **every_mode)
 def case(request):
     torch.manual_seed(0)
     return case_of(*request.param)
+
+
+@pytest.fixture(scope="module", **every_mode)
+def calm(request):
+    """Without massive activations: the rounding of three such rows moves every gradient of a model, up or down."""
+    torch.manual_seed(0)
+    return case_of(*request.param, massive=False)
 
 
 def relative(value, ref):
@@ -60,11 +69,10 @@ def relative(value, ref):
 
 
 def not_worse(out, ref, low, what):
-    if out.dtype is not torch.float32:
-        accept_model(out, ref, low, what=what)
+    """Few rows: luck decides by how much one is nearer to the truth, see `numerics.accept_stages`."""
     assert (out.dtype, out.shape) == (low.dtype, low.shape), what
     ours, theirs = relative(out, ref), relative(low, ref)
-    assert ours <= RATIO[out.dtype] * theirs + 1e-7, f"{what}: relative error {ours:.2e}, timm's {theirs:.2e}"
+    assert ours <= LUCK[out.dtype] * theirs + 1e-7, f"{what}: relative error {ours:.2e}, timm's {theirs:.2e}"
 
 
 def gradients_not_worse(grads, refs, lows, ratio):
@@ -76,7 +84,7 @@ def gradients_not_worse(grads, refs, lows, ratio):
     worst = max(low for _, low in usable.values())
     # one gain of a massive channel can dominate a tensor, so each tensor is held to the worst of theirs, and all of
     # them together to the typical ratio
-    bad = {n: e for n, e in errors.items() if not e[0] <= 3 * (worst if n in usable else e[1])}
+    bad = {n: e for n, e in errors.items() if not e[0] <= (3 * worst if n in usable else 10 * e[1])}
     assert not bad, f"relative errors (ours, timm's): {bad}"
     logs = [math.log((ours + 1e-9) / (low + 1e-9)) for ours, low in usable.values()]
     typical = math.exp(sum(logs) / len(logs))
@@ -105,9 +113,9 @@ def test_formula_is_another_one(case):
 
 
 @every_dtype
-def test_output_or_gradient_is_less_exact_than_timms(case, dtype):
+def test_output_or_gradient_is_less_exact_than_timms(calm, dtype):
     """A rounding too many, statistics in half precision, sums of gradients in half precision."""
-    as_exact_as_timms(case, dtype)
+    as_exact_as_timms(calm, dtype)
 
 
 @every_dtype
@@ -119,14 +127,7 @@ def test_stage_is_less_exact_than_timms(case, dtype):
     low, ref = taps_of(theirs, images), taps_of(case.ref, case.images.double())
     torch.manual_seed(1)
     taps = ours.intermediates(images)
-    assert taps.keys() == low.keys()
-    for name, tap in taps.items():
-        not_worse(tap, ref[name], low[name], name)
-    if dtype is torch.float32:
-        torch.manual_seed(1)
-        # the same operators in the same order, but for RMS norms
-        error = (ours.forward_features(images) - low["tokens"]).abs().max()
-        assert error <= 2e-6 * low["tokens"].abs().max()
+    accept_stages(taps, ref, low)
 
 
 def test_weights_do_not_resemble_trained_ones():
@@ -153,7 +154,7 @@ FULL_SIZE = {
 def test_error_grows_with_depth_or_tokens(size):
     """A rounding per block that two blocks of a few tokens do not show."""
     name, keywords = FULL_SIZE[size]
-    case = Case(*pair_of(name, 1, **keywords))
+    case = Case(*pair_of(name, 1, massive=False, **keywords))
     for dtype in (torch.float32, torch.bfloat16):
         as_exact_as_timms(case, dtype)
 

@@ -34,11 +34,12 @@ MASSIVE = 7  # the channel that gets massive activations
 
 
 @torch.no_grad()
-def make_trained_like(model, images):
+def make_trained_like(model, images, massive=True):
     """Fill every parameter with what trained ViTs have, rounded to bf16 so that all dtypes share one reference.
 
     Gains of norms up to 10, biases, LayerScale gammas over two decades, and one channel in which every MLP writes
-    1e3 into a few tokens (Sun et al., "Massive Activations in Large Language Models", 2024, saw them in ViTs too).
+    1e3 into a few tokens (Sun et al., "Massive Activations in Large Language Models", 2024, saw them in ViTs too);
+    not so without `massive`.
     """
     for name, p in model.named_parameters():
         owner, kind = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
@@ -58,7 +59,8 @@ def make_trained_like(model, images):
             norm.weight[MASSIVE] = 0.1
         if hasattr(block.ls2, "gamma"):
             block.ls2.gamma[MASSIVE] = 1
-    hooks = [block.mlp.register_forward_pre_hook(_write_massive_activations) for block in model.blocks]
+    blocks = model.blocks if massive else ()
+    hooks = [block.mlp.register_forward_pre_hook(_write_massive_activations) for block in blocks]
     model.eval()(images)
     for hook in hooks:
         hook.remove()
@@ -85,19 +87,19 @@ def names_of(family, **changes):
     return name, {"depth": 2, "num_classes": 10} | own | changes
 
 
-def build_pair(family="vit", batch=2, **changes):
+def build_pair(family="vit", batch=2, massive=True, **changes):
     """timm's model and ours with the same weights, in training mode, and images for them that are exact in bf16."""
     name, keywords = names_of(family, **changes)
-    return pair_of(name, batch, **keywords)
+    return pair_of(name, batch, massive, **keywords)
 
 
-def pair_of(name, batch=2, **keywords):
+def pair_of(name, batch=2, massive=True, **keywords):
     # on meta: both spend most of their time on initialisation, which is replaced here
     with torch.device("meta"):
         theirs = timm.create_model(name, **keywords)
     ours = vitfast.create_model(name, device="meta", **keywords)
     images = torch.randn(batch, ours.config.channels, *ours.config.image_size).bfloat16().float()
-    theirs = make_trained_like(theirs.to_empty(device="cpu"), images)
+    theirs = make_trained_like(theirs.to_empty(device="cpu"), images, massive)
     ours = ours.to_empty(device="cpu").train()
     ours.load_state_dict(theirs.state_dict(), strict=True)
     return theirs, ours, images

@@ -21,5 +21,6 @@ __version__ = "0.1.0"
 
 __all__ = [
     "UNSUPPORTED", "VARIANTS", "ViT", "ViTConfig", "config_for", "create_model", "explain", "list_models",
-    "load_checkpoint", "ops", "prepare", "read_checkpoint", "read_config", "reference", "save_checkpoint", "set_exportable",
+    "load_checkpoint", "ops", "prepare",
+    "read_checkpoint", "read_config", "reference", "save_checkpoint", "set_exportable",
 ]  # fmt: skip

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -246,7 +246,7 @@ class PreparedViT(ViT):
         self.__dict__.update({name: value for name, value in vars(model).items() if name not in own})
         self.dtype = dtype
         self.normalisation = normalisation
-        self.training = self.grad_checkpointing = self.distilled_training = False
+        self.grad_checkpointing = self.distilled_training = False
         for name in TOKENS:
             token = getattr(model, name, None)
             if token is not None:
@@ -265,6 +265,8 @@ class PreparedViT(ViT):
         )
         self._positions_of: dict[tuple[int, int], Tensor | None] = {}
         self._source = Source(model)
+        for module in self.modules():
+            module.training = False
 
     @property
     def packed_bytes(self) -> int:
@@ -288,37 +290,40 @@ class PreparedViT(ViT):
             TypeError, ValueError: as the original; uint8 images where mean and std are not known.
             RuntimeError: the original has changed.
         """
+        return self._run(self._forward, x, attn_mask)
+
+    def _forward(self, x: Tensor, attn_mask: Tensor | None) -> Tensor:
         keep = self._keep if attn_mask is None else None
-        with self._running():
-            return ViT.forward_head(self, self._features(x, attn_mask, keep))
+        return ViT.forward_head(self, self._features(x, attn_mask, keep))
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """Images -> all tokens [B, N, D] after the final norm."""
-        with self._running():
-            return self._features(x, attn_mask, None)
+        return self._run(self._features, x, attn_mask, None)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens after the final norm -> logits, or with `pre_logits` the features before the classifier."""
-        with self._running():
-            return super().forward_head(x, pre_logits)
+        return self._run(super().forward_head, x, pre_logits)
 
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        with self._running():
-            return super().forward_intermediates(x, *args, **kwargs)
+        return self._run(super().forward_intermediates, x, *args, **kwargs)
 
     def intermediates(self, x: Tensor) -> dict[str, Tensor]:
-        with self._running():
-            return super().intermediates(x)
+        return self._run(super().intermediates, x)
 
     forward_intermediates.__doc__ = ViT.forward_intermediates.__doc__
     intermediates.__doc__ = ViT.intermediates.__doc__
 
-    def _running(self) -> torch.no_grad:
-        """Checks the original; the context to run in."""
-        if torch.compiler.is_compiling():
-            raise NotImplementedError("a prepared model cannot be compiled: its packed weights are opaque to tracers")
+    def _run(self, method: Callable, *args: Any, **kwargs: Any) -> Any:
         self._source.check()
-        return _without_gradients_and_autocast()
+        if "torch._dynamo" in sys.modules:
+            # inside somebody's torch.compile: compilers cannot look into packed weights, so this part stays as it is
+            method = torch.compiler.disable(method)
+        # not inference_mode: what comes out may go into training, for instance of a head
+        with torch.no_grad():
+            if not torch.is_autocast_enabled("cpu"):
+                return method(*args, **kwargs)
+            with torch.autocast("cpu", enabled=False):
+                return method(*args, **kwargs)
 
     def embed(self, images: Tensor) -> Tensor:
         """Images -> tokens [B, P + N, D] that enter the first block."""
@@ -363,14 +368,3 @@ class PreparedViT(ViT):
     init_weights = _refuse("init_weights")
     __reduce_ex__ = _refuse("copying or pickling")
     __deepcopy__ = _refuse("copying or pickling")
-
-
-@contextlib.contextmanager
-def _without_gradients_and_autocast():
-    # not inference_mode: what comes out may go into training, for instance of a head
-    with torch.no_grad():
-        if torch.is_autocast_enabled("cpu"):
-            with torch.autocast("cpu", enabled=False):
-                yield
-        else:
-            yield

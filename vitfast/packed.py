@@ -120,17 +120,20 @@ class PackedBlock(nn.Module):
         return x + (out if self.ls1 is None else out * self.ls1)
 
     def _attend(self, h: Tensor, mask: Tensor | None, keep: int | None) -> Tensor:
-        heads = (self.num_heads, self.head_dim)
         if "qkv" in self._modules:
-            q, k, v = self.qkv(h).unflatten(-1, (3, *heads)).unbind(2)
+            q, k, v = self.split(self.qkv(h), 3)
         else:
-            q = self.q(h if keep is None else h[:, :keep]).unflatten(-1, heads)
-            k, v = self.kv(h).unflatten(-1, (2, *heads)).unbind(2)
+            (q,) = self.split(self.q(h if keep is None else h[:, :keep]), 1)
+            k, v = self.split(self.kv(h), 2)
         if self.normed:
             q, k = norm(self.q_norm, q), norm(self.k_norm, k)
         if mask is not None:
             return reference.attention(q, k, v, self.scale, mask)
         return attention_cpu(q, k, v, self.scale, with_lse=False)[0]
+
+    def split(self, projected: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """[B, N, parts * H * head_dim] -> parts times [B, N, H, head_dim]"""
+        return projected.view(*projected.shape[:2], parts, self.num_heads, self.head_dim).unbind(2)
 
     def mlp_branch(self, x: Tensor) -> Tensor:
         """x + mlp(norm2(x))"""

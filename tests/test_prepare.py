@@ -1,0 +1,431 @@
+"""`vitfast.prepare`: as exact as timm in every family, frozen by contract, refusing with a reason."""
+
+import copy
+import gc
+import pickle
+import threading
+import weakref
+
+import pytest
+import torch
+import vit_pytorch
+from numerics import accept_stages
+from timm_pair import FAMILIES, build_pair, pair_of, taps_of
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import vitfast
+from vitfast import engine
+from vitfast.packed import PackedLinear
+
+TINY = dict(img_size=32, depth=2, num_classes=10)
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+def tiny(name="vit_tiny_patch16_224", **changes):
+    torch.manual_seed(0)
+    return vitfast.create_model(name, **{**TINY, **changes}).eval()
+
+
+def images_for(model, batch=2, size=None):
+    return torch.randn(batch, model.config.channels, *(size or model.config.image_size))
+
+
+def relative(value, ref):
+    return ((value.double() - ref).norm() / ref.norm()).item()
+
+
+# oneDNN adds up all of a packed fp32 product in one chain, where MKL adds up pieces: the op rule's k for fp32
+TYPICAL = {torch.float32: 2.0, torch.bfloat16: 1.25}
+SHORT = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request):
+    torch.manual_seed(0)
+    theirs, ours, images = build_pair(request.param, batch=3)
+    return theirs.eval(), ours.eval(), images
+
+
+@every_dtype
+@torch.no_grad()
+def test_prepared_model_is_less_exact_than_timms(pair, dtype):
+    """A part packed, folded or rounded wrongly: every stage and the logits of every family."""
+    theirs, ours, images = pair
+    prepared = vitfast.prepare(ours, dtype)
+    ref = taps_of(copy.deepcopy(theirs).double(), images.double())
+    low = taps_of(copy.deepcopy(theirs).to(dtype), images.to(dtype))
+    taps = prepared.intermediates(images)
+    accept_stages(taps, ref, low, typical=TYPICAL[dtype])
+    # the short way through the last block adds up in another order
+    torch.testing.assert_close(prepared(images), taps["logits"], rtol=0, atol=SHORT[dtype] * taps["logits"].abs().max())
+    assert torch.equal(prepared.forward_features(images), taps["tokens"])
+
+
+@every_dtype
+@pytest.mark.parametrize("name, keywords", [
+    ("vit_small_patch16_224", {}), ("vit_base_patch16_224", {"depth": 4}),
+    ("vit_small_patch14_reg4_dinov2", {"img_size": 518, "depth": 3, "num_classes": 10}),
+])  # fmt: skip
+@torch.no_grad()
+def test_error_grows_with_depth_or_tokens(name, keywords, dtype):
+    theirs, ours, images = pair_of(name, 1, **keywords)
+    theirs, ours = theirs.eval(), ours.eval()
+    ref = taps_of(copy.deepcopy(theirs).double(), images.double())
+    low = taps_of(copy.deepcopy(theirs).to(dtype), images.to(dtype))
+    accept_stages(vitfast.prepare(ours, dtype).intermediates(images), ref, low, typical=TYPICAL[dtype])
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"pool": "mean"}, {"num_classes": 0}, {"heads": 1, "dim_head": 64}, {"dim_head": 24},
+    {"channels": 1},
+])  # fmt: skip
+@torch.no_grad()
+def test_vit_pytorchs_architecture_differs(changes):
+    """LayerNorms around the patch projection, no output projection, an inner width of its own."""
+    keywords = dict(image_size=32, patch_size=8, num_classes=40, dim=64, depth=2, heads=4, mlp_dim=128, dim_head=16)
+    keywords |= changes
+    theirs, ours = vit_pytorch.ViT(**keywords).eval(), vitfast.ViT(**keywords).eval()
+    ours.load_state_dict(theirs.state_dict())
+    images = torch.randn(3, keywords.get("channels", 3), 32, 32)
+    prepared = vitfast.prepare(ours)
+    assert relative(prepared(images), theirs(images).double()) < 1e-5
+    assert relative(prepared(images[..., :16]), ours(images[..., :16]).double()) < 1e-5
+
+
+@torch.no_grad()
+def test_methods_of_the_model_differ():
+    """Every way to features that training and dense prediction use, and other batch sizes and image sizes."""
+    model = tiny(dynamic_img_size=True, reg_tokens=2, class_token=True)
+    prepared = vitfast.prepare(model)
+    calls = (
+        lambda m, x: m(x), lambda m, x: m.forward_features(x), lambda m, x: m.forward_head(m.forward_features(x)),
+        lambda m, x: m.forward_intermediates(x, 1, intermediates_only=True, norm=True)[0],
+        lambda m, x: m.get_intermediate_layers(x, 1)[0], lambda m, x: m.forward_head(m.forward_features(x), True),
+        lambda m, x: m(x, attn_mask=(torch.arange(x.shape[2] * x.shape[3] // 256 + 3) != 1)[None, None, None]),
+    )  # fmt: skip
+    for size, batch in (((32, 32), 2), ((48, 64), 1), ((32, 32), 5), ((48, 64), 3)):
+        x = torch.randn(batch, 3, *size)
+        for call in calls:
+            torch.testing.assert_close(call(prepared, x), call(model, x), rtol=0, atol=2e-5)
+    nothing = torch.randn(0, 3, 32, 32)
+    assert prepared(nothing).shape == (0, 10) and prepared.forward_features(nothing).shape == (0, 7, 192)
+
+
+def test_gradient_or_autocast_leaks_in():
+    """Features of a frozen backbone train a head; an ambient autocast changes nothing."""
+    model = tiny()
+    prepared, x = vitfast.prepare(model), images_for(model)
+    plain = prepared(x)
+    assert not plain.requires_grad and not plain.is_inference()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(prepared(x), plain)
+    with torch.inference_mode():
+        assert torch.equal(prepared(x), plain)
+    head = nn.Linear(10, 2)
+    head(prepared(x)).sum().backward()
+    assert head.weight.grad is not None
+
+
+def test_dropout_of_a_model_in_training_is_applied():
+    model = tiny(drop_rate=0.5, proj_drop_rate=0.5, attn_drop_rate=0.5, drop_path_rate=0.5).train()
+    prepared, x = vitfast.prepare(model), images_for(model)
+    with torch.no_grad():
+        torch.testing.assert_close(prepared(x), model.eval()(x), rtol=0, atol=1e-5)
+    assert not prepared.training and not any(m.training for m in prepared.modules())
+
+
+@torch.no_grad()
+def test_uint8_images_are_normalised_otherwise():
+    """By timm's numbers of that name, by given ones, in channels-last memory; and never silently by none."""
+    model = tiny("deit3_small_patch16_224")
+    pixels = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    for given in ({}, {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7)}):
+        mean, std = (given or model.pretrained_cfg)["mean"], (given or model.pretrained_cfg)["std"]
+        mean, std = (torch.tensor(v)[:, None, None] for v in (mean, std))
+        expected = model((pixels / 255 - mean) / std)
+        torch.testing.assert_close(vitfast.prepare(model, **given)(pixels), expected, rtol=0, atol=1e-5)
+    nameless = vitfast.ViT.from_config(model.config)
+    with pytest.raises(ValueError, match="mean and std"):
+        vitfast.prepare(nameless)(pixels)
+
+
+CHANGES = {
+    "head.weight of the original was replaced": lambda m: setattr(m.head, "weight", nn.Parameter(m.head.weight + 1)),
+    "blocks.1.attn.qkv of the original was replaced": lambda m: setattr(m.blocks[1].attn, "qkv", nn.Linear(192, 576)),
+    "blocks.0.mlp.fc1.bias of the original was written to": lambda m: m.blocks[0].mlp.fc1.bias.add_(1),
+    "pos_embed of the original was moved": lambda m: setattr(m.pos_embed, "data", m.pos_embed.data.clone()),
+    "was written to": lambda m: m.load_state_dict(m.state_dict()),
+    "head of the original was replaced": lambda m: m.reset_classifier(5),
+}
+
+
+@pytest.mark.parametrize("message", CHANGES)
+def test_stale_weights_are_used(message):
+    model = tiny()
+    prepared, x = vitfast.prepare(model), images_for(model)
+    prepared(x)
+    with torch.no_grad():
+        CHANGES[message](model)
+    calls = (prepared, prepared.forward_features, prepared.intermediates, prepared.forward_intermediates)
+    for call in calls:
+        with pytest.raises(RuntimeError, match=message.replace(".", r"\.")):
+            call(x)
+    vitfast.prepare(model)(x)
+
+
+def test_optimizer_step_goes_unnoticed():
+    model = tiny()
+    prepared, x = vitfast.prepare(model), images_for(model)
+    model(x).sum().backward()
+    prepared(x)
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    with pytest.raises(RuntimeError, match="was written to"):
+        prepared(x)
+
+
+def test_original_is_kept_alive_or_changed():
+    """The original runs, pickles and copies as before, and is freed when its user lets go of it."""
+    model = tiny()
+    before, keys = copy.deepcopy(model), set(vars(model))
+    x = images_for(model)
+    prepared = vitfast.prepare(model)
+    expected = prepared(x)
+    assert set(vars(model)) == keys
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert str(other) == str(before)
+        states = other.state_dict(), before.state_dict()
+        assert all(torch.equal(a, b) for a, b in zip(*map(dict.values, states), strict=True))
+        vitfast.prepare(other)
+    there, parameter = weakref.ref(model), weakref.ref(model.blocks[0].attn.qkv.weight)
+    del model
+    gc.collect()
+    assert there() is None and parameter() is None
+    assert torch.equal(prepared(x), expected)
+
+
+FROZEN = {
+    "train": lambda m: m.train(), "requires_grad_": lambda m: m.requires_grad_(),
+    "state_dict": lambda m: m.state_dict(), "load_state_dict": lambda m: m.load_state_dict({}),
+    "to": lambda m: m.to(torch.float64), "half": lambda m: m.half(),
+    "deepcopy": copy.deepcopy, "pickle": pickle.dumps, "reset_classifier": lambda m: m.reset_classifier(3),
+    "set_input_size": lambda m: m.set_input_size(64), "init_weights": lambda m: m.init_weights(),
+    "checkpointing": lambda m: m.set_grad_checkpointing(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", FROZEN)
+def test_prepared_model_pretends_to_change(what):
+    prepared = vitfast.prepare(tiny())
+    with pytest.raises(NotImplementedError, match="prepared"):
+        FROZEN[what](prepared)
+    assert prepared.eval() is prepared
+
+
+@pytest.mark.slow
+def test_compiler_stumbles_over_packed_weights():
+    """As a part of a compiled model it runs as it is."""
+    prepared = vitfast.prepare(tiny())
+    x, head = images_for(prepared), nn.Linear(10, 2)
+    both = lambda x: head(prepared(x))  # noqa: E731
+    torch.testing.assert_close(torch.compile(both)(x), both(x))
+    assert torch.equal(torch.compile(prepared)(x), prepared(x))
+
+
+class Other(vitfast.ViT):
+    pass
+
+
+class Subclassed(nn.Parameter):
+    pass
+
+
+def inference_parameter(model):
+    with torch.inference_mode():
+        model.norm.bias = nn.Parameter(torch.zeros(192))
+
+
+def patched(model):
+    model.forward_features = lambda x: x
+
+
+REFUSED = {
+    "blocks.0.attn.qkv has forward hooks": lambda m: m.blocks[0].attn.qkv.register_forward_hook(lambda *_: None),
+    "blocks.1 has forward pre hooks": lambda m: m.blocks[1].register_forward_pre_hook(lambda *_: None),
+    "blocks.1.attn.proj is parametrized": lambda m: parametrizations.weight_norm(m.blocks[1].attn.proj),
+    "blocks.1.mlp.act is torch.nn.*ReLU": lambda m: setattr(m.blocks[1].mlp, "act", nn.ReLU()),
+    "blocks.0.mlp is torch.nn.*Identity": lambda m: setattr(m.blocks[0], "mlp", nn.Identity()),
+    "blocks.1 is torch.nn.*Sequential": lambda m: m.blocks.__setitem__(1, nn.Sequential()),
+    "patched forward_features": patched,
+    "the model has forward hooks": lambda m: m.register_forward_hook(lambda *_: None),
+    "norm.bias was made in inference mode": inference_parameter,
+    "cls_token is a Subclassed": lambda m: setattr(m, "cls_token", Subclassed(m.cls_token.data)),
+    "norm.weight is on meta": lambda m: m.norm.to("meta"),
+    "head.weight is float64": lambda m: m.head.double(),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_model_that_cannot_be_frozen_is_not_refused_with_the_reason(reason):
+    model = tiny()
+    REFUSED[reason](model)
+    with pytest.raises(NotImplementedError, match=reason):
+        vitfast.prepare(model)
+
+
+def test_subclass_or_stranger_is_taken_for_a_vit():
+    with pytest.raises(NotImplementedError, match="it is a Other"):
+        vitfast.prepare(Other(image_size=32, patch_size=8, num_classes=2, dim=32, depth=1, heads=2, mlp_dim=64))
+    with pytest.raises(TypeError, match="must be a vitfast.ViT, got Linear"):
+        vitfast.prepare(nn.Linear(2, 2))
+    with pytest.raises(NotImplementedError, match="PreparedViT"):
+        vitfast.prepare(vitfast.prepare(tiny()))
+
+
+@pytest.mark.parametrize("error, keywords", [
+    (TypeError, {"dtype": "bf16"}), (NotImplementedError, {"dtype": torch.float16}),
+    (TypeError, {"mean": "red", "std": (1, 1, 1)}), (TypeError, {"mean": (0, 0, 0)}),
+    (ValueError, {"mean": (0, 0), "std": (1, 1)}), (ValueError, {"mean": (0, 0, 0), "std": (1, 0, 1)}),
+    (TypeError, {"threads": 1.5}), (TypeError, {"threads": True}), (ValueError, {"threads": 0}),
+])  # fmt: skip
+def test_bad_argument_is_taken(error, keywords):
+    with pytest.raises(error, match="prepare: "):
+        vitfast.prepare(tiny(), **keywords)
+
+
+def test_replaced_stem_or_head_is_ignored():
+    """What is outside the blocks may be anything: it runs as it is."""
+    model, x = tiny(), torch.randn(2, 3, 32, 32)
+    model.patch_embed = nn.Sequential(nn.Conv2d(3, 192, 16, 16), nn.Flatten(2), nn.Softmax(-1), Transposed())
+    model.head = nn.Sequential(nn.Linear(192, 7), nn.Tanh())
+    with torch.no_grad():
+        torch.testing.assert_close(vitfast.prepare(model)(x), model(x), rtol=0, atol=1e-5)
+
+
+class Transposed(nn.Module):
+    def forward(self, x):
+        return x.transpose(1, 2)
+
+
+def test_dtype_is_another_than_asked():
+    """The model's own by default; 'auto' is bf16 exactly where the CPU multiplies it."""
+    cpu = torch.cpu.get_capabilities()
+    fast = torch.bfloat16 if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else torch.float32
+    for model, dtype, expected in (
+        (tiny(), None, torch.float32), (tiny().bfloat16(), None, torch.bfloat16), (tiny(), "auto", fast),
+        (tiny().half(), torch.float32, torch.float32),
+    ):  # fmt: skip
+        prepared = vitfast.prepare(model, dtype)
+        assert prepared.dtype is expected
+        for given in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            assert prepared(images_for(model).to(given)).dtype is expected
+
+
+def test_memory_is_not_reported():
+    """Packed bytes are those of the weights, or a little more where rows are padded."""
+    model = tiny()
+    prepared = vitfast.prepare(model)
+    weights = sum(p.nbytes for name, p in model.blocks.named_parameters() if p.dim() == 2)
+    assert weights <= prepared.packed_bytes <= 1.1 * weights
+    assert prepared.copied_bytes >= model.head.weight.nbytes
+    assert f"packed={prepared.packed_bytes / 2**20:.1f} MiB" in str(prepared)
+
+
+def test_class_token_only_block_is_not_used():
+    """Less work in the last block where only its class token is read, and nowhere else."""
+    assert "qkv" not in vitfast.prepare(tiny()).blocks[-1]._modules
+    assert "qkv" in vitfast.prepare(tiny()).blocks[0]._modules
+    assert "qkv" in vitfast.prepare(tiny(global_pool="avg")).blocks[-1]._modules
+
+
+def test_quota_of_a_container_is_ignored(tmp_path):
+    """More threads than cores run many times slower; torch counts the machine's cores, not the container's."""
+    affinity = engine.usable_cores(tmp_path)
+    assert affinity >= 1
+    for text, expected in (("max 100000", affinity), ("100000 100000", 1), ("50000 100000", 1), ("nonsense", affinity)):
+        (tmp_path / "cpu.max").write_text(text)
+        assert engine.usable_cores(tmp_path) == expected
+
+
+def test_threads_are_not_set():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        vitfast.prepare(tiny(), threads=None)
+        assert torch.get_num_threads() == 3
+        vitfast.prepare(tiny())
+        assert torch.get_num_threads() == min(3, engine.usable_cores())
+        vitfast.prepare(tiny(), threads=2)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@torch.no_grad()
+def test_packed_linear_adds_or_activates_wrongly():
+    """Odd sizes, no bias, few rows, a scale folded in."""
+    for K, D, rows in ((13, 7, (1,)), (64, 96, (3, 5)), (72, 33, (2, 1))):
+        weight, bias, gamma = torch.randn(D, K), torch.randn(D), torch.randn(D)
+        x, residual = torch.randn(*rows, K), torch.randn(*rows, D)
+        for b, g in ((bias, gamma), (None, gamma), (bias, None)):
+            packed = PackedLinear(weight, b, torch.float32, g)
+            plain = nn.functional.linear(x, weight, b) * (1 if g is None else g)
+            torch.testing.assert_close(packed(x), plain, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(packed.add_to(residual, x), residual + plain, rtol=1e-4, atol=1e-4)
+            for act in ("gelu", "gelu_tanh", "quick_gelu", "silu"):
+                expected = vitfast.reference.activation(plain, act)
+                torch.testing.assert_close(packed(x, act), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_soak_gives_a_wrong_result_or_grows():
+    """2,000 calls with changing batch and image sizes from four threads: results stay, memory stays."""
+    model = tiny("vit_tiny_patch16_224", dynamic_img_size=True)
+    prepared = {dtype: vitfast.prepare(model, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    cases = []
+    for batch, size in ((1, (32, 32)), (3, (48, 32)), (8, (32, 32)), (2, (64, 80)), (5, (16, 16)), (1, (96, 96))):
+        x = torch.randn(batch, 3, *size)
+        cases += [(each, x, each(x)) for each in prepared.values()]
+    wrong, calls = [], iter(range(2000))
+
+    def work(seed):
+        order = torch.randperm(len(cases), generator=torch.Generator().manual_seed(seed)).tolist()
+        for i in calls:
+            each, x, expected = cases[order[i % len(order)]]
+            if not torch.equal(each(x), expected):
+                wrong.append((i, each.dtype, tuple(x.shape)))
+
+    def run(n):
+        nonlocal calls
+        calls = Shared(n)
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    run(400)
+    before = resident_mib()
+    run(2000)
+    assert not wrong, f"{len(wrong)} of 2,000 calls: {wrong[:5]}"
+    assert resident_mib() - before < 20
+
+
+class Shared:
+    """0 ... n - 1, each to one thread."""
+
+    def __init__(self, n):
+        self.rest, self.lock = iter(range(n)), threading.Lock()
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        with self.lock:
+            return next(self.rest)
+
+
+def resident_mib():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) / 1024 for line in file if line.startswith("VmRSS"))
