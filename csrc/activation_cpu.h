@@ -10,26 +10,26 @@ namespace {
 using vitfast::Act;
 using vitfast::DType;
 
-// x Phi(x). Phi(x) = 1/2 + x p(x^2) with p fitted by least squares on Chebyshev nodes for |x| < 5.4, beyond which Phi is
-// 0 or 1 to fp32's accuracy. Worst error of the product 8e-7, mean 1.3e-7 (torch's erf: 1.2e-6 and 1.6e-7).
+// x Phi(x). Phi(x) = 1/2 + x p(x^2), p fitted by least squares on Chebyshev nodes (weight max(|x|, 2)) for |x| < 5.4, beyond which Phi is
+// 0 or 1 to fp32's accuracy. On normal x of spread 0.1 to 10 the rms error is 0.7 to 1.1 times that of torch's erf.
 inline Floats gelu(Floats x) {
   const float limit = 5.4f;
   const Floats high = x > limit ? splat(limit) : x, inside = high < -limit ? splat(-limit) : high;
   const Floats u = inside * inside * (2 / (limit * limit)) - 1.0f;
-  Floats p = splat(3.759828396e-04f);
-  p = p * u + -1.020018710e-03f;
-  p = p * u + 9.298317018e-04f;
-  p = p * u + -1.211464871e-03f;
-  p = p * u + 3.589168889e-03f;
-  p = p * u + -6.686624605e-03f;
-  p = p * u + 9.694847278e-03f;
-  p = p * u + -1.397898607e-02f;
-  p = p * u + 1.963123493e-02f;
-  p = p * u + -2.574234456e-02f;
-  p = p * u + 3.211868554e-02f;
-  p = p * u + -3.920726851e-02f;
-  p = p * u + 4.849947616e-02f;
-  p = p * u + -6.532803923e-02f;
+  Floats p = splat(4.237765970e-04f);
+  p = p * u + -1.059757895e-03f;
+  p = p * u + 7.868693210e-04f;
+  p = p * u + -1.095387386e-03f;
+  p = p * u + 3.752816701e-03f;
+  p = p * u + -6.815334782e-03f;
+  p = p * u + 9.605193511e-03f;
+  p = p * u + -1.391159371e-02f;
+  p = p * u + 1.965522021e-02f;
+  p = p * u + -2.575914748e-02f;
+  p = p * u + 3.211585060e-02f;
+  p = p * u + -3.920552135e-02f;
+  p = p * u + 4.849958420e-02f;
+  p = p * u + -6.532809138e-02f;
   p = p * u + 1.309281141e-01f;
   const Floats phi = inside * p + 0.5f;
   return x * (x < -limit ? splat(0.0f) : phi);
