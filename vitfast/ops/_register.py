@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
+from vitfast import extension
+
 LIBRARY = torch.library.Library("vitfast", "DEF")
 AUTOGRAD_AND_VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 for _key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor"):
@@ -31,8 +33,10 @@ NO_CUDA_KERNEL = "its Triton or CUDA kernel is not part of this release"
 NO_CPU_KERNEL = "its C++ kernel is not part of this release"
 
 
-def op(schema: str, *, cpu: Callable, cuda: Callable, fake: Callable) -> Callable:
+def op(schema: str, *, cpu: Callable, cuda: Callable, fake: Callable, cpu_kernel: str | None = None) -> Callable:
     """Define `vitfast::<schema>` for CPU and CUDA with its shape function; returns the callable op.
+
+    `cpu_kernel` names the C++ kernel that `cpu` uses where the extension is there.
 
     Registered by `Library.define` and `impl`, not by `custom_op`: the call costs a quarter of the time, and a
     model makes about fifty of them.
@@ -44,10 +48,18 @@ def op(schema: str, *, cpu: Callable, cuda: Callable, fake: Callable) -> Callabl
     torch.library.register_fake(f"vitfast::{name}", fake, lib=LIBRARY)
     if not name.endswith("_backward"):
         IMPLEMENTATIONS[name] = {
-            "cpu": Implementation("stock PyTorch operators", None, NO_CPU_KERNEL),
+            "cpu": _on_cpu(cpu_kernel),
             "cuda": Implementation("stock PyTorch operators", None, NO_CUDA_KERNEL),
         }
     return getattr(torch.ops.vitfast, name).default
+
+
+def _on_cpu(kernel: str | None) -> Implementation:
+    module, why = extension.load()
+    if kernel is not None and module is not None:
+        return Implementation("C++", kernel, "")
+    why = NO_CPU_KERNEL if kernel is None else f"no extension: {why}"
+    return Implementation("stock PyTorch operators", None, why)
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
