@@ -92,6 +92,8 @@ def patch_embed_packed(
     weight, bias = cast(weight, dtype), cast(bias, dtype)
     positions = [None] * len(images) if pos_embed is None else pos_embed
     for i, (image, position) in enumerate(zip(images, positions, strict=True)):
+        if image.dim() != 3:
+            raise ValueError(f"patch_embed_packed: images[{i}]: images must be [C, H, W], got {list(image.shape)}")
         _check(image[None], weight, bias, position, prefix, mean, std, f"patch_embed_packed: images[{i}]")
     patch, P = list(weight.shape[2:]), 0 if prefix is None else prefix.shape[0]
     if stock_only() or wants_gradient(*images):
@@ -104,12 +106,11 @@ def patch_embed_packed(
     if pos_embed is None and prefix is None:
         return linear(rows[None], weight, bias)[0], cu_seqlens
     # prefix rows of the product are zero, so that what is added to them is all of these tokens
-    addend = []
-    for image, position in zip(images, positions, strict=True):
-        patches = weight.new_zeros(_patches(image, patch), weight.shape[0]) if bias is None else bias.expand(
-            _patches(image, patch), -1
-        )
-        addend.append(reference.with_prefix(patches[None], position, prefix)[0])
+    one = weight.new_zeros(weight.shape[0]) if bias is None else bias
+    addend = [
+        reference.with_prefix(one.expand(1, _patches(image, patch), -1), position, prefix)[0]
+        for image, position in zip(images, positions, strict=True)
+    ]
     return linear(rows[None], weight, residual=torch.cat(addend)[None])[0], cu_seqlens
 
 
