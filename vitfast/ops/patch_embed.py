@@ -264,8 +264,8 @@ def _conv_backward(grad, images, weight, mean, std, mask):
     if images.dtype == torch.uint8:
         images = reference.normalise(images, mean, std, weight.dtype)
     images, weight = images.contiguous(), weight.contiguous()
-    (ph, pw), (B, _, H, W) = weight.shape[2:], images.shape
-    maps = grad.transpose(1, 2).reshape(B, -1, H // ph, W // pw)
+    (B, _, H, W), (D, _, ph, pw) = images.shape, weight.shape
+    maps = grad.transpose(1, 2).reshape(B, D, H // ph, W // pw)
     grads = torch.ops.aten.convolution_backward(
         maps, images, weight, None, [ph, pw], [0, 0], [1, 1], False, [0, 0], 1, [*mask, False]
     )
@@ -273,8 +273,8 @@ def _conv_backward(grad, images, weight, mean, std, mask):
 
 
 def _rows_backward(grad, images, weight, mean, std, mask):
-    """`_conv_backward` by matrix products. B/16, 8 images on one core of an EPYC (Zen 4), this and that in ms: weight 19
-    and 21 in fp32, 10 and 14 in bf16; images 19 and 106, 9 and 56.
+    """`_conv_backward` by matrix products. B/16, 8 images on one core of an EPYC (Zen 4), this and that in ms: weight
+    19 and 21 in fp32, 10 and 14 in bf16; images 19 and 106, 9 and 56.
     """
     (B, C, H, W), (D, _, ph, pw) = images.shape, weight.shape
     grad, grad_images, grad_weight = grad.reshape(-1, D), None, None
