@@ -96,22 +96,24 @@ def patch_embed_packed(
             raise ValueError(f"patch_embed_packed: images[{i}]: images must be [C, H, W], got {list(image.shape)}")
         _check(image[None], weight, bias, position, prefix, mean, std, f"patch_embed_packed: images[{i}]")
     patch, P = list(weight.shape[2:]), 0 if prefix is None else prefix.shape[0]
+    lengths = [_patches(image, patch) for image in images]
     if stock_only() or wants_gradient(*images):
-        rows = _rows_stock(images, patch, weight.dtype, P, mean, std)
+        rows = _rows_stock(images, patch, weight.dtype, mean, std)
     else:
-        rows = call(_patch_rows, False, images, patch, weight.dtype, P, mean, std)
-    lengths = [0] + [P + _patches(image, patch) for image in images]
-    cu_seqlens = torch.tensor(lengths, device=weight.device).cumsum(0, dtype=torch.int32)
-    weight = weight.flatten(1)
-    if pos_embed is None and prefix is None:
-        return linear(rows[None], weight, bias)[0], cu_seqlens
-    # prefix rows of the product are zero, so that what is added to them is all of these tokens
-    one = weight.new_zeros(weight.shape[0]) if bias is None else bias
-    addend = [
-        reference.with_prefix(one.expand(1, _patches(image, patch), -1), position, prefix)[0]
-        for image, position in zip(images, positions, strict=True)
-    ]
-    return linear(rows[None], weight, residual=torch.cat(addend)[None])[0], cu_seqlens
+        rows = call(_patch_rows, False, images, patch, weight.dtype, mean, std)
+    if pos_embed is None:
+        tokens = linear(rows[None], weight.flatten(1), bias)[0]
+    else:
+        on_patches = torch.cat([position[-N:] for position, N in zip(pos_embed, lengths, strict=True)])
+        tokens = linear(rows[None], weight.flatten(1), bias, residual=on_patches[None])[0]
+    if P:
+        parts = []
+        for position, N, patches in zip(positions, lengths, tokens.split(lengths), strict=True):
+            on_prefix = position is not None and position.shape[0] == P + N
+            parts += [prefix + position[:P] if on_prefix else prefix, patches]
+        tokens = torch.cat(parts)
+    cu_seqlens = torch.tensor([0] + [P + N for N in lengths], device=weight.device).cumsum(0, dtype=torch.int32)
+    return tokens, cu_seqlens
 
 
 def _patches(image, patch):
@@ -184,19 +186,22 @@ def _patch_embed_stock(images, weight, bias, pos_embed, prefix, mean, std):
     # contiguous: for other strides torch may take another kernel, whose result has other bits
     images, weight = images.contiguous(), weight.contiguous()
     x = F.conv2d(images, weight, bias, stride=weight.shape[2:]).flatten(2).transpose(1, 2)
-    return _with_prefix(x, pos_embed, prefix, _token_dtype(weight, pos_embed, prefix))
+    return _with_prefix(x, pos_embed, prefix, _new_tokens(images, weight, pos_embed, prefix))
 
 
-def _with_prefix(x, pos_embed, prefix, dtype):
-    """`reference.with_prefix`, each token written once."""
-    B, N, D = x.shape
-    P = 0 if prefix is None else prefix.shape[0]
-    tokens = x.new_empty(B, P + N, D, dtype=dtype)
-    on_prefix = pos_embed is not None and P > 0 and pos_embed.shape[0] == P + N
-    if pos_embed is None:
-        tokens[:, P:] = x
-    else:
+def _new_tokens(images, weight, pos_embed, prefix):
+    B, P, N, D = _sizes(images, weight, prefix)
+    return images.new_empty(B, P + N, D, dtype=_token_dtype(weight, pos_embed, prefix))
+
+
+def _with_prefix(x, pos_embed, prefix, tokens):
+    """`reference.with_prefix`, each token written once into `tokens`, where `x` may be the patches already."""
+    P, T, _ = 0 if prefix is None else prefix.shape[0], *tokens.shape[1:]
+    on_prefix = pos_embed is not None and P > 0 and pos_embed.shape[0] == T
+    if pos_embed is not None:
         torch.add(x, pos_embed[P:] if on_prefix else pos_embed, out=tokens[:, P:])
+    elif x.data_ptr() != tokens[:, P:].data_ptr():
+        tokens[:, P:] = x
     if P:
         tokens[:, :P] = prefix + pos_embed[:P] if on_prefix else prefix
     return tokens
@@ -213,18 +218,16 @@ def _patch_embed_cpu(images, weight, bias, pos_embed, prefix, mean, std):
     # order hwc would need the weight permuted at 0.3 to 1.3 ms, and the result would depend on the strides.
     if not _has_kernel(images, weight):
         return _patch_embed_stock(images, weight, bias, pos_embed, prefix, mean, std)
-    _, P, N, D = _sizes(images, weight, prefix)
-    dtype, patch = _token_dtype(weight, pos_embed, prefix), tuple(weight.shape[2:])
+    P, patch = 0 if prefix is None else prefix.shape[0], tuple(weight.shape[2:])
     rows = functools.partial(native.patch_rows, images, patch, dtype=weight.dtype, mean=mean, std=std)
-    weight = weight.reshape(D, -1).contiguous()
-    if pos_embed is None and not P:
-        return _project(rows(), weight, bias)
-    if dtype != weight.dtype:
-        # rounds to weight's dtype before the addition in the higher one, as stock operators do
-        return _with_prefix(_project(rows(), weight, bias), pos_embed, prefix, dtype)
-    # a product with rows of zeros for the prefix, then one addition in place for all tokens
-    patches = weight.new_zeros(1, N, D) if bias is None else bias.expand(1, N, D)
-    return _project(rows(prefix=P), weight, None).add_(_with_prefix(patches, pos_embed, prefix, dtype))
+    flat = weight.flatten(1).contiguous()
+    if _token_dtype(weight, pos_embed, prefix) != weight.dtype:
+        tokens = _new_tokens(images, weight, pos_embed, prefix)
+        return _with_prefix(_project(rows(), flat, bias), pos_embed, prefix, tokens)
+    # Rows of zeros leave room for the prefix, so that the rest happens in place. The bias belongs to the product and not
+    # to what is added: it may cancel most of the product, which is then not rounded before.
+    tokens = _project(rows(prefix=P), flat, bias)
+    return _with_prefix(tokens[:, P:], pos_embed, prefix, tokens)
 
 
 def _project(rows, weight, bias):
@@ -236,8 +239,7 @@ def _project(rows, weight, bias):
 
 
 def _patch_embed_fake(images, weight, bias, pos_embed, prefix, mean, std):
-    B, P, N, D = _sizes(images, weight, prefix)
-    return images.new_empty(B, P + N, D, dtype=_token_dtype(weight, pos_embed, prefix))
+    return _new_tokens(images, weight, pos_embed, prefix)
 
 
 def _patch_embed_grads(grad, images, weight, pos_embed, prefix, mean, std, mask):
@@ -299,28 +301,22 @@ def _patch_embed_backward_fake(grad, images, weight, pos_embed, prefix, mean, st
     )
 
 
-def _rows_stock(images, patch, dtype, prefix, mean, std):
-    rows = []
-    for image in images:
-        image = image[None]
-        if image.dtype == torch.uint8:
-            image = reference.normalise(image, mean, std, dtype)
-        rows.append(F.pad(reference.patch_rows(image, patch)[0], (0, 0, prefix, 0)))
-    return torch.cat(rows)
+def _rows_stock(images, patch, dtype, mean, std):
+    images = [image if image.dtype in FLOATS else reference.normalise(image, mean, std, dtype) for image in images]
+    return torch.cat([reference.patch_rows(image[None], patch)[0] for image in images])
 
 
-def _rows_cpu(images, patch, dtype, prefix, mean, std):
+def _rows_cpu(images, patch, dtype, mean, std):
     if dtype not in native.FLOATS or native.kernels() is None or any(i.dtype not in native.DTYPES for i in images):
-        return _rows_stock(images, patch, dtype, prefix, mean, std)
-    lengths = [prefix + _patches(image, patch) for image in images]
-    rows = images[0].new_empty(sum(lengths), images[0].shape[0] * patch[0] * patch[1], dtype=dtype)
-    for image, out in zip(images, rows.split(lengths), strict=True):
-        native.patch_rows(image[None], patch, dtype=dtype, mean=mean, std=std, prefix=prefix, out=out[None])
+        return _rows_stock(images, patch, dtype, mean, std)
+    rows = _rows_fake(images, patch, dtype, mean, std)
+    for image, out in zip(images, rows.split([_patches(image, patch) for image in images]), strict=True):
+        native.patch_rows(image[None], patch, dtype=dtype, mean=mean, std=std, out=out[None])
     return rows
 
 
-def _rows_fake(images, patch, dtype, prefix, mean, std):
-    total = sum(prefix + _patches(image, patch) for image in images)
+def _rows_fake(images, patch, dtype, mean, std):
+    total = sum(_patches(image, patch) for image in images)
     return images[0].new_empty(total, images[0].shape[0] * patch[0] * patch[1], dtype=dtype)
 
 
@@ -350,6 +346,6 @@ _patch_embed_backward = _register.op(
 _register.autograd("patch_embed", setup_context=_setup, backward=_patch_embed_grad)
 # for images of different sizes; without a gradient, which only images need: stock operators have it
 _patch_rows = _register.op(
-    "patch_rows(Tensor[] images, int[] patch, ScalarType dtype, int prefix, Tensor? mean, Tensor? std) -> Tensor",
+    "patch_rows(Tensor[] images, int[] patch, ScalarType dtype, Tensor? mean, Tensor? std) -> Tensor",
     cpu=_rows_cpu, cuda=_rows_stock, fake=_rows_fake, cpu_kernel="patch_rows",
 )  # fmt: skip
