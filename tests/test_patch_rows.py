@@ -169,6 +169,18 @@ def test_uint8_images_lose_more_than_stock(layout, dtype):
         judge(name, *three, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_bias_that_cancels_the_product_leaves_its_rounding(dtype):
+    """The bias added to the positions first, or to a product that is rounded already."""
+    images, (weight, _, prefix) = (torch.randn(2, 3, 6, 20) + 9).to(dtype), embedding(dtype=dtype)
+    bias, pos = (-9 * weight.double().sum((1, 2, 3))).to(dtype), torch.randn(12, 40).to(dtype)
+    args = [images, weight, bias, pos, prefix]
+    out = ops.patch_embed(images, weight, bias, pos_embed=pos, prefix=prefix)
+    low = F.conv2d(images, weight, bias, stride=(3, 4)).flatten(2).transpose(1, 2)
+    low = reference.with_prefix(low, pos, prefix)
+    judge("out", out, reference.patch_embed(*(t.double() for t in args)), low, dtype)
+
+
 def test_stock_path_or_an_instruction_set_tells_another_story(monkeypatch):
     """The path without the extension, where it is not built, and every instruction set where it is."""
     images, (weight, bias, prefix) = torch.randn(2, 3, 6, 20), embedding()

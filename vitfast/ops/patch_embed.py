@@ -196,8 +196,8 @@ def _new_tokens(images, weight, pos_embed, prefix):
 
 def _with_prefix(x, pos_embed, prefix, tokens):
     """`reference.with_prefix`, each token written once into `tokens`, where `x` may be the patches already."""
-    P, T, _ = 0 if prefix is None else prefix.shape[0], *tokens.shape[1:]
-    on_prefix = pos_embed is not None and P > 0 and pos_embed.shape[0] == T
+    P = 0 if prefix is None else prefix.shape[0]
+    on_prefix = pos_embed is not None and P > 0 and pos_embed.shape[0] == tokens.shape[1]
     if pos_embed is not None:
         torch.add(x, pos_embed[P:] if on_prefix else pos_embed, out=tokens[:, P:])
     elif x.data_ptr() != tokens[:, P:].data_ptr():
@@ -224,8 +224,8 @@ def _patch_embed_cpu(images, weight, bias, pos_embed, prefix, mean, std):
     if _token_dtype(weight, pos_embed, prefix) != weight.dtype:
         tokens = _new_tokens(images, weight, pos_embed, prefix)
         return _with_prefix(_project(rows(), flat, bias), pos_embed, prefix, tokens)
-    # Rows of zeros leave room for the prefix, so that the rest happens in place. The bias belongs to the product and not
-    # to what is added: it may cancel most of the product, which is then not rounded before.
+    # Rows of zeros leave room for the prefix, so that the rest happens in place. The bias belongs to the product, not to
+    # what is added afterwards: it may cancel most of the product, whose rounding would then be what remains.
     tokens = _project(rows(prefix=P), flat, bias)
     return _with_prefix(tokens[:, P:], pos_embed, prefix, tokens)
 
@@ -233,7 +233,8 @@ def _patch_embed_cpu(images, weight, bias, pos_embed, prefix, mean, std):
 def _project(rows, weight, bias):
     if rows.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         # oneDNN: F.linear takes MKL for fp32, which on AMD EPYC (Zen 4) is slower than it by 4 % (B/16), 5 % (S/16)
-        # and 16 % (L/14), and for the last two than the stock convolution
+        # and 16 % (L/14), and for the last two slower than the stock convolution. That convolution beats this for
+        # S/14 and Ti/16 by 1 to 2 %, with twice the rounding error: not worth a second path.
         return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
     return F.linear(rows, weight, bias)
 
