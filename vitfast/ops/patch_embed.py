@@ -224,8 +224,8 @@ def _patch_embed_cpu(images, weight, bias, pos_embed, prefix, mean, std):
     if _token_dtype(weight, pos_embed, prefix) != weight.dtype:
         tokens = _new_tokens(images, weight, pos_embed, prefix)
         return _with_prefix(_project(rows(), flat, bias), pos_embed, prefix, tokens)
-    # Rows of zeros leave room for the prefix, so that the rest happens in place. The bias belongs to the product: it may
-    # cancel most of it, and added afterwards it would leave the rounding of what it cancels.
+    # Rows of zeros leave room for the prefix, so that the rest happens in place. The bias belongs to the product: it
+    # may cancel most of it, and added afterwards it would leave the rounding of what it cancels.
     tokens = _project(rows(prefix=P), flat, bias)
     return _with_prefix(tokens[:, P:], pos_embed, prefix, tokens)
 
