@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <tuple>
 
 #include "cpu_features.h"
@@ -36,6 +37,19 @@ void activation(const CpuKernels& kernels, uintptr_t x, uintptr_t y, int64_t n, 
                      static_cast<Act>(act), threads);
 }
 
+// shape: B, C, H, W; strides as many; patch: ph, pw
+void patch_rows(const CpuKernels& kernels, uintptr_t images, const std::array<int64_t, 4>& shape,
+                const std::array<int64_t, 4>& strides, const std::array<int64_t, 2>& patch, int64_t P, int order,
+                uintptr_t rows, uintptr_t scale, uintptr_t shift, int from, int to, int threads) {
+  py::gil_scoped_release release;
+  const auto [B, C, H, W] = shape;
+  const PatchGeometry geometry{C, H, W, patch[0], patch[1], P, static_cast<PatchOrder>(order),
+                               strides[0], strides[1], strides[2], strides[3]};
+  kernels.patch_rows({geometry, reinterpret_cast<const void*>(images), reinterpret_cast<void*>(rows),
+                      reinterpret_cast<const float*>(scale), reinterpret_cast<const float*>(shift), B,
+                      static_cast<DType>(from), static_cast<DType>(to), threads});
+}
+
 // The tables that were built and that this CPU can run, best last.
 std::vector<const CpuKernels*> usable_kernels() {
   std::vector<const CpuKernels*> usable{&kernels_portable};
@@ -60,7 +74,8 @@ PYBIND11_MODULE(_C, m) {
   py::class_<CpuKernels>(m, "CpuKernels", "The kernels compiled for one instruction set.")
       .def_property_readonly("name", [](const CpuKernels& kernels) { return kernels.name; })
       .def("attention", &attention)
-      .def("activation", &activation);
+      .def("activation", &activation)
+      .def("patch_rows", &patch_rows);
   m.def("usable_kernels", &usable_kernels, py::return_value_policy::reference,
         "The instruction sets that this CPU has and this build knows, best last.");
 #ifdef VITFAST_CUDA

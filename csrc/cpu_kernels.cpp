@@ -3,6 +3,7 @@
 
 #include "activation_cpu.h"
 #include "attention_cpu.h"
+#include "patch_rows_cpu.h"
 
 #define VITFAST_CONCATENATE(a, b) a##b
 #define VITFAST_TABLE(isa) VITFAST_CONCATENATE(kernels_, isa)
@@ -11,6 +12,6 @@
 
 namespace vitfast {
 
-const CpuKernels VITFAST_TABLE(VITFAST_ISA) = {VITFAST_NAME(VITFAST_ISA), attention, activation, nullptr};
+const CpuKernels VITFAST_TABLE(VITFAST_ISA) = {VITFAST_NAME(VITFAST_ISA), attention, activation, patch_rows};
 
 }  // namespace vitfast

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "patch_geometry.h"
+
 namespace vitfast {
 
 enum class DType { fp32, bf16, fp16, uint8 };
@@ -25,7 +27,16 @@ struct AttentionArgs {
   int threads;
 };
 
-struct PatchRowsArgs;
+struct PatchRowsArgs {
+  PatchGeometry geometry;
+  const void* images;
+  void* rows;           // [B, P + N, C * ph * pw], contiguous
+  const float* scale;   // [C]: uint8 pixels become x * scale + shift; null: they become floats
+  const float* shift;
+  int64_t B;
+  DType from, to;  // to is fp32, bf16 or fp16
+  int threads;
+};
 
 struct CpuKernels {
   const char* name;
@@ -33,7 +44,7 @@ struct CpuKernels {
   void (*attention)(const AttentionArgs&);
   // y = act(x) over n numbers of fp32, bf16 or fp16; y may be x
   void (*activation)(const void* x, void* y, int64_t n, DType dtype, Act act, int threads);
-  // images -> rows of pixels, see patch_geometry.h
+  // images -> rows of pixels, see patch_geometry.h; zeros for prefix tokens and in the padding
   void (*patch_rows)(const PatchRowsArgs&);
 };
 

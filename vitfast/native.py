@@ -18,6 +18,7 @@ from vitfast import extension
 # as in csrc/cpu_kernels.h
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "quick_gelu": 2, "silu": 3}
+PATCH_ORDERS = {"chw": 0, "hwc": 1}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -81,4 +82,67 @@ def activation(x: Tensor, name: str, out: Tensor, using: Any = None) -> Tensor:
     (using or kernels()).activation(
         x.data_ptr(), out.data_ptr(), x.numel(), DTYPES[x.dtype], ACTIVATIONS[name], torch.get_num_threads()
     )
+    return out
+
+
+def patch_rows(
+    images: Tensor,
+    patch_size: tuple[int, int],
+    *,
+    order: str = "chw",
+    dtype: torch.dtype = torch.float32,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+    prefix: int = 0,
+    pad: bool = False,
+    out: Tensor | None = None,
+    using: Any = None,
+) -> Tensor:
+    """Images -> rows of pixels for the patch projection, `reference.patch_rows` in one pass.
+
+    Args:
+        images: [B, C, H, W] of any strides, in a dtype of DTYPES.
+        patch_size: ph, pw.
+        order: of the pixels in a row, 'chw' as conv weights [D, C, ph, pw] flatten, or 'hwc'.
+        dtype: of the rows, one of FLOATS.
+        mean, std: [C], for uint8 images, which become (images / 255 - mean) / std; without, they become 0 to 255.
+        prefix: rows of zeros in front of each image's patches.
+        pad: zeros, after the normalisation, at right and bottom where the patch does not divide the image.
+        out: where to write the rows, contiguous.
+        using: kernels of another instruction set than this CPU's best.
+
+    Returns:
+        [B, prefix + N, C * ph * pw], N = ceil(H / ph) * ceil(W / pw), row-major.
+
+    Raises:
+        ValueError: dtype or order is not one of these; the patch does not divide the image and pad is False; out does
+            not fit.
+    """
+    if images.dtype not in DTYPES or dtype not in FLOATS or order not in PATCH_ORDERS:
+        raise ValueError(
+            f"patch_rows: images must be one of {[str(d)[6:] for d in DTYPES]}, dtype one of "
+            f"{[str(d)[6:] for d in FLOATS]} and order one of {list(PATCH_ORDERS)}, got {str(images.dtype)[6:]}, "
+            f"{str(dtype)[6:]} and {order!r}"
+        )
+    (B, C, H, W), (ph, pw) = images.shape, patch_size
+    if not pad and (H % ph or W % pw):
+        raise ValueError(f"patch_rows: images must be a multiple of the patch {ph}x{pw} in size, got {H}x{W}")
+    shape = B, prefix + -(-H // ph) * -(-W // pw), C * ph * pw
+    if out is None:
+        out = images.new_empty(shape, dtype=dtype)
+    elif out.shape != shape or out.dtype != dtype or not out.is_contiguous():
+        raise ValueError(
+            f"patch_rows: out must be contiguous {list(shape)} in {str(dtype)[6:]}, got {list(out.shape)} in "
+            f"{str(out.dtype)[6:]}, strides {out.stride()}"
+        )
+    scale = shift = None
+    if images.dtype == torch.uint8 and mean is not None:
+        scale = 1 / std.double()
+        shift = (-mean * scale).float()
+        scale = (scale / 255).float()
+    (using or kernels()).patch_rows(
+        images.data_ptr(), images.shape, images.stride(), (ph, pw), prefix, PATCH_ORDERS[order], out.data_ptr(),
+        scale.data_ptr() if scale is not None else 0, shift.data_ptr() if shift is not None else 0,
+        DTYPES[images.dtype], DTYPES[dtype], torch.get_num_threads(),
+    )  # fmt: skip
     return out

@@ -8,6 +8,15 @@ from vitfast.ops.attention import attention, attention_qkv
 from vitfast.ops.layer_norm import add_layer_norm, layer_norm
 from vitfast.ops.linear import linear
 from vitfast.ops.mlp import mlp
-from vitfast.ops.patch_embed import patch_embed
+from vitfast.ops.patch_embed import patch_embed, patch_embed_packed
 
-__all__ = ["add_layer_norm", "attention", "attention_qkv", "layer_norm", "linear", "mlp", "patch_embed"]
+__all__ = [
+    "add_layer_norm",
+    "attention",
+    "attention_qkv",
+    "layer_norm",
+    "linear",
+    "mlp",
+    "patch_embed",
+    "patch_embed_packed",
+]

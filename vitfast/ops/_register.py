@@ -33,10 +33,10 @@ NO_CUDA_KERNEL = "its Triton or CUDA kernel is not part of this release"
 NO_CPU_KERNEL = "stock operators are as fast"
 
 
-def op(
-    schema: str, *, cpu: Callable, cuda: Callable, fake: Callable, cpu_kernel: str | None = None
-) -> Callable:
+def op(schema: str, *, cpu: Callable, cuda: Callable, fake: Callable, cpu_kernel: str | None = None) -> Callable:
     """Define `vitfast::<schema>` for CPU and CUDA with its shape function; returns the callable op.
+
+    `cpu_kernel` names the C++ kernel that `cpu` uses where the extension is there.
 
     Registered by `Library.define` and `impl`, not by `custom_op`: the call costs a quarter of the time, and a
     model makes about fifty of them.
@@ -48,7 +48,9 @@ def op(
     torch.library.register_fake(f"vitfast::{name}", fake, lib=LIBRARY)
     if not name.endswith("_backward"):
         IMPLEMENTATIONS[name] = {
-            "cpu": Implementation("stock PyTorch operators", cpu_kernel, "" if cpu_kernel else NO_CPU_KERNEL),
+            "cpu": Implementation("C++", cpu_kernel, "")
+            if cpu_kernel
+            else Implementation("stock PyTorch operators", None, NO_CPU_KERNEL),
             "cuda": Implementation("stock PyTorch operators", None, NO_CUDA_KERNEL),
         }
     return getattr(torch.ops.vitfast, name).default
@@ -61,7 +63,7 @@ def implementations() -> dict[str, dict[str, Implementation]]:
         found[name] = dict(devices)
         if devices["cpu"].kernel is not None and native.kernels() is None:
             why = f"no extension: {extension.load()[1]}"
-            found[name]["cpu"] = Implementation(devices["cpu"].path, None, why)
+            found[name]["cpu"] = Implementation("stock PyTorch operators", None, why)
     return found
 
 

@@ -1,0 +1,141 @@
+// Attention and activations against plain loops in double, on buffers of exactly the size they may touch.
+#include "cpu_kernels.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "random_layout.h"
+
+#define JOIN_(a, b) a##b
+#define JOIN(a, b) JOIN_(a, b)
+
+using namespace vitfast;
+
+// fp32 or bf16, whose conversions need no more than shifts
+static float rounded(float x, DType dtype) {
+  if (dtype == DType::fp32) return x;
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  bits &= 0xffff0000;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+static void write(void* data, int64_t i, DType dtype, float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (dtype == DType::fp32)
+    static_cast<float*>(data)[i] = x;
+  else
+    static_cast<uint16_t*>(data)[i] = bits >> 16;
+}
+static double read(const void* data, int64_t i, DType dtype) {
+  if (dtype == DType::fp32) return static_cast<const float*>(data)[i];
+  const uint32_t bits = uint32_t{static_cast<const uint16_t*>(data)[i]} << 16;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+static float normal() { return std::normal_distribution<float>()(generator); }
+
+// [B, N, H, D] with D side by side and the rest anywhere, NaN in the gaps
+struct Heads {
+  std::vector<uint8_t> bytes;
+  std::vector<int64_t> strides;
+  HeadsView view;
+  DType dtype;
+
+  Heads(int64_t B, int64_t N, int64_t H, int64_t D, DType dtype) : dtype(dtype) {
+    const std::vector<int64_t> sizes{B, N, H};
+    lay_out(sizes, random_order(3), draw(0, 1), strides);
+    const int64_t step = D + draw(0, 2);
+    int64_t end = D;
+    for (int i = 0; i < 3; ++i) end += (sizes[i] - 1) * (strides[i] *= step);
+    bytes.resize(end * (dtype == DType::fp32 ? 4 : 2));
+    for (int64_t i = 0; i < end; ++i) write(bytes.data(), i, dtype, NAN);
+    for (int64_t b = 0; b < B; ++b)
+      for (int64_t n = 0; n < N; ++n)
+        for (int64_t h = 0; h < H; ++h)
+          for (int64_t d = 0; d < D; ++d)
+            write(bytes.data(), b * strides[0] + n * strides[1] + h * strides[2] + d, dtype, rounded(normal(), dtype));
+    view = {bytes.data(), strides[0], strides[1], strides[2]};
+  }
+  double at(int64_t b, int64_t n, int64_t h, int64_t d) const {
+    return read(bytes.data(), b * strides[0] + n * strides[1] + h * strides[2] + d, dtype);
+  }
+};
+
+static void check_attention() {
+  for (int trial = 0; trial < 250; ++trial) {
+    const DType dtype = trial % 2 ? DType::bf16 : DType::fp32;
+    const int64_t B = draw(1, 2), H = draw(1, 3), Nq = draw(1, 40), Nk = draw(1, 70), D = draw(1, 80);
+    const Heads q(B, Nq, H, D, dtype), k(B, Nk, H, D, dtype), v(B, Nk, H, D, dtype);
+    const bool with_lse = draw(0, 1);
+    std::vector<uint8_t> out(B * Nq * H * D * (dtype == DType::fp32 ? 4 : 2));
+    std::vector<float> lse(B * H * Nq);
+    const float scale = 1 / std::sqrt(float(D));
+    JOIN(kernels_, VITFAST_ISA).attention({q.view, k.view, v.view, out.data(), with_lse ? lse.data() : nullptr, B, H, Nq,
+                                           Nk, D, scale, dtype, int(draw(1, 3))});
+    for (int64_t b = 0; b < B; ++b)
+      for (int64_t h = 0; h < H; ++h)
+        for (int64_t i = 0; i < Nq; ++i) {
+          std::vector<double> weights(Nk);
+          double most = -INFINITY, sum = 0;
+          for (int64_t j = 0; j < Nk; ++j) {
+            double logit = 0;
+            for (int64_t d = 0; d < D; ++d) logit += q.at(b, i, h, d) * k.at(b, j, h, d);
+            most = std::max(most, weights[j] = logit * scale);
+          }
+          for (double& weight : weights) sum += weight = std::exp(weight - most);
+          const double eps = dtype == DType::fp32 ? 2e-6 : 0.02;
+          if (with_lse) {
+            const double got = lse[(b * H + h) * Nq + i], expected = most + std::log(sum);
+            REQUIRE(std::abs(got - expected) < 1e-5, "lse %g, expected %g", got, expected);
+          }
+          for (int64_t d = 0; d < D; ++d) {
+            double expected = 0;
+            for (int64_t j = 0; j < Nk; ++j) expected += weights[j] / sum * v.at(b, j, h, d);
+            const double got = read(out.data(), ((b * Nq + i) * H + h) * D + d, dtype);
+            REQUIRE(std::abs(got - expected) < eps * (1 + std::abs(expected)),
+                    "Nq %ld Nk %ld D %ld dtype %d: %g at query %ld, %ld, expected %g", (long)Nq, (long)Nk, (long)D,
+                    (int)dtype, got, (long)i, (long)d, expected);
+          }
+        }
+  }
+}
+
+static double activated(double x, Act act) {
+  switch (act) {
+    case Act::gelu: return x * std::erfc(-x / std::sqrt(2.0)) / 2;
+    case Act::gelu_tanh: return x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x))) / 2;
+    case Act::quick_gelu: return x / (1 + std::exp(-1.702 * x));
+    default: return x / (1 + std::exp(-x));
+  }
+}
+
+static void check_activations() {
+  for (int trial = 0; trial < 400; ++trial) {
+    const DType dtype = trial % 2 ? DType::bf16 : DType::fp32;
+    const Act act = static_cast<Act>(draw(0, 3));
+    const int64_t n = trial % 50 ? draw(0, 100) : draw(16000, 40000);
+    std::vector<uint8_t> x(n * (dtype == DType::fp32 ? 4 : 2)), y(x.size());
+    const float range = draw(0, 4) ? 4 : 200;
+    for (int64_t i = 0; i < n; ++i) write(x.data(), i, dtype, rounded(range * normal(), dtype));
+    const bool in_place = draw(0, 1);
+    const std::vector<uint8_t> from = x;
+    JOIN(kernels_, VITFAST_ISA)
+        .activation(x.data(), in_place ? x.data() : y.data(), n, dtype, act, int(draw(1, 3)));
+    for (int64_t i = 0; i < n; ++i) {
+      const double in = read(from.data(), i, dtype), expected = activated(in, act);
+      const double got = read(in_place ? x.data() : y.data(), i, dtype);
+      const double bound = 3e-6 + (dtype == DType::fp32 ? 1e-6 : 0.004) * std::abs(expected);
+      REQUIRE(std::abs(got - expected) <= bound, "act %d of %g is %g, expected %g", (int)act, in, got, expected);
+    }
+  }
+}
+
+int main() {
+  check_attention();
+  check_activations();
+  std::puts("ok");
+}

@@ -1,0 +1,56 @@
+"""C++ test programs under the address and undefined-behaviour sanitizers, for each instruction set of the kernels."""
+
+import ast
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from vitfast import extension
+
+ROOT = Path(__file__).parent.parent
+CSRC, PROGRAMS = ROOT / "csrc", ROOT / "tests" / "native"
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+
+
+def instruction_sets():
+    """Names of those that this CPU runs; without the extension, which would know, only the one that every CPU has."""
+    module, _ = extension.load()
+    return ["portable"] if module is None else [kernels.name for kernels in module.usable_kernels()]
+
+
+def flags_of(isa):
+    """The compiler's options for an instruction set, out of setup.py."""
+    wanted = ("AVX512", "X86_FLAGS")
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    tree.body = [node for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id in wanted]
+    values = {}
+    exec(compile(tree, "setup.py", "exec"), values)
+    return values["X86_FLAGS"].get(isa, [])
+
+
+def run_sanitized(program, folder, isa="portable", sources=()):
+    """Compile tests/native/<program> and `sources` of csrc/ for one instruction set, run it; its output."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if not compiler:
+        pytest.skip("no C++ compiler")
+    files = [PROGRAMS / program, *(CSRC / name for name in sources)]
+    flags = ["-std=c++17", "-O1", "-g", "-Wall", "-Wno-maybe-uninitialized", *SANITIZE, *flags_of(isa)]
+    command = [*compiler.split(), *flags, f"-DVITFAST_ISA={isa}", f"-I{CSRC}"]
+    empty = folder / "empty.cpp"
+    empty.write_text("int main() {}\n")
+    if _run([*compiler.split(), *SANITIZE, empty, "-o", folder / "empty"]).returncode:
+        pytest.skip(f"{compiler} has no sanitizers")
+    built = _run([*command, *files, "-o", folder / "program"])
+    assert built.returncode == 0, built.stderr
+    done = _run([folder / "program"])
+    assert done.returncode == 0, f"{program} for {isa}:\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def _run(command):
+    # the sanitizer's runtime has to be the first library
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=280)
