@@ -50,6 +50,14 @@ void patch_rows(const CpuKernels& kernels, uintptr_t images, const std::array<in
                       static_cast<DType>(from), static_cast<DType>(to), threads});
 }
 
+void layer_norm(const CpuKernels& kernels, uintptr_t x, uintptr_t y, uintptr_t weight, uintptr_t bias, int64_t rows,
+                int64_t D, float eps, int dtype, int threads) {
+  py::gil_scoped_release release;
+  kernels.layer_norm({reinterpret_cast<const void*>(x), reinterpret_cast<void*>(y),
+                      reinterpret_cast<const void*>(weight), reinterpret_cast<const void*>(bias), rows, D, eps,
+                      static_cast<DType>(dtype), threads});
+}
+
 // The tables that were built and that this CPU can run, best last.
 std::vector<const CpuKernels*> usable_kernels() {
   std::vector<const CpuKernels*> usable{&kernels_portable};
@@ -75,6 +83,7 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("name", [](const CpuKernels& kernels) { return kernels.name; })
       .def("attention", &attention)
       .def("activation", &activation)
+      .def("layer_norm", &layer_norm)
       .def("patch_rows", &patch_rows);
   m.def("usable_kernels", &usable_kernels, py::return_value_policy::reference,
         "The instruction sets that this CPU has and this build knows, best last.");

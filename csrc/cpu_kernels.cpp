@@ -3,6 +3,7 @@
 
 #include "activation_cpu.h"
 #include "attention_cpu.h"
+#include "layer_norm_cpu.h"
 #include "patch_rows_cpu.h"
 
 #define VITFAST_CONCATENATE(a, b) a##b
@@ -12,6 +13,6 @@
 
 namespace vitfast {
 
-const CpuKernels VITFAST_TABLE(VITFAST_ISA) = {VITFAST_NAME(VITFAST_ISA), attention, activation, patch_rows};
+const CpuKernels VITFAST_TABLE(VITFAST_ISA) = {VITFAST_NAME(VITFAST_ISA), attention, activation, layer_norm, patch_rows};
 
 }  // namespace vitfast

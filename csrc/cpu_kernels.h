@@ -38,12 +38,23 @@ struct PatchRowsArgs {
   int threads;
 };
 
+struct LayerNormArgs {
+  const void* x;                  // [rows, D], contiguous
+  void* y;                        // the same, may be x
+  const void *weight, *bias;      // [D] or null
+  int64_t rows, D;
+  float eps;
+  DType dtype;  // fp32, bf16 or fp16, of all of them
+  int threads;
+};
+
 struct CpuKernels {
   const char* name;
   // softmax(scale q k^T) v; logits, softmax and sums in fp32
   void (*attention)(const AttentionArgs&);
   // y = act(x) over n numbers of fp32, bf16 or fp16; y may be x
   void (*activation)(const void* x, void* y, int64_t n, DType dtype, Act act, int threads);
+  void (*layer_norm)(const LayerNormArgs&);
   // images -> rows of pixels, see patch_geometry.h; zeros for prefix tokens and in the padding
   void (*patch_rows)(const PatchRowsArgs&);
 };

@@ -325,7 +325,7 @@ def test_memory_is_not_reported():
     """Packed bytes are those of the weights, or a little more where rows are padded."""
     model = tiny()
     prepared = vitfast.prepare(model)
-    weights = sum(p.nbytes for name, p in model.blocks.named_parameters() if p.dim() == 2)
+    weights = sum(p.nbytes for p in (*model.blocks.parameters(), model.patch_embed.proj.weight) if p.dim() > 1)
     assert weights <= prepared.packed_bytes <= 1.1 * weights
     assert prepared.copied_bytes >= model.head.weight.nbytes
     assert f"packed={prepared.packed_bytes / 2**20:.1f} MiB" in str(prepared)
@@ -359,6 +359,22 @@ def test_threads_are_not_set():
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+@torch.no_grad()
+def test_padded_images_or_prefix_tokens_differ():
+    """Sizes that the patch does not divide; several prefix tokens, with and without positions."""
+    for name, changes in (
+        ("vit_tiny_patch16_224", dict(dynamic_img_size=True, dynamic_img_pad=True)),
+        ("vit_small_patch14_reg4_dinov2", dict(dynamic_img_size=True, img_size=28)),
+        ("vit_base_patch16_radio_v3", dict(dynamic_img_size=True)),
+    ):
+        model = tiny(name, **changes)
+        patch = model.config.patch_size[0]
+        odd = 5 if changes.get("dynamic_img_pad") else 0
+        channels_last = torch.randn(2, 2 * patch, 4 * patch, 3).permute(0, 3, 1, 2)
+        for x in (torch.randn(2, 3, 3 * patch + odd, 2 * patch), channels_last):
+            torch.testing.assert_close(vitfast.prepare(model)(x), model(x), rtol=0, atol=1e-4)
 
 
 @torch.no_grad()

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from vitfast import native, reference
 from vitfast.fusion import PLAIN_TENSORS, any_global_hook
-from vitfast.layers import reasons_of
+from vitfast.layers import reasons_of, run_norm
 from vitfast.model import Block
-from vitfast.packed import PackedBlock, PackedLinear, frozen
+from vitfast.packed import PackedBlock, PackedLinear, PackedStem, frozen
 from vitfast.vit import ViT
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -257,6 +257,7 @@ class PreparedViT(ViT):
             if name in model._modules:
                 part = model._modules[name]
                 self.add_module(name, None if part is None else frozen(part, dtype))
+        self.stem = PackedStem(model.patch_embed, dtype) if PackedStem.takes(model.patch_embed) else None
         self.pos_drop = self.head_drop = nn.Identity()
         self._keep = model._tokens_that_count(dropout_counts=False)
         last = len(model.blocks) - 1
@@ -327,11 +328,17 @@ class PreparedViT(ViT):
 
     def embed(self, images: Tensor) -> Tensor:
         """Images -> tokens [B, P + N, D] that enter the first block."""
-        if isinstance(images, Tensor) and images.dtype is torch.uint8:
-            if self.normalisation is None:
-                raise ValueError("uint8 images need mean and std: give them to vitfast.prepare")
-            images = reference.normalise(images, *self.normalisation, torch.float32)
-        return super().embed(images.to(self.dtype) if isinstance(images, Tensor) else images)
+        is_uint8 = isinstance(images, Tensor) and images.dtype is torch.uint8
+        if is_uint8 and self.normalisation is None:
+            raise ValueError("uint8 images need mean and std: give them to vitfast.prepare")
+        if self.stem is None:
+            if is_uint8:
+                images = reference.normalise(images, *self.normalisation, torch.float32)
+            return super().embed(images.to(self.dtype) if isinstance(images, Tensor) else images)
+        self.patch_embed.check(images, takes_uint8=True)
+        images = images if images.dtype in native.DTYPES else images.to(self.dtype)
+        x = self.stem(images, self._positions(images), self._prefix(), self.normalisation if is_uint8 else None)
+        return run_norm(self.norm_pre, x)
 
     def _positions(self, images: Tensor) -> Tensor | None:
         size = tuple(images.shape[2:])

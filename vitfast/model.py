@@ -94,16 +94,18 @@ class PatchEmbed(nn.Module):
         (h, w), (ph, pw) = size, self.patch_size
         return (-(-h // ph), -(-w // pw)) if self.pad else (h // ph, w // pw)
 
-    def check(self, images: Tensor) -> None:
+    def check(self, images: Tensor, takes_uint8: bool = False) -> None:
         """Raise where these are no images for this model.
 
         Raises:
-            TypeError: not a floating point tensor.
+            TypeError: not a floating point tensor, nor uint8 where that is taken.
             ValueError: wrong rank, channel count or size.
         """
-        if not isinstance(images, Tensor) or not images.is_floating_point():
-            got = images.dtype if isinstance(images, Tensor) else type(images).__name__
-            raise TypeError(f"ViT: images must be a floating point tensor (normalised pixels), got {got}")
+        is_tensor = isinstance(images, Tensor)
+        if not is_tensor or not (images.is_floating_point() or (takes_uint8 and images.dtype is torch.uint8)):
+            got = images.dtype if is_tensor else type(images).__name__
+            or_uint8 = " or uint8" if takes_uint8 else ""
+            raise TypeError(f"ViT: images must be a floating point tensor (normalised pixels){or_uint8}, got {got}")
         channels = self.proj.in_channels if isinstance(self.proj, nn.Conv2d) else self.channels
         if images.dim() != 4 or images.shape[1] != channels:
             raise ValueError(f"ViT: images must be [B, {channels}, H, W], got {list(images.shape)}")

@@ -85,6 +85,16 @@ def activation(x: Tensor, name: str, out: Tensor, using: Any = None) -> Tensor:
     return out
 
 
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, using: Any = None) -> Tensor:
+    """LayerNorm over the last dim of contiguous x, not empty; weight and bias [D] contiguous; one dtype of FLOATS."""
+    y, D = torch.empty_like(x), x.shape[-1]
+    (using or kernels()).layer_norm(
+        x.data_ptr(), y.data_ptr(), 0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr(),
+        x.numel() // D, D, eps, DTYPES[x.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
 def patch_rows(
     images: Tensor,
     patch_size: tuple[int, int],

@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitfast import reference
-from vitfast.fusion import stands_for
+from vitfast import native, reference
+from vitfast.fusion import plain, stands_for
 from vitfast.layers import LayerScale, activation_name, run_norm
-from vitfast.model import Block
+from vitfast.model import Block, PatchEmbed
 from vitfast.ops import _stock
 from vitfast.ops.attention import attention_cpu
+from vitfast.ops.patch_embed import place_prefix
 
 # Rows that the layout is chosen for. oneDNN picks one for few rows and one for many, and the first is half as fast on
 # many; from 197 to 16,384 rows the choice was the same.
@@ -67,6 +68,42 @@ class PackedLinear(nn.Module):
         if not x.numel():
             return residual.clone()
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
+
+
+class PackedStem(nn.Module):
+    """What `ViT.embed` computes up to the first norm: images are read once, whatever their dtype and strides.
+
+    Args:
+        patch_embed: a plain one, whose projection is a convolution and whose norm is none.
+    """
+
+    def __init__(self, patch_embed: PatchEmbed, dtype: torch.dtype):
+        super().__init__()
+        proj = patch_embed.proj
+        self.dtype, self.patch_size, self.pad = dtype, patch_embed.patch_size, patch_embed.pad
+        self.proj = PackedLinear(proj.weight.flatten(1), proj.bias, dtype)
+
+    @staticmethod
+    def takes(patch_embed: nn.Module) -> bool:
+        return (
+            native.kernels() is not None
+            and plain(patch_embed, PatchEmbed)
+            and patch_embed.input_norm is None
+            and patch_embed.cuts_patches()
+            and plain(patch_embed.norm, nn.Identity)
+        )
+
+    def forward(
+        self, images: Tensor, positions: Tensor | None, prefix: Tensor | None, normalisation: tuple | None
+    ) -> Tensor:
+        """[B, C, H, W] in any dtype of `native.DTYPES` -> tokens [B, P + N, D]."""
+        P = 0 if prefix is None else prefix.shape[0]
+        mean, std = normalisation or (None, None)
+        rows = native.patch_rows(
+            images, self.patch_size, dtype=self.dtype, mean=mean, std=std, prefix=P, pad=self.pad
+        )
+        tokens = self.proj(rows)
+        return place_prefix(tokens[:, P:], positions, prefix, tokens)
 
 
 class PackedBlock(nn.Module):
@@ -151,6 +188,8 @@ class PackedBlock(nn.Module):
 def norm(module: nn.Module, x: Tensor) -> Tensor:
     """`module(x)` of a norm or nothing, by the shortest way."""
     if type(module) is nn.LayerNorm:
+        if x.numel() and x.is_contiguous() and native.takes(x):
+            return native.layer_norm(x, module.weight, module.bias, module.eps)
         return F.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
     return x if type(module) is nn.Identity else run_norm(module, x)
 

@@ -186,7 +186,7 @@ def _patch_embed_stock(images, weight, bias, pos_embed, prefix, mean, std):
     # contiguous: for other strides torch may take another kernel, whose result has other bits
     images, weight = images.contiguous(), weight.contiguous()
     x = F.conv2d(images, weight, bias, stride=weight.shape[2:]).flatten(2).transpose(1, 2)
-    return _with_prefix(x, pos_embed, prefix, _new_tokens(images, weight, pos_embed, prefix))
+    return place_prefix(x, pos_embed, prefix, _new_tokens(images, weight, pos_embed, prefix))
 
 
 def _new_tokens(images, weight, pos_embed, prefix):
@@ -194,7 +194,7 @@ def _new_tokens(images, weight, pos_embed, prefix):
     return images.new_empty(B, P + N, D, dtype=_token_dtype(weight, pos_embed, prefix))
 
 
-def _with_prefix(x, pos_embed, prefix, tokens):
+def place_prefix(x, pos_embed, prefix, tokens):
     """`reference.with_prefix`, each token written once into `tokens`, where `x` may be the patches already."""
     P = 0 if prefix is None else prefix.shape[0]
     on_prefix = pos_embed is not None and P > 0 and pos_embed.shape[0] == tokens.shape[1]
@@ -223,11 +223,11 @@ def _patch_embed_cpu(images, weight, bias, pos_embed, prefix, mean, std):
     flat = weight.flatten(1).contiguous()
     if _token_dtype(weight, pos_embed, prefix) != weight.dtype:
         tokens = _new_tokens(images, weight, pos_embed, prefix)
-        return _with_prefix(_project(rows(), flat, bias), pos_embed, prefix, tokens)
+        return place_prefix(_project(rows(), flat, bias), pos_embed, prefix, tokens)
     # Rows of zeros leave room for the prefix, so that the rest happens in place. The bias belongs to the product: it
     # may cancel most of it, and added afterwards it would leave the rounding of what it cancels.
     tokens = _project(rows(prefix=P), flat, bias)
-    return _with_prefix(tokens[:, P:], pos_embed, prefix, tokens)
+    return place_prefix(tokens[:, P:], pos_embed, prefix, tokens)
 
 
 def _project(rows, weight, bias):
