@@ -38,7 +38,8 @@ inline Floats gelu(Floats x) {
 // x / (1 + 2^-t)
 inline Floats times_sigmoid2(Floats x, Floats t) {
   const Floats inside = t < -126.0f ? splat(126.0f) : -t;
-  return x / (1.0f + exp2_of(inside));
+  // far below zero nothing is left of x; of -inf NaN, as in torch
+  return t < -126.0f ? x * 0.0f : x / (1.0f + exp2_of(inside));
 }
 
 template <Act act>

@@ -9,7 +9,7 @@
 
 #include "cpu_kernels.h"
 #include "parallel.h"
-#include "simd.h"
+#include "tile_cpu.h"
 
 namespace {
 
@@ -19,126 +19,38 @@ using vitfast::HeadsView;
 
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 
-// With panels of two vectors ROWS * 2 sums, a panel and a broadcast fill the registers.
-constexpr int64_t ROWS = REGISTERS == 32 ? 12 : 6;
-constexpr int64_t PANEL = 2 * LANES;
+// How many cells of a query and a key, or of weights and values, are summed up in one chain. In fp32 short ones make the
+// result twice as exact as torch's at the same speed; bf16 rounds more elsewhere.
+template <class Cells>
+constexpr int64_t PIECE = Cells::numbers == 1 ? 16 : 512;
 
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-// A cell is what one lane multiplies at a time: one fp32 number, or two bf16 numbers side by side.
-struct SingleCells {
-  using Cell = float;
-  static constexpr int64_t numbers = 1;
-  // summed up one after the other; the sums of such pieces are added. One long chain would round too often.
-  static constexpr int64_t piece = 16;
-  static Floats add_product(Floats sum, Floats a, Floats b) { return sum + a * b; }
-
-  template <class T>
-  static void from_row(const T* row, int64_t n, float* cells) {
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) store(cells + i, load(row + i));
-    if (i < n) store_part(cells + i, load_part(row + i, n - i), n - i);
-  }
-  template <class T>
-  static Floats load_cells(const T* row, int64_t c) {
-    return load(row + c);
-  }
-  // `rows` has one row
-  template <class T>
-  static void from_rows(const T* const* rows, int64_t n, float* cells) {
-    from_row(rows[0], n, cells);
-  }
-};
-
-#if defined(__AVX512BF16__)
-struct PairCells {
-  using Cell = uint32_t;
-  static constexpr int64_t numbers = 2;
-  static constexpr int64_t piece = 512;
-  static Floats add_product(Floats sum, Floats a, Floats b) {
-    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
-  }
-  // pairs of neighbours in a row
-  static void from_row(const Bf16* row, int64_t n, uint32_t* cells) {
-    memcpy(cells, row, n / 2 * 4);
-    if (n % 2) cells[n / 2] = row[n - 1].bits;
-  }
-  static Floats load_cells(const Bf16* row, int64_t c) { return load_bits<Floats>(row + 2 * c); }
-  // pairs of neighbours in a column; the second row may be missing
-  static void from_rows(const Bf16* const* rows, int64_t n, uint32_t* cells) {
-    static const Bf16 zeros[LANES] = {};
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) {
-      const Halves low = load_bits<Halves>(rows[0] + i), high = load_bits<Halves>(rows[1] ? rows[1] + i : zeros);
-      store_bits(cells + i, widen(low) | (widen(high) << 16));
-    }
-    for (; i < n; ++i) cells[i] = rows[0][i].bits | (rows[1] ? uint32_t{rows[1][i].bits} << 16 : 0);
-  }
-};
-#endif
-
-// c[ROWS][VECTORS * LANES] = a[ROWS][depth] b[depth][VECTORS * LANES], plus c from the second piece of depth on
-template <class Cells, int VECTORS, class Cell = typename Cells::Cell>
-inline void multiply(const Cell* a, int64_t a_row, const Cell* b, int64_t first, int64_t last, float* c,
-                     int64_t c_row) {
-  Floats sum[ROWS][VECTORS] = {};
-  for (int64_t k = first; k < last; ++k) {
-    Floats panel[VECTORS];
-#pragma GCC unroll 2
-    for (int v = 0; v < VECTORS; ++v) panel[v] = load_bits<Floats>(b + (k * VECTORS + v) * LANES);
-#pragma GCC unroll 12
-    for (int64_t i = 0; i < ROWS; ++i) {
-      const Floats x = splat(load_bits<float>(a + i * a_row + k));
-#pragma GCC unroll 2
-      for (int v = 0; v < VECTORS; ++v) sum[i][v] = Cells::add_product(sum[i][v], x, panel[v]);
-    }
-  }
-#pragma GCC unroll 12
-  for (int64_t i = 0; i < ROWS; ++i) {
-#pragma GCC unroll 2
-    for (int v = 0; v < VECTORS; ++v) {
-      float* const to = c + i * c_row + v * LANES;
-      store(to, first ? load(to) + sum[i][v] : sum[i][v]);
-    }
-  }
-}
-
-// c[ROWS][columns] = a[ROWS][depth] b, where b is packed in panels; columns is a multiple of LANES
+// c[rows][columns] = a[rows][depth] b, where b is packed in panels; columns is a multiple of LANES
 template <class Cells, class Cell = typename Cells::Cell>
-inline void multiply_panels(const Cell* a, int64_t a_row, const Cell* b, int64_t depth, float* c, int64_t columns) {
+inline void multiply_panels(const Cell* a, int64_t a_row, const Cell* b, int64_t depth, float* c, int64_t columns,
+                            int64_t rows) {
   for (int64_t j = 0; j < columns; j += PANEL) {
-    for (int64_t k = 0; k < depth; k += Cells::piece) {
-      const int64_t end = depth - k < Cells::piece ? depth : k + Cells::piece;
-      if (columns - j >= PANEL)
-        multiply<Cells, 2>(a, a_row, b + j * depth, k, end, c + j, columns);
-      else
-        multiply<Cells, 1>(a, a_row, b + j * depth, k, end, c + j, columns);
+    for (int64_t k = 0; k < depth; k += PIECE<Cells>) {
+      const int64_t end = depth - k < PIECE<Cells> ? depth : k + PIECE<Cells>;
+      multiply_rows<Cells>(a, a_row, b + j * depth, k, end, c + j, columns, columns - j >= PANEL, rows);
     }
   }
 }
 
-// Where column j of a packed matrix begins, and how far its rows are apart.
-struct Column {
-  int64_t start, step;
-  Column(int64_t j, int64_t columns, int64_t depth) {
-    const int64_t panel = j / PANEL * PANEL;
-    step = columns - panel < PANEL ? LANES : PANEL;
-    start = panel * depth + (j - panel);
-  }
-};
-
-// Logits of one query -> weights times their sum, in place; returns the sum, and the largest logit times log2 e.
-inline float exponentiate(float* logits, int64_t n, float scale, float* most) {
+// Logits of one query -> weights times their sum, in place, 0 from n to padded; returns the sum, and the largest logit times log2 e.
+inline float exponentiate(float* logits, int64_t n, int64_t padded, float scale, float* most) {
   const float factor = scale * LOG2_E;
   Floats high = splat(-INFINITY), sum = {};
   // scaled and rounded first: a fused multiply and subtract would give the largest logit a weight beside 1
-  for (int64_t j = 0; j < n; j += LANES) {
+  int64_t j = 0;
+  for (; j + LANES <= n; j += LANES) {
     const Floats scaled = load(logits + j) * factor;
     store(logits + j, scaled);
     high = larger(scaled, high);
   }
   *most = largest_of(high);
-  for (int64_t j = 0; j < n; j += LANES) {
+  for (; j < n; ++j) *most = (logits[j] *= factor) > *most ? logits[j] : *most;
+  for (; j < padded; ++j) logits[j] = -INFINITY;
+  for (j = 0; j < padded; j += LANES) {
     const Floats weight = exp2_of(load(logits + j) - *most);
     store(logits + j, weight);
     sum += weight;
@@ -193,13 +105,11 @@ class Attention {
       const int64_t rows = last - i < ROWS ? last - i : ROWS;
       memset(q, 0, ROWS * depth * 4);
       for (int64_t r = 0; r < rows; ++r) Cells::from_row(at(a.q, b, i + r, h), a.D, q + r * depth);
-      multiply_panels<Cells>(q, depth, k, depth, logits, keys);
+      multiply_panels<Cells>(q, depth, k, depth, logits, keys, rows);
       float scales[ROWS];
       for (int64_t r = 0; r < rows; ++r) {
-        float* const l = logits + r * keys;
-        for (int64_t j = a.Nk; j < keys; ++j) l[j] = -INFINITY;
         float most;
-        const float sum = exponentiate(l, keys, a.scale, &most);
+        const float sum = exponentiate(logits + r * keys, a.Nk, keys, a.scale, &most);
         scales[r] = 1 / sum;
         if (a.lse) a.lse[(b * a.H + h) * a.Nq + i + r] = most * LN_2 + logf(sum);
       }
@@ -214,26 +124,8 @@ class Attention {
   }
 
   void pack_keys(int64_t b, int64_t h, Cell* packed, Cell* row) const {
-    const int64_t squares = a.D / Cells::numbers / LANES * LANES;
-    for (int64_t j = 0; j < keys; j += LANES) {
-      const Column column(j, keys, depth);
-      Cell* const to = packed + column.start;
-      for (int64_t c = 0; c < squares; c += LANES) {
-        Floats cells[LANES];
-        for (int64_t i = 0; i < LANES; ++i)
-          cells[i] = j + i < a.Nk ? Cells::load_cells(at(a.k, b, j + i, h), c) : splat(0.0f);
-        transpose(cells);
-        for (int64_t i = 0; i < LANES; ++i) store_bits(to + (c + i) * column.step, cells[i]);
-      }
-      if (squares == depth) continue;
-      for (int64_t i = 0; i < LANES; ++i) {
-        if (j + i < a.Nk)
-          Cells::from_row(at(a.k, b, j + i, h), a.D, row);
-        else
-          memset(row, 0, depth * 4);
-        for (int64_t c = squares; c < depth; ++c) to[c * column.step + i] = row[c];
-      }
-    }
+    const auto key = [&](int64_t j) { return j < a.Nk ? at(a.k, b, j, h) : nullptr; };
+    for (int64_t j = 0; j < keys; j += LANES) pack_transposed<Cells>(j, keys, a.D, key, packed, row);
   }
 
   void pack_values(int64_t b, int64_t h, Cell* packed, Cell* row) const {
@@ -254,9 +146,9 @@ class Attention {
     if constexpr (pairs) {
       Bf16* const weights = (Bf16*)(memory + offset[4]);
       for (int64_t j = 0; j < rows * keys; j += LANES) store(weights + j, load(logits + j));
-      multiply_panels<Cells>((const Cell*)weights, keys / 2, v, key_depth, out, width);
+      multiply_panels<Cells>((const Cell*)weights, keys / 2, v, key_depth, out, width, rows);
     } else {
-      multiply_panels<Cells>(logits, keys, v, key_depth, out, width);
+      multiply_panels<Cells>(logits, keys, v, key_depth, out, width, rows);
     }
   }
 

@@ -42,9 +42,10 @@ std::map<std::string, bool> cpu_features() {
   const Registers leaf7 = cpuid(7, 0), leaf7_1 = cpuid(7, 1);
   const uint64_t state = saved_state();
   const bool ymm = (state & 0x6) == 0x6, zmm = (state & 0xe6) == 0xe6, tiles = (state & 0x60000) == 0x60000;
-  const bool avx512 = zmm && bit(leaf7.ebx, 16) && bit(leaf7.ebx, 30) && bit(leaf7.ebx, 31) && bit(leaf7.ebx, 17);
+  const bool avx2 = ymm && bit(leaf7.ebx, 5) && bit(cpuid(1, 0).ecx, 12) && bit(cpuid(1, 0).ecx, 29);  // FMA, F16C
+  const bool avx512 = avx2 && zmm && bit(leaf7.ebx, 16) && bit(leaf7.ebx, 30) && bit(leaf7.ebx, 31) && bit(leaf7.ebx, 17);
   return {
-      {"avx2", ymm && bit(leaf7.ebx, 5) && bit(cpuid(1, 0).ecx, 12)},
+      {"avx2", avx2},
       {"avx512", avx512},
       {"avx512_vnni", avx512 && bit(leaf7.ecx, 11)},
       {"avx512_bf16", avx512 && bit(leaf7_1.eax, 5)},

@@ -1,4 +1,4 @@
-// Loops over independent tasks on OpenMP's threads, which are torch's own: both link the same runtime.
+// Loops over independent tasks on OpenMP's threads. Built by gcc they are torch's own: both then use libgomp.so.1.
 #pragma once
 
 #include <cstdint>

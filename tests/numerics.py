@@ -15,7 +15,7 @@ YARDSTICK_EPS = {torch.float32: 32.0, torch.float16: 1.0, torch.bfloat16: 1.0}
 # rounding floor of the rms clauses, in eps: lets a result pass where the stock operator happens to be exact
 RMS_FLOOR_EPS = 0.05
 # by how much the rms of one stage differed between equally exact models (tests/test_parity_timm.py), twice
-LUCK = {torch.float32: 8.0, torch.bfloat16: 4.0, torch.float16: 4.0}
+LUCK = {torch.float32: 24.0, torch.bfloat16: 4.0, torch.float16: 4.0}
 MODEL_RMS_RATIO = 1.25
 
 
@@ -101,8 +101,8 @@ def accept_stages(
     """Whether a model's stages, each [..., D], are as exact as the eager model's in the same dtype.
 
     Two models that do not add in the same order differ most in the few rows with massive activations, where luck
-    decides which is nearer to the truth: of two equally exact ones either may be 4 x as far off by the rms of a stage.
-    So the typical row of all stages is held to `typical` (geometric mean over the rows of error by eager's error), and
+    decides which is nearer to the truth: of two equally exact ones either may be 12 x as far off by the rms of a stage
+    of three rows. So the typical row of all stages is held to `typical` (geometric mean over the rows of error by eager's error), and
     the rms of each stage to what luck has been seen to do, twice.
     """
     if outs.keys() != lows.keys():

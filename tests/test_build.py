@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -115,11 +116,32 @@ def test_missing_nvcc_costs_more_than_the_cuda_part(name, sdist, tmp_path):
     variables, why = WITHOUT[name]
     code, said, package = build(sdist, tmp_path, **variables)
     assert code == 0, said
-    assert line_of(said) == f"vitfast: built vitfast._C (no CUDA part: {why})"
+    line = line_of(said)
+    assert line.startswith("vitfast: built vitfast._C (CPU kernels: portable"), line
+    assert line.endswith(f"; no CUDA part: {why})"), line
     report = report_of(package)
     assert (report["extension"], report["cuda"], report["why_no_cuda"]) == (True, False, why)
     features, probe = call_extension(package)
     assert probe is None and isinstance(features, dict)
+
+
+def test_older_compiler_costs_all_kernels_or_none(sdist, tmp_path):
+    """One that knows no AVX-512 with bf16 and no OpenMP: those kernels are left out, with the reasons."""
+    compiler = tmp_path / "older"
+    compiler.write_text(
+        '#!/bin/sh\nfor option; do case "$option" in -mavx512bf16|-fopenmp)\n'
+        'echo "error: unrecognized option $option" >&2; exit 1;; esac; done\nexec g++ "$@"\n'
+    )
+    compiler.chmod(0o755)
+    code, said, package = build(sdist, tmp_path, CXX=str(compiler), VITFAST_BUILD_CUDA="0")
+    assert code == 0, said
+    report = report_of(package)
+    assert report["extension"] and "portable" in report["isas"] and "avx512_bf16" not in report["isas"]
+    assert "-fopenmp" in report["why_no_openmp"] and "on one thread, no OpenMP" in line_of(said)
+    if platform.machine() == "x86_64":
+        assert report["isas"] == ["portable", "avx2", "avx512"]
+        assert "-mavx512bf16" in report["why_no_isa"]["avx512_bf16"]
+    call_extension(package)
 
 
 NO_COMPILER = {
@@ -205,4 +227,6 @@ def test_missing_extension_is_used_silently(monkeypatch):
     monkeypatch.setattr(extension, "build_report", lambda: {"why_no_extension": ""})
     assert "its file is gone" in fail(ModuleNotFoundError("vitfast._C"))
     assert "does not load: libstdc++.so.6: version not found" in fail(ImportError("libstdc++.so.6: version not found"))
+    monkeypatch.undo()
+    extension.load.cache_clear()
     assert not extension.cuda_status()["usable"] or extension.load()[0] is not None

@@ -47,7 +47,8 @@ every_part = pytest.mark.parametrize(("model", "part"), [(m, part) for m in PART
 
 def pair(model):
     name, keywords = MODELS[model]
-    return pair_of(name, **{"depth": 3, "num_classes": 10} | keywords)
+    # no massive activations: a rounding of theirs moves every gradient
+    return pair_of(name, massive=False, **{"depth": 3, "num_classes": 10} | keywords)
 
 
 def same(ours, theirs, images, unlike=None):

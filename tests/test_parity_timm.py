@@ -9,14 +9,14 @@ import math
 import pytest
 import timm
 import torch
-from numerics import LUCK, accept_stages
+from numerics import LUCK, RMS_RATIO, accept_stages
 from timm_pair import FAMILIES, MASSIVE, build_pair, pair_of, run, taps_of
 
 import vitfast
 
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-# numerics.MODEL_RMS_RATIO, but for fp32: attention and the last block's products add up in another order
-RATIO = {torch.float32: 1.5, torch.bfloat16: 1.25, torch.float16: 1.25}
+# wider in fp32, as for ops: attention, patches and the last block's products add up in another order than timm's
+RATIO = RMS_RATIO
 # above this, rounding has eaten timm's own gradient (it is exactly 0 for the bias of a key's norm)
 USABLE = 0.5
 # drop path is all that differs between the modes, so the widest models are run in one
@@ -84,7 +84,7 @@ def gradients_not_worse(grads, refs, lows, ratio):
     worst = max(low for _, low in usable.values())
     # one gain of a massive channel can dominate a tensor, so each tensor is held to the worst of theirs, and all of
     # them together to the typical ratio
-    bad = {n: e for n, e in errors.items() if not e[0] <= (3 * worst if n in usable else 10 * e[1])}
+    bad = {n: e for n, e in errors.items() if not e[0] <= (4 * worst if n in usable else 10 * e[1])}
     assert not bad, f"relative errors (ours, timm's): {bad}"
     logs = [math.log((ours + 1e-9) / (low + 1e-9)) for ours, low in usable.values()]
     typical = math.exp(sum(logs) / len(logs))
@@ -127,7 +127,7 @@ def test_stage_is_less_exact_than_timms(case, dtype):
     low, ref = taps_of(theirs, images), taps_of(case.ref, case.images.double())
     torch.manual_seed(1)
     taps = ours.intermediates(images)
-    accept_stages(taps, ref, low)
+    accept_stages(taps, ref, low, typical=RATIO[dtype])
 
 
 def test_weights_do_not_resemble_trained_ones():

@@ -12,6 +12,8 @@ import vit_pytorch
 from numerics import accept_stages
 from timm_pair import FAMILIES, build_pair, pair_of, taps_of
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations
 
 import vitfast
@@ -222,6 +224,34 @@ def test_prepared_model_pretends_to_change(what):
     assert prepared.eval() is prepared
 
 
+def test_images_that_have_no_address_are_read():
+    """On another device, fake, traced, transformed: kernels would read from nowhere, or the tracer record nothing."""
+    prepared, x = vitfast.prepare(tiny()), torch.randn(2, 3, 32, 32)
+    with pytest.raises(ValueError, match="must be on the cpu.*got meta"):
+        prepared(x.to("meta"))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, pytest.raises(NotImplementedError, match="plain tensors"):
+        prepared(mode.from_tensor(x))
+    for transformed in (lambda: make_fx(prepared)(x), lambda: torch.func.vmap(prepared)(x[None])):
+        with pytest.raises(NotImplementedError, match="cannot be traced"):
+            transformed()
+    with pytest.raises(TypeError, match="must be a floating point tensor.*got list"):
+        prepared([x])
+
+
+def test_negated_view_or_stem_of_another_dtype_is_misread():
+    """Lazy negation is a bit of the tensor, not of its memory; a stem may return fp32 in a bf16 model."""
+    model = tiny()
+    prepared, x = vitfast.prepare(model), torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(prepared(torch._neg_view(x)), prepared(-x))
+
+    class Wide(nn.Module):
+        def forward(self, x):
+            return x.float().flatten(2).transpose(1, 2)[:, :4].repeat(1, 1, 64)
+
+    model.patch_embed = Wide()
+    assert vitfast.prepare(model, torch.bfloat16)(x).isfinite().all()
+
+
 @pytest.mark.slow
 def test_compiler_stumbles_over_packed_weights():
     """As a part of a compiled model it runs as it is."""
@@ -255,6 +285,7 @@ REFUSED = {
     "blocks.1.attn.proj is parametrized": lambda m: parametrizations.weight_norm(m.blocks[1].attn.proj),
     "blocks.1.mlp.act is torch.nn.*ReLU": lambda m: setattr(m.blocks[1].mlp, "act", nn.ReLU()),
     "blocks.0.mlp is torch.nn.*Identity": lambda m: setattr(m.blocks[0], "mlp", nn.Identity()),
+    "blocks is torch.nn.*Linear": lambda m: setattr(m, "blocks", nn.Linear(2, 2)),
     "blocks.1 is torch.nn.*Sequential": lambda m: m.blocks.__setitem__(1, nn.Sequential()),
     "patched forward_features": patched,
     "the model has forward hooks": lambda m: m.register_forward_hook(lambda *_: None),

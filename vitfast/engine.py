@@ -24,6 +24,8 @@ TOKENS = ("cls_token", "reg_token", "dist_token", "pos_embed")
 # copied as they are, in the new dtype: whatever somebody put there runs as it would have
 COPIED = ("patch_embed", "norm_pre", "norm", "attn_pool", "fc_norm", "to_latent", "head", "head_dist")
 KEPT_GRIDS = 32
+_MODES = torch._C._TorchDispatchModeKey
+TRACERS = (_MODES.FAKE, _MODES.PROXY, _MODES.FUNCTIONAL)
 
 
 def prepare(
@@ -42,8 +44,8 @@ def prepare(
     dtype, or in uint8.
 
     The original stays as it is and may be dropped. While it lives it must not change: a call raises when a parameter
-    or a module of it was replaced, moved or written to, as far as torch can tell (writing through `.data` or numpy
-    leaves no trace).
+    or a module of it was replaced, moved or written to, as far as torch can tell. Writing through `.data` or numpy
+    leaves no trace, and attributes (eps, scale, hooks registered later) are not watched.
 
     Args:
         model: a `vitfast.ViT` on the CPU in fp32, fp16 or bf16.
@@ -80,6 +82,7 @@ def prepare(
 def why_not(model: ViT) -> list[str]:
     """What keeps `model` from being prepared, in words."""
     reasons = [f"{name} {why}" for name, p in model.named_parameters() for why in _unusable(p)]
+    reasons += [f"{name} was made in inference mode" for name, b in model.named_buffers() if b.is_inference()]
     if type(model) is not ViT:
         reasons.append(f"it is a {type(model).__name__}, whose own methods would be ignored (prepare a plain ViT)")
     elif why := why_not_plain_here(model):
@@ -87,7 +90,7 @@ def why_not(model: ViT) -> list[str]:
     if any_global_hook():
         reasons.append("a global module hook is registered")
     reasons += reasons_of([("blocks", model.blocks, nn.Sequential)])
-    for i, block in enumerate(model.blocks):
+    for i, block in enumerate(model.blocks if isinstance(model.blocks, nn.Sequential) else ()):
         parts = block.parts() if type(block) is Block else []
         reasons += [f"blocks.{i}{why}" for why in reasons_of([("", block, Block)])]
         reasons += [f"blocks.{i}.{why}" for why in reasons_of(parts)]
@@ -222,6 +225,19 @@ class Source:
         )
 
 
+def _check_place(x: Any) -> None:
+    """The C++ kernels read addresses: anything but a plain CPU tensor would be read from nowhere."""
+    if not isinstance(x, Tensor):
+        return  # said by the model, with the names it has
+    if x.device.type != "cpu":
+        raise ValueError(f"prepared model: images must be on the cpu, as the weights are, got {x.device}")
+    traced = any(torch._C._get_dispatch_mode(mode) is not None for mode in TRACERS)
+    if traced or type(x) not in PLAIN_TENSORS or torch._C._functorch.peek_interpreter_stack() is not None:
+        raise NotImplementedError(
+            f"a prepared model cannot be traced or transformed, and takes plain tensors, got {type(x).__name__}"
+        )
+
+
 def _refuse(name: str) -> Callable:
     def method(self: PreparedViT, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(f"{name}: a prepared model is frozen; use the original, and prepare it again")
@@ -316,6 +332,7 @@ class PreparedViT(ViT):
 
     def _run(self, method: Callable, *args: Any, **kwargs: Any) -> Any:
         self._source.check()
+        _check_place(args[0])
         if "torch._dynamo" in sys.modules:
             # inside somebody's torch.compile: compilers cannot look into packed weights, so this part stays as it is
             method = torch.compiler.disable(method)
@@ -334,20 +351,24 @@ class PreparedViT(ViT):
         if self.stem is None:
             if is_uint8:
                 images = reference.normalise(images, *self.normalisation, torch.float32)
-            return super().embed(images.to(self.dtype) if isinstance(images, Tensor) else images)
+            # a replaced stem may give another dtype
+            return super().embed(images.to(self.dtype) if isinstance(images, Tensor) else images).to(self.dtype)
         self.patch_embed.check(images, takes_uint8=True)
-        images = images if images.dtype in native.DTYPES else images.to(self.dtype)
+        images = (images if images.dtype in native.DTYPES else images.to(self.dtype)).resolve_neg()
         x = self.stem(images, self._positions(images), self._prefix(), self.normalisation if is_uint8 else None)
         return run_norm(self.norm_pre, x)
 
     def _positions(self, images: Tensor) -> Tensor | None:
         size = tuple(images.shape[2:])
-        if size not in self._positions_of:
-            positions = super()._positions(images)
+        if self.pos_embed is None:
+            return None
+        positions = self._positions_of.get(size)  # another thread may clear it
+        if positions is None:
+            positions = super()._positions(images).to(self.dtype, copy=True)
             if len(self._positions_of) >= KEPT_GRIDS:
                 self._positions_of.clear()
-            self._positions_of[size] = None if positions is None else positions.to(self.dtype)
-        return self._positions_of[size]
+            self._positions_of[size] = positions
+        return positions
 
     def _tokens_that_count(self, dropout_counts: bool = True) -> int | None:
         return self._keep

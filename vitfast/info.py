@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vitfast import extension
+from vitfast import extension, native
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "timm", "vit-pytorch", "torchvision", "transformers")
 
@@ -81,6 +81,8 @@ def _extension() -> dict[str, Any]:
         "compiler": report.get("compiler"),
         "cuda": {"archs": report.get("archs", []), "toolkit": report.get("nvcc"), **cuda},
         "cpu_features": module.cpu_features(),
+        "cpu_kernels": native.kernels().name,
+        "openmp": bool(report.get("openmp")),
     }
 
 
@@ -109,6 +111,8 @@ def _extension_lines(found: dict[str, Any]) -> list[str]:
     features = [name for name, there in found["cpu_features"].items() if there]
     return [
         f"extension: built with {found['compiler']}; this CPU has {', '.join(features) or 'none of what it looks for'}",
+        f"extension, CPU kernels: {found['cpu_kernels']}"
+        + ("" if found["openmp"] else " on one thread (built without OpenMP)"),
         f"extension, CUDA part: {', '.join(cuda['archs']) or 'none'}; {usable}",
     ]
 

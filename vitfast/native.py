@@ -146,9 +146,9 @@ def patch_rows(
             f"{str(out.dtype)[6:]}, strides {out.stride()}"
         )
     scale = shift = None
-    if images.dtype == torch.uint8 and mean is not None:
+    if images.dtype == torch.uint8 and mean is not None and std is not None:
         scale = 1 / std.double()
-        shift = (-mean * scale).float()
+        shift = -(mean.double() * scale).float()
         scale = (scale / 255).float()
     (using or kernels()).patch_rows(
         images.data_ptr(), images.shape, images.stride(), (ph, pw), prefix, PATCH_ORDERS[order], out.data_ptr(),

@@ -188,8 +188,10 @@ class PackedBlock(nn.Module):
 def norm(module: nn.Module, x: Tensor) -> Tensor:
     """`module(x)` of a norm or nothing, by the shortest way."""
     if type(module) is nn.LayerNorm:
-        if x.numel() and x.is_contiguous() and native.takes(x):
-            return native.layer_norm(x, module.weight, module.bias, module.eps)
+        weight, bias = module.weight, module.bias
+        one_dtype = all(t is None or t.dtype is x.dtype for t in (weight, bias))
+        if x.numel() and x.is_contiguous() and one_dtype and native.takes(x):
+            return native.layer_norm(x, weight, bias, module.eps)
         return F.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
     return x if type(module) is nn.Identity else run_norm(module, x)
 

@@ -1,4 +1,4 @@
-// Attention and activations against plain loops in double, on buffers of exactly the size they may touch.
+// Attention, activations and LayerNorm against plain loops in double, on buffers of exactly the size they may touch.
 #include "cpu_kernels.h"
 
 #include <cmath>
@@ -73,7 +73,7 @@ static void check_attention() {
     const bool with_lse = draw(0, 1);
     std::vector<uint8_t> out(B * Nq * H * D * (dtype == DType::fp32 ? 4 : 2));
     std::vector<float> lse(B * H * Nq);
-    const float scale = 1 / std::sqrt(float(D));
+    const float scale = trial % 9 ? 1 / std::sqrt(float(D)) : draw(-1, 0) * 0.1f;
     JOIN(kernels_, VITFAST_ISA).attention({q.view, k.view, v.view, out.data(), with_lse ? lse.data() : nullptr, B, H, Nq,
                                            Nk, D, scale, dtype, int(draw(1, 3))});
     for (int64_t b = 0; b < B; ++b)
@@ -134,8 +134,38 @@ static void check_activations() {
   }
 }
 
+static void check_layer_norm() {
+  for (int trial = 0; trial < 200; ++trial) {
+    const DType dtype = trial % 2 ? DType::bf16 : DType::fp32;
+    const int64_t rows = draw(1, 40), D = draw(1, 200), size = dtype == DType::fp32 ? 4 : 2;
+    std::vector<uint8_t> x(rows * D * size), y(x.size()), weight(D * size), bias(D * size);
+    for (int64_t i = 0; i < rows * D; ++i) write(x.data(), i, dtype, rounded(5 + 3 * normal(), dtype));
+    for (int64_t i = 0; i < D; ++i) {
+      write(weight.data(), i, dtype, rounded(normal(), dtype));
+      write(bias.data(), i, dtype, rounded(normal(), dtype));
+    }
+    const bool affine = draw(0, 2);
+    JOIN(kernels_, VITFAST_ISA)
+        .layer_norm({x.data(), y.data(), affine ? weight.data() : nullptr, affine ? bias.data() : nullptr, rows, D,
+                     1e-6f, dtype, int(draw(1, 3))});
+    for (int64_t r = 0; r < rows; ++r) {
+      double mean = 0, variance = 1e-6;
+      for (int64_t i = 0; i < D; ++i) mean += read(x.data(), r * D + i, dtype) / D;
+      for (int64_t i = 0; i < D; ++i) variance += std::pow(read(x.data(), r * D + i, dtype) - mean, 2) / D;
+      for (int64_t i = 0; i < D; ++i) {
+        double expected = (read(x.data(), r * D + i, dtype) - mean) / std::sqrt(variance);
+        if (affine) expected = expected * read(weight.data(), i, dtype) + read(bias.data(), i, dtype);
+        const double got = read(y.data(), r * D + i, dtype), eps = dtype == DType::fp32 ? 1e-4 : 0.01;
+        REQUIRE(std::abs(got - expected) <= eps * (1 + std::abs(expected)), "D %ld: %g, expected %g", (long)D, got,
+                expected);
+      }
+    }
+  }
+}
+
 int main() {
   check_attention();
   check_activations();
+  check_layer_norm();
   std::puts("ok");
 }
