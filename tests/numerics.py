@@ -102,8 +102,8 @@ def accept_stages(
 
     Two models that do not add in the same order differ most in the few rows with massive activations, where luck
     decides which is nearer to the truth: of two equally exact ones either may be 12 x as far off by the rms of a stage
-    of three rows. So the typical row of all stages is held to `typical` (geometric mean over the rows of error by eager's error), and
-    the rms of each stage to what luck has been seen to do, twice.
+    of three rows. So the typical row of all stages is held to `typical` (geometric mean over the rows of error by
+    eager's error), and the rms of each stage to what luck has been seen to do, twice.
     """
     if outs.keys() != lows.keys():
         raise AssertionError(f"stages {list(outs)}, expected {list(lows)}")
