@@ -110,6 +110,8 @@ def test_methods_of_the_model_differ():
         x = torch.randn(batch, 3, *size)
         for call in calls:
             torch.testing.assert_close(call(prepared, x), call(model, x), rtol=0, atol=2e-5)
+    with pytest.raises(ValueError, match="mask must be broadcastable"):
+        prepared(torch.randn(1, 3, 32, 32), attn_mask=torch.ones(1, 1, 1, 5, dtype=torch.bool))
     nothing = torch.randn(0, 3, 32, 32)
     assert prepared(nothing).shape == (0, 10) and prepared.forward_features(nothing).shape == (0, 7, 192)
 

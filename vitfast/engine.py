@@ -192,8 +192,8 @@ class Source:
             for held in (module._modules, module._parameters, module._buffers):
                 for name, value in held.items():
                     self.places.append((held, name, value, f"{prefix}.{name}" if prefix else name))
-        for held, _, value, name in self.places:
-            if isinstance(value, Tensor) and held is not None:
+        for _, _, value, name in self.places:
+            if isinstance(value, Tensor):
                 self.tensors.append((value, value.data_ptr(), value._version, name))
         # the original may be dropped; then nobody can change it
         this = weakref.ref(self)

@@ -17,7 +17,7 @@ from vitfast.fusion import plain, stands_for
 from vitfast.layers import LayerScale, activation_name, run_norm
 from vitfast.model import Block, PatchEmbed
 from vitfast.ops import _stock
-from vitfast.ops.attention import attention_cpu
+from vitfast.ops.attention import attention_cpu, check_mask
 from vitfast.ops.patch_embed import place_prefix
 
 # Rows that the layout is chosen for. oneDNN picks one for few rows and one for many, and the first is half as fast on
@@ -165,6 +165,7 @@ class PackedBlock(nn.Module):
         if self.normed:
             q, k = norm(self.q_norm, q), norm(self.k_norm, k)
         if mask is not None:
+            check_mask(mask, q, k)
             return reference.attention(q, k, v, self.scale, mask)
         return attention_cpu(q, k, v, self.scale, with_lse=False)[0]
 

@@ -72,16 +72,20 @@ def norm_backward(
     return grad_x, grad_weight, None
 
 
+def _has_kernel(x: Tensor, name: str) -> bool:
+    return name != "none" and x.device.type == "cpu" and x.is_contiguous() and native.takes(x)
+
+
 def activation(x: Tensor, name: str) -> Tensor:
     """`reference.activation`, by the C++ kernel on CPUs: torch's tanh GELU takes four times as long there."""
-    if name != "none" and x.device.type == "cpu" and x.is_contiguous() and native.takes(x):
+    if _has_kernel(x, name):
         return native.activation(x, name, torch.empty_like(x))
     return reference.activation(x, name)
 
 
 def activation_in_place(x: Tensor, name: str) -> Tensor:
     """`activation`, over `x` where that is possible."""
-    if name != "none" and x.device.type == "cpu" and x.is_contiguous() and native.takes(x):
+    if _has_kernel(x, name):
         return native.activation(x, name, x)
     if name in ("gelu", "gelu_tanh"):
         return aten.gelu_(x, approximate="none" if name == "gelu" else "tanh")

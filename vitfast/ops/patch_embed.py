@@ -337,7 +337,7 @@ def _patch_embed_grad(ctx, grad):
 _patch_embed = _register.op(
     "patch_embed(Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix, Tensor? mean,"
     " Tensor? std) -> Tensor",
-    cpu=_patch_embed_cpu, cuda=_patch_embed_stock, fake=_patch_embed_fake, cpu_kernel="patch_rows",
+    cpu=_patch_embed_cpu, cuda=_patch_embed_stock, fake=_patch_embed_fake, cpu_kernel="csrc/patch_rows_cpu.h",
 )  # fmt: skip
 _patch_embed_backward = _register.op(
     "patch_embed_backward(Tensor grad, Tensor images, Tensor weight, Tensor? pos_embed, Tensor? prefix, Tensor? mean,"
@@ -348,5 +348,5 @@ _register.autograd("patch_embed", setup_context=_setup, backward=_patch_embed_gr
 # for images of different sizes; without a gradient, which only images need: stock operators have it
 _patch_rows = _register.op(
     "patch_rows(Tensor[] images, int[] patch, ScalarType dtype, Tensor? mean, Tensor? std) -> Tensor",
-    cpu=_rows_cpu, cuda=_rows_stock, fake=_rows_fake, cpu_kernel="patch_rows",
+    cpu=_rows_cpu, cuda=_rows_stock, fake=_rows_fake, cpu_kernel="csrc/patch_rows_cpu.h",
 )  # fmt: skip
