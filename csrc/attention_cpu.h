@@ -4,12 +4,11 @@
 #pragma once
 
 #include <math.h>
-#include <cstdlib>
-#include <new>
 
 #include "cpu_kernels.h"
 #include "parallel.h"
 #include "tile_cpu.h"
+#include "workspace.h"
 
 namespace {
 
@@ -58,6 +57,25 @@ inline float exponentiate(float* logits, int64_t n, int64_t padded, float scale,
   return sum_of(sum);
 }
 
+// The same for weights that are rounded to bf16: they go to a place of their own, and are worth fewer instructions. The scale
+// is multiplied into the difference from the largest logit, which only a sum of them all can see.
+inline float exponentiate(float* logits, int64_t n, int64_t padded, float scale, float* most, Bf16* weights) {
+  const float factor = scale * LOG2_E;
+  const int64_t whole = n / LANES * LANES;
+  Floats high = splat(-INFINITY), sum = {};
+  for (int64_t j = 0; j < whole; j += LANES) high = larger(load(logits + j) * factor, high);
+  *most = largest_of(high);
+  for (int64_t j = whole; j < n; ++j) *most = (logits[j] *= factor) > *most ? logits[j] : *most;
+  for (int64_t j = n; j < padded; ++j) logits[j] = -INFINITY;
+  for (int64_t j = 0; j < padded; j += LANES) {
+    const Floats logit = load(logits + j);
+    const Floats weight = exp2_for_bf16(j < whole ? logit * factor - *most : logit - *most);
+    store(weights + j, weight);
+    sum += weight;
+  }
+  return sum_of(sum);
+}
+
 template <class Cells, class T>
 class Attention {
   using Cell = typename Cells::Cell;
@@ -81,13 +99,11 @@ class Attention {
     const int64_t heads = a.B * a.H, blocks = (a.Nq + ROWS - 1) / ROWS;
     int64_t parts = heads >= 4 * a.threads || heads % a.threads == 0 ? 1 : (4 * a.threads + heads - 1) / heads;
     if (parts > blocks) parts = blocks;
-    float* memory = static_cast<float*>(std::aligned_alloc(64, offset[7] * 4 * a.threads));
-    if (!memory) throw std::bad_alloc();
+    const Workspaces workspaces(a.threads, offset[7] * 4);
     run_tasks(heads * parts, a.threads, [&](int64_t task, int thread) {
       const int64_t part = task % parts, first = blocks * part / parts, last = blocks * (part + 1) / parts;
-      run_head(task / parts / a.H, task / parts % a.H, first * ROWS, last * ROWS, memory + thread * offset[7]);
+      run_head(task / parts / a.H, task / parts % a.H, first * ROWS, last * ROWS, (float*)workspaces.of(thread));
     });
-    std::free(memory);
   }
 
  private:
@@ -109,7 +125,7 @@ class Attention {
       float scales[ROWS];
       for (int64_t r = 0; r < rows; ++r) {
         float most;
-        const float sum = exponentiate(logits + r * keys, a.Nk, keys, a.scale, &most);
+        const float sum = exponentiate_row(memory, r, &most);
         scales[r] = 1 / sum;
         if (a.lse) a.lse[(b * a.H + h) * a.Nq + i + r] = most * LN_2 + logf(sum);
       }
@@ -141,14 +157,20 @@ class Attention {
     }
   }
 
-  void multiply_weights(float* memory, int64_t rows, const Cell* v, float* out) const {
-    float* const logits = memory + offset[3];
+  float exponentiate_row(float* memory, int64_t row, float* most) const {
+    float* const logits = memory + offset[3] + row * keys;
     if constexpr (pairs) {
-      Bf16* const weights = (Bf16*)(memory + offset[4]);
-      for (int64_t j = 0; j < rows * keys; j += LANES) store(weights + j, load(logits + j));
-      multiply_panels<Cells>((const Cell*)weights, keys / 2, v, key_depth, out, width, rows);
+      return exponentiate(logits, a.Nk, keys, a.scale, most, (Bf16*)(memory + offset[4]) + row * keys);
     } else {
-      multiply_panels<Cells>(logits, keys, v, key_depth, out, width, rows);
+      return exponentiate(logits, a.Nk, keys, a.scale, most);
+    }
+  }
+
+  void multiply_weights(float* memory, int64_t rows, const Cell* v, float* out) const {
+    if constexpr (pairs) {
+      multiply_panels<Cells>((const Cell*)(memory + offset[4]), keys / 2, v, key_depth, out, width, rows);
+    } else {
+      multiply_panels<Cells>(memory + offset[3], keys, v, key_depth, out, width, rows);
     }
   }
 

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <optional>
 #include <tuple>
 
 #include "cpu_features.h"
@@ -58,6 +59,57 @@ void layer_norm(const CpuKernels& kernels, uintptr_t x, uintptr_t y, uintptr_t w
                       static_cast<DType>(dtype), threads});
 }
 
+using Norm = std::tuple<uintptr_t, uintptr_t, float>;                // weight, bias, eps
+using Packed = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t>;  // cells, bias, K, D
+
+LayerNormArgs layer_norm_of(const Norm& norm, int64_t D, DType dtype) {
+  const auto& [weight, bias, eps] = norm;
+  return {nullptr, nullptr, reinterpret_cast<const void*>(weight), reinterpret_cast<const void*>(bias), 0, D, eps, dtype, 1};
+}
+
+PackedWeight packed_weight(const Packed& weight) {
+  const auto& [cells, bias, K, D] = weight;
+  return {reinterpret_cast<const void*>(cells), reinterpret_cast<const float*>(bias), K, D};
+}
+
+void linear(const CpuKernels& kernels, uintptr_t x, const std::optional<Norm>& norm, const Packed& weight,
+            uintptr_t residual, uintptr_t out, int64_t rows, int dtype_number, int act, int threads) {
+  py::gil_scoped_release release;
+  const PackedWeight packed = packed_weight(weight);
+  const DType dtype = static_cast<DType>(dtype_number);
+  kernels.linear({reinterpret_cast<const void*>(x), layer_norm_of(norm.value_or(Norm{}), packed.K, dtype),
+                  norm.has_value(), packed, reinterpret_cast<const void*>(residual), reinterpret_cast<void*>(out), rows,
+                  dtype, act, threads});
+}
+
+void mlp(const CpuKernels& kernels, uintptr_t x, const Norm& norm, const Packed& fc1, const Packed& fc2, uintptr_t out,
+         int64_t rows, int dtype_number, int act, int threads) {
+  py::gil_scoped_release release;
+  const PackedWeight first = packed_weight(fc1);
+  const DType dtype = static_cast<DType>(dtype_number);
+  kernels.mlp({reinterpret_cast<const void*>(x), layer_norm_of(norm, first.K, dtype), first, packed_weight(fc2),
+               reinterpret_cast<void*>(out), rows, dtype, act, threads});
+}
+
+using BlockWeights = std::tuple<Norm, Packed, Packed, Norm, Packed, Packed, int>;  // norm1, qkv, proj, norm2, fc1, fc2, act
+
+void block(const CpuKernels& kernels, uintptr_t x, const BlockWeights& weights, uintptr_t out, int64_t B, int64_t N,
+           int64_t H, int64_t D, float scale, int dtype_number, int threads) {
+  py::gil_scoped_release release;
+  const auto& [norm1, qkv, proj, norm2, fc1, fc2, act] = weights;
+  const int64_t C = std::get<2>(qkv);
+  const DType dtype = static_cast<DType>(dtype_number);
+  kernels.block({reinterpret_cast<const void*>(x), layer_norm_of(norm1, C, dtype), layer_norm_of(norm2, C, dtype),
+                 packed_weight(qkv), packed_weight(proj), packed_weight(fc1), packed_weight(fc2),
+                 reinterpret_cast<void*>(out), B, N, H, D, scale, dtype, act, threads});
+}
+
+void pack_weight(const CpuKernels& kernels, uintptr_t weight, uintptr_t packed, int64_t D, int64_t K, int dtype) {
+  py::gil_scoped_release release;
+  kernels.pack_weight({reinterpret_cast<const void*>(weight), reinterpret_cast<void*>(packed), D, K,
+                       static_cast<DType>(dtype)});
+}
+
 // The tables that were built and that this CPU can run, best last.
 std::vector<const CpuKernels*> usable_kernels() {
   std::vector<const CpuKernels*> usable{&kernels_portable};
@@ -84,6 +136,12 @@ PYBIND11_MODULE(_C, m) {
       .def("attention", &attention)
       .def("activation", &activation)
       .def("layer_norm", &layer_norm)
+      .def("linear", &linear)
+      .def("mlp", &mlp)
+      .def("block", &block)
+      .def("pack_weight", &pack_weight)
+      .def("multiplies",
+           [](const CpuKernels& kernels, int dtype) { return kernels.multiplies(static_cast<DType>(dtype)); })
       .def("patch_rows", &patch_rows);
   m.def("usable_kernels", &usable_kernels, py::return_value_policy::reference,
         "The instruction sets that this CPU has and this build knows, best last.");

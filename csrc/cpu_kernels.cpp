@@ -3,7 +3,9 @@
 
 #include "activation_cpu.h"
 #include "attention_cpu.h"
+#include "block_cpu.h"
 #include "layer_norm_cpu.h"
+#include "linear_cpu.h"
 #include "patch_rows_cpu.h"
 
 #define VITFAST_CONCATENATE(a, b) a##b
@@ -13,6 +15,7 @@
 
 namespace vitfast {
 
-const CpuKernels VITFAST_TABLE(VITFAST_ISA) = {VITFAST_NAME(VITFAST_ISA), attention, activation, layer_norm, patch_rows};
+const CpuKernels VITFAST_TABLE(VITFAST_ISA) = {
+    VITFAST_NAME(VITFAST_ISA), attention, activation, layer_norm, linear, mlp, pack_weight, block, multiplies, patch_rows};
 
 }  // namespace vitfast

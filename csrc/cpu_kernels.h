@@ -39,14 +39,66 @@ struct PatchRowsArgs {
 };
 
 struct LayerNormArgs {
-  const void* x;                  // [rows, D], contiguous
-  void* y;                        // the same, may be x
-  const void *weight, *bias;      // [D] or null
+  const void* x;              // [rows, D], contiguous
+  void* y;                    // the same, may be x
+  const void *weight, *bias;  // [D] or null
   int64_t rows, D;
   float eps;
   DType dtype;  // fp32, bf16 or fp16, of all of them
   int threads;
 };
+
+struct PackedWeight {
+  const void* cells;  // what pack_weight made
+  const float* bias;  // [D], zeros up to a multiple of MAX_LANES behind it, or null
+  int64_t K, D;       // K even for bf16
+};
+
+constexpr int NO_ACT = -1;
+
+struct LinearArgs {
+  const void* x;        // [rows, K], contiguous
+  LayerNormArgs norm;   // of x: weight, bias, D and eps of it, if it
+  bool normalises;
+  PackedWeight weight;
+  const void* residual;  // [rows, D], contiguous, or null
+  void* out;             // the same; may be the residual
+  int64_t rows;
+  DType dtype;  // fp32 or bf16, of all but the bias
+  int act;      // an Act or NO_ACT
+  int threads;
+};
+
+struct MlpArgs {
+  const void* x;  // [rows, K], contiguous
+  LayerNormArgs norm;
+  PackedWeight fc1, fc2;
+  void* out;  // [rows, K], may be x
+  int64_t rows;
+  DType dtype;
+  int act, threads;
+};
+
+struct BlockArgs {
+  const void* x;  // [B, N, C], contiguous
+  LayerNormArgs norm1, norm2;
+  PackedWeight qkv, proj, fc1, fc2;
+  void* out;  // [B, N, C]
+  int64_t B, N, H, D;
+  float scale;
+  DType dtype;
+  int act, threads;
+};
+
+struct PackWeightArgs {
+  const void* weight;  // [D, K], contiguous
+  void* packed;        // D rounded up to MAX_LANES times K numbers
+  int64_t D, K;
+  DType dtype;
+};
+
+// of any instruction set
+constexpr int64_t MAX_LANES = 16;
 
 struct CpuKernels {
   const char* name;
@@ -55,6 +107,14 @@ struct CpuKernels {
   // y = act(x) over n numbers of fp32, bf16 or fp16; y may be x
   void (*activation)(const void* x, void* y, int64_t n, DType dtype, Act act, int threads);
   void (*layer_norm)(const LayerNormArgs&);
+  // residual + act(norm(x) weight^T + bias), sums in fp32, rounded once
+  void (*linear)(const LinearArgs&);
+  // x + fc2(act(fc1(norm(x))))
+  void (*mlp)(const MlpArgs&);
+  void (*pack_weight)(const PackWeightArgs&);
+  // a transformer block: y = x + proj(attention(qkv(norm1(x)))), out = y + fc2(act(fc1(norm2(y))))
+  void (*block)(const BlockArgs&);
+  bool (*multiplies)(DType dtype);  // whether linear and mlp take it
   // images -> rows of pixels, see patch_geometry.h; zeros for prefix tokens and in the padding
   void (*patch_rows)(const PatchRowsArgs&);
 };

@@ -24,25 +24,6 @@ class LayerNorm {
     });
   }
 
- private:
-  // two sums at a time: one would wait for itself
-  template <class Term>
-  float sum(const T* x, const Term& term) const {
-    Floats even = {}, odd = {};
-    int64_t i = 0;
-    for (; i + 2 * LANES <= whole; i += 2 * LANES) {
-      even += term(load(x + i));
-      odd += term(load(x + i + LANES));
-    }
-    if (i < whole) even += term(load(x + i));
-    float total = sum_of(even + odd);
-    if (whole < a.D) {
-      const Floats rest = term(load_part(x + whole, a.D - whole));
-      for (int64_t j = 0; j < a.D - whole; ++j) total += rest[j];
-    }
-    return total;
-  }
-
   void run_row(const T* x, T* y) const {
     const float mean = sum(x, [](Floats v) { return v; }) / a.D;
     const float variance = sum(x, [mean](Floats v) { return (v - mean) * (v - mean); }) / a.D;
@@ -60,6 +41,25 @@ class LayerNorm {
     if (weight) v = v * load_part(weight + whole, n);
     if (bias) v = v + load_part(bias + whole, n);
     store_part(y + whole, v, n);
+  }
+
+ private:
+  // two sums at a time: one would wait for itself
+  template <class Term>
+  float sum(const T* x, const Term& term) const {
+    Floats even = {}, odd = {};
+    int64_t i = 0;
+    for (; i + 2 * LANES <= whole; i += 2 * LANES) {
+      even += term(load(x + i));
+      odd += term(load(x + i + LANES));
+    }
+    if (i < whole) even += term(load(x + i));
+    float total = sum_of(even + odd);
+    if (whole < a.D) {
+      const Floats rest = term(load_part(x + whole, a.D - whole));
+      for (int64_t j = 0; j < a.D - whole; ++j) total += rest[j];
+    }
+    return total;
   }
 
   const LayerNormArgs& a;

@@ -20,6 +20,6 @@ def test_patch_rows_touches_a_byte_beside_its_image_or_rows(isa, tmp_path):
 
 @pytest.mark.slow
 @every_isa
-def test_attention_activation_or_norm_touches_a_byte_beside_its_tensors(isa, tmp_path):
+def test_kernel_touches_a_byte_beside_its_tensors(isa, tmp_path):
     """Whole vectors at the end of a view, sizes that fill no panel; also another result than plain loops in double."""
     assert run_sanitized("check_kernels.cpp", tmp_path, isa, ["cpu_kernels.cpp"]) == "ok\n"

@@ -29,7 +29,7 @@ def stands_for(*kinds: type) -> None:
 stands_for(nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Conv2d, nn.Dropout, nn.Identity, nn.GELU, nn.SiLU, nn.Sequential)
 
 
-def plain(module: nn.Module, *kinds: type) -> bool:
+def plain(module: nn.Module | None, *kinds: type) -> bool:
     """Whether `module` is exactly one of `kinds` and does what its class says: no hook, no patch, plain weights."""
     kind = type(module)
     return (

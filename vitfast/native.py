@@ -11,6 +11,7 @@ import os
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vitfast import extension
@@ -19,6 +20,8 @@ from vitfast import extension
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "quick_gelu": 2, "silu": 3}
 PATCH_ORDERS = {"chw": 0, "hwc": 1}
+NO_ACT = -1
+MAX_LANES = 16
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -93,6 +96,104 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
         x.numel() // D, D, eps, DTYPES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return y
+
+
+def multiplies(dtype: torch.dtype, using: Any = None) -> bool:
+    """Whether `linear` takes tensors of this dtype: fp32, and bf16 where the CPU multiplies that."""
+    found = using or kernels()
+    return found is not None and dtype in FLOATS and found.multiplies(DTYPES[dtype])
+
+
+class PackedWeight:
+    """A weight [D, K] and a bias [D] as `linear` and `mlp` read them.
+
+    Args:
+        weight: in a dtype for which `multiplies` is True; K even in bfloat16.
+        using: kernels of another instruction set than this CPU's best; the same must multiply it.
+
+    Raises:
+        ValueError: K is odd in bfloat16.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, using: Any = None):
+        self.D, self.K = weight.shape
+        if not self.takes(self.K, weight.dtype):
+            raise ValueError(f"PackedWeight: K must be even in bfloat16, got {self.K}")
+        self.cells = weight.new_empty(-(-self.D // MAX_LANES), self.K * MAX_LANES)
+        weight = weight.contiguous()
+        (using or kernels()).pack_weight(
+            weight.data_ptr(), self.cells.data_ptr(), self.D, self.K, DTYPES[weight.dtype]
+        )
+        self.bias = None if bias is None else F.pad(bias.float(), (0, -self.D % MAX_LANES))
+        self.view = self.cells.data_ptr(), 0 if bias is None else self.bias.data_ptr(), self.K, self.D
+
+    @staticmethod
+    def takes(K: int, dtype: torch.dtype) -> bool:
+        return K % 2 == 0 or dtype is not torch.bfloat16
+
+
+class Norm:
+    """A LayerNorm as `linear` and `mlp` read it: weight and bias [K], contiguous, in the dtype of x, or None."""
+
+    def __init__(self, weight: Tensor | None, bias: Tensor | None, eps: float):
+        self.weight, self.bias = weight, bias
+        self.view = 0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr(), eps
+
+
+def linear(
+    x: Tensor,
+    weight: PackedWeight,
+    *,
+    norm: Norm | None = None,
+    act: str = "none",
+    residual: Tensor | None = None,
+    using: Any = None,
+) -> Tensor:
+    """residual + act(norm(x) @ weight.T + bias), rounded once; the normed x is rounded too.
+
+    Args:
+        x: [..., K], contiguous, not empty, in the dtype of the weight.
+        act: 'none' or one of ACTIVATIONS.
+        residual: [..., D], contiguous.
+    """
+    out = x.new_empty(*x.shape[:-1], weight.D)
+    (using or kernels()).linear(
+        x.data_ptr(), None if norm is None else norm.view, weight.view, 0 if residual is None else residual.data_ptr(),
+        out.data_ptr(), x.numel() // weight.K, DTYPES[x.dtype], ACTIVATIONS.get(act, NO_ACT), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def mlp(x: Tensor, norm: Norm, fc1: PackedWeight, fc2: PackedWeight, act: str, using: Any = None) -> Tensor:
+    """x + fc2(act(fc1(norm(x)))), where only the result goes to memory; x [..., K], contiguous, not empty."""
+    out = torch.empty_like(x)
+    (using or kernels()).mlp(
+        x.data_ptr(), norm.view, fc1.view, fc2.view, out.data_ptr(), x.numel() // fc1.K, DTYPES[x.dtype],
+        ACTIVATIONS.get(act, NO_ACT), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+class Block:
+    """What `block` runs: LayerNorm, attention, projection, LayerNorm, MLP, all of them plain."""
+
+    def __init__(
+        self, norm1: Norm, qkv: PackedWeight, proj: PackedWeight, norm2: Norm, fc1: PackedWeight, fc2: PackedWeight,
+        act: str, num_heads: int, head_dim: int, scale: float,
+    ):  # fmt: skip
+        self.parts = norm1, qkv, proj, norm2, fc1, fc2  # keeps what the addresses point to
+        self.view = *(part.view for part in self.parts), ACTIVATIONS.get(act, NO_ACT)
+        self.num_heads, self.head_dim, self.scale = num_heads, head_dim, scale
+
+
+def block(x: Tensor, block: Block, using: Any = None) -> Tensor:
+    """y = x + proj(attention(qkv(norm1(x)))), then y + fc2(act(fc1(norm2(y)))); x [B, N, C], contiguous, not empty."""
+    out = torch.empty_like(x)
+    (using or kernels()).block(
+        x.data_ptr(), block.view, out.data_ptr(), *x.shape[:2], block.num_heads, block.head_dim, block.scale,
+        DTYPES[x.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return out
 
 
 def patch_rows(

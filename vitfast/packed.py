@@ -1,4 +1,4 @@
-"""Parts of a prepared model on a CPU: weights in oneDNN's blocked layout, and what follows a product done by oneDNN.
+"""Parts of a prepared model on a CPU: weights in the layout of the C++ kernels, or of oneDNN where that is faster.
 
 Nothing here is differentiable, and nothing is checked: `engine.prepare` builds these and guards their use.
 Shapes: B images, N tokens, D channels, H heads.
@@ -20,13 +20,25 @@ from vitfast.ops import _stock
 from vitfast.ops.attention import attention_cpu, check_mask
 from vitfast.ops.patch_embed import place_prefix
 
-# Rows that the layout is chosen for. oneDNN picks one for few rows and one for many, and the first is half as fast on
+# Rows that oneDNN's layout is chosen for. It picks one for few rows and one for many, and the first is half as fast on
 # many; from 197 to 16,384 rows the choice was the same.
-ROWS = 1024
+ONEDNN_ROWS = 1024
+
+
+def own_product(dtype: torch.dtype, K: int) -> bool:
+    """Whether the C++ kernels multiply faster than oneDNN here.
+
+    Alone they are as fast with AVX-512 and gain what surrounds the product: norm, activation, addition, and the memory
+    between them. With AVX2 they lose up to 6 % on wide layers; AMX, which oneDNN has, is several times as fast in bf16.
+    """
+    kernels = native.kernels()
+    if kernels is None or not kernels.name.startswith("avx512") or not native.PackedWeight.takes(K, dtype):
+        return False
+    return native.multiplies(dtype) and not (dtype is torch.bfloat16 and torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 class PackedLinear(nn.Module):
-    """x @ weight.T + bias with an activation or an addition in the same pass.
+    """x @ weight.T + bias with what comes before and after it in the same pass.
 
     Args:
         weight: [D, K]; bias: [D] or None.
@@ -40,23 +52,39 @@ class PackedLinear(nn.Module):
             gamma = gamma.detach()
             weight, bias = weight * gamma[:, None], None if bias is None else bias * gamma
         self.out_features, self.in_features = weight.shape
+        weight, bias = weight.to(dtype).contiguous(), None if bias is None else bias.to(dtype)
         # plain attributes: opaque tensors have no storage that a module could move or save
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype).contiguous(), ROWS)
-        self.bias = None if bias is None else bias.to(dtype).clone()
+        self.own = native.PackedWeight(weight, bias) if own_product(dtype, self.in_features) else None
+        self.weight = self.bias = None
+        if self.own is None:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, ONEDNN_ROWS)
+            self.bias = None if bias is None else bias.clone()
+        self.has_bias = bias is not None
 
     def packed_bytes(self) -> int:
         """Bytes of the packed weight, padding included."""
-        return torch.ops.mkldnn._nbytes(self.weight)
+        return self.own.cells.nbytes if self.own else torch.ops.mkldnn._nbytes(self.weight)
+
+    def bias_bytes(self) -> int:
+        bias = self.own.bias if self.own else self.bias
+        return 0 if bias is None else bias.nbytes
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        by = "vitfast" if self.own else "oneDNN"
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.has_bias}, by={by}"
 
-    def forward(self, x: Tensor, act: str = "none") -> Tensor:
-        """act(x @ weight.T + bias), x [..., K] -> [..., D]."""
-        fused = act in ("gelu", "gelu_tanh") and x.dtype is torch.float32
+    def forward(self, x: Tensor, act: str = "none", norm: nn.Module | None = None) -> Tensor:
+        """act(norm(x) @ weight.T + bias), x [..., K] -> [..., D]."""
         if not x.numel():
             return x.new_empty(*x.shape[:-1], self.out_features)
-        if fused:
+        if self.own:
+            first = norm_of(norm, x.dtype)
+            if norm is not None and first is None:
+                x = run(norm, x)
+            return native.linear(x.contiguous(), self.own, norm=first, act=act)
+        if norm is not None:
+            x = run(norm, x)
+        if act in ("gelu", "gelu_tanh") and x.dtype is torch.float32:
             approximate = "none" if act == "gelu" else "tanh"
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "gelu", [], approximate)
         y = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
@@ -67,6 +95,8 @@ class PackedLinear(nn.Module):
         """residual + x @ weight.T + bias, rounded once."""
         if not x.numel():
             return residual.clone()
+        if self.own:
+            return native.linear(x.contiguous(), self.own, residual=residual.contiguous())
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
 
 
@@ -141,14 +171,31 @@ class PackedBlock(nn.Module):
         self.first = nn.ModuleList(pack(getattr(mlp, name)) for name in mlp.first_names)
         self.mlp_norm = frozen(mlp.norm, dtype)
         self.fc2 = pack(mlp.fc2, gamma(block.ls2))
+        self.whole = self._whole(dtype)
+
+    def _whole(self, dtype: torch.dtype) -> native.Block | None:
+        """All of it for one call, None where some part is not plain."""
+        norms = norm_of(self.norm1, dtype), norm_of(self.norm2, dtype)
+        if "qkv" not in self._modules or self.proj is None or self.mlp_kind != "mlp" or None in norms or self.normed:
+            return None
+        linears = self.qkv, self.proj, self.first[0], self.fc2
+        nothing = type(self.attn_norm) is type(self.mlp_norm) is nn.Identity
+        if not nothing or any(linear.own is None for linear in linears):
+            return None
+        qkv, proj, fc1, fc2 = (linear.own for linear in linears)
+        return native.Block(
+            norms[0], qkv, proj, norms[1], fc1, fc2, self.act, self.num_heads, self.head_dim, self.scale
+        )
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, keep: int | None = None) -> Tensor:
         """Tokens [B, N, D] -> [B, N, D], or the first `keep` of them."""
+        if self.whole is not None and attn_mask is None and keep is None and x.numel() and x.is_contiguous():
+            return native.block(x, self.whole)
         return self.mlp_branch(self.attention_branch(x, attn_mask, keep))
 
     def attention_branch(self, x: Tensor, attn_mask: Tensor | None = None, keep: int | None = None) -> Tensor:
         """x + attention(norm1(x))"""
-        out = self._attend(norm(self.norm1, x), attn_mask, keep)
+        out = self._attend(x, attn_mask, keep)
         if keep is not None:
             x = x[:, :keep].contiguous()
         out = run_norm(self.attn_norm, out)
@@ -156,14 +203,14 @@ class PackedBlock(nn.Module):
             return self.proj.add_to(x, out)
         return x + (out if self.ls1 is None else out * self.ls1)
 
-    def _attend(self, h: Tensor, mask: Tensor | None, keep: int | None) -> Tensor:
+    def _attend(self, x: Tensor, mask: Tensor | None, keep: int | None) -> Tensor:
         if "qkv" in self._modules:
-            q, k, v = self.split(self.qkv(h), 3)
+            q, k, v = self.split(self.qkv(x, norm=self.norm1), 3)
         else:
-            (q,) = self.split(self.q(h if keep is None else h[:, :keep]), 1)
-            k, v = self.split(self.kv(h), 2)
+            (q,) = self.split(self.q(x if keep is None else x[:, :keep], norm=self.norm1), 1)
+            k, v = self.split(self.kv(x, norm=self.norm1), 2)
         if self.normed:
-            q, k = norm(self.q_norm, q), norm(self.k_norm, k)
+            q, k = run(self.q_norm, q), run(self.k_norm, k)
         if mask is not None:
             check_mask(mask, q, k)
             return reference.attention(q, k, v, self.scale, mask)
@@ -175,26 +222,46 @@ class PackedBlock(nn.Module):
 
     def mlp_branch(self, x: Tensor) -> Tensor:
         """x + mlp(norm2(x))"""
-        return self.fc2.add_to(x, norm(self.mlp_norm, self._hidden(norm(self.norm2, x))))
+        if self._in_one_pass(x):
+            return native.mlp(x, norm_of(self.norm2, x.dtype), self.first[0].own, self.fc2.own, self.act)
+        return self.fc2.add_to(x, run(self.mlp_norm, self._hidden(x)))
 
-    def _hidden(self, h: Tensor) -> Tensor:
+    def _in_one_pass(self, x: Tensor) -> bool:
+        return (
+            self.mlp_kind == "mlp"
+            and self.first[0].own is not None
+            and self.fc2.own is not None
+            and type(self.mlp_norm) is nn.Identity
+            and x.is_contiguous()
+            and x.numel() > 0
+            and norm_of(self.norm2, x.dtype) is not None
+        )
+
+    def _hidden(self, x: Tensor) -> Tensor:
         if self.mlp_kind == "mlp":
-            return self.first[0](h, self.act)
+            return self.first[0](x, self.act, self.norm2)
         if self.mlp_kind == "swiglu":
-            return self.first[0](h, self.act).mul_(self.first[1](h))
-        gate, value = self.first[0](h).chunk(2, dim=-1)
+            return self.first[0](x, self.act, self.norm2).mul_(self.first[1](x, norm=self.norm2))
+        gate, value = self.first[0](x, norm=self.norm2).chunk(2, dim=-1)
         return _stock.activation(gate, self.act) * value
 
 
-def norm(module: nn.Module, x: Tensor) -> Tensor:
-    """`module(x)` of a norm or nothing, by the shortest way."""
-    if type(module) is nn.LayerNorm:
-        weight, bias = module.weight, module.bias
-        one_dtype = all(t is None or t.dtype is x.dtype for t in (weight, bias))
-        if x.numel() and x.is_contiguous() and one_dtype and native.takes(x):
-            return native.layer_norm(x, weight, bias, module.eps)
-        return F.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
-    return x if type(module) is nn.Identity else run_norm(module, x)
+def norm_of(module: nn.Module | None, dtype: torch.dtype) -> native.Norm | None:
+    """The norm as the kernels read it, None where they do not know it."""
+    if type(module) is not nn.LayerNorm:
+        return None
+    if any(t is not None and t.dtype is not dtype for t in (module.weight, module.bias)):
+        return None
+    return native.Norm(module.weight, module.bias, module.eps)
+
+
+def run(norm: nn.Module, x: Tensor) -> Tensor:
+    """`norm(x)` of a norm or nothing, by the shortest way."""
+    if type(norm) is nn.LayerNorm:
+        if x.numel() and x.is_contiguous() and native.takes(x) and norm_of(norm, x.dtype):
+            return native.layer_norm(x, norm.weight, norm.bias, norm.eps)
+        return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    return x if type(norm) is nn.Identity else run_norm(norm, x)
 
 
 def frozen(module: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -1,4 +1,4 @@
-// Attention, activations and LayerNorm against plain loops in double, on buffers of exactly the size they may touch.
+// All kernels but patch rows against plain loops in double, on buffers of exactly the size they may touch.
 #include "cpu_kernels.h"
 
 #include <cmath>
@@ -163,9 +163,89 @@ static void check_layer_norm() {
   }
 }
 
+// Numbers of a size that a kernel may touch and no byte more, the last ones zero.
+struct Numbers {
+  std::vector<uint8_t> bytes;
+  DType dtype;
+  Numbers(int64_t n, DType dtype, float scale, int64_t zeros = 0)
+      : bytes((n + zeros) * (dtype == DType::fp32 ? 4 : 2)), dtype(dtype) {
+    for (int64_t i = 0; i < n; ++i) write(bytes.data(), i, dtype, rounded(scale * normal(), dtype));
+  }
+  double at(int64_t i) const { return read(bytes.data(), i, dtype); }
+};
+
+struct Packed {
+  Numbers weight, bias;
+  std::vector<uint8_t> cells;
+  PackedWeight view;
+  Packed(int64_t D, int64_t K, DType dtype)
+      : weight(D * K, dtype, 1 / std::sqrt(float(K))),
+        bias(D, DType::fp32, 1, (MAX_LANES - D % MAX_LANES) % MAX_LANES),
+        cells((D + MAX_LANES - 1) / MAX_LANES * MAX_LANES * K * (dtype == DType::fp32 ? 4 : 2)) {
+    JOIN(kernels_, VITFAST_ISA).pack_weight({weight.bytes.data(), cells.data(), D, K, dtype});
+    view = {cells.data(), (const float*)bias.bytes.data(), K, D};
+  }
+  std::vector<double> apply(const std::vector<double>& x, int64_t rows) const {
+    std::vector<double> y(rows * view.D);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t d = 0; d < view.D; ++d) {
+        y[r * view.D + d] = bias.at(d);
+        for (int64_t k = 0; k < view.K; ++k) y[r * view.D + d] += x[r * view.K + k] * weight.at(d * view.K + k);
+      }
+    return y;
+  }
+};
+
+static void check_linear_and_mlp() {
+  const CpuKernels& kernels = JOIN(kernels_, VITFAST_ISA);
+  for (int trial = 0; trial < 150; ++trial) {
+    const DType dtype = kernels.multiplies(DType::bf16) && trial % 2 ? DType::bf16 : DType::fp32;
+    const bool many = trial % 10 == 9;
+    const int64_t rows = many ? draw(90, 330) : draw(1, 40), K = 2 * draw(1, 40), D = 2 * draw(1, 50);
+    const int threads = int(draw(1, 3));
+    const Numbers x(rows * K, dtype, 2), residual(rows * D, dtype, 1), norm_weight(K, dtype, 1), norm_bias(K, dtype, 1);
+    const Packed fc1(D, K, dtype), fc2(K, D, dtype);
+    const LayerNormArgs norm{nullptr, nullptr, norm_weight.bytes.data(), norm_bias.bytes.data(), 0, K, 1e-6f, dtype, 1};
+    std::vector<double> in(rows * K), normed(rows * K);
+    for (int64_t r = 0; r < rows; ++r) {
+      double mean = 0, variance = 1e-6;
+      for (int64_t i = 0; i < K; ++i) mean += (in[r * K + i] = x.at(r * K + i)) / K;
+      for (int64_t i = 0; i < K; ++i) variance += std::pow(in[r * K + i] - mean, 2) / K;
+      for (int64_t i = 0; i < K; ++i)
+        normed[r * K + i] = (in[r * K + i] - mean) / std::sqrt(variance) * norm_weight.at(i) + norm_bias.at(i);
+    }
+    const double eps = dtype == DType::fp32 ? 1e-3 : 0.06;
+    const auto compare = [&](const std::vector<uint8_t>& out, const std::vector<double>& expected, const char* what) {
+      for (size_t i = 0; i < expected.size(); ++i) {
+        const double got = read(out.data(), i, dtype);
+        REQUIRE(std::abs(got - expected[i]) <= eps * (1 + std::abs(expected[i])), "%s rows %ld K %ld D %ld: %g at %ld, expected %g",
+                what, (long)rows, (long)K, (long)D, got, (long)i, expected[i]);
+      }
+    };
+    const bool normalises = draw(0, 1), adds = draw(0, 1), acts = draw(0, 1);
+    std::vector<uint8_t> out(residual.bytes.size());
+    kernels.linear({x.bytes.data(), norm, normalises, fc1.view, adds ? residual.bytes.data() : nullptr, out.data(), rows,
+                    dtype, acts ? int(Act::gelu) : NO_ACT, threads});
+    std::vector<double> expected = fc1.apply(normalises ? normed : in, rows);
+    for (size_t i = 0; i < expected.size(); ++i) {
+      if (acts) expected[i] = activated(expected[i], Act::gelu);
+      if (adds) expected[i] += residual.at(i);
+    }
+    compare(out, expected, "linear");
+    std::vector<double> hidden = fc1.apply(normed, rows);
+    for (double& h : hidden) h = activated(h, Act::gelu);
+    expected = fc2.apply(hidden, rows);
+    for (size_t i = 0; i < expected.size(); ++i) expected[i] += in[i];
+    std::vector<uint8_t> in_place = x.bytes;  // the block's kernel writes over its input
+    kernels.mlp({in_place.data(), norm, fc1.view, fc2.view, in_place.data(), rows, dtype, int(Act::gelu), threads});
+    compare(in_place, expected, "mlp");
+  }
+}
+
 int main() {
   check_attention();
   check_activations();
   check_layer_norm();
+  check_linear_and_mlp();
   std::puts("ok");
 }

@@ -1,0 +1,130 @@
+"""Products of the C++ kernels with what surrounds them, for every instruction set, by the acceptance rule."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from numerics import accept
+
+from vitfast import extension, native, reference
+
+KERNELS = {kernels.name: kernels for kernels in extension.require().usable_kernels()}
+CASES = [
+    pytest.param(isa, dtype, id=f"{isa}-{str(dtype)[6:]}")
+    for isa, kernels in KERNELS.items()
+    for dtype in (torch.float32, torch.bfloat16)
+    if native.multiplies(dtype, kernels)
+]
+every_case = pytest.mark.parametrize(("isa", "dtype"), CASES)
+# rows, K, D: one row, tails of rows and columns, chains of sums in several pieces, rows a power of two apart
+SHAPES = [(1, 8, 16), (5, 64, 34), (197, 192, 96), (30, 70, 250), (13, 3072, 50), (400, 130, 64), (23, 1024, 40)]
+
+
+class Layers:
+    """norm, fc1 [hidden, K] and fc2 [K, hidden] with what stock operators make of them in any dtype."""
+
+    def __init__(self, K, hidden, dtype, eps=1e-6):
+        draw = lambda *shape: torch.randn(shape)  # noqa: E731
+        tensors = 1 + 0.1 * draw(K), draw(K), draw(hidden, K) * K**-0.5, draw(hidden), draw(K, hidden) * hidden**-0.5
+        self.tensors, self.eps = [t.to(dtype) for t in (*tensors, draw(K))], eps
+
+    def packed(self, isa):
+        norm_weight, norm_bias, w1, b1, w2, b2 = self.tensors
+        norm = native.Norm(norm_weight, norm_bias, self.eps)
+        return norm, *(native.PackedWeight(w, b, KERNELS[isa]) for w, b in ((w1, b1), (w2, b2)))
+
+    def linear(self, x, normalise, act, residual=None):
+        norm_weight, norm_bias, w1, b1 = (t.to(x.dtype) for t in self.tensors[:4])
+        h = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, self.eps) if normalise else x
+        y = reference.activation(F.linear(h, w1, b1), act)
+        return y if residual is None else residual + y
+
+    def mlp(self, x, act):
+        return x + F.linear(self.linear(x, True, act), *(t.to(x.dtype) for t in self.tensors[4:]))
+
+
+@every_case
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_linear_is_less_exact_than_stock(isa, dtype, shape):
+    """A lost tail of rows or columns, a piece of K summed twice, bias or residual forgotten, another row's norm."""
+    torch.manual_seed(0)
+    rows, K, D = shape
+    layers = Layers(K, D, dtype)
+    norm, weight, _ = layers.packed(isa)
+    x, residual = (3 + torch.randn(rows, K)).to(dtype), torch.randn(rows, D).to(dtype)
+    for normalise, act, added in ((False, "none", None), (True, "gelu", None), (True, "silu", residual)):
+        out = native.linear(
+            x, weight, norm=norm if normalise else None, act=act, residual=added, using=KERNELS[isa]
+        )
+        exact = layers.linear(x.double(), normalise, act, None if added is None else added.double())
+        accept(out, exact, layers.linear(x, normalise, act, added))
+
+
+@every_case
+@pytest.mark.parametrize("act", ["none", *native.ACTIVATIONS])
+def test_mlp_is_less_exact_than_stock(isa, dtype, act):
+    """Blocks of rows, few rows, which share columns, and a hidden width that fills no panel."""
+    torch.manual_seed(0)
+    for rows, K, hidden in ((1, 64, 256), (197, 64, 250), (400, 96, 130)):
+        layers, x = Layers(K, hidden, dtype), torch.randn(rows, K).to(dtype)
+        out = native.mlp(x, *layers.packed(isa), act, KERNELS[isa])
+        accept(out, layers.mlp(x.double(), act), layers.mlp(x, act))
+
+
+@every_case
+def test_block_is_not_its_parts(isa, dtype):
+    """q, k and v at wrong offsets, a branch added to the wrong tokens; other bits than the kernels one by one."""
+    torch.manual_seed(0)
+    B, N, H, D = 3, 37, 3, 16
+    attention, mlp = Layers(48, 144, dtype), Layers(48, 192, dtype)
+    (norm1, qkv, _), (norm2, fc1, fc2) = attention.packed(isa), mlp.packed(isa)
+    proj = native.PackedWeight(*(torch.randn(48, 48).to(dtype) / 7, torch.randn(48).to(dtype)), KERNELS[isa])
+    x, using = torch.randn(B, N, 48).to(dtype), KERNELS[isa]
+    block = native.Block(norm1, qkv, proj, norm2, fc1, fc2, "gelu", H, D, D**-0.5)
+    projected = native.linear(x, qkv, norm=norm1, using=using).view(B, N, 3, H, D)
+    attended, _ = native.attention_qkv(projected, D**-0.5, False, using)
+    y = native.linear(attended, proj, residual=x, using=using)
+    assert torch.equal(native.block(x, block, using), native.mlp(y, norm2, fc1, fc2, "gelu", using))
+    stock = F.scaled_dot_product_attention(*projected.permute(2, 0, 3, 1, 4)).transpose(1, 2).flatten(2)
+    accept(attended, reference.attention(*projected.double().unbind(2), D**-0.5), stock)
+
+
+@every_case
+def test_result_depends_on_threads_or_other_rows(isa, dtype):
+    """Another split of the work, of which there are three, must give the same bits."""
+    norm, fc1, fc2 = Layers(64, 256, dtype).packed(isa)
+    x, using = torch.randn(300, 64).to(dtype), KERNELS[isa]
+    linear, mlp = native.linear(x, fc1, norm=norm, using=using), native.mlp(x, norm, fc1, fc2, "gelu", using)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            for first, last in ((0, 300), (299, 300), (100, 111)):
+                rows = x[first:last]
+                assert torch.equal(native.linear(rows, fc1, norm=norm, using=using), linear[first:last])
+                assert torch.equal(native.mlp(rows, norm, fc1, fc2, "gelu", using), mlp[first:last])
+    finally:
+        torch.set_num_threads(before)
+
+
+@every_case
+def test_scratch_memory_is_shared_or_lost(isa, dtype):
+    """A small call, one that wants more than is kept, and a small one again, from two threads at once."""
+    import concurrent.futures
+
+    layers, using = Layers(64, 256, dtype), KERNELS[isa]
+    norm, fc1, fc2 = layers.packed(isa)
+    qkv = native.PackedWeight(torch.randn(192, 64).to(dtype), None, using)
+    proj = native.PackedWeight(torch.randn(64, 64).to(dtype), None, using)
+    block = native.Block(norm, qkv, proj, norm, fc1, fc2, "gelu", 4, 16, 0.25)
+    inputs = [torch.randn(B, 50, 64).to(dtype) for B in (1, 900, 2, 1)]
+    expected = [native.block(x, block, using) for x in inputs]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for _ in range(3):
+            for out, wanted in zip(pool.map(lambda x: native.block(x, block, using), inputs), expected, strict=True):
+                assert torch.equal(out, wanted)
+
+
+@pytest.mark.skipif("avx512_bf16" not in KERNELS, reason="this CPU multiplies no bf16")
+def test_odd_rows_of_pairs_are_read():
+    with pytest.raises(ValueError, match="K must be even in bfloat16, got 7"):
+        native.PackedWeight(torch.randn(4, 7).bfloat16(), None)
