@@ -82,6 +82,7 @@ class SimulatedDevice:
 
     def peak_mib(self, call):
         call()
+        self.synchronize()
         return {"peak_allocated_mib": 1.0, "peak_reserved_mib": 2.0}
 
     def capture(self, call, count):

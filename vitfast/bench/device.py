@@ -8,7 +8,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,23 +150,26 @@ class Cuda:
         """
         if self.stream is None:
             self.stream = torch.cuda.Stream(self.device)
-        graph, results = torch.cuda.CUDAGraph(), None
+        before = torch.cuda.current_stream(self.device)
+        graph, pool, results = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle(), None
         try:
             # libraries make their handles and workspaces per stream, which must not happen during the capture
-            self.stream.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(self.stream):
+            self.stream.wait_stream(before)
+            with torch.cuda.stream(self.stream), _no_synchronisation():
                 for _ in range(WARM_UP_CALLS):
                     call()
-            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+            before.wait_stream(self.stream)
             self.synchronize()
-            with torch.cuda.graph(graph, stream=self.stream):
+            with torch.cuda.graph(graph, pool=pool, stream=self.stream):
                 for _ in range(count):
                     results = call()
             computes = self._computes(graph, results)
         except Exception as problem:
-            del graph, results
-            self.synchronize()
-            raise NotCaptured(first_line(problem)) from problem
+            results = None
+            self._after_failed_capture(graph, before, pool)
+            while problem.__context__ is not None:
+                problem = problem.__context__
+            raise NotCaptured(first_line(problem)) from None
         if not computes:
             raise NotCaptured("replaying the graph computes nothing: its work went to another stream")
 
@@ -174,6 +177,26 @@ class Cuda:
             graph.replay()
 
         return replay
+
+    def _after_failed_capture(self, graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any) -> None:
+        """Undo what torch leaves behind where ending the capture failed as well.
+
+        Then the capture's stream is still the current one, allocations still go to the graph's pool, which nobody will
+        give back, and the generator believes that it is being captured.
+        """
+        torch.cuda.set_stream(stream)
+        try:
+            # a graph that was ended has its pool, and gives it back itself
+            graph.pool()
+        except RuntimeError:
+            for end in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+                # they complain where the capture had not begun
+                with contextlib.suppress(RuntimeError):
+                    getattr(torch._C, end)(self.device.index, pool)
+            with contextlib.suppress(Exception):
+                generator = torch.cuda.default_generators[self.device.index]
+                generator.graphsafe_set_state(generator.clone_state())
+        self.synchronize()
 
     def _computes(self, graph: Any, results: Any) -> bool:
         """Whether a replay writes the results of the last call."""
@@ -185,6 +208,17 @@ class Cuda:
             graph.replay()
             self.synchronize()
             return seen is None or not seen.isnan().all().item()
+
+
+@contextlib.contextmanager
+def _no_synchronisation() -> Iterator[None]:
+    """Raise where torch waits for the device: in a capture that would be an error that is hard to recover from."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def of(device: torch.device | str) -> Cpu | Cuda:

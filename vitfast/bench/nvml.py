@@ -1,10 +1,11 @@
-"""Clocks, power, temperature and throttle reasons of a CUDA device, read only: from pynvml, else from nvidia-smi."""
+"""Clocks, power, temperature and throttle reasons of a CUDA device, read only: from NVML, else from nvidia-smi."""
 
 from __future__ import annotations
 
+import ctypes
 import functools
-import shutil
 import subprocess
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,15 +22,19 @@ REASONS = {
     0x080: "hardware power brake",
     0x100: "display clocks",
 }
-# name in a row: nvidia-smi's
-QUERY = {
-    "sm_mhz": "clocks.sm",
-    "memory_mhz": "clocks.mem",
-    "sm_max_mhz": "clocks.max.sm",
-    "power_w": "power.draw",
-    "power_limit_w": "enforced.power.limit",
-    "temperature_c": "temperature.gpu",
+# name in a row: nvidia-smi's; NVML's function, its argument, and what a unit of its answer is
+QUERIES = {
+    "sm_mhz": ("clocks.sm", "nvmlDeviceGetClockInfo", 1, 1.0),
+    "memory_mhz": ("clocks.mem", "nvmlDeviceGetClockInfo", 2, 1.0),
+    "sm_max_mhz": ("clocks.max.sm", "nvmlDeviceGetMaxClockInfo", 1, 1.0),
+    "power_w": ("power.draw", "nvmlDeviceGetPowerUsage", None, 1e-3),
+    "power_limit_w": ("enforced.power.limit", "nvmlDeviceGetEnforcedPowerLimit", None, 1e-3),
+    "temperature_c": ("temperature.gpu", "nvmlDeviceGetTemperature", 0, 1.0),
 }
+# the first is the newer name
+SMI_REASONS = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
+
+State = dict[str, Any]
 
 
 def decode(bits: int) -> list[str]:
@@ -39,17 +44,15 @@ def decode(bits: int) -> list[str]:
     return words + ([f"unknown {unknown:#x}"] if unknown else [])
 
 
-def state(device: torch.device) -> dict[str, Any] | None:
-    """What `device` does now: `QUERY`'s values, each None where the driver does not tell, and "throttle" in words.
+def state(device: torch.device) -> State | None:
+    """What `device` does now: `QUERIES`, each None where the driver does not tell, and "throttle" in words.
 
-    None where neither pynvml nor nvidia-smi can be asked: `source` says why.
+    None where neither NVML nor nvidia-smi answers; `source` says why.
     """
+    # a driver that refuses a question must not cost the run
     try:
-        how, handle = _opened(_uuid(device))
-        if how == "pynvml":
-            return _from_pynvml(handle)
-        return _from_smi(handle) if how == "nvidia-smi" else None
-    # a driver that refuses one question must not cost the run
+        reader = _reader(_uuid(device))
+        return reader.state() if isinstance(reader, (Library, Smi)) else None
     except Exception:
         return None
 
@@ -57,15 +60,10 @@ def state(device: torch.device) -> dict[str, Any] | None:
 def source(device: torch.device) -> dict[str, Any]:
     """Which of the two answers and the driver's version, or why none does."""
     try:
-        how, handle = _opened(_uuid(device))
-        if how == "pynvml":
-            import pynvml
-
-            driver = pynvml.nvmlSystemGetDriverVersion()
-            return {"nvml": how, "driver": driver.decode() if isinstance(driver, bytes) else driver}
-        if how == "nvidia-smi":
-            return {"nvml": how, "driver": _smi(handle, ["driver_version"])[0]}
-        return {"nvml": f"absent: {handle}", "driver": None}
+        reader = _reader(_uuid(device))
+        if isinstance(reader, (Library, Smi)):
+            return {"nvml": reader.name, "driver": reader.driver()}
+        return {"nvml": f"absent: {reader}", "driver": None}
     except Exception as problem:
         return {"nvml": f"absent: {problem}", "driver": None}
 
@@ -76,68 +74,93 @@ def _uuid(device: torch.device) -> str:
 
 
 @functools.cache
-def _opened(uuid: str) -> tuple[str, Any]:
-    """("pynvml", handle), ("nvidia-smi", uuid) or ("", why neither)."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
-        return "pynvml", handle
-    except Exception as problem:
-        why = f"pynvml: {problem}"
-    if shutil.which("nvidia-smi") is None:
-        return "", f"{why}; nvidia-smi: not found"
-    try:
-        _smi(uuid, ["clocks.sm"])
-        return "nvidia-smi", uuid
-    except (OSError, subprocess.SubprocessError) as problem:
-        return "", f"{why}; nvidia-smi: {problem}"
-
-
-def _from_pynvml(handle: Any) -> dict[str, Any]:
-    import pynvml
-
-    def ask(question: Any, *arguments: Any, scale: float = 1) -> float | None:
+def _reader(uuid: str) -> Library | Smi | str:
+    """Who can be asked, or why nobody."""
+    why = []
+    for open_one in (lambda: Library(uuid, ctypes.CDLL("libnvidia-ml.so.1")), lambda: Smi(uuid)):
         try:
-            return question(handle, *arguments) * scale
-        except pynvml.NVMLError:
+            reader = open_one()
+            reader.state()
+            return reader
+        except Exception as problem:
+            why.append(str(problem))
+    return "; ".join(why)
+
+
+class Library:
+    """The driver's NVML.
+
+    Raises:
+        OSError: it knows no such device.
+    """
+
+    name = "NVML"
+
+    def __init__(self, uuid: str, library: Any) -> None:
+        self.library = library
+        self.device = ctypes.c_void_p()
+        for name, *arguments in (
+            ("nvmlInit_v2",),
+            ("nvmlDeviceGetHandleByUUID", ctypes.c_char_p(uuid.encode()), ctypes.byref(self.device)),
+        ):
+            status = getattr(library, name)(*arguments)
+            if status:
+                raise OSError(f"{name} returned {status}")
+
+    def state(self) -> State:
+        found: State = {}
+        for name, (_, function, argument, unit) in QUERIES.items():
+            answer = self._ask(function, ctypes.c_uint(), *([] if argument is None else [ctypes.c_uint(argument)]))
+            found[name] = None if answer is None else answer * unit
+        bits = self._ask("nvmlDeviceGetCurrentClocksThrottleReasons", ctypes.c_ulonglong())
+        return found | {"throttle": None if bits is None else decode(bits)}
+
+    def driver(self) -> str:
+        text = ctypes.create_string_buffer(96)
+        self.library.nvmlSystemGetDriverVersion(text, ctypes.c_uint(len(text)))
+        return text.value.decode()
+
+    def _ask(self, function: str, answer: Any, *arguments: Any) -> int | None:
+        ask: Callable[..., int] | None = getattr(self.library, function, None)
+        if ask is None or ask(self.device, *arguments, ctypes.byref(answer)):
             return None
-
-    # renamed in driver 535
-    reasons = getattr(pynvml, "nvmlDeviceGetCurrentClocksEventReasons", None)
-    bits = ask(reasons or pynvml.nvmlDeviceGetCurrentClocksThrottleReasons)
-    return {
-        "sm_mhz": ask(pynvml.nvmlDeviceGetClockInfo, pynvml.NVML_CLOCK_SM),
-        "memory_mhz": ask(pynvml.nvmlDeviceGetClockInfo, pynvml.NVML_CLOCK_MEM),
-        "sm_max_mhz": ask(pynvml.nvmlDeviceGetMaxClockInfo, pynvml.NVML_CLOCK_SM),
-        "power_w": ask(pynvml.nvmlDeviceGetPowerUsage, scale=1e-3),
-        "power_limit_w": ask(pynvml.nvmlDeviceGetEnforcedPowerLimit, scale=1e-3),
-        "temperature_c": ask(pynvml.nvmlDeviceGetTemperature, pynvml.NVML_TEMPERATURE_GPU),
-        "throttle": None if bits is None else decode(int(bits)),
-    }
+        return answer.value
 
 
-def _from_smi(uuid: str) -> dict[str, Any]:
-    found = {name: _number(text) for name, text in zip(QUERY, _smi(uuid, list(QUERY.values())), strict=True)}
-    bits = None
-    for query in ("clocks_event_reasons.active", "clocks_throttle_reasons.active"):
+class Smi:
+    """nvidia-smi, which takes longer to answer.
+
+    Raises:
+        OSError, subprocess.SubprocessError: it is not there or knows no such device.
+    """
+
+    name = "nvidia-smi"
+
+    def __init__(self, uuid: str) -> None:
+        self.uuid = uuid
         try:
-            bits = int(_smi(uuid, [query])[0], 16)
-            break
-        except (ValueError, subprocess.SubprocessError):
-            continue
-    return found | {"throttle": None if bits is None else decode(bits)}
+            self.reasons = SMI_REASONS[0]
+            self._ask(self.reasons)
+        except subprocess.CalledProcessError:
+            self.reasons = SMI_REASONS[1]
+
+    def state(self) -> State:
+        *numbers, bits = self._ask(*(query[0] for query in QUERIES.values()), self.reasons)
+        found: State = {name: _number(text, float) for name, text in zip(QUERIES, numbers, strict=True)}
+        bits = _number(bits, lambda text: int(text, 16))
+        return found | {"throttle": None if bits is None else decode(bits)}
+
+    def driver(self) -> str:
+        return self._ask("driver_version")[0]
+
+    def _ask(self, *queries: str) -> list[str]:
+        options = f"--id={self.uuid}", f"--query-gpu={','.join(queries)}", "--format=csv,noheader,nounits"
+        found = subprocess.run(["nvidia-smi", *options], capture_output=True, text=True, check=True, timeout=20)
+        return [text.strip() for text in found.stdout.strip().splitlines()[0].split(",")]
 
 
-def _smi(uuid: str, queries: list[str]) -> list[str]:
-    command = ["nvidia-smi", f"--id={uuid}", f"--query-gpu={','.join(queries)}", "--format=csv,noheader,nounits"]
-    found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
-    return [text.strip() for text in found.stdout.strip().splitlines()[0].split(",")]
-
-
-def _number(text: str) -> float | None:
+def _number(text: str, read: Callable[[str], Any]) -> Any:
     try:
-        return float(text)
+        return read(text)
     except ValueError:
         return None

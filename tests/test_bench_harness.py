@@ -1,0 +1,428 @@
+"""The harness: what may be timed, and what a row and a record say of the rest."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from bench_cases import QuickCpu, layer_norm, make, named, on_device, plain_layer_norm, run, variant
+from simulated_device import SimulatedDevice
+
+from vitfast.bench import harness
+from vitfast.bench.case import Variant
+from vitfast.bench.harness import DeviceLost, run_case, run_cases
+from vitfast.bench.record import Record, open_for_resume, read
+
+TESTS = Path(__file__).parent
+
+
+# what may be timed
+
+
+def test_a_wrong_result_of_ours_is_timed():
+    calls = []
+
+    def wrong(x, weight, bias):
+        calls.append(len(x))
+        out = layer_norm(x, weight, bias)
+        out[1, 2] = 0
+        return out
+
+    row = run({"vitfast": variant(wrong, ours=True)})
+    found = row["variants"]["vitfast"]
+    assert calls == [4]
+    assert not {"ms", "ratio", "tflops"} & found.keys()
+    assert found["accepted"] is False and found["error_ratio"] > 100
+    assert "not accepted" in found["not_timed"] and "A: max error" in found["not_timed"] and "B: 1 of 20 rows" in (
+        found["not_timed"]
+    )
+    assert row["variants"]["torch"]["ms"] > 0
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_right_result_of_ours_is_refused(dtype):
+    row = run({"vitfast": variant(plain_layer_norm, ours=True)}, dtype=dtype, width=256)
+    found = row["variants"]["vitfast"]
+    assert found["accepted"] and 0.2 < found["error_ratio"] < 2 and "not_timed" not in found
+    assert found["ms_20"] <= found["ms"] <= found["ms_80"] and found["ratio"] > 0 and found["compile_s"] > 0
+    assert found["within_noise"] in (True, False) and found["ours"]
+    assert row["variants"]["torch"]["error_ratio"] == 1.0 and row["variants"]["torch"]["accepted"]
+    assert row["rounds"] >= 6 and row["noise_25"] <= 1 <= row["noise_75"] and row["yardstick"] == "torch"
+    json.dumps(row)
+
+
+def test_an_inexact_rival_is_not_timed_or_not_marked():
+    def inexact(x, weight, bias):
+        return layer_norm(x.bfloat16(), weight.bfloat16(), bias.bfloat16()).float()
+
+    found = run({"rival": variant(inexact)})["variants"]["rival"]
+    assert found["ms"] > 0 and found["accepted"] is False and found["error_ratio"] > 1000
+    assert "C: rms error" in found["why_not_accepted"] and "not_timed" not in found
+
+
+def test_a_rival_is_blamed_for_the_dtype_of_its_results():
+    def wide(x, weight, bias):
+        return layer_norm(x.float(), weight.float(), bias.float())
+
+    variants = run({"rival": variant(wide), "vitfast": variant(wide, ours=True)}, dtype="bf16", width=256)["variants"]
+    assert variants["rival"]["accepted"] and variants["rival"]["ms"] > 0
+    assert "dtype torch.float32, expected torch.bfloat16" in variants["vitfast"]["not_timed"]
+
+
+def test_what_fails_or_is_absent_costs_the_row():
+    def fails(*_):
+        raise RuntimeError("first line\nsecond line")
+
+    def too_large(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    def build():
+        raise ImportError("needs another version")
+
+    row = run(
+        {
+            "fails": variant(fails), "too large": variant(too_large, ours=True), "cannot be built": Variant(build),
+            "absent": variant(layer_norm, needs=("no_such_module", "json", "nor_such")),
+            "nothing": variant(lambda *_: ()), "right": variant(layer_norm),
+        }
+    )  # fmt: skip
+    found = row["variants"]
+    assert found["fails"]["not_timed"] == "RuntimeError: first line"
+    assert found["too large"]["not_timed"].startswith("out of memory: OutOfMemoryError: CUDA out of memory.")
+    assert found["cannot be built"]["not_timed"] == "ImportError: needs another version"
+    assert found["absent"] == {"ours": False, "absent": "no_such_module and nor_such are not installed"}
+    assert found["nothing"]["not_timed"] == "ValueError: results must be 1, got 0"
+    assert found["right"]["ms"] > 0 and found["right"]["ratio"] > 0
+
+
+def test_one_that_fails_while_it_is_timed_costs_the_others_their_times():
+    calls = []
+
+    def tires(*inputs):
+        calls.append(1)
+        if len(calls) > 5:
+            raise torch.OutOfMemoryError("no more")
+        return layer_norm(*inputs)
+
+    found = run({"tires": variant(tires), "right": variant(layer_norm)})["variants"]
+    assert found["tires"]["not_timed"].startswith("out of memory") and "ms" not in found["tires"]
+    assert found["right"]["ratio"] > 0
+
+
+def test_one_that_changes_its_inputs_makes_the_others_wrong():
+    def in_place(x, weight, bias):
+        return x.copy_(layer_norm(x, weight, bias))
+
+    found = run({"in place": variant(in_place), "vitfast": variant(plain_layer_norm, ours=True)})["variants"]
+    assert found["in place"]["not_timed"] == "it changes its inputs"
+    assert found["vitfast"]["accepted"] and found["vitfast"]["ms"] > 0
+
+
+def test_without_a_baseline_nothing_is_timed():
+    def fails(*_):
+        raise RuntimeError("no baseline")
+
+    rivals = {"rival": variant(layer_norm), "yardstick": variant(layer_norm)}
+    row = run_case(replace(make({"base": variant(fails), **rivals}), baseline="base"), seconds=0.01, place=QuickCpu())
+    assert row["variants"]["rival"]["ms"] > 0 and "ratio" not in row["variants"]["rival"] and row["noise"] is None
+
+
+@pytest.mark.parametrize("part", ["yardstick", "reference"])
+def test_what_nobody_can_judge_is_taken_for_right(part):
+    def fails(*_):
+        raise RuntimeError("it cannot")
+
+    options = {"reference": fails} if part == "reference" else {}
+    variants = {"ours": variant(layer_norm, ours=True), "rival": variant(layer_norm), "fails": variant(fails)}
+    case = make(variants, **options)
+    if part == "yardstick":
+        case = replace(case, yardstick="fails")
+    found = run_case(case, seconds=0.01, place=QuickCpu())["variants"]
+    assert found["ours"]["not_timed"] == f"the {part} failed: RuntimeError: it cannot"
+    assert found["rival"]["ms"] > 0 and found["rival"]["accepted"] is None and found["rival"]["error_ratio"] is None
+
+
+def test_inputs_that_cannot_be_made_cost_the_run():
+    def fails(generator):
+        raise torch.OutOfMemoryError("inputs do not fit")
+
+    row = run({"absent": variant(layer_norm, needs=("no_such_module",))}, inputs=fails)
+    assert "inputs do not fit" in row["variants"]["torch"]["not_timed"] and "absent" in row["variants"]["absent"]
+
+
+def test_images_past_the_first_are_judged_or_the_batch_is_cut_for_no_reason():
+    batches = []
+
+    def counted(x, weight, bias):
+        batches.append(len(x))
+        return layer_norm(x, weight, bias)
+
+    def reference(x, weight, bias):
+        assert len(x) == 2 and x.dtype == torch.float64
+        return layer_norm(x, weight, bias)
+
+    row = run({"vitfast": variant(counted, ours=True)}, batch=6, check_images=2, reference=reference)
+    assert row["variants"]["vitfast"]["accepted"] and set(batches) == {6}
+
+
+def test_a_sum_over_all_images_is_judged_by_the_first_of_them():
+    """The gradient of a weight depends on all images, the truth is computed on few: those have to be the same ones."""
+    batches = []
+
+    def both(x, weight, bias):
+        batches.append(len(x))
+        return x * weight, (x * bias).sum((0, 1))
+
+    def off(x, weight, bias):
+        return x * weight, (x * bias).sum((0, 1)) * (1.01 if len(x) == 2 else 1)
+
+    case = make(
+        {"torch": variant(both), "vitfast": variant(both, ours=True), "off": variant(off, ours=True)}, batch=6,
+        check_images=2, reference=both, per_image=(True, False), mode="forward+backward",
+    )  # fmt: skip
+    found = run_case(case, seconds=0.01, place=QuickCpu())["variants"]
+    assert found["vitfast"]["accepted"] and found["vitfast"]["ms"] > 0
+    assert "result 1" in found["off"]["not_timed"]
+    assert batches[:3] == [2, 6, 2] and set(batches[4:]) == {6, 2} and batches.count(2) == 3
+
+
+def test_a_model_is_held_to_the_rule_for_ops():
+    """One image of many may be further off by luck; rule B for ops does not allow that."""
+
+    def unlucky(x, weight, bias):
+        out = layer_norm(x, weight, bias)
+        truth = layer_norm(*(t[0].double() if t is x else t.double() for t in (x, weight, bias)))
+        out[0] = truth + 6 * (out[0] - truth)
+        return out
+
+    case = make({"vitfast": variant(unlucky, ours=True)}, batch=128, check_images=128, width=64)
+    as_op, as_model = (
+        run_case(each, seconds=0.01, place=QuickCpu())["variants"]["vitfast"]
+        for each in (case, replace(case, kind="model", mode="inference"))
+    )
+    assert "B: " in as_op["not_timed"] and as_model["accepted"] and as_model["ms"] > 0
+    wrong = {"vitfast": variant(lambda *i: layer_norm(*i) * 1.001, ours=True)}
+    assert "relative rms error" in run(wrong, kind="model")["variants"]["vitfast"]["not_timed"]
+
+
+def test_of_several_results_of_a_model_only_one_is_judged():
+    def both(*inputs):
+        return layer_norm(*inputs), layer_norm(*inputs) * 2
+
+    def off(*inputs):
+        return layer_norm(*inputs), layer_norm(*inputs) * 2.01
+
+    variants = {"torch": variant(both), "vitfast": variant(both, ours=True), "off": variant(off, ours=True)}
+    found = run(variants, kind="model", mode="training", reference=both, per_image=(True, True))["variants"]
+    assert found["vitfast"]["accepted"] and "1: rms error" in found["off"]["not_timed"]
+
+
+def test_a_result_that_the_next_call_overwrites_is_judged_too_late():
+    out = torch.empty(4, 5, 32)
+
+    def reused(x, weight, bias):
+        return out.copy_(layer_norm(x, weight, bias))
+
+    case = make({"torch": variant(reused), "vitfast": variant(plain_layer_norm, ours=True)})
+    case = replace(case, variants={**case.variants, "wrong": variant(lambda *i: reused(*i).mul_(1.01), ours=True)})
+    found = run_case(case, seconds=0.01, place=QuickCpu())["variants"]
+    assert found["vitfast"]["accepted"] and found["wrong"]["accepted"] is False
+
+
+def test_time_goes_on_being_spent_after_the_deadline():
+    built = []
+
+    def slow(name):
+        def build():
+            built.append(name)
+            time.sleep(0.05)
+            return layer_norm
+
+        return Variant(build, ours=name == "vitfast")
+
+    case = make({"torch": slow("torch"), "vitfast": slow("vitfast"), "apart": Variant(lambda: layer_norm, apart=100.0)})
+    row = run_case(case, seconds=5.0, deadline=time.perf_counter() + 0.02)
+    assert built == ["torch"] and row["variants"]["torch"]["ms"] > 0
+    assert row["variants"]["vitfast"]["not_timed"] == row["variants"]["apart"]["not_timed"] == harness.NO_TIME_LEFT
+
+
+# a process of its own
+
+
+FACTORY = """
+    import time, torch
+    from bench_cases import layer_norm, make
+    from vitfast.bench.case import Variant
+
+    def case(seconds, status=None):
+        def build():
+            time.sleep(seconds)
+            if status is not None:
+                raise SystemExit(status)
+            assert torch.get_num_threads() == 1
+            return layer_norm
+        notes = {"factory": "made_elsewhere.case", "arguments": {"seconds": seconds, "status": status}}
+        return make({"slow compiler": Variant(build, apart=9.0), "left out": Variant(build)}, notes=notes)
+"""
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    (tmp_path / "made_elsewhere.py").write_text(textwrap.dedent(FACTORY))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(TESTS)]))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "made_elsewhere", raising=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    import made_elsewhere
+
+    yield lambda *arguments, limit: replace(
+        case := made_elsewhere.case(*arguments),
+        variants={
+            "torch": case.variants["torch"], "slow compiler": replace(case.variants["slow compiler"], apart=limit),
+        },
+    )  # fmt: skip
+    torch.set_num_threads(threads)
+
+
+def test_a_variant_apart_is_not_timed_or_not_checked(elsewhere):
+    row = run_case(elsewhere(0.3, limit=60.0), seconds=0.01, place=QuickCpu())
+    found = row["variants"]["slow compiler"]
+    assert found["apart"] and found["accepted"] and found["ms"] > 0 and found["ratio"] > 0 and found["baseline_ms"] > 0
+    assert found["compile_s"] >= 0.3 and found["tflops"] > 0
+
+
+def test_a_variant_apart_goes_on_after_its_time(elsewhere):
+    began = time.perf_counter()
+    found = run_case(elsewhere(300, limit=1.0), seconds=0.01, place=QuickCpu())["variants"]
+    assert time.perf_counter() - began < 30
+    assert found["slow compiler"]["not_timed"] == "time limit: not ready after 1 s" and found["torch"]["ms"] > 0
+
+
+def test_a_process_that_dies_takes_the_row_with_it(elsewhere):
+    found = run_case(elsewhere(0, 3, limit=60.0), seconds=0.01, place=QuickCpu())["variants"]["slow compiler"]
+    assert found["not_timed"].startswith("its process ended with status 3")
+
+
+def test_a_case_that_nobody_else_can_make_is_run_apart():
+    found = run({"apart": variant(layer_norm, apart=9.0)})["variants"]["apart"]
+    assert "nothing in the case's notes" in found["not_timed"]
+
+
+# many cases
+
+
+def quietly(cases, record, **options):
+    told = []
+    options = {"budget_s": 600, "stage": "ops", "seconds": 0.0, "place": QuickCpu(), "progress": told.append} | options
+    return run_cases(cases, record, **options), told
+
+
+def test_rows_that_do_not_fit_the_budget_are_run_or_go_unmentioned(tmp_path, monkeypatch):
+    now = [0.0]
+
+    def ten_seconds(case, **options):
+        now[0] += 10.0
+        return {"key": case.key, "variants": {"torch": {"ms": 1.0, "ours": False}}, "kind": "op"}
+
+    monkeypatch.setattr(harness, "run_case", ten_seconds)
+    record = Record(tmp_path / "run.json", {})
+    cases = named("a", "b", "c", "d", "e")
+    _, told = quietly(cases, record, budget_s=35, clock=lambda: now[0])
+    data = read(record.path)
+    assert [row["key"] for row in data["rows"]] == [case.key for case in cases[:3]] and now[0] == 30.0
+    assert [each["key"] for each in data["skipped"]] == [case.key for case in cases[3:]]
+    assert all("no time left: 5 s of 35, a row takes about 10" in each["why"] for each in data["skipped"])
+    assert "1/5, 25 s left" in told[0] and "2 of 5 rows skipped" in told[-1]
+
+
+def test_what_is_there_is_run_again_or_what_is_not_is_left_out(tmp_path):
+    path = tmp_path / "run.json"
+    cases = named("done", "failed", "skipped", "new")
+    record = Record(path, {"device": "here"})
+    run_done = {"key": cases[0].key, "variants": {"torch": {"ms": 123.0}}}
+    record.add(run_done)
+    record.add({"key": cases[1].key, "variants": {"torch": {"not_timed": harness.NO_TIME_LEFT}}})
+    record.skip("ops", [cases[2].key], "no time left")
+    resumed = open_for_resume(path, {"device": "here"})
+    # a case may also be made when it is wanted
+    _, told = quietly([*cases[:3], lambda: cases[3]], resumed)
+    data = read(path)
+    rows = {row["key"]: row for row in data["rows"]}
+    assert "1 of 4 rows are there already" in told[0] and len(told) == 4
+    assert rows[cases[0].key]["variants"] == run_done["variants"]
+    assert all(rows[case.key]["variants"]["vitfast"]["ms"] > 0 for case in cases[1:]) and data["skipped"] == []
+    assert data["earlier"] == [{"device": "here"}]
+
+
+def test_what_of_ours_is_wrong_is_not_told(tmp_path):
+    wrong = make({"vitfast": variant(lambda *i: layer_norm(*i) + 1, ours=True)})
+    red, told = quietly([wrong, *named("right")], Record(tmp_path / "run.json", {}))
+    assert len(red) == 1 and red[0].startswith(f"{wrong.key}: vitfast: result 0 (torch.float32) not accepted")
+    assert "vitfast: result 0 (torch.float32) not accepted" in told[0] and "ms (" in told[1]
+
+
+KILLED = """
+    import sys, time
+    from bench_cases import QuickCpu, layer_norm, make, named
+    from vitfast.bench.case import Variant
+    from vitfast.bench.harness import run_cases
+    from vitfast.bench.record import Record
+
+    def build():
+        print("building", flush=True)
+        {end}
+
+    cases = [*named("first", "second"), make({{"hangs": Variant(build)}}, name="third"), *named("fourth")]
+    run_cases(cases, Record(sys.argv[1], {{"device": "here"}}), budget_s=600, stage="ops", seconds=0.0,
+              place=QuickCpu(), progress=lambda text: None)
+"""
+
+
+@pytest.mark.parametrize("end", ["time.sleep(300)", "raise KeyboardInterrupt"])
+def test_a_run_that_is_killed_loses_its_finished_rows(tmp_path, end):
+    path = tmp_path / "run.json"
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(KILLED).format(end=end), path], stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(
+            [str(TESTS.parent), str(TESTS)])},
+    )  # fmt: skip
+    assert process.stdout.readline() == "building\n"
+    if "sleep" in end:
+        process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    data = read(path)
+    assert [row["name"] for row in data["rows"]] == ["first", "second"]
+    assert all(row["variants"]["vitfast"]["ms"] > 0 for row in data["rows"])
+    assert [each["why"] for each in data["skipped"]] == ([] if "sleep" in end else ["interrupted"] * 2)
+    resumed = open_for_resume(path, {"device": "here"})
+    quietly(named("first", "second", "third", "fourth"), resumed)
+    assert [row["name"] for row in read(path)["rows"]] == ["first", "second", "third", "fourth"]
+
+
+def test_after_the_device_is_lost_other_variants_are_blamed(tmp_path):
+    place = SimulatedDevice()
+
+    def breaks(*_):
+        place.lost = True
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    cases = [
+        make({"torch": on_device(place, 1e-6, 1e-4), "breaks": variant(breaks), "vitfast": variant(layer_norm)}),
+        make({}, name="next"),
+    ]
+    record = Record(tmp_path / "run.json", {})
+    with pytest.raises(DeviceLost, match="after breaks: RuntimeError: CUDA error"):
+        run_cases(cases, record, budget_s=60, stage="ops", seconds=0.01, place=place, progress=lambda text: None)
+    data = read(record.path)
+    assert [row["key"] for row in data["rows"]] == [cases[0].key]
+    assert data["rows"][0]["variants"]["vitfast"]["not_timed"] == "the device was lost"
+    assert data["skipped"][0]["key"] == cases[1].key and "device was lost" in data["skipped"][0]["why"]
