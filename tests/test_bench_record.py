@@ -161,10 +161,11 @@ def test_rows_of_two_devices_are_merged_unasked(tmp_path):
 def model_row(mode, **more):
     variant = {"ms": 20.0, "ms_20": 19.0, "ms_80": 21.0, "ours": True, "ratio": 1.5, "error_ratio": None}
     return {
-        "key": f"model {mode}", "kind": "model", "name": "vit_base_patch16_224", "mode": mode,
-        "shape": {"img_size": 224}, "batch": 64, "dtype": "bf16", "autocast": False,
+        "key": f"model {mode}", "kind": "model", "name": "vit_base_patch16_224 compiled", "mode": mode,
+        "shape": {"size": 224}, "batch": 64, "dtype": "bf16", "autocast": False,
         "work": {"flops": 35_130_000_000 * 64, "bytes": 1},
-        "notes": {"param_count": 86_567_656}, "variants": {"vitfast": variant, "absent": {"absent": "no such"}},
+        "notes": {"model": "vit_base_patch16_224", "param_count": 86_567_656},
+        "variants": {"vitfast": variant, "absent": {"absent": "no such"}},
     } | more  # fmt: skip
 
 
@@ -195,7 +196,7 @@ def test_a_table_of_ops_lacks_what_others_plot(tmp_path):
     assert line["kernel_name"] == "layer_norm" and line["kernel_provider"] == "vitfast"
     assert line["kernel_operation_mode"] == "full" and line["metric_unit"] == "ms" and line["x_value"] == "64"
     assert (line["y_value_20"], line["y_value_50"], line["y_value_80"]) == ("19.0", "20.0", "21.0")
-    assert json.loads(line["extra_benchmark_config_str"])["shape"] == {"img_size": 224}
+    assert json.loads(line["extra_benchmark_config_str"])["shape"] == {"size": 224}
 
 
 # what a run was

@@ -14,18 +14,17 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from vitfast import acceptance
 from vitfast.bench import apart
 from vitfast.bench import ceilings as limits
 from vitfast.bench import device as devices
 from vitfast.bench import record as records
-from vitfast.bench.case import DTYPES, Case, Tensors, Variant
+from vitfast.bench.case import Case, Tensors, Variant
+from vitfast.bench.judge import Judge
 from vitfast.bench.machine import OtherProcesses
 from vitfast.timing import Comparison, Repeated, interleaved_medians, rotating
 
@@ -112,10 +111,7 @@ class _Run:
                 self.variants[name]["absent"] = f"{' and '.join(missing)} {verb} not installed"
         self.calls: dict[str, Callable[[], Any]] = {}
         self.sets: list[Tensors] = []
-        self.low: list[Tensor] | None = None
-        self.truth: list[Tensor] | None = None
-        # why nothing can be judged, if so
-        self.no_measure = "the yardstick has no result"
+        self.judge: Judge | None = None
         self.facts: Row = {}
         tf32 = case.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
         self.tf32 = tf32 if case.dtype == "fp32" and case.device.type == "cuda" else None
@@ -154,12 +150,7 @@ class _Run:
             for name in (*self.open(), *self.open(apart=True)):
                 self.fail(name, problem)
             return
-        self.images = min(case.check_images, case.batch)
-        self.cut = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in case.cut(first, self.images))
-        try:
-            self.truth = _tensors(case.reference(*map(_double, self.cut)))
-        except Exception as problem:
-            self.no_measure = f"the reference failed: {devices.first_line(problem)}"
+        self.judge = Judge(case, first, bool(self.tf32))
 
     def build(self) -> None:
         first = dict.fromkeys([self.case.yardstick, self.case.baseline])
@@ -174,73 +165,31 @@ class _Run:
             # other people's software may fail in any way, which must not cost the rest of the run
             except Exception as problem:
                 if name == self.case.yardstick:
-                    self.no_measure = f"the yardstick failed: {devices.first_line(problem)}"
+                    self.judge.no_measure = f"the yardstick failed: {devices.first_line(problem)}"
                 self.fail(name, problem)
 
     def build_one(self, name: str, variant: Variant) -> None:
         began = self.place.clock()
         function = variant.build()
-        results = _tensors(function(*self.sets[0]))
+        results = function(*self.sets[0])
         self.place.synchronize()
         found = self.variants[name]
         found["compile_s"] = self.place.clock() - began
-        results = self.judged(function, results)
-        if any(not torch.equal(a, b) for a, b in zip(self.case.cut(self.sets[0], self.images), self.cut, strict=True)):
+        results = self.judge.judged(function, results)
+        if self.judge.is_changed(self.sets[0]):
             self.sets[0] = self.case.inputs(torch.Generator(self.case.device).manual_seed(SEED))
             found["not_timed"] = "it changes its inputs"
             return
         if name == self.case.yardstick:
-            self.low = results
-        fault = self.judge(found, results, variant.ours)
+            self.judge.low = results
+        verdict, fault = self.judge.judge(results, variant.ours)
+        found |= verdict
         if fault and variant.ours:
             found["not_timed"] = fault
             return
         if fault:
             found["why_not_accepted"] = fault
         self.calls[name] = self.guarded(name, rotating(function, self.sets))
-
-    def judged(self, function: Callable[..., Any], results: list[Tensor]) -> list[Tensor]:
-        """Copies of what is judged: first images of the results, and of a smaller batch what depends on all images."""
-        case = self.case
-        if len(results) != len(case.per_image):
-            raise ValueError(f"results must be {len(case.per_image)}, got {len(results)}")
-        if case.batch > self.images:
-            pairs = zip(results, case.per_image, strict=True)
-            picked = [result[: self.images].clone() if by_image else None for result, by_image in pairs]
-            if not all(case.per_image):
-                smaller = _tensors(function(*self.cut))
-                picked = [s.clone() if p is None else p for p, s in zip(picked, smaller, strict=True)]
-            return picked
-        return [r.clone() for r in results]
-
-    def judge(self, found: Row, outs: list[Tensor], ours: bool) -> str:
-        """Fill in `accepted` and `error_ratio`; the reason where it is not accepted."""
-        if self.low is None or self.truth is None:
-            found |= {"accepted": None, "error_ratio": None}
-            return self.no_measure
-        refs, lows = self.truth, self.low
-        if not ours:
-            # in which dtype and where a rival returns its result is its own affair
-            outs = [out.to(low.device, low.dtype) for out, low in zip(outs, lows, strict=True)]
-        ratios = [acceptance.error_ratio(*each) for each in zip(outs, refs, lows, strict=True)]
-        found |= {"accepted": True, "error_ratio": max(ratios)}
-        try:
-            self.accept(outs, refs, lows)
-        except acceptance.NotAccepted as fault:
-            found["accepted"] = False
-            return " ".join(str(fault).split())[:1000]
-        return ""
-
-    def accept(self, outs: list[Tensor], refs: list[Tensor], lows: list[Tensor]) -> None:
-        if self.case.kind == "op":
-            # TF32 keeps as many bits of a number as fp16
-            dtype = torch.float16 if self.tf32 else DTYPES[self.case.dtype]
-            for i, each in enumerate(zip(outs, refs, lows, strict=True)):
-                acceptance.accept(*each, dtype=dtype, grad=self.case.mode != "forward", what=f"result {i}")
-        elif len(outs) == 1:
-            acceptance.accept_model(outs[0], refs[0], lows[0])
-        else:
-            acceptance.accept_stages(*({str(i): t for i, t in enumerate(each)} for each in (outs, refs, lows)))
 
     def guarded(self, name: str, call: Callable[[], Any]) -> Callable[[], Any]:
         def guard() -> Any:
@@ -311,7 +260,7 @@ class _Run:
     def release(self) -> None:
         self.facts.setdefault("sets", len(self.sets))
         self.calls.clear()
-        self.sets, self.low, self.truth, self.cut = [], None, None, ()
+        self.sets, self.judge = [], None
         # what it compiled, or else the graphs of one row would fill the memory of the next
         if "torch._dynamo" in sys.modules:
             torch._dynamo.reset()
@@ -351,14 +300,6 @@ class _Run:
         }  # fmt: skip
 
 
-def _tensors(results: Any) -> list[Tensor]:
-    return [torch.as_tensor(r).detach() for r in (results if isinstance(results, (tuple, list)) else (results,))]
-
-
-def _double(t: Tensor) -> Tensor:
-    return t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
-
-
 def run_cases(
     cases: Iterable[Case | Callable[[], Case]],
     record: records.Record,
@@ -389,7 +330,7 @@ def run_cases(
         DeviceLost: after noting the rest as skipped.
     """
     began, took, red = clock(), [], []
-    made = [case if isinstance(case, Case) else case() for case in cases]
+    made = list(_made(cases, record, stage, progress))
     done = record.finished()
     waiting = [case for case in made if case.key not in done]
     if len(waiting) < len(made):
@@ -427,6 +368,20 @@ def run_cases(
             if variant["ours"] and "not_timed" in variant
         ]
     return red
+
+
+def _made(
+    cases: Iterable[Case | Callable[[], Case]], record: records.Record, stage: str, progress: Callable[[str], None]
+) -> Iterator[Case]:
+    for case in cases:
+        try:
+            yield case if isinstance(case, Case) else case()
+        # a case that needs what is not installed
+        except Exception as problem:
+            name = getattr(getattr(case, "func", case), "__name__", "a case")
+            key = " ".join([name, *map(str, getattr(case, "keywords", {}).values())])
+            record.skip(stage, [key], devices.first_line(problem))
+            progress(f"{stage}: {key} skipped: {devices.first_line(problem)}")
 
 
 def summary(row: Row) -> str:

@@ -237,9 +237,10 @@ OP_COLUMNS = [
 def write_csv(record: Mapping[str, Any], path: Path | str) -> list[Path]:
     """The timed variants as tables, next to `path`: `<stem>-infer.csv`, `<stem>-train.csv`, `<stem>-ops.csv`.
 
-    The columns of models are those of timm's published result files, so that both join on `model`, img_size and
-    batch_size: step_time is in ms for a batch, param_count in millions, gmacs and macts in billions an image. Those of
-    ops are the ones that Liger-Kernel's benchmarks write; times in ms. A table without rows is not written.
+    The columns of models are those of timm's published result files, so that both join on model, img_size and
+    batch_size: step_time is in ms for a batch, param_count in millions, gmacs and macts in billions an image. They come
+    from the case's shape (`size`) and notes (`model`, `param_count`, `macts`). Those of ops are the ones that
+    Liger-Kernel's benchmarks write; times in ms. A table without rows is not written.
 
     Returns:
         The files written.
@@ -281,20 +282,21 @@ def _prefixed(job: str, columns: list[str]) -> list[str]:
 def _model_line(row: Row, name: str, variant: Row, job: str) -> Row:
     notes = row.get("notes") or {}
     shape = row["shape"]
-    size = notes.get("img_size") or next((shape[n] for n in ("img_size", "image", "size", "pixels") if n in shape), "")
     values = {
-        "img_size": size,
+        # timm's files have square images only
+        "img_size": next((shape[name] for name in ("size", "img_size", "height") if name in shape), ""),
         "samples_per_sec": round(row["batch"] * 1e3 / variant["ms"], 2),
         "step_time": round(variant["ms"], 4),
         "batch_size": row["batch"],
         "param_count": _millions(notes.get("param_count")),
-        "gmacs": notes.get("gmacs", round(row["work"]["flops"] / 2e9 / row["batch"], 2) if job == "infer" else ""),
+        "gmacs": round(row["work"]["flops"] / 2e9 / row["batch"], 2),
         "macts": notes.get("macts", ""),
     }
     columns = TIMM_COLUMNS[job]
     line = dict(zip(_prefixed(job, columns), (values[column] for column in columns), strict=True))
-    ours = {"provider": name, "dtype": row["dtype"], "autocast": row["autocast"], "graph": variant.get("graph", "")}
-    return {"model": row["name"], **line, **ours, **{n: _cell(variant.get(n)) for n in ("ratio", "error_ratio")}}
+    found = {column: _cell(variant.get(column)) for column in ("graph", "ratio", "error_ratio")}
+    how = {"provider": name, "dtype": row["dtype"], "autocast": row["autocast"]}
+    return {"model": notes.get("model", row["name"]), **line, **how, **found}
 
 
 def _op_line(row: Row, name: str, variant: Row) -> Row:
