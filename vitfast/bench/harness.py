@@ -32,6 +32,7 @@ Row = dict[str, Any]
 
 SEED = 0
 NO_TIME_LEFT = "no time left"
+CUT_SHORT = "the run was cut short while its process ran"
 
 
 class DeviceLost(RuntimeError):
@@ -60,6 +61,7 @@ def run_case(
     ceilings: Mapping[str, Any] | None = None,
     stage: str = "",
     deadline: float | None = None,
+    keep: Callable[[Row], None] = lambda row: None,
 ) -> Row:
     """Build, check and time the variants of `case`.
 
@@ -68,6 +70,7 @@ def run_case(
         place: in place of the device that the case names.
         ceilings: what `vitfast.bench.ceilings.measure` returned, for the percent of them.
         deadline: on `place.clock`: what has not been built by then is not.
+        keep: gets the row before variants that are `apart` are started, which may take long.
 
     Returns:
         The row that `vitfast.bench.record` describes, without what `Record.add` puts in.
@@ -89,6 +92,11 @@ def run_case(
             raise
         finally:
             run.release()
+    run.count_work(ceilings or {})
+    if waiting := run.open(apart=True):
+        row = run.finish(stage)
+        row["variants"] |= {name: row["variants"][name] | {"not_timed": CUT_SHORT} for name in waiting}
+        keep(row)
     run.run_apart()
     run.count_work(ceilings or {})
     return run.finish(stage)
@@ -128,8 +136,10 @@ class _Run:
         out_of_memory = isinstance(problem, torch.OutOfMemoryError)
         text = devices.first_line(problem)
         self.variants[name]["not_timed"] = f"out of memory: {text}" if out_of_memory else text
-        # the traceback holds the tensors that did not fit
-        problem.__traceback__ = None
+        # tracebacks hold the tensors that did not fit
+        chained: BaseException | None = problem
+        while chained is not None:
+            chained.__traceback__, chained = None, chained.__context__
         try:
             self.place.synchronize()
             self.place.release()
@@ -146,11 +156,10 @@ class _Run:
             self.sets += [
                 case.inputs(generator) for _ in range(devices.input_sets(place, size, case.work.bytes) - 1)
             ]
+            self.judge = Judge(case, first, bool(self.tf32))
         except Exception as problem:
             for name in (*self.open(), *self.open(apart=True)):
                 self.fail(name, problem)
-            return
-        self.judge = Judge(case, first, bool(self.tf32))
 
     def build(self) -> None:
         first = dict.fromkeys([self.case.yardstick, self.case.baseline])
@@ -208,7 +217,10 @@ class _Run:
                 try:
                     self.variants[name] |= self.place.peak_mib(self.calls[name])
                 except _Failed as failed:
-                    self.drop(failed)
+                    self.drop(name, failed.problem)
+                except Exception as problem:
+                    self.drop(name, problem)
+        self.place.release()
         before = self.place.state()
         while self.calls:
             # the first is what ratios compare with
@@ -223,24 +235,26 @@ class _Run:
                     sampler=self.place.sampler(),
                 )
             except _Failed as failed:
-                self.drop(failed)
+                self.drop(failed.name, failed.problem)
             # an error that the device reports later than the call that made it
             except Exception as problem:
                 for name in list(self.calls):
-                    del self.calls[name]
-                    self.fail(name, problem)
+                    self.drop(name, problem)
             else:
+                self.facts["others"] = None if others is None else others.share()
                 self.note(result, {name: each.facts for name, each in arranged.items()})
                 first = next(iter(calls))
                 call = arranged[first].call
                 times = call.times if isinstance(call, Repeated) else 1
-                self.facts["after"] = self.place.state_under(call, result.median_ms[first] * times)
+                # the times are there; where this breaks the device, the next row will say so
+                with contextlib.suppress(Exception):
+                    self.facts["after"] = self.place.state_under(call, result.median_ms[first] * times)
                 break
-        self.facts |= {"before": before, "others": None if others is None else others.share()}
+        self.facts["before"] = before
 
-    def drop(self, failed: _Failed) -> None:
-        del self.calls[failed.name]
-        self.fail(failed.name, failed.problem)
+    def drop(self, name: str, problem: Exception) -> None:
+        del self.calls[name]
+        self.fail(name, problem)
 
     def note(self, result: Comparison, facts: Mapping[str, Row]) -> None:
         baseline = self.case.baseline
@@ -296,7 +310,7 @@ class _Run:
             "tf32": self.tf32, "work": dataclasses.asdict(case.work), "baseline": case.baseline,
             "yardstick": case.yardstick, "noise": None, "noise_25": None, "noise_75": None, "rounds": 0, "noisy": 0,
             "others": None, "before": None, "after": None, **self.facts, "stage": stage,
-            "seconds": self.place.clock() - self.began, "variants": self.variants,
+            "seconds": self.place.clock() - self.began, "variants": dict(self.variants),
         }  # fmt: skip
 
 
@@ -348,7 +362,7 @@ def run_cases(
         try:
             row = run_case(
                 case, seconds=seconds, place=place, ceilings=record.data["ceilings"], stage=stage,
-                deadline=row_began + left,
+                deadline=row_began + left, keep=record.add,
             )  # fmt: skip
         except DeviceLost as lost:
             if lost.row is not None:
@@ -356,7 +370,7 @@ def run_cases(
             record.skip(stage, rest[1:], f"the device was lost: {devices.first_line(lost)}")
             raise
         except KeyboardInterrupt:
-            record.skip(stage, rest, "interrupted")
+            record.skip(stage, [key for key in rest if key not in record.finished()], "interrupted")
             raise
         record.add(row)
         took.append(clock() - row_began)
@@ -390,7 +404,7 @@ def summary(row: Row) -> str:
     for name, found in row["variants"].items():
         if "ms" in found:
             ratio = f" ({found['ratio']:.2f}x)" if "ratio" in found else ""
-            marks = [mark for mark in ("graph", "host_bound", "within_noise") if found.get(mark)]
+            marks = [mark for mark in ("graph", "host_bound", "within_noise", "apart") if found.get(mark)]
             marks += ["not accepted"] * (found.get("accepted") is False)
             parts.append(f"{name} {found['ms']:.4g} ms{ratio}" + "".join(f" [{m.replace('_', ' ')}]" for m in marks))
         else:
