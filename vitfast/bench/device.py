@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import math
 import os
@@ -223,7 +224,13 @@ def _no_synchronisation() -> Iterator[None]:
 
 def of(device: torch.device | str) -> Cpu | Cuda:
     device = torch.device(device)
-    return Cuda(device) if device.type == "cuda" else Cpu()
+    return _cuda(device) if device.type == "cuda" else Cpu()
+
+
+@functools.cache
+def _cuda(device: torch.device) -> Cuda:
+    # one for all rows: torch keeps a workspace for every stream that cuBLAS was called on
+    return Cuda(device)
 
 
 def first_line(problem: BaseException) -> str:
