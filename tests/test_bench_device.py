@@ -286,7 +286,7 @@ def test_a_setting_of_tf32_outlives_the_ceilings(monkeypatch):
     seen = {}
     monkeypatch.setattr(ceilings, "_check_supported", lambda place, name: None)
     before = torch.get_float32_matmul_precision()
-    for name in ("tf32", "fp32"):
+    for name in ("fp32", "tf32"):
         monkeypatch.setattr(
             ceilings, "sustained",
             lambda call, place, seconds, name=name: seen.update({name: torch.get_float32_matmul_precision()})
