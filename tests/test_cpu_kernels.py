@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import accept
 
 from vitfast import extension, native, reference
+from vitfast.acceptance import accept
 
 KERNELS = {kernels.name: kernels for kernels in extension.require().usable_kernels()}
 every_isa = pytest.mark.parametrize("isa", KERNELS)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import accept
 
 from vitfast import extension, native, reference
+from vitfast.acceptance import accept
 
 KERNELS = {kernels.name: kernels for kernels in extension.require().usable_kernels()}
 CASES = [

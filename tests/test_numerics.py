@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import accept, accept_model
+
+from vitfast.acceptance import accept, accept_model, error_ratio
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HALF = [torch.float16, torch.bfloat16]
@@ -311,3 +312,13 @@ def test_model_rule_rejects_nan():
     out[0, 0] = torch.nan
     with pytest.raises(AssertionError, match="0: NaN in 1 places, expected 0"):
         accept_model(out, ref, low)
+
+
+def test_error_ratio_is_not_that_of_the_errors_or_hides_what_is_no_number():
+    ref = torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64)
+    low = (ref + 1e-3).float()
+    assert error_ratio((ref - 3e-3).float(), ref, low) == pytest.approx(3, rel=1e-3)
+    assert error_ratio(torch.full_like(low, torch.nan), ref, low) == float("inf")
+    assert error_ratio(low[:, :2], ref, low) == float("inf")
+    exact = ref.float()
+    assert error_ratio(exact, ref, exact) == 1.0 and error_ratio(low, ref, exact) == float("inf")

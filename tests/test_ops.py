@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import RMS_RATIO, YARDSTICK_EPS, accept
 from test_reference import SIZES, VARIANTS, build, draw, every_variant, reference_of
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitfast import ops, reference
+from vitfast.acceptance import RMS_RATIO, YARDSTICK_EPS, accept
 
 FULL = ["layer_norm", "add_layer_norm", "linear full", "attention", "attention_qkv", "mlp", "patch_embed"]
 NORMED = [name for name, (op, shapes, _) in VARIANTS.items() if "norm" in op or op == "mlp" or "norm_weight" in shapes]

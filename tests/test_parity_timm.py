@@ -9,10 +9,10 @@ import math
 import pytest
 import timm
 import torch
-from numerics import LUCK, RMS_RATIO, accept_stages
 from timm_pair import FAMILIES, MASSIVE, build_pair, pair_of, run, taps_of
 
 import vitfast
+from vitfast.acceptance import LUCK, RMS_RATIO, accept_stages
 
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 # wider in fp32, as for ops: attention, patches and the last block's products add up in another order than timm's
@@ -69,7 +69,7 @@ def relative(value, ref):
 
 
 def not_worse(out, ref, low, what):
-    """Few rows: luck decides by how much one is nearer to the truth, see `numerics.accept_stages`."""
+    """Few rows: luck decides by how much one is nearer to the truth, see `acceptance.accept_stages`."""
     assert (out.dtype, out.shape) == (low.dtype, low.shape), what
     ours, theirs = relative(out, ref), relative(low, ref)
     assert ours <= LUCK[out.dtype] * theirs + 1e-7, f"{what}: relative error {ours:.2e}, timm's {theirs:.2e}"

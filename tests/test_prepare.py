@@ -9,7 +9,6 @@ import weakref
 import pytest
 import torch
 import vit_pytorch
-from numerics import accept_stages
 from timm_pair import FAMILIES, build_pair, pair_of, taps_of
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -18,6 +17,7 @@ from torch.nn.utils import parametrizations
 
 import vitfast
 from vitfast import engine, native, packed
+from vitfast.acceptance import accept_stages
 from vitfast.packed import PackedLinear
 
 TINY = dict(img_size=32, depth=2, num_classes=10)

@@ -6,13 +6,13 @@ import pytest
 import timm
 import torch
 from dinov2_weights import DEPTH, TIMM_NAME, run_graph, state_of_timm
-from numerics import accept_model
 from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_sample_images
 from timm_pair import run, taps_of
 
 import vitfast
+from vitfast.acceptance import accept_model
 
 
 @pytest.fixture(scope="module")

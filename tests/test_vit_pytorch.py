@@ -7,7 +7,6 @@ import pickle
 import pytest
 import torch
 import vit_pytorch
-from numerics import accept_model
 from torch import nn
 from vit_pytorch.dino import Dino
 from vit_pytorch.extractor import Extractor
@@ -15,6 +14,7 @@ from vit_pytorch.mae import MAE
 from vit_pytorch.recorder import Recorder
 
 import vitfast
+from vitfast.acceptance import accept_model
 
 SMALL = dict(image_size=32, patch_size=8, num_classes=40, dim=64, depth=2, heads=4, mlp_dim=128, dim_head=16)
 CASES = {

@@ -2,21 +2,107 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 NOISE_LIMIT = 0.03
-MIN_SAMPLE_MS = 20.0
-# OpenMP's threads were seen to spin for 16 ms after their last work, on the cores of whoever runs next
-SETTLE_S = 0.025
 AGAIN = "the baseline again"
+
+
+class Event(Protocol):
+    """What `EventSampler` needs of torch.cuda.Event."""
+
+    def record(self) -> None: ...
+
+    def elapsed_time(self, end: Any) -> float: ...
+
+
+class Sampler(Protocol):
+    """Calls `call` `calls` times and returns the milliseconds that one of them took.
+
+    `min_ms` is how long a sample has to last for its clock and its surroundings to matter little, `pause_s` how long
+    it waits before each.
+    """
+
+    min_ms: float
+    pause_s: float
+
+    def __call__(self, call: Callable[[], Any], calls: int) -> float: ...
+
+
+class HostSampler:
+    """Times callables that return when their work is done."""
+
+    min_ms = 20.0
+    # OpenMP's threads were seen to spin for 16 ms after their last work, on the cores of whoever runs next
+    pause_s = 0.025
+
+    def __init__(
+        self, clock: Callable[[], float] = time.perf_counter, sleep: Callable[[float], None] = time.sleep
+    ) -> None:
+        self.clock, self.sleep = clock, sleep
+
+    def __call__(self, call: Callable[[], Any], calls: int) -> float:
+        self.sleep(self.pause_s)
+        began = self.clock()
+        for _ in range(calls):
+            call()
+        return (self.clock() - began) * 1e3 / calls
+
+
+class EventSampler:
+    """Times what callables make a device do, between two events on its current stream.
+
+    Where issuing takes longer than the device needs, that is what this measures: see `vitfast.bench.device`.
+    """
+
+    min_ms = 10.0
+    pause_s = 0.0
+
+    def __init__(self, event: Callable[[], Event], synchronize: Callable[[], None]) -> None:
+        self.event, self.synchronize = event, synchronize
+
+    def __call__(self, call: Callable[[], Any], calls: int) -> float:
+        start, end = self.event(), self.event()
+        self.synchronize()
+        start.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        self.synchronize()
+        return start.elapsed_time(end) / calls
+
+
+def sampler_of(device: torch.device | str) -> HostSampler | EventSampler:
+    device = torch.device(device)
+    if device.type != "cuda":
+        return HostSampler()
+    return EventSampler(lambda: torch.cuda.Event(enable_timing=True), lambda: torch.cuda.synchronize(device))
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """A callable that computes `times` times in one call, as the replay of a CUDA graph may."""
+
+    call: Callable[[], Any]
+    times: int
+
+    def __call__(self) -> Any:
+        return self.call()
+
+
+def rotating(function: Callable[..., Any], sets: Sequence[tuple[Any, ...]]) -> Callable[[], Any]:
+    """A callable that gives `function` the next of `sets` as its arguments at each call."""
+    turn = itertools.cycle(sets)
+    return lambda: function(*next(turn))
 
 
 @dataclass(frozen=True)
@@ -28,7 +114,7 @@ class Comparison:
         ratio: median over these rounds of the baseline's time over the variant's; above 1 the variant is faster.
         spread: lower and upper quartile of that ratio.
         noise: median over these rounds of the baseline's time over its own second measurement.
-        rounds: how many were kept; calls: how many calls a measurement in a round averages.
+        rounds: how many were kept; calls: of each variant, how many a measurement in a round averages.
         repeated: how many were measured again because the baseline differed too much from itself.
         noisy: how many of those kept are above the limit after all, because the repeats were used up.
         rounds_ms: what each round kept measured; `AGAIN` is the baseline's second measurement.
@@ -39,16 +125,38 @@ class Comparison:
     spread: dict[str, tuple[float, float]]
     noise: float
     rounds: int
-    calls: int
+    calls: dict[str, int]
     repeated: int
     noisy: int
     rounds_ms: list[dict[str, float]]
 
+    def quantiles_ms(self, name: str) -> tuple[float, float, float]:
+        """Times of one call at which 20, 50 and 80 % of the rounds were as fast or faster."""
+        values = [r[name] for r in self.rounds_ms]
+        low, high = _quantiles(values, 5)
+        return low, statistics.median(values), high
+
     def ratio_of(self, numerator: str, denominator: str) -> tuple[float, float, float]:
         """One variant's time over another's, taken within each round: lower quartile, median, upper quartile."""
         ratios = [r[numerator] / r[denominator] for r in self.rounds_ms]
-        low, high = _quartiles(ratios)
+        low, high = _quantiles(ratios, 4)
         return low, statistics.median(ratios), high
+
+    def noise_spread(self) -> tuple[float, float]:
+        """Lower and upper quartile of the baseline's ratio to itself, which is 1 but for what disturbs it.
+
+        The two measurements of a round are interchangeable, so each round counts with its ratio both ways: else a
+        few rounds that happened to lie on one side would call equal variants different.
+        """
+        first, second = next(iter(self.median_ms)), AGAIN
+        ratios = [r[first] / r[second] for r in self.rounds_ms]
+        return _quantiles([*ratios, *(1 / ratio for ratio in ratios)], 4)
+
+    def within_noise(self, name: str) -> bool:
+        """Whether a variant differs from the baseline no more than that from itself: their quartiles overlap."""
+        low, high = self.spread[name]
+        noise_low, noise_high = self.noise_spread()
+        return low <= noise_high and noise_low <= high
 
 
 def interleaved_medians(
@@ -58,6 +166,7 @@ def interleaved_medians(
     budget_s: float = 10.0,
     rounds: tuple[int, int] = (6, 30),
     noise_limit: float = NOISE_LIMIT,
+    sampler: Sampler | None = None,
 ) -> Comparison:
     """Time `variants` against the first of them, in rounds that measure each once and the first twice.
 
@@ -65,32 +174,36 @@ def interleaved_medians(
     `noise_limit` is repeated, as often as there are rounds; if that is not enough the quietest rounds count.
 
     Args:
+        variants: a `Repeated` counts as often as it computes.
         device: where the callables work.
         budget_s: aimed-at time for all rounds without repeats.
         rounds: fewest and most.
+        sampler: in place of the one that fits `device`.
 
     Raises:
-        ValueError: fewer than two variants, or one with the name kept for the baseline's second measurement.
+        ValueError: no variant, or one with the name kept for the baseline's second measurement.
     """
-    if len(variants) < 2 or AGAIN in variants:
+    if not variants or AGAIN in variants:
         raise ValueError(
-            f"interleaved_medians: variants must be two or more, none named {AGAIN!r}, got {list(variants)}"
+            f"interleaved_medians: variants must be one or more, none named {AGAIN!r}, got {list(variants)}"
         )
-    device = torch.device(device)
+    sampler = sampler or sampler_of(device)
     baseline = next(iter(variants))
     entries = [*variants.items(), (AGAIN, variants[baseline])]
+    times = {name: call.times if isinstance(call, Repeated) else 1 for name, call in entries}
     for call in variants.values():
-        _sample_ms(call, 1, device)
-    once_ms = {name: _sample_ms(call, 1, device) for name, call in variants.items()}
-    calls = max(1, round(MIN_SAMPLE_MS / max(min(once_ms.values()), 1e-3)))
-    round_s = calls * (sum(once_ms.values()) + once_ms[baseline]) / 1e3
+        sampler(call, 1)
+    once_ms = {name: _estimate_ms(call, sampler) for name, call in variants.items()}
+    once_ms[AGAIN] = once_ms[baseline]
+    calls = {name: max(1, round(sampler.min_ms / max(ms, 1e-4))) for name, ms in once_ms.items()}
+    round_s = sum(calls[name] * once_ms[name] / 1e3 + sampler.pause_s for name, _ in entries)
     wanted = min(max(rounds[0], int(budget_s / round_s)), rounds[1])
 
     orders = _orders(len(entries))
     measured: list[dict[str, float]] = []
     while sum(_noise(r, baseline) <= noise_limit for r in measured) < wanted and len(measured) < 2 * wanted:
         order = [entries[i] for i in orders[len(measured) % len(orders)]]
-        measured.append({name: _sample_ms(call, calls, device) for name, call in order})
+        measured.append({name: sampler(call, calls[name]) / times[name] for name, call in order})
     kept = sorted(measured, key=lambda r: _noise(r, baseline))[:wanted]
 
     ratios = {
@@ -102,14 +215,24 @@ def interleaved_medians(
     return Comparison(
         median_ms={name: statistics.median(r[name] for r in kept) for name in variants},
         ratio={name: statistics.median(values) for name, values in ratios.items()},
-        spread={name: _quartiles(values) for name, values in ratios.items()},
+        spread={name: _quantiles(values, 4) for name, values in ratios.items()},
         noise=statistics.median(r[baseline] / r[AGAIN] for r in kept),
         rounds=wanted,
-        calls=calls,
+        calls={name: calls[name] * times[name] for name in variants},
         repeated=len(measured) - wanted,
         noisy=sum(_noise(r, baseline) > noise_limit for r in kept),
         rounds_ms=kept,
     )
+
+
+def _estimate_ms(call: Callable[[], Any], sampler: Sampler) -> float:
+    """About how long one call takes, from a sample long enough that neither clock nor launch dominates it."""
+    calls = 1
+    while True:
+        ms = sampler(call, calls)
+        if ms * calls >= sampler.min_ms / 4 or calls >= 4096:
+            return ms
+        calls *= 4
 
 
 def _orders(n: int) -> list[list[int]]:
@@ -128,29 +251,12 @@ def _noise(round_ms: Mapping[str, float], baseline: str) -> float:
     return max(first, second) / min(first, second) - 1
 
 
-def _quartiles(values: Sequence[float]) -> tuple[float, float]:
+def _quantiles(values: Sequence[float], n: int) -> tuple[float, float]:
+    """The lowest and the highest of the points that cut `values` into n equal shares."""
     if len(values) < 2:
         return values[0], values[0]
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, high
-
-
-def _sample_ms(call: Callable[[], Any], calls: int, device: torch.device) -> float:
-    """Milliseconds that one of `calls` calls takes."""
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
-        start.record()
-        for _ in range(calls):
-            call()
-        end.record()
-        torch.cuda.synchronize(device)
-        return start.elapsed_time(end) / calls
-    time.sleep(SETTLE_S)
-    began = time.perf_counter()
-    for _ in range(calls):
-        call()
-    return (time.perf_counter() - began) * 1e3 / calls
+    points = statistics.quantiles(values, n=n, method="inclusive")
+    return points[0], points[-1]
 
 
 def inference(model: nn.Module, images: Tensor) -> Callable[[], Tensor]:

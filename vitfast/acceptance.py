@@ -1,4 +1,4 @@
-"""What counts as numerically right: the acceptance rule of the project's `numerics.md`, section 2.3.
+"""What counts as numerically right. Tests and benchmarks hold results to this rule.
 
 A result is judged by its distance from an fp64 reference, next to the distance of the best stock PyTorch
 operator in the same dtype. An absolute tolerance would let bias and lost rows pass in half precision.
@@ -19,6 +19,10 @@ LUCK = {torch.float32: 24.0, torch.bfloat16: 4.0, torch.float16: 4.0}
 MODEL_RMS_RATIO = 1.25
 
 
+class NotAccepted(AssertionError):
+    """A result outside the rule; the message names every violated clause with its numbers."""
+
+
 def accept(
     out: Tensor,
     ref: Tensor,
@@ -29,7 +33,7 @@ def accept(
     k: float | None = None,
     what: str = "",
 ) -> None:
-    """Raise AssertionError naming every violated clause of section 2.3, with its numbers.
+    """Raise NotAccepted naming every violated clause, with its numbers.
 
     0. out has the shape, dtype and device of `low` and the NaN and +-Inf masks of `ref` rounded to that
        dtype (strides are tested with each op); the finite part is then held to
@@ -79,7 +83,7 @@ def accept(
 
 
 def accept_model(out: Tensor, ref: Tensor, low: Tensor, *, what: str = "") -> None:
-    """Model level of section 2.3: relative rms error at most 1.25 x the eager model's in the same dtype.
+    """The rule for whole models: relative rms error at most 1.25 x the eager model's in the same dtype.
 
     A floor of 0.05 eps is added, for cases where eager is exact. Arguments and clause 0 as in `accept`.
     """
@@ -106,7 +110,7 @@ def accept_stages(
     eager's error), and the rms of each stage to what luck has been seen to do, twice.
     """
     if outs.keys() != lows.keys():
-        raise AssertionError(f"stages {list(outs)}, expected {list(lows)}")
+        raise NotAccepted(f"stages {list(outs)}, expected {list(lows)}")
     logs, faults, dtype = [], [], next(iter(outs.values())).dtype
     luck = LUCK[dtype]
     for name, out in outs.items():
@@ -128,6 +132,21 @@ def accept_stages(
         if not ratio <= typical:
             faults.append(f"the typical row is {ratio:.2f} x as far off as eager's, more than {typical} x")
     _raise(faults, "stages", dtype)
+
+
+def error_ratio(out: Tensor, ref: Tensor, low: Tensor) -> float:
+    """rms(out - ref) / rms(low - ref) where all are finite: how far off `out` is, as a multiple of the stock operator.
+
+    Returns:
+        inf where `out` breaks clause 0 of `accept` or has an error and `low` has none; 1 where neither has one.
+    """
+    if _contract_faults(out, ref, low):
+        return float("inf")
+    finite, _, e_out, e_low, _ = _errors(out, ref, low)
+    rms_out, rms_low = (_rms(t, finite).item() for t in (e_out, e_low))
+    if rms_low == 0:
+        return 1.0 if rms_out == 0 else float("inf")
+    return rms_out / rms_low
 
 
 def _contract_faults(out: Tensor, ref: Tensor, low: Tensor) -> list[str]:
@@ -183,4 +202,4 @@ def _index(flat: Tensor, shape: torch.Size) -> tuple[int, ...]:
 
 def _raise(faults: list[str], what: str, dtype: torch.dtype) -> None:
     if faults:
-        raise AssertionError("\n  ".join([f"{what or 'result'} ({dtype}) not accepted:", *faults]))
+        raise NotAccepted("\n  ".join([f"{what or 'result'} ({dtype}) not accepted:", *faults]))

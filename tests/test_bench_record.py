@@ -1,0 +1,242 @@
+"""The file of a run: whole at any time, continued, merged, joined with other people's tables."""
+
+import csv
+import json
+import math
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from vitfast.bench import machine, record
+from vitfast.bench.record import SCHEMA, Record, merge, open_for_resume, read, write_csv, write_json
+
+H200 = {"device": "NVIDIA H200", "date": "2026-01-01T00:00:00Z", "commit": "aaaa"}
+
+
+def row(key, ms=1.0, **more):
+    variant = {"not_timed": "no time left"} if ms is None else {"ms": ms, "ours": True}
+    return {"key": key, "variants": {"vitfast": variant}} | more
+
+
+def written(path, run=H200, rows=(), **more):
+    write_json(path, {"schema": SCHEMA, "run": run, "rows": list(rows), **more})
+    return path
+
+
+def times(data):
+    return {each["key"]: each["variants"]["vitfast"].get("ms") for each in data["rows"]}
+
+
+# whole at any time
+
+
+def test_a_row_is_not_on_disk_when_the_next_begins(tmp_path, monkeypatch):
+    # a file from another folder may be on another file system, where renaming is not atomic
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "no such folder"))
+    file = Record(tmp_path / "new" / "run.json", H200)
+    for n in range(3):
+        file.add(row(f"row {n}"))
+        assert list(times(read(file.path))) == [f"row {i}" for i in range(n + 1)]
+    file.add(row("row 1", 9.0))
+    assert times(read(file.path)) == {"row 0": 1.0, "row 1": 9.0, "row 2": 1.0}
+    assert all(each["commit"] == "aaaa" and each["date"] > "2026" for each in read(file.path)["rows"])
+    assert os.listdir(file.path.parent) == ["run.json"]
+
+
+def test_a_write_that_is_cut_short_destroys_what_was_there(tmp_path, monkeypatch):
+    file = Record(tmp_path / "run.json", H200)
+    file.add(row("first"))
+
+    def cut_short(data, out, **_):
+        out.write('{"schema": 1, "rows": [')
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(record.json, "dump", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        file.add(row("second"))
+    assert times(read(file.path)) == {"first": 1.0} and os.listdir(tmp_path) == ["run.json"]
+
+
+def test_numbers_that_json_does_not_have_are_written(tmp_path):
+    path = tmp_path / "run.json"
+    write_json(path, {"a": math.inf, "b": [math.nan, 1.5], "c": {"d": Path("x")}, 3: (True, None)})
+    assert json.loads(path.read_text()) == {"a": None, "b": [None, 1.5], "c": {"d": "x"}, "3": [True, None]}
+
+
+# continued
+
+
+def test_a_record_is_continued_that_this_version_does_not_know(tmp_path):
+    path = tmp_path / "run.json"
+    for schema, text in ((2, "schema 2 "), ("1", "schema '1' "), (None, "schema None ")):
+        write_json(path, {"schema": schema, "run": {}, "rows": []})
+        with pytest.raises(ValueError, match=f"run.json: {text}is not known, expected {SCHEMA}"):
+            read(path)
+    write_json(path, {"run": {}, "rows": []})
+    with pytest.raises(ValueError, match="run.json: schema 'none' is not known"):
+        open_for_resume(path, H200)
+
+
+@pytest.mark.parametrize(
+    "text, why",
+    [
+        ('{"schema": 1, "run": {}, "rows": [{"key": "a"', "cut short"),
+        ("", "cut short"),
+        ("\x00\x01", "not a record"),
+        ("[1, 2]", "schema 'none'"),
+        ('{"schema": 1, "run": {}}', "it lacks rows"),
+        ('{"schema": 1, "run": {}, "rows": [{"ms": 1}]}', "rows with key and variants"),
+    ],
+)
+def test_a_broken_file_is_taken_for_an_empty_one_or_not_named(tmp_path, text, why):
+    path = tmp_path / "run.json"
+    path.write_text(text)
+    for use in (lambda: read(path), lambda: open_for_resume(path, H200), lambda: merge([path])):
+        with pytest.raises(ValueError, match=f"run.json.*{why}"):
+            use()
+    assert path.read_text() == text
+
+
+def test_bytes_that_are_no_text_end_in_another_error(tmp_path):
+    path = tmp_path / "run.json"
+    path.write_bytes(b"\xff\xfe\x80")
+    with pytest.raises(ValueError, match="run.json: not a record"):
+        read(path)
+
+
+def test_a_continued_record_forgets_rows_or_runs_or_mixes_devices(tmp_path):
+    path = written(tmp_path / "run.json", rows=[row("a"), row("b", None)], ceilings={"copy": {"gbps": 1.0}},
+                   skipped=[{"stage": "ops", "key": "c", "why": "no time left"}])  # fmt: skip
+    later = H200 | {"date": "2026-01-02T00:00:00Z", "commit": "bbbb"}
+    resumed = open_for_resume(path, later)
+    assert resumed.finished() == {"a"} and resumed.data["ceilings"] == {"copy": {"gbps": 1.0}}
+    resumed.add(row("c"))
+    data = read(path)
+    assert data["run"] == later and data["earlier"] == [H200] and data["skipped"] == []
+    assert [each.get("commit") for each in data["rows"]] == [None, None, "bbbb"]
+    with pytest.raises(ValueError, match="run.json: NVIDIA H200; this run: NVIDIA A100"):
+        open_for_resume(path, {"device": "NVIDIA A100"})
+    assert open_for_resume(tmp_path / "none.json", later).finished() == set()
+
+
+def test_a_case_is_listed_as_skipped_twice(tmp_path):
+    file = Record(tmp_path / "run.json", H200)
+    file.skip("a", ["x", "y"], "first reason")
+    file.skip("b", ["y", "z"], "second reason")
+    assert [(each["stage"], each["key"]) for each in read(file.path)["skipped"]] == [("a", "x"), ("b", "y"), ("b", "z")]
+
+
+# merged
+
+
+def test_of_two_rows_the_older_or_the_empty_one_stays(tmp_path):
+    old, new = "2026-01-01T00:00:00Z", "2026-02-01T00:00:00Z"
+    later = H200 | {"date": "2026-01-15T00:00:00Z", "commit": "bbbb"}
+    firsts = [row("a", 1.0, date=old), row("b", 1.0, date=new), row("c", 1.0, date=old)]
+    seconds = [row("a", 2.0, date=new), row("b", 2.0, date=old), row("c", None, date=new), row("d", 2.0, date=new)]
+    more = {"ceilings": {"copy": {"gbps": 1.0}}, "skipped": [{"key": "d"}, {"key": "e"}]}
+    first, second = written(tmp_path / "1.json", H200, firsts, **more), written(tmp_path / "2.json", later, seconds)
+    for order in ([first, second], [second, first]):
+        data = merge(order)
+        assert times(data) == {"a": 2.0, "b": 1.0, "c": 1.0, "d": 2.0}
+        assert data["run"] == later and data["earlier"] == [H200] and data["ceilings"] == {"copy": {"gbps": 1.0}}
+        assert data["skipped"] == [{"key": "e"}] and data["schema"] == SCHEMA
+    write_json(tmp_path / "both.json", data)
+    assert read(tmp_path / "both.json") == data
+
+
+def test_rows_of_two_devices_are_merged_unasked(tmp_path):
+    first = written(tmp_path / "1.json", rows=[row("a")])
+    second = written(tmp_path / "2.json", H200 | {"device": "NVIDIA A100"}, [row("b")])
+    with pytest.raises(ValueError, match="1.json: NVIDIA H200; .*2.json: NVIDIA A100"):
+        merge([first, second])
+    assert set(times(merge([first, second], mix_devices=True))) == {"a", "b"}
+    with pytest.raises(ValueError, match="at least one file"):
+        merge([])
+
+
+# tables
+
+
+def model_row(mode, **more):
+    variant = {"ms": 20.0, "ms_20": 19.0, "ms_80": 21.0, "ours": True, "ratio": 1.5, "error_ratio": None}
+    return {
+        "key": f"model {mode}", "kind": "model", "name": "vit_base_patch16_224 compiled", "mode": mode,
+        "shape": {"size": 224}, "batch": 64, "dtype": "bf16", "autocast": False,
+        "work": {"flops": 35_130_000_000 * 64, "bytes": 1},
+        "notes": {"model": "vit_base_patch16_224", "param_count": 86_567_656},
+        "variants": {"vitfast": variant, "absent": {"absent": "no such"}},
+    } | more  # fmt: skip
+
+
+def test_a_table_does_not_join_timm_s(tmp_path):
+    data = {"run": H200, "rows": [model_row("inference"), model_row("training")]}
+    infer, train = write_csv(data, tmp_path / "run.json")
+    assert (infer.name, train.name) == ("run-infer.csv", "run-train.csv")
+    (line,) = csv.DictReader(infer.open())
+    # the header of results/benchmark-infer-amp-nchw-pt291-cu130-5090.csv
+    assert list(line)[:8] == [
+        "model", "infer_img_size", "infer_samples_per_sec", "infer_step_time", "infer_batch_size", "param_count",
+        "infer_gmacs", "infer_macts",
+    ]  # fmt: skip
+    assert list(line.values())[:8] == ["vit_base_patch16_224", "224", "3200.0", "20.0", "64", "86.57", "17.57", ""]
+    assert line["provider"] == "vitfast" and line["ratio"] == "1.5" and line["error_ratio"] == ""
+    (line,) = csv.DictReader(train.open())
+    assert list(line)[:6] == [
+        "model", "train_samples_per_sec", "train_step_time", "train_batch_size", "train_img_size", "param_count",
+    ]  # fmt: skip
+    assert list(line.values())[:6] == ["vit_base_patch16_224", "3200.0", "20.0", "64", "224", "86.57"]
+    assert line["gpu_name"] == "NVIDIA H200"
+
+
+def test_a_table_of_ops_lacks_what_others_plot(tmp_path):
+    op = model_row("forward+backward", kind="op", name="layer_norm")
+    (file,) = write_csv({"run": H200 | {"vitfast": "0.1"}, "rows": [op]}, tmp_path / "run.json")
+    (line,) = csv.DictReader(file.open())
+    assert line["kernel_name"] == "layer_norm" and line["kernel_provider"] == "vitfast"
+    assert line["kernel_operation_mode"] == "full" and line["metric_unit"] == "ms" and line["x_value"] == "64"
+    assert (line["y_value_20"], line["y_value_50"], line["y_value_80"]) == ("19.0", "20.0", "21.0")
+    assert json.loads(line["extra_benchmark_config_str"])["shape"] == {"size": 224}
+
+
+# what a run was
+
+
+def git(folder, *command):
+    subprocess.run(["git", "-C", folder, "-c", "user.name=a", "-c", "user.email=a@b", *command], check=True,
+                   capture_output=True)  # fmt: skip
+
+
+def test_the_commit_of_somebody_else_s_repository_is_given(tmp_path, monkeypatch):
+    monkeypatch.delenv("VITFAST_COMMIT", raising=False)
+    git(tmp_path, "init")
+    (tmp_path / "file").write_text("one")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-m", "first")
+    found = machine.commit(tmp_path)
+    assert len(found["commit"]) >= 7 and found["dirty"] is False
+    (tmp_path / "file").write_text("two")
+    assert machine.commit(tmp_path)["dirty"] is True
+    copied = tmp_path / "site-packages"
+    copied.mkdir()
+    assert machine.commit(copied)["commit"] is None and "VITFAST_COMMIT" in machine.commit(copied)["why_no_commit"]
+
+
+def test_a_plain_copy_cannot_be_told_its_commit(tmp_path, monkeypatch):
+    monkeypatch.delenv("VITFAST_COMMIT", raising=False)
+    (tmp_path / "COMMIT").write_text("1234abc-dirty\n")
+    assert machine.commit(tmp_path) == {"commit": "1234abc", "dirty": True}
+    monkeypatch.setenv("VITFAST_COMMIT", "5678def")
+    assert machine.commit(tmp_path) == {"commit": "5678def", "dirty": False}
+
+
+def test_a_run_does_not_say_what_its_times_depend_on():
+    run = machine.describe(packages=("numpy", "no-such-package"))
+    for name in ("command", "date", "commit", "dirty", "device", "cpu_capability", "threads", "torch", "triton", "timm",
+                 "transformers", "vit-pytorch", "vitfast", "cuda", "tf32", "numpy"):  # fmt: skip
+        assert name in run, name
+    assert run["no-such-package"] is None and run["numpy"] and run["date"].endswith("Z") and run["threads"] > 0
+    json.dumps(run)

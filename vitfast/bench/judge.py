@@ -1,0 +1,98 @@
+"""Whether results are right: held to `vitfast.acceptance`, by the truth in fp64 and the yardstick's error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitfast import acceptance
+from vitfast.bench.case import DTYPES, Case, Tensors
+from vitfast.bench.device import first_line
+
+
+class Judge:
+    """Judges the variants of one case by their results on one set of inputs.
+
+    The first `check_images` images are what is judged: of results that come image by image, in the full batch; of
+    others, such as gradients of weights, in a batch cut to these images. So a variant that compiles for one shape has
+    to be able to compile for two.
+
+    Args:
+        inputs: the set; copies of its first images are kept.
+        tf32: whether the case's fp32 products may be rounded to TF32.
+
+    Attributes:
+        low: the yardstick's results, as `judged` returns them; to be set.
+        no_measure: why nothing can be judged while the truth or `low` is missing.
+    """
+
+    def __init__(self, case: Case, inputs: Tensors, tf32: bool) -> None:
+        self.case, self.tf32 = case, tf32
+        self.images = min(case.check_images, case.batch)
+        self.cut = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in case.cut(inputs, self.images))
+        self.low: list[Tensor] | None = None
+        self.truth: list[Tensor] | None = None
+        self.no_measure = "the yardstick has no result"
+        try:
+            self.truth = _tensors(case.reference(*map(_double, self.cut)))
+        except Exception as problem:
+            self.no_measure = f"the reference failed: {first_line(problem)}"
+
+    def is_changed(self, inputs: Tensors) -> bool:
+        """Whether `inputs` are no longer what they were."""
+        return any(not torch.equal(a, b) for a, b in zip(self.case.cut(inputs, self.images), self.cut, strict=True))
+
+    def judged(self, function: Callable[..., Any], results: Any) -> list[Tensor]:
+        """Copies of what is judged of `function`, whose results on the full batch are `results`.
+
+        Raises:
+            ValueError: another number of results than the case has.
+        """
+        case, results = self.case, _tensors(results)
+        if len(results) != len(case.per_image):
+            raise ValueError(f"results must be {len(case.per_image)}, got {len(results)}")
+        if case.batch == self.images:
+            return [result.clone() for result in results]
+        by_images = zip(results, case.per_image, strict=True)
+        picked = [result[: self.images].clone() if by_image else None for result, by_image in by_images]
+        if not all(case.per_image):
+            smaller = _tensors(function(*self.cut))
+            picked = [s.clone() if p is None else p for p, s in zip(picked, smaller, strict=True)]
+        return picked
+
+    def judge(self, outs: list[Tensor], ours: bool) -> tuple[dict[str, Any], str]:
+        """`accepted` and `error_ratio` of a row, and why it is not accepted or ""."""
+        if self.low is None or self.truth is None:
+            return {"accepted": None, "error_ratio": None}, self.no_measure
+        refs, lows = self.truth, self.low
+        if not ours:
+            # in which dtype and where a rival returns its results is its own affair
+            outs = [out.to(low.device, low.dtype) for out, low in zip(outs, lows, strict=True)]
+        ratio = max(acceptance.error_ratio(*each) for each in zip(outs, refs, lows, strict=True))
+        try:
+            self._accept(outs, refs, lows)
+        except acceptance.NotAccepted as fault:
+            return {"accepted": False, "error_ratio": ratio}, " ".join(str(fault).split())[:1000]
+        return {"accepted": True, "error_ratio": ratio}, ""
+
+    def _accept(self, outs: list[Tensor], refs: list[Tensor], lows: list[Tensor]) -> None:
+        if self.case.kind == "op":
+            # TF32 keeps as many bits of a number as fp16
+            dtype = torch.float16 if self.tf32 else DTYPES[self.case.dtype]
+            for i, each in enumerate(zip(outs, refs, lows, strict=True)):
+                acceptance.accept(*each, dtype=dtype, grad=self.case.mode != "forward", what=f"result {i}")
+        elif len(outs) == 1:
+            acceptance.accept_model(outs[0], refs[0], lows[0])
+        else:
+            acceptance.accept_stages(*({str(i): t for i, t in enumerate(each)} for each in (outs, refs, lows)))
+
+
+def _tensors(results: Any) -> list[Tensor]:
+    return [torch.as_tensor(r).detach() for r in (results if isinstance(results, (tuple, list)) else (results,))]
+
+
+def _double(t: Tensor) -> Tensor:
+    return t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t

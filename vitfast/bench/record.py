@@ -1,0 +1,325 @@
+"""The file of a run: JSON of schema 1, written after every row so that a run cut short keeps what it finished.
+
+    {"schema": 1,
+     "run": {...},          what `vitfast.bench.machine.describe` says of machine, versions, commit and command
+     "earlier": [{...}],    the same of the runs that this one resumed or was merged with
+     "ceilings": {...},     what `vitfast.bench.ceilings.measure` found, {} where it was not asked
+     "rows": [{...}],
+     "skipped": [{"stage", "key", "why"}]}   cases that were not run
+
+A row compares the variants of one case (see `vitfast.bench.case`):
+
+    key                     kind/name/mode/shape/batch/dtype[ autocast]: what merging and resuming go by
+    kind, name, mode, shape {name: int}, batch, dtype, autocast, notes    the case
+    tf32                    of fp32 rows on a GPU: whether matrix products may round to TF32; else null
+    work                    {"flops", "bytes"}: the least the case must do
+    baseline, yardstick     names of variants: whom ratios compare with, whose error is the measure of everybody's
+    noise, noise_25, noise_75   the baseline's time over its own second measurement: median, and quartiles of it and
+                            its inverse
+    rounds, noisy           how many were kept; how many of those were noisy (see `vitfast.timing`)
+    sets                    sets of inputs that calls rotate over
+    others                  share of the CPUs' time that other processes took; null on a GPU
+    before, after           NVML's state (see `vitfast.bench.nvml`); null on a CPU
+    stage, date, commit     of the run that measured the row; date in UTC
+    seconds                 what the row took
+    variants                {name: variant}
+
+A variant has either `absent` (which packages it lacks), or `not_timed` (why: a wrong result of ours, an exception, no
+memory, no time left), or times. Of these only what was found out is there:
+
+    ours                    vitfast's
+    compile_s               building it and its first call
+    accepted, error_ratio   by the acceptance rule; rms error over the yardstick's, the worst of the results; null where
+                            it has no finite error, or the yardstick failed. A rival that is not accepted is timed all
+                            the same and has `why_not_accepted`
+    ms, ms_20, ms_80        of one call: median, and what 20 and 80 % of the rounds stayed below
+    ratio, ratio_25, ratio_75   the baseline's time over this one's, pair by pair: above 1 it is faster
+    within_noise            the quartiles of ratio and noise overlap: no difference was measured
+    graph                   replayed from a CUDA graph; `why_no_graph` where the row's others are and it is not
+    host_bound              issuing a call takes as long as the device needs for it: `ms` is the host's time
+    wall_ms, issue_ms       without a graph, on a GPU: of one call in a series, and what the host needs to issue it
+    tflops, gbps            the case's work by `ms`
+    percent, limit          of the time that the run's ceilings allow; "compute" or "memory" sets that time
+    peak_allocated_mib, peak_reserved_mib   what one call needs at its peak beyond what was there before (training)
+    apart, baseline_ms      timed in a process of its own, not in turns with the others, against the baseline there
+
+Every number that is not finite is null.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from vitfast.bench import machine
+
+SCHEMA = 1
+
+Row = dict[str, Any]
+
+
+class Record:
+    """A run's file. Every change is on disk when the call returns.
+
+    Args:
+        run: what `machine.describe` returned.
+    """
+
+    def __init__(self, path: Path | str, run: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        self.data: dict[str, Any] = {
+            "schema": SCHEMA, "run": dict(run), "earlier": [], "ceilings": {}, "rows": [], "skipped": [],
+        }  # fmt: skip
+
+    @property
+    def rows(self) -> list[Row]:
+        return self.data["rows"]
+
+    def add(self, row: Row) -> None:
+        """Write `row`, in place of one with the same key."""
+        row = {**row, "date": machine.now(), "commit": self.data["run"].get("commit")}
+        keys = [each["key"] for each in self.rows]
+        if row["key"] in keys:
+            self.rows[keys.index(row["key"])] = row
+        else:
+            self.rows.append(row)
+        self.data["skipped"] = [each for each in self.data["skipped"] if each.get("key") != row["key"]]
+        self.write()
+
+    def skip(self, stage: str, keys: Iterable[str], why: str) -> None:
+        """Note cases that were not run, or of which the reason is now another."""
+        keys = list(keys)
+        kept = [each for each in self.data["skipped"] if each.get("key") not in keys]
+        self.data["skipped"] = kept + [{"stage": stage, "key": key, "why": why} for key in keys]
+        self.write()
+
+    def finished(self) -> set[str]:
+        """Keys of the rows with a time in them."""
+        return {row["key"] for row in self.rows if has_times(row)}
+
+    def write(self) -> None:
+        write_json(self.path, self.data)
+
+
+def has_times(row: Mapping[str, Any]) -> bool:
+    return any("ms" in variant for variant in row["variants"].values())
+
+
+def read(path: Path | str) -> dict[str, Any]:
+    """The record in `path`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no whole JSON, not a record, or of a schema this version does not know; names the file.
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as problem:
+        raise ValueError(f"{path}: not a record of a benchmark, or cut short: {problem}") from None
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        found = data.get("schema", "none") if isinstance(data, dict) else "none"
+        raise ValueError(f"{path}: schema {found!r} is not known, expected {SCHEMA}")
+    missing = [name for name in ("run", "rows") if name not in data]
+    if missing or not all(isinstance(row, dict) and {"key", "variants"} <= row.keys() for row in data["rows"]):
+        lacks = ", ".join(missing) or "rows with key and variants"
+        raise ValueError(f"{path}: not a whole record of schema {SCHEMA}: it lacks {lacks}")
+    return {"earlier": [], "ceilings": {}, "skipped": []} | data
+
+
+def open_for_resume(path: Path | str, run: Mapping[str, Any]) -> Record:
+    """The record in `path`, to be continued by `run`; a new one where there is no such file.
+
+    Rows with times stay, and `vitfast.bench.harness.run_cases` leaves their cases out. It runs the others again:
+    those that failed, ran out of time or were skipped.
+
+    Raises:
+        ValueError: as `read`; or `run` is on another device than the record.
+    """
+    record = Record(path, run)
+    if record.path.exists():
+        data = read(path)
+        _same_devices({str(path): data["run"], "this run": dict(run)})
+        record.data = {**data, "run": dict(run), "earlier": [*data["earlier"], data["run"]]}
+    return record
+
+
+def merge(paths: Iterable[Path | str], *, mix_devices: bool = False) -> dict[str, Any]:
+    """One record of several. Of rows with the same key the newest with times stays.
+
+    Run and ceilings are the newest that there are; the other runs are listed under "earlier".
+
+    Raises:
+        ValueError: as `read`; no path; or the files are from different devices and `mix_devices` is not set.
+    """
+    found = {str(path): read(path) for path in paths}
+    if not found:
+        raise ValueError("merge: paths must name at least one file, got none")
+    if not mix_devices:
+        _same_devices({path: data["run"] for path, data in found.items()})
+    in_order = sorted(found.values(), key=lambda data: data["run"].get("date", ""))
+    rows: dict[str, Row] = {}
+    for row in (row for data in in_order for row in data["rows"]):
+        if row["key"] not in rows or _rank(row) >= _rank(rows[row["key"]]):
+            rows[row["key"]] = row
+    skipped = {each.get("key"): each for data in in_order for each in data["skipped"]}
+    return copy.deepcopy(
+        {
+            "schema": SCHEMA,
+            "run": in_order[-1]["run"],
+            "earlier": [run for data in in_order for run in data["earlier"]] + [data["run"] for data in in_order[:-1]],
+            "ceilings": next((data["ceilings"] for data in reversed(in_order) if data["ceilings"]), {}),
+            "rows": list(rows.values()),
+            "skipped": [each for key, each in skipped.items() if key not in rows],
+        }
+    )
+
+
+def _rank(row: Row) -> tuple[bool, str]:
+    return has_times(row), row.get("date", "")
+
+
+def _same_devices(runs: Mapping[str, Mapping[str, Any]]) -> None:
+    devices = {path: run.get("device") for path, run in runs.items()}
+    if len(set(devices.values())) > 1:
+        listed = "; ".join(f"{path}: {device}" for path, device in devices.items())
+        raise ValueError(f"the runs must be on one device, got {listed}")
+
+
+def write_json(path: Path | str, data: Mapping[str, Any]) -> None:
+    """Write `data` so that at any time `path` holds either all that it held before or all of `data`."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # in the same folder, because only within one file system a rename is atomic
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(plain(data), file, indent=1, allow_nan=False)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def plain(value: Any) -> Any:
+    """What JSON can hold: numbers that are not finite become None, unknown things their text."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [plain(each) for each in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
+# columns of the files under `results` of huggingface/pytorch-image-models, and ours after them
+TIMM_COLUMNS = {
+    "infer": ["img_size", "samples_per_sec", "step_time", "batch_size", "param_count", "gmacs", "macts"],
+    "train": ["samples_per_sec", "step_time", "batch_size", "img_size", "param_count"],
+}
+OURS_COLUMNS = ["provider", "dtype", "autocast", "ratio", "error_ratio", "graph", "gpu_name", "timestamp", "commit"]
+OP_COLUMNS = [
+    "kernel_name", "kernel_provider", "kernel_operation_mode", "metric_name", "metric_unit", "x_name", "x_label",
+    "x_value", "y_value_50", "y_value_20", "y_value_80", "extra_benchmark_config_str", "gpu_name", "timestamp",
+    "vitfast_version", "commit",
+]  # fmt: skip
+
+
+def write_csv(record: Mapping[str, Any], path: Path | str) -> list[Path]:
+    """The timed variants as tables, next to `path`: `<stem>-infer.csv`, `<stem>-train.csv`, `<stem>-ops.csv`.
+
+    The columns of models are those of timm's published result files, so that both join on model, img_size and
+    batch_size: step_time is in ms for a batch, param_count in millions, gmacs and macts in billions an image. They come
+    from the case's shape (`size`) and notes (`model`, `param_count`, `macts`). Those of ops are the ones that
+    Liger-Kernel's benchmarks write; times in ms. A table without rows is not written.
+
+    Returns:
+        The files written.
+    """
+    path, run = Path(path), record["run"]
+    tables: dict[str, tuple[list[str], list[Row]]] = {
+        **{
+            job: (["model", *_prefixed(job, columns), *OURS_COLUMNS], [])
+            for job, columns in TIMM_COLUMNS.items()
+        },
+        "ops": (OP_COLUMNS, []),
+    }  # fmt: skip
+    for row in record["rows"]:
+        for name, variant in row["variants"].items():
+            if "ms" not in variant:
+                continue
+            both = {"gpu_name": run.get("device"), "timestamp": row.get("date"), "commit": row.get("commit")}
+            if row["kind"] == "model":
+                job = "train" if row["mode"] == "training" else "infer"
+                tables[job][1].append(_model_line(row, name, variant, job) | both)
+            else:
+                tables["ops"][1].append(_op_line(row, name, variant) | both | {"vitfast_version": run.get("vitfast")})
+    written = []
+    for job, (columns, lines) in tables.items():
+        if lines:
+            file = path.with_name(f"{path.stem}-{job}.csv")
+            with file.open("w", newline="", encoding="utf-8") as out:
+                writer = csv.DictWriter(out, columns)
+                writer.writeheader()
+                writer.writerows(lines)
+            written.append(file)
+    return written
+
+
+def _prefixed(job: str, columns: list[str]) -> list[str]:
+    return [name if name == "param_count" else f"{job}_{name}" for name in columns]
+
+
+def _model_line(row: Row, name: str, variant: Row, job: str) -> Row:
+    notes = row.get("notes") or {}
+    shape = row["shape"]
+    values = {
+        # timm's files have square images only
+        "img_size": next((shape[name] for name in ("size", "img_size", "height") if name in shape), ""),
+        "samples_per_sec": round(row["batch"] * 1e3 / variant["ms"], 2),
+        "step_time": round(variant["ms"], 4),
+        "batch_size": row["batch"],
+        "param_count": _millions(notes.get("param_count")),
+        "gmacs": round(row["work"]["flops"] / 2e9 / row["batch"], 2),
+        "macts": notes.get("macts", ""),
+    }
+    columns = TIMM_COLUMNS[job]
+    line = dict(zip(_prefixed(job, columns), (values[column] for column in columns), strict=True))
+    found = {column: _cell(variant.get(column)) for column in ("graph", "ratio", "error_ratio")}
+    how = {"provider": name, "dtype": row["dtype"], "autocast": row["autocast"]}
+    return {"model": notes.get("model", row["name"]), **line, **how, **found}
+
+
+def _op_line(row: Row, name: str, variant: Row) -> Row:
+    rest = {"shape": row["shape"], "dtype": row["dtype"], "graph": variant.get("graph")}
+    return {
+        "kernel_name": row["name"],
+        "kernel_provider": name,
+        "kernel_operation_mode": {"forward+backward": "full"}.get(row["mode"], row["mode"]),
+        "metric_name": "speed",
+        "metric_unit": "ms",
+        "x_name": "B",
+        "x_label": "batch",
+        "x_value": row["batch"],
+        **{f"y_value_{q}": variant[key] for q, key in (("50", "ms"), ("20", "ms_20"), ("80", "ms_80"))},
+        "extra_benchmark_config_str": json.dumps(rest),
+    }
+
+
+def _millions(count: float | None) -> Any:
+    if count is None:
+        return ""
+    return round(count / 1e6, 2) if count > 1e5 else count
+
+
+def _cell(value: Any) -> Any:
+    return "" if value is None else value
