@@ -11,14 +11,13 @@ Sources of the factors, with the forward as 1:
 - attention's backward has four of the forward's two products' size, and computes q k^T again because nobody keeps
   N x N probabilities: 7 products for 2, so 3.5 in all (Dao et al., FlashAttention, arXiv 2205.14135, section 3.1).
 
-`dtype` is 'fp32', 'fp16', 'bf16', 'fp8' or 'uint8', or a torch dtype.
+A dtype is 'fp32', 'fp16', 'bf16', 'fp8' or 'uint8', or, for ops, a torch dtype.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
 
 import torch
 
@@ -34,10 +33,15 @@ DType = str | torch.dtype
 
 @dataclass(frozen=True)
 class Part:
-    """One kernel of a model's forward (or forward and backward): its name, how often it runs, and once its work."""
+    """One kernel of a model's forward (or forward and backward).
+
+    Attributes:
+        dtype: of its matrix products.
+        count: how often it runs; work: that of once.
+    """
 
     name: str
-    kind: Literal["linear", "attention", "elementwise"]
+    dtype: str
     count: int
     work: Work
 
@@ -184,8 +188,8 @@ def patch_embed(
 
 
 def parts(
-    config: ViTConfig, batch: int, dtype: DType, *, training: bool = False, class_token_only_last_block: bool = False,
-    image_dtype: DType | None = None, linear_dtype: DType | None = None, fused: bool = True,
+    config: ViTConfig, batch: int, dtype: str, *, training: bool = False, class_token_only_last_block: bool = False,
+    image_dtype: DType | None = None, linear_dtype: str | None = None, fused: bool = True,
 ) -> list[Part]:  # fmt: skip
     """The kernels of a model in the order an image travels, norms, activations and residuals inside the products.
 
@@ -208,11 +212,11 @@ def parts(
         positions=config.pos_embed != "none", bias=not config.pre_norm, backward=training, patch_grad=config.input_norm,
     )  # fmt: skip
     options = dict(training=training, linear_dtype=linear_dtype, fused=fused)
-    found = [Part("patch_embed", "linear", 1, embed)]
+    found = [Part("patch_embed", dtype, 1, embed)]
     if class_token_only_last_block and depth:
         found += _block(config, B, N, N, dtype, count=depth - 1, **options)
         last = _block(config, B, N, 1 + config.distillation_token, dtype, count=1, **options)
-        found += [Part(f"last {part.name}", part.kind, part.count, part.work) for part in last]
+        found += [replace(part, name=f"last {part.name}") for part in last]
     else:
         found += _block(config, B, N, N, dtype, count=depth, **options)
     found += _head(config, B, N, dtype, training)
@@ -229,31 +233,31 @@ def _block(config, B, N, keep, dtype, *, count, training, linear_dtype, fused):
     tail = common | dict(gamma=config.layer_scale is not None, residual=fused, out_dtype=dtype)
     head = dict(norm=fused, x_dtype=dtype if fused else inside, backward=training)
 
-    def part(name, kind, work):
-        return Part(name, kind, count, work)
+    def part(name, work):
+        return Part(name, inside, count, work)
 
     def project(name, tokens, width):
         done = linear(B * tokens, C, width, inside, bias=config.qkv_bias, out_dtype=dtype, **head)
-        return part(name, "linear", done)
+        return part(name, done)
 
     softmax = attention(B, keep, H, D, dtype, Nk=N, backward=training, out_dtype=inside)
     found = [
         *([project("qkv", N, 3 * inner)] if keep == N else [project("kv", N, 2 * inner), project("q", keep, inner)]),
-        part("attention", "attention", softmax),
+        Part("attention", dtype, count, softmax),
     ]
     if config.out_proj:
-        found.append(part("proj", "linear", linear(rows, inner, C, inside, **tail)))
+        found.append(part("proj", linear(rows, inner, C, inside, **tail)))
     found += [
-        part("fc1", "linear", linear(rows, C, first, inside, act=fused, gated=gated and fused, out_dtype=inside,
-                                     **head, bias=config.proj_bias)),
-        part("fc2", "linear", linear(rows, second, C, inside, **tail)),
+        part("fc1", linear(rows, C, first, inside, bias=config.proj_bias, act=fused, gated=gated and fused,
+                           out_dtype=inside, **head)),
+        part("fc2", linear(rows, second, C, inside, **tail)),
     ]  # fmt: skip
     if not fused:
         # the first norm has no branch before it, and the last sum no norm after
         sums = add_layer_norm(rows, C, inside, residual_dtype=dtype, backward=training)
         found += [
-            Part("add + norm", "elementwise", 2 * count, sums),
-            part("activation", "elementwise", _activation(rows, first, second, inside, training)),
+            Part("add + norm", dtype, 2 * count, sums),
+            part("activation", _activation(rows, first, second, inside, training)),
         ]
     return found
 
@@ -273,15 +277,15 @@ def _head(config, B, N, dtype, training):
         pool = attention(B, 1, config.heads, D, dtype, Nk=keys, backward=training)
         # the query is the same for all images
         found = [
-            Part("pool q", "linear", 1, linear(1, C, C, dtype, backward=training)),
-            Part("pool kv", "linear", 1, linear(B * keys, C, 2 * C, dtype, backward=training)),
-            Part("pool attention", "attention", 1, pool),
-            Part("pool proj", "linear", 1, linear(B, C, C, dtype, backward=training)),
-            Part("pool mlp", "linear", 1, mlp(B, C, config.mlp_dim, dtype, backward=training)),
+            Part("pool q", dtype, 1, linear(1, C, C, dtype, backward=training)),
+            Part("pool kv", dtype, 1, linear(B * keys, C, 2 * C, dtype, backward=training)),
+            Part("pool attention", dtype, 1, pool),
+            Part("pool proj", dtype, 1, linear(B, C, C, dtype, backward=training)),
+            Part("pool mlp", dtype, 1, mlp(B, C, config.mlp_dim, dtype, backward=training)),
         ]
     if config.num_classes:
         classifier = linear(B * pooled, C, config.num_classes, dtype, backward=training)
-        found.append(Part("head", "linear", 1 + config.distillation_token, classifier))
+        found.append(Part("head", dtype, 1 + config.distillation_token, classifier))
     return found
 
 
@@ -293,7 +297,7 @@ def parameters(config: ViTConfig) -> int:
 
 
 def model(
-    config: ViTConfig, batch: int, dtype: DType, training: bool = False, class_token_only_last_block: bool = False, *,
+    config: ViTConfig, batch: int, dtype: str, training: bool = False, class_token_only_last_block: bool = False, *,
     image_dtype: DType | None = None, weight_dtype: DType | None = None,
 ) -> Work:  # fmt: skip
     """A whole model's forward, or its forward and backward (no loss, no optimizer).
