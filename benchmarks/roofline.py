@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from vitfast import ViTConfig
-from vitfast.bench import work
+from vitfast.bench import record, work
 from vitfast.bench.case import Work
 from vitfast.variants import config_for
 
@@ -70,14 +70,17 @@ def read_ceilings(file: Path) -> Ceilings:
     """What the run of a benchmark's JSON measured of its device.
 
     Raises:
-        ValueError: the file has none.
+        ValueError: the file is no record, or has none.
     """
-    record = json.loads(file.read_text())
-    found = record.get("ceilings") or {}
-    rates = {name: tflops * 1e12 for name, tflops in found.get("matmul_tflops", {}).items() if tflops}
-    if not rates or not found.get("copy_gbps"):
+    read = record.read(file)
+    found = read["ceilings"]
+    rates = {name: each["tflops"] * 1e12 for name, each in found.get("matmul", {}).items() if each.get("tflops")}
+    gbps = found.get("copy", {}).get("gbps")
+    if not rates or not gbps:
         raise ValueError(f"roofline: {file} has no measured ceilings")
-    return Ceilings(rates, found["copy_gbps"] * 1e9, f"{record['run']['device']} as measured in {file.name}")
+    speeds = ", ".join(f"{rate / 1e12:.4g} TFLOP/s {name}" for name, rate in rates.items())
+    source = f"{read['run']['device']} as measured in {file.name} ({speeds}, {gbps:.4g} GB/s)"
+    return Ceilings(rates, gbps * 1e9, source)
 
 
 def compute(parts: list[work.Part], ceilings: Ceilings) -> float:
