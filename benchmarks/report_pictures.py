@@ -135,20 +135,21 @@ def roofline_by_op(device: Device) -> Figure | None:
         panels.setdefault(row["mode"], []).append(row)
     title = "Percent of the roofline: ours in blue, the fastest other in grey"
     heights = [_height(2.2 * len(found)) for found in panels.values()]
-    figure, axes = _panels(device, rows, title, list(panels), heights)
+    figure, axes = _panels(device, rows, title, list(panels), heights, width=4.8, left=1.75)
     for found, ax in zip(panels.values(), axes, strict=True):
         for y, row in enumerate(found):
             for name, at, colour in ((ours(row), y - 0.19, OURS[0]), (rival(row), y + 0.19, BAR)):
                 percent = _percent(row, name)
                 if percent is not None:
                     ax.barh(at, percent, 0.34, color=colour)
-                    _beside(ax, f"{percent:.0f}  {name}", percent, at, fontsize=7.5)
+                    _beside(ax, f"{percent:.0f}  {name}{_not_accepted(row, name)}", percent, at, fontsize=7.5)
             if ours(row) is None and any(v.get("ours") for v in row["variants"].values()):
                 _beside(ax, "vitfast was not timed", 0, y - 0.19, fontsize=7.5)
         labels = [f"{row['name']}, {_tokens(row)}" for row in found]
         ax.set(yticks=range(len(found)), yticklabels=labels, ylim=(len(found) - 0.5, -0.5))
         # a little above 100 is possible: ceilings are measured as well
-        ax.set_xlim(0, max(100, *(_percent(row, n) or 0 for row in found for n in (ours(row), rival(row)))))
+        most = max(100, *(_percent(row, n) or 0 for row in found for n in (ours(row), rival(row))))
+        ax.set_xlim(0, 1.02 * most)
         ax.axvline(100, color=INK, linewidth=0.8)
         ax.xaxis.grid(True)
         ax.spines["left"].set_visible(False)
@@ -174,7 +175,7 @@ def flops_and_throughput(device: Device) -> Figure | None:
     gflops, rates = zip(*(at for at, _, _ in points), strict=True)
     ax.set(xscale="log", yscale="log", xlabel="GFLOP an image", ylabel="images/s")
     ax.set(xlim=(min(gflops) / 2, max(gflops) * 5), ylim=(min(rates) / 2, max(rates) * 2.5))
-    _lines_of_equal_speed(ax, device)
+    _lines_of_equal_speed(ax, device, rows[0]["dtype"])
     _name_points(ax, points)
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter(lambda value, _: f"{value:,g}")
@@ -182,13 +183,13 @@ def flops_and_throughput(device: Device) -> Figure | None:
     return figure
 
 
-def _lines_of_equal_speed(ax: Axes, device: Device) -> None:
-    """Powers of ten of TFLOP/s, and the ceiling where it was measured."""
+def _lines_of_equal_speed(ax: Axes, device: Device, dtype: str) -> None:
+    """Powers of ten of TFLOP/s, and the ceiling of products in this dtype where it was measured."""
     (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
-    ceiling = device.ceilings.get("matmul", {}).get("bf16", {}).get("tflops")
+    ceiling = device.ceilings.get("matmul", {}).get(dtype, {}).get("tflops")
     speeds = [(10.0**power, f"{10.0**power:g} TFLOP/s", FAINT) for power in range(-3, 5)]
     speeds = [speed for speed in speeds if ceiling is None or speed[0] < 0.7 * ceiling]
-    speeds += [] if ceiling is None else [(ceiling, f"{ceiling:.0f} TFLOP/s: ceiling in bf16", "#8C959F")]
+    speeds += [] if ceiling is None else [(ceiling, f"{number(ceiling)} TFLOP/s: ceiling in {dtype}", "#8C959F")]
     for tflops, text, colour in speeds:
         ends = [tflops * 1e3 / left, tflops * 1e3 / right]
         if ends[0] > low and ends[1] < high:
@@ -225,6 +226,10 @@ def _has(row: Row, name: str) -> bool:
 
 def _ms(row: Row, name: str) -> float:
     return row["variants"][name]["ms"]
+
+
+def _not_accepted(row: Row, name: str) -> str:
+    return "  not accepted" if row["variants"][name].get("accepted") is False else ""
 
 
 def _percent(row: Row, name: str | None) -> float | None:
@@ -294,15 +299,17 @@ def _bars(
     more = "×: times as fast as the bar without one, pair by pair; ≈: within noise; lines: 20 to 80 % of the rounds"
     figure, axes = _panels(device, rows, title, titles, [_height(len(names)) for names in shown], more=more)
     for row, names, ax in zip(rows, shown, axes, strict=True):
-        longest = max(value(row, name) for name in names)
+        longest = 0.0
         for y, name in enumerate(names):
             variant = row["variants"][name]
             at = value(row, name)
             ax.barh(y, at, 0.7, color=_bar_colour(row, name))
             ends = [at * (variant[q] / variant["ms"]) ** (-1 if most_first else 1) for q in ("ms_20", "ms_80")]
             ax.plot(ends, [y, y], color=INK, linewidth=0.9)
-            ratio = f"  {ratio_text(variant)}" if name != row["baseline"] else ""
-            _beside(ax, text(at) + ratio, max(at, *ends), y)
+            said = f"  {ratio_text(variant)}" if name != row["baseline"] else ""
+            said += _not_accepted(row, name)
+            longest = max(longest, at, *ends)
+            _beside(ax, text(at) + said, max(at, *ends), y)
         _name_bars(ax, names, longest)
     return figure
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vitfast.bench import record
+from vitfast.variants import VARIANTS
 
 CNNS = ("resnet", "mobilenet", "efficientnet", "convnext", "regnet")
 
@@ -106,13 +107,17 @@ def model_of(row: Row) -> str:
     """The model's name without the group of rivals that the row is about, with its image size."""
     name, shape = (row.get("notes") or {}).get("model", row["name"]), row["shape"]
     size = str(shape["size"]) if "size" in shape else f"{shape['height']}x{shape['width']}"
-    # an architecture that its name doesn't tell has its patch in the shape
-    width = f", dim {shape['dim']}" if "patch" in shape else ""
+    width = "" if _is_timms(row) else f", dim {shape['dim']}"
     return name + width + ("" if size in name or is_cnn(row) and size == "224" else f" at {size}")
 
 
+def _is_timms(row: Row) -> bool:
+    """Whether the name tells the architecture."""
+    return is_cnn(row) or (row.get("notes") or {}).get("model", row["name"]) in VARIANTS
+
+
 def joined(rows: Iterable[Row]) -> list[Row]:
-    """One row of the rows that differ only in the group of rivals; of a variant in several the first counts.
+    """One row of the rows that differ only in the group of rivals; of a variant in several the first time counts.
 
     Ratios stay those to the baseline in the variant's own row. Sorted by model (of growing work), dtype and batch.
     """
@@ -120,16 +125,18 @@ def joined(rows: Iterable[Row]) -> list[Row]:
     for row in sorted(rows, key=lambda row: row["name"] != (row.get("notes") or {}).get("model", row["name"])):
         same = (model_of(row), row["mode"], row["batch"], dtype(row))
         if same in found:
-            variants = found[same]["variants"]
-            variants = variants | {name: v for name, v in row["variants"].items() if name not in variants}
+            variants = dict(found[same]["variants"])
+            for name, variant in row["variants"].items():
+                if name not in variants or (timed(variant) and not timed(variants[name])):
+                    variants[name] = variant
             found[same] = found[same] | {"variants": variants, "parts": [*found[same]["parts"], row]}
         else:
             found[same] = row | {"name": model_of(row), "parts": [row]}
     first = {"bf16": 0, "fp16": 1, "fp32": 3}
     return sorted(
         found.values(),
-        key=lambda row: (is_cnn(row), row["work"]["flops"] / row["batch"], row["name"], first.get(row["dtype"], 2),
-                          bool(row.get("autocast")), row["batch"]),
+        key=lambda row: (is_cnn(row), not _is_timms(row), row["work"]["flops"] / row["batch"], row["name"],
+                         first.get(row["dtype"], 2), bool(row.get("autocast")), row["batch"]),
     )  # fmt: skip
 
 

@@ -57,7 +57,8 @@ def cell(row: Row, name: str, value: Callable[[Row], str], notes: Notes, with_ra
 
 
 def _one_line(text: str) -> str:
-    text = " ".join(str(text).split()).replace("|", "/").replace("<", "&lt;")
+    # what says that it cannot do something says so well enough
+    text = " ".join(str(text).removeprefix("NotImplementedError: ").split()).replace("|", "/").replace("<", "&lt;")
     return text if len(text) <= 160 else text[:157] + "..."
 
 
@@ -178,7 +179,7 @@ def _ops(device: Device, rows: list[Row]) -> str | None:
 
     def percent(row: Row, name: str | None) -> str:
         found = None if name is None else row["variants"][name].get("percent")
-        return "-" if found is None else f"{found:.0f} %"
+        return "-" if found is None else f"{found:.0f} %" if found >= 10 else f"{found:.1f} %"
 
     lines = []
     for row in rows:

@@ -10,6 +10,7 @@ RED = "result 0: rms error 9 times the yardstick's"
 SPEED = {
     "timm": 1.0, "vitfast": 1.7, "vitfast prepared": 1.8, "torchvision": 0.97, "Hugging Face": 0.9,
     "timm compiled": 1.25, "timm reduce-overhead": 1.3, "timm max-autotune": 1.4, "timm channels_last": 1.3,
+    "vit-pytorch": 1.0,
     "SDPA packed": 1.0, "SDPA flash": 1.3, "SDPA cuDNN": 1.6, "SDPA efficient": 0.8, "SDPA math": 0.2,
     "F.linear": 1.0, "F.layer_norm": 1.0, "compiled": 1.15, "eager": 1.0,
 }  # fmt: skip
@@ -58,7 +59,7 @@ def row(rng, kind, name, mode, shape, batch, done, names, ms, dtype="bf16", **mo
 def models(rng, batches=(1, 8, 64, 256), slower=1.0):
     for name, options in VITS:
         config = config_for(name, **options)
-        shape = {"size": config.image_size[0], "dim": config.dim, "depth": config.depth, "heads": config.heads}
+        shape = {"size": config.image_size[0], "tokens": config.num_patches + 1, "dim": config.dim}
         for batch in batches:
             ms = slower * (0.3 + 1e3 * batch * work.model(config, 1, "bf16").flops / 380e12)
             for group, names in {
@@ -81,6 +82,12 @@ def models(rng, batches=(1, 8, 64, 256), slower=1.0):
             ms = slower * (0.4 + gflop * batch / speed)
             names = ("timm", "timm channels_last", "timm compiled")
             yield row(rng, "model", name, "inference", {"size": 224}, batch, done, names, ms, notes={"model": name})
+
+
+def vit_pytorch(rng):
+    done, names, notes = work.Work(35 * 10**9 * 64, 10**8), ("vit-pytorch", "vitfast"), {"model": "vit-pytorch"}
+    shape = {"size": 224, "tokens": 197, "dim": 768}
+    yield row(rng, "model", "vit-pytorch", "inference", shape, 64, done, names, 6.0, notes=notes)
 
 
 def ops(rng, batch=64):
@@ -125,7 +132,7 @@ def write(path, rows, run=None, ceilings=None, **more):
 def everything(folder, seed=0):
     """A GPU's and a CPU's files with all that a report shows, the odd cases too."""
     rng = random.Random(seed)
-    rows = [*models(rng), *ops(rng)]
+    rows = [*models(rng), *vit_pytorch(rng), *ops(rng)]
     for found in rows:
         variants = found["variants"]
         if found["name"] == "attention":

@@ -96,6 +96,8 @@ def test_a_table_of_gpu_rows_loses_a_model_a_rival_or_a_number(site):
     assert f"| {' | '.join(columns)} | timm compiled |" in found["gpu throughput"]
     # a network with other rivals gets a table of its own, without columns of dashes
     assert "| model | batch | dtype | timm | timm channels_last | timm compiled |" in found["gpu throughput"]
+    assert "| model | batch | dtype | vitfast | vit-pytorch |" in found["gpu throughput"]
+    assert "| vit-pytorch, dim 768 at 224 | 64 |" in found["gpu throughput"]
     assert "790 (806)" in found["gpu ceilings"] and "| width 192 | width 768 |" in found["gpu ceilings"]
 
 
@@ -186,13 +188,20 @@ def test_a_difference_within_noise_reads_as_one(within, shown, site):
 
 
 def test_absent_and_failed_rivals_are_not_told_apart(site):
-    one_row(site, lambda v: v.update({
-        "torchvision": {"ours": False, "absent": "torchvision is not installed"},
-        "timm compiled": {"ours": False, "not_timed": "out of memory"},
-    }))  # fmt: skip
+    absent, failed = {"ours": False, "absent": "it is not installed"}, {"ours": False, "not_timed": "out of memory"}
+    row = one_row(site)
+    other = row | {"key": "other", "batch": 8, "variants": dict(row["variants"])}
+    other["work"] = {"flops": DONE.flops // 8, "bytes": DONE.bytes // 8}
+    row["variants"] |= {"torchvision": absent, "Hugging Face": absent, "timm compiled": failed}
+    other["variants"]["Hugging Face"] = absent
+    fake_record.write(site / "results" / "run.json", [row, other])
     report(site)
     body = blocks(site)["gpu throughput"]
-    assert "Absent there: torchvision." in body and "not timed [1]" in body and "\\[1\\] out of memory" in body
+    lines = [line.split(" | ") for line in body.splitlines() if line.startswith("| vit_base")]
+    # 8 images, then 64; the columns are those of what somebody has
+    assert [line[5] == "absent" for line in lines] == [False, True]
+    assert [line[6] for line in lines] == ["- |", "not timed [1] |"]
+    assert "Absent there: Hugging Face." in body and "\\[1\\] out of memory" in body
 
 
 def test_a_newer_row_does_not_replace_an_older_or_loses_its_commit(site):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fake_record
 import pytest
 import roofline
 import timm
@@ -279,6 +280,16 @@ def test_a_device_without_fp8_gets_a_figure_for_it():
     row = roofline.floors(MODELS["vit_tiny_patch16_224 224"], 8, Ceilings({"bf16": 300e12}, 2e12, "A100"))
     assert row["inference"]["floor_fp8"] is row["batch_1_us"]["compute_fp8"] is None
     assert row["inference"]["floor_bf16"] > 0
+
+
+def test_ceilings_of_a_run_are_not_what_it_measured(tmp_path):
+    file = fake_record.write(tmp_path / "run.json", [], ceilings=fake_record.ceilings() | {"copy": {"gbps": 3000.0}})
+    found = roofline.read_ceilings(file)
+    assert (found.flops["bf16"], found.flops["fp8"], found.bandwidth) == (790e12, 1501e12, 3e12)
+    assert "NVIDIA H200" in found.source and "run.json" in found.source
+    fake_record.write(file, [], ceilings={"copy": {"absent": "no memory"}, "matmul": {}})
+    with pytest.raises(ValueError, match="run.json has no measured ceilings"):
+        roofline.read_ceilings(file)
 
 
 def test_command_does_not_say_what_is_wrong_or_prints_no_json():
