@@ -19,7 +19,7 @@ define install
 		-e '/^(Installing|Successfully installed)/s/(.{0,100}).*/\1/p'
 endef
 
-.PHONY: help venv demo test lint bench clean
+.PHONY: help venv demo test lint bench report clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -38,6 +38,9 @@ lint: $(VENV)/.test ## ruff
 bench: $(VENV)/.bench ## time the models on the CPU against timm, torch.compile, ONNX Runtime and OpenVINO
 	$(BIN)/python benchmarks/bench_model.py --device cpu
 	$(BIN)/python benchmarks/bench_cpu.py
+
+report: $(VENV)/.bench ## write the README's tables and pictures from benchmarks/results
+	$(BIN)/python benchmarks/make_report.py
 
 clean: ## remove the environment and everything that was built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache demo_output

@@ -1,0 +1,111 @@
+"""Write the README's tables and pictures from the JSON files of benchmarks, and from nothing else.
+
+    python benchmarks/make_report.py [--check]
+
+Every `<!-- report: DEVICE TABLE -->` ... `<!-- end -->` in README.md is filled anew, DEVICE being gpu or cpu; pictures
+are written next to the JSON files as report_*.svg. Where nothing was measured it says so. Files of the format before
+there was a schema are named and not read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+import report_pictures
+import report_rows
+import report_tables
+from report_rows import Device
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCK = re.compile(r"(<!-- report: (.*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+KINDS = {"gpu": True, "cpu": False}
+# each with the pictures above it, in words for who cannot see them
+TABLES = {
+    "throughput": (report_tables.throughput, {"throughput": "images a second by batch", "rivals": "images a second"}),
+    "latency": (report_tables.latency, {"latency": "milliseconds of one image"}),
+    "training": (report_tables.training, {}),
+    "memory": (report_tables.memory, {"memory": "memory of a training step"}),
+    "ops": (report_tables.ops, {"ops": "percent of the roofline by op"}),
+    "all ops": (report_tables.all_ops, {}),
+    "flops": (report_tables.flops, {"flops": "images a second by FLOPs of an image, ViTs and CNNs"}),
+    "ceilings": (report_tables.ceilings, {}),
+}
+
+
+def fill(readme: str, devices: list[Device], folder: str) -> tuple[str, dict[str, bytes]]:
+    """The README with every block filled, and the pictures that it names, by file name.
+
+    Args:
+        folder: where pictures will be, as the README has to name it.
+
+    Raises:
+        ValueError: a block that no table is for.
+    """
+    pictures: dict[str, bytes] = {}
+
+    def block(found: re.Match) -> str:
+        begin, name, _, end = found.groups()
+        kind, _, table = name.partition(" ")
+        if kind not in KINDS or table not in TABLES:
+            known = ", ".join(f"{kind} {table}" for kind in KINDS for table in TABLES)
+            raise ValueError(f"README: no report is named {name!r}, only {known}")
+        return f"{begin}\n{_contents(table, [d for d in devices if d.gpu is KINDS[kind]], folder, pictures)}\n\n{end}"
+
+    return BLOCK.sub(block, readme), pictures
+
+
+def _contents(table: str, devices: list[Device], folder: str, pictures: dict[str, bytes]) -> str:
+    make, of_table = TABLES[table]
+    parts = []
+    for device in devices:
+        written = make(device)
+        if not written:
+            continue
+        for name, words in of_table.items():
+            drawn = report_pictures.draw(report_pictures.PICTURES[name], device)
+            if drawn is not None:
+                file = f"report_{device.slug}_{name}.svg"
+                pictures[file] = drawn
+                parts.append(f"![{device.name}: {words}]({folder}/{file})")
+        parts.append(written)
+    return "\n\n".join(parts) or report_tables.NOT_MEASURED
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where something would change")
+    args = parser.parse_args(arguments)
+    try:
+        devices, ignored = report_rows.load(args.results)
+        before = args.readme.read_text(encoding="utf-8")
+        folder = args.results.resolve().relative_to(args.readme.resolve().parent).as_posix()
+        after, pictures = fill(before, devices, folder)
+    except (ValueError, OSError) as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 1
+    for name in ignored:
+        print(f"{name} has no schema: it is of an older benchmark and not read; measure again")
+    there = {file.name: file.read_bytes() for file in args.results.glob("report_*.svg")}
+    if args.check:
+        changed = ["README.md"] * (after != before) + sorted(
+            name for name in there | pictures if there.get(name) != pictures.get(name)
+        )
+        print(f"make report would change {', '.join(changed)}" if changed else "the report is up to date")
+        return 1 if changed else 0
+    for name in there.keys() - pictures.keys():
+        (args.results / name).unlink()
+    for name, drawn in pictures.items():
+        (args.results / name).write_bytes(drawn)
+    args.readme.write_text(after, encoding="utf-8")
+    rows = sum(len(device.rows) for device in devices)
+    print(f"{rows} rows of {len(devices)} devices, {len(pictures)} pictures")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,253 @@
+"""README tables and pictures: from the files and nothing else, and what a reader could be misled by."""
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import fake_record
+import make_report
+import pytest
+import report_pictures
+import report_rows
+import report_tables
+from make_report import KINDS, TABLES
+from report_tables import NOT_MEASURED
+
+from vitfast.bench import work
+
+ROOT = Path(__file__).parent.parent
+NAMES = [f"{kind} {table}" for kind in KINDS for table in TABLES]
+DONE = work.Work(10**12, 10**9)
+
+
+@pytest.fixture
+def site(tmp_path):
+    """A README with all blocks, and an empty folder of results."""
+    (tmp_path / "results").mkdir()
+    blocks = [f"before {name}\n<!-- report: {name} -->\nold\n<!-- end -->\nafter {name}\n" for name in NAMES]
+    (tmp_path / "README.md").write_text("".join(blocks))
+    return tmp_path
+
+
+def report(site, *more):
+    return make_report.main(["--readme", str(site / "README.md"), "--results", str(site / "results"), *more])
+
+
+def blocks(site):
+    text = (site / "README.md").read_text()
+    return {name: body.strip() for _, name, body, _ in make_report.BLOCK.findall(text)}
+
+
+def one_row(site, change=lambda variants: None, names=("timm", "vitfast", "torchvision"), **more):
+    row = fake_record.row(
+        random.Random(0), "model", "vit_base_patch16_224", "inference", {"size": 224, "dim": 768}, 64, DONE, names, 4.0
+    )
+    change(row["variants"])
+    fake_record.write(site / "results" / "run.json", [row | more])
+    return row
+
+
+def test_a_block_without_a_file_says_anything_but_that_it_was_not_measured(site):
+    assert report(site) == 0
+    assert blocks(site) == dict.fromkeys(NAMES, NOT_MEASURED)
+    text = (site / "README.md").read_text()
+    assert all(f"before {name}\n" in text and f"after {name}\n" in text for name in NAMES)
+    assert not list((site / "results").iterdir())
+
+
+def test_a_table_or_picture_of_one_device_shows_another_or_does_not_say_which(site):
+    fake_record.everything(site / "results")
+    assert report(site) == 0
+    found = blocks(site)
+    for name, body in found.items():
+        if name in ("cpu ops", "cpu all ops", "cpu ceilings"):
+            assert body == NOT_MEASURED
+            continue
+        gpu = name.startswith("gpu")
+        for caption in re.findall(r"^\*\*(.*?)\*\*", body, re.MULTILINE):
+            assert caption.startswith("NVIDIA H200" if gpu else "Some CPU (AVX-512), 2 threads")
+            assert "commit abc1234, 2026-11-20" in caption
+        assert "**" in body and ("Some CPU" in body) is not gpu and ("H200" in body) is gpu
+    pictures = {path.name for path in (site / "results").glob("*.svg")}
+    named = set(re.findall(r"\(results/(report_\w+\.svg)\)", (site / "README.md").read_text()))
+    # memory is measured on the GPU only in earnest, but these records have it for both
+    assert named == pictures and len(named) == 11
+
+
+def test_a_table_of_gpu_rows_loses_a_model_a_rival_or_a_number(site):
+    fake_record.everything(site / "results")
+    report(site)
+    found = blocks(site)
+    record = json.loads((site / "results" / "h200_b.json").read_text())
+    for row in record["rows"]:
+        if row["kind"] != "model":
+            continue
+        table = "training" if row["mode"] == "training" else "latency" if row["batch"] == 1 else "throughput"
+        for name, variant in row["variants"].items():
+            if name not in ("timm", "vitfast") or " " not in row["name"]:
+                ms, rate = variant["ms"], row["batch"] * 1e3 / variant["ms"]
+                assert (report_tables.number(ms) if table == "latency" else f"{rate:,.0f}") in found[f"gpu {table}"]
+                assert name in found[f"gpu {table}"]
+    columns = ("model", "batch", "dtype", "vitfast", "vitfast prepared", "timm", "torchvision", "Hugging Face")
+    assert f"| {' | '.join(columns)} | timm compiled |" in found["gpu throughput"]
+    # a network with other rivals gets a table of its own, without columns of dashes
+    assert "| model | batch | dtype | timm | timm channels_last | timm compiled |" in found["gpu throughput"]
+    assert "| model | batch | dtype | vitfast | vit-pytorch |" in found["gpu throughput"]
+    assert "| vit-pytorch, dim 768 at 224 | 64 |" in found["gpu throughput"]
+    assert "790 (806)" in found["gpu ceilings"] and "| width 192 | width 768 |" in found["gpu ceilings"]
+
+
+REPORT_TWICE = """
+import hashlib, sys
+from pathlib import Path
+
+sys.path[:0] = ["tests", "benchmarks"]
+import fake_record, make_report
+
+site = Path(sys.argv[1])
+(site / "results").mkdir()
+fake_record.everything(site / "results")
+blocks = (f"<!-- report: gpu {table} -->\\n<!-- end -->\\n" for table in make_report.TABLES)
+(site / "README.md").write_text("".join(blocks))
+where = ["--readme", str(site / "README.md"), "--results", str(site / "results")]
+make_report.main(where)
+assert make_report.main([*where, "--check"]) == 0
+for path in [site / "README.md", *sorted((site / "results").glob("*.svg"))]:
+    print(path.name, hashlib.sha256(path.read_bytes()).hexdigest())
+"""
+
+
+@pytest.mark.slow
+def test_the_same_files_give_other_bytes(tmp_path):
+    def run(seed):
+        (tmp_path / seed).mkdir()
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        done = subprocess.run(
+            [sys.executable, "-c", REPORT_TWICE, tmp_path / seed], capture_output=True, text=True, cwd=ROOT,
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": path},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    first = run("1")
+    assert first.count(".svg") == 6 and first == run("2")
+
+
+def test_an_unknown_schema_or_a_broken_file_is_read(site, capsys):
+    before = (site / "README.md").read_bytes()
+    for text, said in (('{"schema": 2, "run": {}, "rows": []}', "schema 2"), ('{"schema": 1, "ro', "cut short")):
+        (site / "results" / "new.json").write_text(text)
+        assert report(site) == 1
+        error = capsys.readouterr().err
+        assert "new.json" in error and said in error
+    assert (site / "README.md").read_bytes() == before
+
+
+def test_a_file_without_schema_is_read_or_passed_over_in_silence(site, capsys):
+    (site / "results" / "old.json").write_text('{"rows": [{"timm_ms": 1.0}], "rivals": []}')
+    assert report(site) == 0
+    assert "old.json has no schema" in capsys.readouterr().out
+    assert set(blocks(site).values()) == {NOT_MEASURED}
+
+
+def test_ours_that_was_not_accepted_shows_a_time_or_no_reason(site):
+    red = {"ours": True, "accepted": False, "not_timed": "rms error | 9 times\nmore"}
+    one_row(site, lambda v: v.update(vitfast=red))
+    report(site)
+    body = blocks(site)["gpu throughput"]
+    line = next(line for line in body.splitlines() if line.startswith("| vit_base"))
+    assert line.split(" | ")[3] == "not timed [1]" and line.count("|") == 7
+    assert "\\[1\\] rms error / 9 times more" in body
+    # even if a file had a time
+    one_row(site, lambda v: v["vitfast"].update(accepted=False, why_not_accepted="wrong"))
+    report(site)
+    body = blocks(site)["gpu throughput"]
+    assert "| not timed [1] |" in body and "\\[1\\] wrong" in body
+    assert report_rows.ours(report_rows.load(site / "results")[0][0].rows[0]) is None
+
+
+def test_a_rival_outside_the_rule_is_not_marked(site):
+    one_row(site, lambda v: v["torchvision"].update(accepted=False, error_ratio=3.42))
+    report(site)
+    body = blocks(site)["gpu throughput"]
+    assert re.search(r"\d \(\S+\) \[1\] \|$", body, re.MULTILINE)
+    assert "outside the acceptance rule: 3.4 times the yardstick's error" in body
+
+
+@pytest.mark.parametrize("within, shown", [(True, "(≈)"), (False, "(1.01×)")])
+def test_a_difference_within_noise_reads_as_one(within, shown, site):
+    one_row(site, lambda v: v["vitfast"].update(within_noise=within, ratio=1.0123))
+    report(site)
+    body = blocks(site)["gpu throughput"]
+    assert shown in body and "differs from itself by up to 0.5%" in body
+    assert ("1.01" in body) is not within
+
+
+def test_absent_and_failed_rivals_are_not_told_apart(site):
+    absent, failed = {"ours": False, "absent": "it is not installed"}, {"ours": False, "not_timed": "out of memory"}
+    row = one_row(site)
+    other = row | {"key": "other", "batch": 8, "variants": dict(row["variants"])}
+    other["work"] = {"flops": DONE.flops // 8, "bytes": DONE.bytes // 8}
+    row["variants"] |= {"torchvision": absent, "Hugging Face": absent, "timm compiled": failed}
+    other["variants"]["Hugging Face"] = absent
+    fake_record.write(site / "results" / "run.json", [row, other])
+    report(site)
+    body = blocks(site)["gpu throughput"]
+    lines = [line.split(" | ") for line in body.splitlines() if line.startswith("| vit_base")]
+    # 8 images, then 64; the columns are those of what somebody has
+    assert [line[5] == "absent" for line in lines] == [False, True]
+    assert [line[6] for line in lines] == ["- |", "not timed [1] |"]
+    assert "Absent there: Hugging Face." in body and "\\[1\\] out of memory" in body
+
+
+def test_a_newer_row_does_not_replace_an_older_or_loses_its_commit(site):
+    row = one_row(site)
+    newer = row | {"date": "2026-12-01T09:00:00Z", "commit": "fff9999"}
+    newer["variants"] = {**row["variants"], "vitfast": {**row["variants"]["vitfast"], "ms": 64e3 / 77_777}}
+    run = fake_record.run(date="2026-12-01T08:00:00Z", commit="fff9999", dirty=True)
+    fake_record.write(site / "results" / "a_newer_run.json", [newer], run)
+    report(site)
+    body = blocks(site)["gpu throughput"]
+    assert "77,777" in body and "commit fff9999 with local changes, 2026-12-01" in body and "abc1234" not in body
+
+
+def test_check_writes_or_misses_a_change(site, capsys):
+    one_row(site)
+    assert report(site, "--check") == 1
+    assert "README.md" in capsys.readouterr().out and "old" in blocks(site)["gpu throughput"]
+    assert report(site) == 0 and report(site, "--check") == 0
+    stale = site / "results" / "report_other_flops.svg"
+    stale.write_text("<svg/>")
+    assert report(site, "--check") == 1
+    assert report(site) == 0 and not stale.exists()
+
+
+def test_an_unknown_block_stays_empty_in_silence(site, capsys):
+    (site / "README.md").write_text("<!-- report: gpu thruput -->\n<!-- end -->\n")
+    assert report(site) == 1
+    assert "'gpu thruput'" in capsys.readouterr().err
+
+
+def test_bars_do_not_begin_at_zero_or_the_best_is_cut_off(site):
+    fake_record.everything(site / "results")
+    (gpu, _), _ = report_rows.load(site / "results")
+    for name in ("rivals", "latency", "memory", "ops"):
+        figure = report_pictures.PICTURES[name](gpu)
+        for ax in figure.axes:
+            low, high = ax.get_xlim()
+            widths = [bar.get_width() for bar in ax.patches]
+            assert widths and low == 0 and max(widths) <= high and all(bar.get_x() == 0 for bar in ax.patches)
+    for ax in report_pictures.throughput_by_batch(gpu).axes:
+        assert ax.get_ylim()[0] == 0
+
+
+def test_the_readme_is_not_what_the_results_say():
+    devices, _ = report_rows.load(ROOT / "benchmarks/results")
+    readme = (ROOT / "README.md").read_text()
+    filled, pictures = make_report.fill(readme, devices, "benchmarks/results")
+    assert filled == readme, "run make report"
+    assert {path.name for path in (ROOT / "benchmarks/results").glob("report_*")} == pictures.keys()
