@@ -72,7 +72,7 @@ def onnx_runtime(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor
 
 
 def openvino(model: nn.Module, example: Tensor, dtype: str) -> Callable[[Tensor], Tensor]:
-    """OpenVINO's compilation of `model`, which is fp32, computing in `dtype` (fp32 or bf16); results are fp32."""
+    """OpenVINO's compilation of `model`, which is fp32, computing in `dtype`; results are fp32."""
     # a benchmark sends nobody usage statistics; without the package OpenVINO has a stub for it
     sys.modules.setdefault("openvino_telemetry", None)
     import openvino
@@ -82,7 +82,7 @@ def openvino(model: nn.Module, example: Tensor, dtype: str) -> Callable[[Tensor]
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[dtype],
+        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}[dtype],
     }
     request = openvino.Core().compile_model(converted, "CPU", settings).create_infer_request()
     # it reads numpy, which has no bf16; images that somebody has for it are fp32, so making them is not timed

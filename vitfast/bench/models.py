@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,7 +61,8 @@ def vit(
     if setting.training and not config.num_classes:
         options["num_classes"] = 1000
         config = vitfast.config_for(model, **options)
-    weights = partial(_weights, model, tuple(sorted(options.items())))
+    key = ("vit", model, tuple(sorted(options.items())))
+    weights = partial(_weights, key, partial(vitfast.create_model, model, **options))
     ours: Make = lambda: rivals.of_vitfast(model, options, weights())  # noqa: E731
     timm: Make = lambda: rivals.of_timm(model, options, weights())  # noqa: E731
     has_timm = importlib.util.find_spec("timm") is not None
@@ -79,7 +80,7 @@ def vit(
     variants |= _compiled(setting, "timm", timm, group, autotune_s, config.image_size)
     return _case(
         model, setting, group, config.image_size, config.num_classes or config.dim, variants,
-        _truth(setting, ("vit", model, tuple(sorted(options.items()))), timm if has_timm else ours, not has_timm),
+        _truth(setting, key, timm if has_timm else ours, not has_timm),
         shape={"tokens": _tokens(config), "dim": config.dim, "depth": config.depth, "heads": config.heads},
         count=_work(config, setting), gradients=3, param_count=work.parameters(config),
     )  # fmt: skip
@@ -100,15 +101,16 @@ def vit_pytorch(
     sizes = dict(image_size=size, patch_size=patch, num_classes=classes, dim=dim, depth=depth, heads=heads)
     make = partial(vitfast.ViT, **sizes, mlp_dim=4 * dim)
     with torch.device("meta"):
-        meta = make()
-    config, shapes = meta.config, meta.state_dict()
+        config = make().config
+    key = (VIT_PYTORCH, tuple(sizes.items()))
+    weights = partial(_weights, key, make)
     has_theirs = importlib.util.find_spec("vit_pytorch") is not None
 
     def ours() -> Network:
-        return Network(rivals.filled(make, rivals.random_weights(shapes)), rivals.watched(config))
+        return Network(rivals.filled(make, weights()), rivals.watched(config))
 
     def theirs() -> Network:
-        return rivals.of_vit_pytorch(config, rivals.random_weights(shapes))
+        return rivals.of_vit_pytorch(config, weights())
 
     variants = {} if has_theirs else {STOCK: Variant(lambda: in_stock_operators(setting.eager(ours())))}
     variants[VIT_PYTORCH] = Variant(lambda: setting.eager(theirs()), needs=("vit_pytorch",))
@@ -116,7 +118,7 @@ def vit_pytorch(
     variants |= _compiled(setting, VIT_PYTORCH, theirs, group, autotune_s, config.image_size, ("vit_pytorch",))
     return _case(
         VIT_PYTORCH, setting, group, config.image_size, classes, variants,
-        _truth(setting, (VIT_PYTORCH, tuple(sizes.items())), theirs if has_theirs else ours, not has_theirs),
+        _truth(setting, key, theirs if has_theirs else ours, not has_theirs),
         shape={"tokens": _tokens(config), "dim": dim, "depth": depth, "heads": heads},
         count=_work(config, setting), gradients=3, param_count=work.parameters(config),
     )  # fmt: skip
@@ -168,7 +170,7 @@ def cnn(
         model, setting, group, (size, size), meta.num_classes, variants,
         lambda images, images_last, *labels: exact(images, *labels), shape={}, count=_counted(meta, setting, size),
         gradients=2, both_layouts=True, param_count=parameter_count(meta),
-        not_timed="timm channels_last and compiled: images and weights are channels last from the start",
+        left_out="timm channels_last and compiled: images and weights are channels last from the start",
     )  # fmt: skip
 
 
@@ -266,11 +268,17 @@ def _cpu_compilers(
     }
 
 
-@lru_cache(maxsize=1)
-def _weights(model: str, options: tuple[tuple[str, Any], ...]) -> dict[str, Tensor]:
-    with torch.device("meta"):
-        shapes = vitfast.create_model(model, **dict(options)).state_dict()
-    return rivals.random_weights(shapes)
+_WEIGHTS: dict[tuple, dict[str, Tensor]] = {}
+
+
+def _weights(key: tuple, make: Callable[[], nn.Module]) -> dict[str, Tensor]:
+    """Weights for what `make` makes, kept until those of another key are wanted."""
+    if key not in _WEIGHTS:
+        with torch.device("meta"):
+            shapes = make().state_dict()
+        _WEIGHTS.clear()
+        _WEIGHTS[key] = rivals.random_weights(shapes)
+    return _WEIGHTS[key]
 
 
 _TRUTHS: dict[tuple, tuple[Tensors, Tensors]] = {}
@@ -328,23 +336,25 @@ def parameter_count(model: nn.Module) -> int:
 def listed(
     names: Sequence[str] | None = None, *, device: str, dtypes: Sequence[str], batches: Sequence[int] = BATCHES,
     modes: Sequence[str] = ("inference",), groups: Sequence[str] = ("all",), autocast: Sequence[bool] = (False,),
-    options: Mapping[str, Any] | None = None, autotune_s: float = 300.0,
+    image_size: int | None = None, autotune_s: float = 300.0,
 ) -> Iterator[Callable[[], Case]]:  # fmt: skip
     """Rows of the models named; each is made when it is called.
 
     Args:
         names: ViTs, `CNNS`, or 'vit-pytorch'. By default the usual ViTs at 224 pixels.
+        image_size: in pixels, where it is not the model's own.
 
     Raises:
         ValueError: a name that is none of these.
     """
+    size = {} if image_size is None else {"size": image_size}
     for name in names or VITS:
         if name in CNNS:
-            factory = partial(cnn, model=name)
+            factory = partial(cnn, model=name, **size)
         elif name == VIT_PYTORCH:
-            factory = partial(vit_pytorch, autotune_s=autotune_s)
+            factory = partial(vit_pytorch, autotune_s=autotune_s, **size)
         else:
-            vitfast.config_for(name, **(options or {}))
+            options = {} if image_size is None else {"img_size": image_size}
             factory = partial(vit, model=name, options=options, autotune_s=autotune_s)
         for group, mode, batch, dtype, cast in (
             (g, m, b, d, a) for g in groups for m in modes for b in batches for d in dtypes for a in autocast

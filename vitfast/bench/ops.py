@@ -1,7 +1,7 @@
 """The ops of a ViT against everybody's way to compute them. Each function makes a `Case` from plain values.
 
 All tensors of an op, weights too, are inputs, so that they rotate. A rival that wants another layout than a ViT's
-tensors have (heads apart, channels last) gets inputs of its own in it; notes["not_timed"] says what that leaves out.
+tensors have (heads apart, channels last) gets inputs of its own in it; notes["left_out"] says what of the time that is.
 With mode 'forward+backward' the last inputs are the gradients of the results, and the gradients of inputs and weights
 come after the results.
 """
@@ -186,7 +186,7 @@ def attention(
         cut=lambda given, n: tuple(t[:n] for t in given), per_image=(True,) * (4 if backward else 1),
         variants=variants, baseline="SDPA packed", yardstick="SDPA packed",
         work=work.attention(batch, tokens, heads, head_dim, dtype, backward=backward),
-        notes={"not_timed": "SDPA but for the packed ones: q, k, v and gradients are [B, H, N, D] from the start"},
+        notes={"left_out": "SDPA but for the packed ones: q, k, v and gradients are [B, H, N, D] from the start"},
     )  # fmt: skip
 
 
@@ -433,7 +433,7 @@ def patch_embed(
             work.patch_embed, batch, (size, size), (patch, patch), 3, width, dtype,
             image_dtype="uint8" if raw else None, prefix=1,
         ),
-        notes={} if raw else {"not_timed": "conv2d channels_last: images and weight are channels last from the start"},
+        notes={} if raw else {"left_out": "conv2d channels_last: images and weight are channels last from the start"},
     )  # fmt: skip
 
 
