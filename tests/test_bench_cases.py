@@ -3,13 +3,16 @@
 import importlib.util
 import itertools
 import json
+import sys
+import types
 from functools import partial
 
 import pytest
 import torch
 
+import vitfast
 from vitfast import acceptance
-from vitfast.bench import cli, compilers, factory, models, ops, rivals
+from vitfast.bench import compilers, factory, models, op_rows, ops, rivals, steps
 from vitfast.bench.case import DTYPES, Case
 from vitfast.bench.steps import MODES as MODEL_MODES
 
@@ -43,8 +46,7 @@ def by_backend(backend, function, dynamic):
 
 
 def tiny_ops(mode, dtype="fp32", names=tuple(ops.FACTORIES)):
-    makers = ops.listed(names, device="cpu", dtypes=[dtype], batches=[2], modes=[mode], quick=True)
-    return [make() for make in makers]
+    return [make() for make in op_rows.tiny(names, device="cpu", dtypes=[dtype], batches=[2], modes=[mode])]
 
 
 def as_tuple(results):
@@ -339,60 +341,67 @@ def test_a_wrong_argument_is_taken(make, changes, message):
         ops.patch_embed(batch=1, size=30, patch=16, width=8)
 
 
-def run_cli(capsys, *arguments):
-    status = cli.main([*arguments, "--device", "cpu"])
-    printed = capsys.readouterr()
-    return status, printed.out, printed.err
+def test_a_shape_is_not_among_the_rows_that_were_asked_for():
+    makers = list(op_rows.listed(device="cuda", dtypes=["bf16"], batches=[64]))
+    cases = [make() for make in makers]
+    shapes = [(case.name, case.mode, *case.shape.values()) for case in cases]
+    assert len(set(shapes)) == len(shapes)
+    for n, mode in itertools.product((197, 257, 577, 1025, 1370), ops.MODES):
+        assert {("attention", mode, n, heads, dim) for dim, heads in ((64, 12), (72, 16), (80, 16))} <= set(shapes)
+        widths = (192, 384, 768, 1024, 1280) if n <= 257 else (768,)
+        names = ("layer_norm", "add_layer_norm", "linear qkv", "linear proj", "linear fc1", "mlp")
+        assert {(name, mode, n, width) for name in names for width in widths} <= set(shapes)
+        for width, images in itertools.product(widths, ("float", "uint8")):
+            assert (f"patch_embed {images}", mode, *op_rows.IMAGES[n], width) in shapes
+    # a call a row costs nothing yet, and what matters most comes first
+    assert [case.shape["tokens"] for case in cases if case.name == "mlp"][:3] == [197, 197, 197]
 
 
-def test_the_command_prints_no_table_or_runs_again_what_is_there(tmp_path, capsys):
-    file = tmp_path / "rows.json"
-    quick = ["--op", "layer_norm", "mlp", "--tiny", "--modes", "forward", "--batches", "1", "--dtypes", "fp32"]
-    quick += ["--seconds", "0", "--ceilings", "0"]
-    status, out, err = run_cli(capsys, *quick, "--json", str(file), "--csv", str(tmp_path / "table.csv"))
-    assert status == 0, err
-    table = [line for line in out.splitlines() if line.startswith("|")]
-    assert len({line.count("|") for line in table}) == 1
-    assert all(any(name in line for line in table) for name in ("F.layer_norm", "vitfast", "Liger", "mlp forward"))
-    rows = json.loads(file.read_text())["rows"]
-    assert [row["name"] for row in rows] == ["layer_norm", "mlp"]
-    assert all(row["variants"]["vitfast"]["ms"] > 0 for row in rows)
-    assert list(tmp_path.glob("table*.csv"))
-
-    status, out, _ = run_cli(capsys, *quick, "--resume", str(file))
-    assert status == 0 and "F.layer_norm" in out
-    assert json.loads(file.read_text())["rows"] == rows
-    status, _, err = run_cli(capsys, *quick, "--json", str(file))
-    assert status == 2 and "--resume" in err
+def test_a_gpu_lacks_a_compiler_or_replays_what_has_graphs_of_its_own():
+    variants = models.vit(batch=1, device="cuda", **TINY_VIT).variants
+    assert {"timm compiled", "timm reduce-overhead", "timm max-autotune"} <= variants.keys()
+    assert not {"OpenVINO", "ONNX Runtime"} & variants.keys()
+    own_graphs = {"timm reduce-overhead", "timm max-autotune"}
+    assert {name for name, v in variants.items() if not v.graph} == own_graphs
+    assert {name for name, v in variants.items() if v.apart} == {"timm max-autotune"}
+    groups = {group: models.vit(batch=1, device="cuda", group=group, **TINY_VIT).variants for group in models.GROUPS}
+    assert "timm compiled" not in groups["eager"] and "torchvision" not in groups["compiled"]
+    assert set(groups["autotuned"]) == {"timm", "vitfast", "vitfast prepared", "timm max-autotune"}
+    training = models.vit(batch=1, device="cuda", mode="training", **TINY_VIT)
+    assert training.per_image == (True, False, False, False) and "vitfast prepared" not in training.variants
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ("", "give --op"),
-        ("--op softmax", "softmax is not among attention"),
-        ("--op mlp --modes training", "training is not among forward"),
-        ("--op mlp --dtypes fp8", "fp8 is not among fp32"),
-        ("--op mlp --batches 0", "batch must be an int of at least 1, got 0"),
-        ("--op patch_embed --tokens 5", "197"),
-        ("--model no_such_model", "no_such_model"),
-        ("--model vit_tiny_patch16_224 --image-size 30", "image_size"),
-        ("--op mlp --resume no_folder/../rows.json --json rows.json", "only one"),
-        ("--op mlp --seconds -1", "--seconds must be 0 or more"),
-    ],
-)
-def test_wrong_use_of_the_command_is_not_explained(arguments, message, capsys):
-    status, out, err = run_cli(capsys, *arguments.split())
-    assert status == 2 and not out and message in err and len(err.splitlines()) == 1
+def test_results_of_graphs_are_written_over_by_the_next_call(monkeypatch):
+    case = MODELS["vit"](dtype="fp32")
+    given = draw(case)
+    setting = steps.Setting("inference", "fp32", False, torch.device("cpu"), 2)
+    options = TINY_VIT["options"]
+    weights = models._weights(("test",), partial(vitfast.create_model, TINY_VIT["model"], **options))
+    memory = torch.empty(2, 10)
+    # as a graph does: the same memory at every call
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic, mode: lambda images: memory.copy_(f(images)))
+    network = rivals.of_timm(TINY_VIT["model"], options, weights)
+    function = setting.compiled(network, "reduce-overhead", own_graphs=True)
+    first = function(*given)
+    kept = first.clone()
+    assert not torch.equal(function(*draw(case, seed=1)), kept)
+    assert torch.equal(first, kept)
 
 
-def test_the_list_leaves_out_an_op_or_a_rival(capsys):
-    status, out, _ = run_cli(capsys, "--list")
-    assert status == 0
-    assert all(name in out for name in (*ops.FACTORIES, *models.VITS, *models.CNNS, *cli.PACKAGES.values()))
+@pytest.mark.parametrize("version", [2, 3, 4])
+def test_flash_attention_gets_another_layout_or_its_logsumexp_counts_as_a_result(version, monkeypatch):
+    def attend(q, k, v):
+        assert q.shape == (2, 5, 3, 8)
+        return torch.nn.functional.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
 
-
-def test_a_cnn_without_timm_ends_in_a_traceback(monkeypatch, capsys):
-    without(monkeypatch, "timm")
-    status, _, err = run_cli(capsys, "--model", "resnet50")
-    assert status == 2 and "pip install timm" in err
+    fake = types.ModuleType("flash_attn")
+    fake.flash_attn_qkvpacked_func = lambda qkv: attend(*qkv.unbind(2))
+    fake.cute = types.ModuleType("flash_attn.cute")
+    fake.cute.flash_attn_func = lambda q, k, v: (attend(q, k, v), None)
+    third = types.ModuleType("flash_attn_interface")
+    third.flash_attn_func = attend
+    for module in (fake, fake.cute, third):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    qkv = torch.randn(2, 5, 3, 3, 8)
+    out = ops._flash_attn(version)(qkv)
+    torch.testing.assert_close(out, attend(*qkv.unbind(2)))

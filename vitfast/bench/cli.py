@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from vitfast.bench import ceilings, harness, machine, models, ops, record
+from vitfast.bench import ceilings, harness, machine, models, op_rows, ops, record
 from vitfast.bench.case import DTYPES, Case
 from vitfast.bench.op_case import MODES as OP_MODES
 from vitfast.bench.steps import MODES as MODEL_MODES
@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     both = f"ops {', '.join(OP_MODES)}; models {', '.join(MODEL_MODES)}"
     add("--modes", nargs="+", metavar="MODE", help=f"of {both} (default: ops both, models inference)")
     add("--tokens", nargs="+", type=int, metavar="N", help="ops: tokens an image (default: 197 257)")
+    add("--widths", nargs="+", type=int, metavar="N", help="ops but attention: width of a token (default: five)")
     add("--image-size", type=int, metavar="PIXELS", help="models: another size than their own")
     add("--autocast", action="store_true", help="models: also fp32 weights under autocast")
     add("--rivals", choices=models.GROUPS, default="all", help="models: which (default: %(default)s)")
@@ -158,8 +159,11 @@ def _cases(told: argparse.Namespace, device: torch.device) -> Iterator[Case]:
     try:
         if of_ops:
             _among("--op", told.op, ops.FACTORIES)
-            tokens = told.tokens or (197, 257)
-            makers = ops.listed(told.op or list(ops.FACTORIES), tokens=tokens, quick=told.tiny, **common)
+            names = told.op or list(ops.FACTORIES)
+            if told.tiny:
+                makers = op_rows.tiny(names, **common)
+            else:
+                makers = op_rows.listed(names, tokens=told.tokens or (197, 257), widths=told.widths, **common)
         else:
             _need_timm(told.model)
             autocast = (False, True) if told.autocast else (False,)
@@ -169,12 +173,6 @@ def _cases(told: argparse.Namespace, device: torch.device) -> Iterator[Case]:
         made = [make() for make in makers]
     except (ValueError, TypeError, NotImplementedError) as error:
         raise WrongUse(str(error)) from None
-    if not made:
-        raise WrongUse(
-            f"no such row: patch_embed has --tokens {', '.join(map(str, ops.IMAGES))}"
-            if of_ops and told.op == ["patch_embed"]
-            else "nothing is left of what was asked for"
-        )
     yield from made
 
 
@@ -192,7 +190,7 @@ def _among(option: str, given: Sequence[str], allowed: Sequence[str] | Mapping[s
 
 def _possible() -> Iterator[str]:
     yield f"ops:     {', '.join(ops.FACTORIES)}"
-    yield f"         --modes {' '.join(OP_MODES)}; --tokens {' '.join(map(str, ops.IMAGES))} or others"
+    yield f"         --modes {' '.join(OP_MODES)}; --tokens {' '.join(map(str, op_rows.IMAGES))} or others"
     yield f"models:  {', '.join(models.VITS)} and whatever `vitfast models` lists, {models.VIT_PYTORCH},"
     yield f"         {', '.join(models.CNNS)}; --modes {' '.join(MODEL_MODES)}"
     yield f"dtypes:  {', '.join(DTYPES)}"

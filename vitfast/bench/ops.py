@@ -8,9 +8,8 @@ come after the results.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +24,6 @@ from vitfast.bench.factory import dtype_of, one_of, positive, recorded
 from vitfast.bench.op_case import MODES, Draw, Way, op_case
 
 EPS = 1e-6
-# of a token sequence: image size and patch, with one class token
-IMAGES = {197: (224, 16), 257: (224, 14), 577: (384, 16), 1025: (512, 16), 1370: (518, 14)}
-HEADS = {64: 12, 72: 16, 80: 16}
-WIDTHS = (768, 384, 1024, 192, 1280)
 # K and outputs in widths, activation, residual
 LINEARS = {
     "qkv": (1, 3, "none", False),
@@ -37,51 +32,6 @@ LINEARS = {
     "fc2": (4, 1, "none", True),
 }
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-def listed(
-    names: Sequence[str], *, device: str, dtypes: Sequence[str], batches: Sequence[int],
-    modes: Sequence[str] = MODES, tokens: Sequence[int] = tuple(IMAGES), quick: bool = False,
-) -> Iterator[Callable[[], Case]]:  # fmt: skip
-    """The default rows of the ops named, what matters most first; each is made when it is called.
-
-    Args:
-        quick: one tiny shape an op.
-    """
-    for n, dtype, batch, mode in ((n, d, b, m) for n in tokens for d in dtypes for b in batches for m in modes):
-        common = {"batch": batch, "mode": mode, "dtype": dtype, "device": device}
-        for name in names:
-            for shape in _tiny(name) if quick else _shapes(name, n):
-                yield partial(FACTORIES[name], **shape, **common)
-        if quick and (dtype, batch, mode) == (dtypes[-1], batches[-1], modes[-1]):
-            return
-
-
-def _shapes(name: str, tokens: int) -> Iterator[dict[str, Any]]:
-    if name == "attention":
-        yield from ({"tokens": tokens, "heads": heads, "head_dim": dim} for dim, heads in HEADS.items())
-        return
-    # the number of rows alone makes longer sequences different
-    for width in WIDTHS if tokens <= 257 else WIDTHS[:1]:
-        if name == "linear":
-            yield from ({"tokens": tokens, "width": width, "kind": kind} for kind in ("qkv", "proj", "fc1"))
-        elif name == "patch_embed":
-            size, patch = IMAGES.get(tokens, (0, 0))
-            if size:
-                yield from ({"size": size, "patch": patch, "width": width, "images": i} for i in ("float", "uint8"))
-        else:
-            yield {"tokens": tokens, "width": width}
-
-
-def _tiny(name: str) -> Iterator[dict[str, Any]]:
-    if name == "attention":
-        yield {"tokens": 17, "heads": 2, "head_dim": 8}
-    elif name == "linear":
-        yield from ({"tokens": 17, "width": 32, "kind": kind} for kind in LINEARS)
-    elif name == "patch_embed":
-        yield from ({"size": 32, "patch": 8, "width": 32, "images": i} for i in ("float", "uint8"))
-    else:
-        yield {"tokens": 17, "width": 32}
-
 
 @recorded
 def attention(
