@@ -16,20 +16,21 @@ def run_cli(capsys, *arguments):
 
 def test_the_command_prints_no_table_or_runs_again_what_is_there(tmp_path, capsys):
     file = tmp_path / "rows.json"
-    quick = ["--op", "layer_norm", "mlp", "--tiny", "--modes", "forward", "--batches", "1", "--dtypes", "fp32"]
+    # the one op without a compiler among its rivals
+    quick = ["--op", "attention", "--tiny", "--batches", "1", "--dtypes", "fp32"]
     quick += ["--seconds", "0", "--ceilings", "0"]
     status, out, err = run_cli(capsys, *quick, "--json", str(file), "--csv", str(tmp_path / "table.csv"))
     assert status == 0, err
     table = [line for line in out.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in table}) == 1
-    assert all(any(name in line for line in table) for name in ("F.layer_norm", "vitfast", "Liger", "mlp forward"))
+    assert all(any(name in line for line in table) for name in ("SDPA packed", "vitfast", "flash-attn 3"))
     rows = json.loads(file.read_text())["rows"]
-    assert [row["name"] for row in rows] == ["layer_norm", "mlp"]
+    assert [row["mode"] for row in rows] == list(ops.MODES)
     assert all(row["variants"]["vitfast"]["ms"] > 0 for row in rows)
     assert list(tmp_path.glob("table*.csv"))
 
     status, out, _ = run_cli(capsys, *quick, "--resume", str(file))
-    assert status == 0 and "F.layer_norm" in out
+    assert status == 0 and "SDPA packed" in out
     assert json.loads(file.read_text())["rows"] == rows
     status, _, err = run_cli(capsys, *quick, "--json", str(file))
     assert status == 2 and "--resume" in err
