@@ -113,7 +113,7 @@ def test_help_does_not_name_a_command(capsys):
         main(["--help"])
     assert exit_.value.code == 0
     printed = capsys.readouterr().out
-    assert all(command in printed for command in ("info", "models", "demo"))
+    assert all(command in printed for command in ("info", "models", "demo", "bench"))
 
 
 def test_reader_that_stops_early_gets_a_traceback():

@@ -19,11 +19,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     models.add_argument("filter", nargs="?", default="", help="shell pattern, such as '*dinov2*'")
     models.add_argument("--json", action="store_true", help="machine-readable")
     commands.add_parser("demo", help="train, save, reload, compare and time a small ViT on real digits", add_help=False)
+    commands.add_parser("bench", help="time ops and models against what else computes them", add_help=False)
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command == "demo":
         from vitfast import demo
 
         return demo.main(rest)
+    if arguments.command == "bench":
+        from vitfast.bench import cli as bench
+
+        return bench.main(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:

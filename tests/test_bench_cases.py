@@ -1,0 +1,407 @@
+"""The cases of `vitfast bench`: everybody computes the same, and each row says truly what it compares."""
+
+import importlib.util
+import itertools
+import json
+import sys
+import types
+from functools import partial
+
+import pytest
+import torch
+
+import vitfast
+from vitfast import acceptance
+from vitfast.bench import compilers, factory, models, op_rows, ops, rivals, steps
+from vitfast.bench.case import DTYPES, Case
+from vitfast.bench.steps import MODES as MODEL_MODES
+
+TINY_VIT = {"model": "vit_tiny_patch16_224", "options": {"img_size": 32, "depth": 2, "num_classes": 10}}
+TINY_DINO = {"model": "vit_small_patch14_dinov2", "options": {"img_size": 28, "depth": 2}}
+MODELS = {
+    "vit": partial(models.vit, batch=2, **TINY_VIT),
+    "dinov2": partial(models.vit, batch=2, **TINY_DINO),
+    "vit-pytorch": partial(models.vit_pytorch, batch=2, size=32, dim=64, heads=1, depth=2, classes=10),
+    "cnn": partial(models.cnn, model="mobilenetv3_large_100", size=32, batch=4),
+}
+PRECISIONS = [("fp32", False), ("bf16", False), ("bf16", True)]
+# elsewhere a CPU has none of these
+ON_A_GPU = {"SDPA cuDNN", "SDPA efficient", "SDPA packed cuDNN"}
+
+
+TORCH_COMPILE = torch.compile
+
+
+@pytest.fixture(autouse=True)
+def compiled_by_nobody(request, monkeypatch):
+    """Inductor takes seconds a function; what is traced and computed is the same without it."""
+    if "slow" not in request.keywords:
+        monkeypatch.setattr(torch, "compile", lambda f, dynamic, mode: by_backend("eager", f, dynamic))
+    yield
+    torch._dynamo.reset()
+
+
+def by_backend(backend, function, dynamic):
+    return TORCH_COMPILE(function, dynamic=dynamic, backend=backend)
+
+
+def tiny_ops(mode, dtype="fp32", names=tuple(ops.FACTORIES)):
+    return [make() for make in op_rows.tiny(names, device="cpu", dtypes=[dtype], batches=[2], modes=[mode])]
+
+
+def as_tuple(results):
+    return results if isinstance(results, tuple) else (results,)
+
+
+def draw(case: Case, seed=0):
+    return case.inputs(torch.Generator(case.device).manual_seed(seed))
+
+
+def truth_of(case, given):
+    cut = case.cut(given, case.check_images)
+    return as_tuple(case.reference(*(t.double() if t.is_floating_point() else t for t in cut)))
+
+
+def results_of(case, given):
+    """By variant, of those that are here; reasons of the others."""
+    found, why_not = {}, {}
+    for name, variant in case.variants.items():
+        if missing := variant.missing():
+            why_not[name] = missing
+            continue
+        try:
+            function = variant.build()
+        except NotImplementedError as problem:
+            why_not[name] = str(problem)
+            continue
+        found[name] = as_tuple(function(*given))
+        # again: nothing is left over from the first call
+        again = as_tuple(function(*given))
+        assert all(torch.equal(a, b) for a, b in zip(found[name], again, strict=True)), name
+    return found, why_not
+
+
+def relative(out, ref):
+    return ((out.double() - ref).norm() / ref.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("mode", ops.MODES)
+def test_a_way_to_compute_an_op_is_another_op_or_changes_its_inputs(mode, dtype):
+    for case in tiny_ops(mode, dtype):
+        given = draw(case)
+        before = [t.clone() for t in given]
+        found, why_not = results_of(case, given)
+        ref = truth_of(case, given)
+        for name, results in found.items():
+            assert len(results) == len(case.per_image) == len(ref), (case.key, name)
+            for out, exact, low in zip(results, ref, found[case.yardstick], strict=True):
+                what = f"{case.key} {name}"
+                acceptance.accept(out, exact, low, dtype=DTYPES[dtype], grad=mode != "forward", what=what)
+        assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True)), case.key
+        installed = {name for name in case.variants if not case.variants[name].missing()}
+        assert installed - found.keys() <= ON_A_GPU, (case.key, why_not)
+        assert [name for name, v in case.variants.items() if v.ours] == ["vitfast"]
+
+
+@pytest.mark.parametrize("dtype, autocast", PRECISIONS, ids=str)
+@pytest.mark.parametrize("mode", ["inference", "training"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_rival_is_another_model_or_changes_its_inputs(name, mode, dtype, autocast):
+    # the compilers of a CPU are in a test of their own
+    group = "eager" if mode == "inference" else "all"
+    case = MODELS[name](mode=mode, dtype=dtype, autocast=autocast, group=group)
+    given = draw(case)
+    before = [t.clone() for t in given]
+    found, _ = results_of(case, given)
+    ref = truth_of(case, given)
+    assert {v for v in found if case.variants[v].ours} >= (set() if name == "cnn" else {"vitfast"})
+    chaotic = name == "cnn" and mode == "training"
+    for variant, results in found.items():
+        assert len(results) == len(case.per_image) == len(ref)
+        for out, exact in zip(results, ref, strict=True):
+            assert out.shape == exact.shape, variant
+            # batch norm of 4 images of a pixel each forgets what it was given
+            assert chaotic or relative(out, exact) < (1e-5 if dtype == "fp32" else 5e-2), (variant, case.key)
+    assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True))
+
+
+def test_a_library_is_left_out_where_it_has_the_model():
+    found = {}
+    for name, mode in itertools.product(MODELS, MODEL_MODES):
+        case = MODELS[name](mode=mode, dtype="fp32", group="eager")
+        found[name, mode] = set(results_of(case, draw(case))[0])
+    assert found["vit", "inference"] == {"timm", "vitfast", "vitfast prepared", "torchvision", "Hugging Face"}
+    assert found["vit", "training"] == {"timm", "vitfast", "torchvision", "Hugging Face"}
+    assert found["dinov2", "inference"] == {"timm", "vitfast", "vitfast prepared", "Hugging Face"}
+    assert found["vit-pytorch", "inference"] == {"vit-pytorch", "vitfast", "vitfast prepared"}
+    assert found["cnn", "inference"] == {"timm", "timm channels_last"}
+
+
+@pytest.mark.slow
+def test_a_compiler_of_the_cpu_computes_something_else():
+    for dtype, names in (("fp32", ("timm compiled", "ONNX Runtime", "OpenVINO")), ("bf16", ("OpenVINO",))):
+        case = MODELS["vit"](dtype=dtype, group="compiled")
+        given = draw(case)
+        (ref,) = truth_of(case, given)
+        for name in names:
+            if not case.variants[name].missing():
+                out = case.variants[name].build()(*given)
+                assert relative(out, ref) < (1e-5 if dtype == "fp32" else 5e-2), name
+    with pytest.raises(NotImplementedError, match="fp32 only"):
+        case.variants["ONNX Runtime"].build()
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_a_variant_leaves_autocast(mode):
+    case = MODELS["vit"](mode=mode, dtype="bf16", autocast=True)
+    given = draw(case)
+    assert given[0].dtype == torch.float32 and "vitfast prepared" not in case.variants
+    found, _ = results_of(case, given)
+    assert {"timm", "vitfast", "torchvision", "Hugging Face", "timm compiled"} <= found.keys()
+    (ref, *_) = truth_of(case, given)
+    for name, (logits, *grads) in found.items():
+        # fp32 would be exact to 1e-6
+        assert relative(logits, ref) > 5e-4, name
+        assert all(g.dtype == torch.float32 for g in grads), name
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_a_training_step_leaves_gradients_behind_or_updates_weights():
+    case = MODELS["vit"](mode="training", dtype="fp32")
+    given = draw(case)
+    function = case.variants["vitfast"].build()
+    first = function(*given)
+    other = function(*draw(case, seed=1))
+    assert not torch.equal(first[1], other[1])
+    assert all(torch.equal(a, b) for a, b in zip(first, function(*given), strict=True))
+
+
+def all_cases():
+    for mode in ops.MODES:
+        yield from tiny_ops(mode, "bf16")
+    for make, mode in itertools.product(MODELS.values(), MODEL_MODES):
+        yield make(mode=mode, dtype="bf16", autocast=True)
+
+
+def test_a_case_made_from_its_notes_is_another():
+    for case in all_cases():
+        again = factory.rebuild(json.loads(json.dumps(case.notes)))
+        assert (again.key, again.work, list(again.variants)) == (case.key, case.work, list(case.variants))
+        assert (again.baseline, again.yardstick, again.per_image) == (case.baseline, case.yardstick, case.per_image)
+        assert json.loads(json.dumps(again.notes)) == json.loads(json.dumps(case.notes))
+        assert all(torch.equal(a, b) for a, b in zip(draw(case), draw(again), strict=True)), case.key
+
+
+def test_two_rows_have_one_key_or_a_row_has_no_work():
+    cases = list(all_cases())
+    for case in cases:
+        assert case.work.bytes > 0 and (case.work.flops > 0 or "norm" in case.name), case.key
+        assert case.baseline in case.variants and case.yardstick in case.variants
+        assert next(iter(case.variants)) == case.baseline
+        one = case.cut(draw(case), 1)
+        images = [t for t, u in zip(one, draw(case), strict=True) if t.shape != u.shape]
+        assert images and all(len(t) == 1 for t in images), case.key
+    assert len({case.key for case in cases}) == len(cases)
+    groups = [MODELS["vit"](group=group).key for group in ("eager", "compiled", "autotuned")]
+    assert len(set(groups)) == 3
+
+
+def test_a_larger_batch_starts_with_other_images_or_labels():
+    make = partial(MODELS["vit"], mode="training", dtype="bf16")
+    small, large = draw(make(batch=2)), draw(make(batch=5))
+    assert all(torch.equal(a, b[:2]) for a, b in zip(small, large, strict=True))
+
+
+def test_images_or_weights_differ_between_dtypes():
+    drawn = [draw(MODELS["vit"](dtype=dtype))[0].double() for dtype in DTYPES]
+    assert all(torch.equal(drawn[0], other) for other in drawn[1:])
+    weights = rivals.random_weights({"w.weight": torch.empty(64, 64), "b.bias": torch.empty(64), "pos_embed": drawn[0]})
+    for name, value in weights.items():
+        assert all(torch.equal(value, value.to(dtype).float()) for dtype in DTYPES.values()), name
+        assert ((value == 0) | (value == 1)).double().mean() < 0.02, name
+
+
+def test_the_reference_is_computed_again_for_each_row_or_kept_for_other_images(monkeypatch):
+    models._TRUTHS.clear()
+    made = []
+    real = rivals.of_timm
+    monkeypatch.setattr(rivals, "of_timm", lambda *a: made.append(a) or real(*a))
+    make = MODELS["vit"]
+    large = truth_of(make(batch=8, dtype="fp32"), draw(make(batch=8, dtype="fp32")))
+    for case in (make(batch=8, dtype="bf16"), make(batch=2, dtype="bf16", autocast=True), make(batch=1)):
+        (ref,) = truth_of(case, draw(case))
+        assert torch.equal(ref, large[0][: case.batch])
+    assert len(made) == 1
+    (other,) = truth_of(make(batch=8), draw(make(batch=8), seed=1))
+    assert len(made) == 2 and not torch.equal(other, large[0])
+    # a gradient is that of all images together
+    for batch in (4, 2):
+        truth_of(make(batch=batch, mode="training"), draw(make(batch=batch, mode="training")))
+    assert len(made) == 4
+
+
+def without(monkeypatch, *names):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name.split(".")[0] in names else real(name, *a)
+    )
+
+
+def test_a_rival_that_is_not_installed_is_not_listed(monkeypatch):
+    attention = ("flash_attn", "flash_attn_interface")
+    without(monkeypatch, *attention, "liger_kernel", "torchvision", "transformers", "openvino")
+    absent = {}
+    for case in [*tiny_ops("forward"), MODELS["vit"](dtype="fp32")]:
+        absent |= {name: v.missing() for name, v in case.variants.items() if v.missing()}
+    assert absent == {
+        "flash-attn 2": ["flash_attn"], "flash-attn 3": ["flash_attn_interface"], "flash-attn 4": ["flash_attn"],
+        "Liger": ["liger_kernel"], "add, Liger": ["liger_kernel"], "torchvision": ["torchvision"],
+        "Hugging Face": ["transformers"], "OpenVINO": ["openvino"],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_without_timm_or_vit_pytorch_nothing_is_timed(mode, monkeypatch):
+    without(monkeypatch, "timm", "vit_pytorch")
+    models._TRUTHS.clear()
+    for name, theirs in (("vit", "timm"), ("vit-pytorch", "vit-pytorch")):
+        case = MODELS[name](mode=mode, dtype="fp32", group="eager")
+        assert case.baseline == case.yardstick == models.STOCK
+        assert case.variants[theirs].missing()
+        given = draw(case)
+        found, _ = results_of(case, given)
+        for variant in (models.STOCK, "vitfast"):
+            pairs = zip(found[variant], truth_of(case, given), strict=True)
+            assert all(relative(out, ref) < 1e-5 for out, ref in pairs), variant
+    models._TRUTHS.clear()
+
+
+def test_hugging_faces_names_before_release_5_are_not_known():
+    timm = {"cls_token": torch.randn(1, 1, 4), "pos_embed": torch.randn(1, 5, 4)}
+    old = {"vit.embeddings.cls_token": "cls_token", "vit.embeddings.position_embeddings": "pos_embed"}
+    layer, block = "vit.encoder.layer.0.", "blocks.0."
+    names = {
+        "vit.embeddings.patch_embeddings.projection": "patch_embed.proj", "vit.layernorm": "norm",
+        "classifier": "head", layer + "layernorm_before": block + "norm1", layer + "layernorm_after": block + "norm2",
+        layer + "attention.output.dense": block + "attn.proj", layer + "intermediate.dense": block + "mlp.fc1",
+        layer + "output.dense": block + "mlp.fc2",
+    }  # fmt: skip
+    for kind in ("weight", "bias"):
+        for theirs, ours in names.items():
+            old[f"{theirs}.{kind}"] = f"{ours}.{kind}"
+            timm[f"{ours}.{kind}"] = torch.randn(4)
+        timm[f"blocks.0.attn.qkv.{kind}"] = torch.randn(12, 4)
+    parts = [f"{layer}attention.attention.{part}" for part in ("query", "key", "value")]
+    shapes = {name: timm[ours] for name, ours in old.items()}
+    shapes |= {f"{part}.{kind}": torch.empty(4, 4) for part in parts for kind in ("weight", "bias")}
+    theirs, by_ours = rivals._from_timm(shapes, timm)
+    assert all(theirs[name] is timm[ours] for name, ours in old.items())
+    assert torch.equal(torch.cat([theirs[f"{part}.weight"] for part in parts]), timm["blocks.0.attn.qkv.weight"])
+    assert by_ours["blocks.0.attn.qkv.weight"] == [f"{part}.weight" for part in parts]
+    with pytest.raises(NotImplementedError, match="unknown.weight"):
+        rivals._from_timm(shapes | {"unknown.weight": torch.empty(1)}, timm)
+    with pytest.raises(NotImplementedError, match="norm.bias"):
+        rivals._from_timm({name: like for name, like in shapes.items() if name != "vit.layernorm.bias"}, timm)
+
+
+def test_the_ninth_shape_of_a_function_is_no_longer_compiled(monkeypatch):
+    compilations = []
+
+    def backend(graph, inputs):
+        compilations.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic, mode: by_backend(backend, f, dynamic))
+
+    def double(x):
+        return 2 * x
+
+    for n in range(2, 14):
+        assert compilers.compiled(double)(torch.ones(n)).sum() == 2 * n
+    assert len(compilations) == 12
+
+
+WRONG = [
+    (models.vit, {"mode": "forward"}, "mode must be one of inference, training, got 'forward'"),
+    (models.vit, {"dtype": "fp8"}, "dtype must be one of fp32, fp16, bf16, got 'fp8'"),
+    (models.vit, {"dtype": "fp32", "autocast": True}, "dtype must be bf16 or fp16 with autocast"),
+    (models.vit, {"batch": 0}, "batch must be an int of at least 1, got 0"),
+    (models.vit, {"group": "fast"}, "group must be one of all, eager, compiled, autotuned, got 'fast'"),
+]
+
+
+@pytest.mark.parametrize("make, changes, message", WRONG, ids=lambda value: str(value)[:40])
+def test_a_wrong_argument_is_taken(make, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make(**({"batch": 1} | TINY_VIT | changes))
+    with pytest.raises(ValueError, match="kind must be one of qkv"):
+        ops.linear(batch=1, tokens=2, width=8, kind="out")
+    with pytest.raises(ValueError, match="size must be a multiple of patch=16, got 30"):
+        ops.patch_embed(batch=1, size=30, patch=16, width=8)
+
+
+def test_a_shape_is_not_among_the_rows_that_were_asked_for():
+    makers = list(op_rows.listed(device="cuda", dtypes=["bf16"], batches=[64]))
+    cases = [make() for make in makers]
+    shapes = [(case.name, case.mode, *case.shape.values()) for case in cases]
+    assert len(set(shapes)) == len(shapes)
+    for n, mode in itertools.product((197, 257, 577, 1025, 1370), ops.MODES):
+        assert {("attention", mode, n, heads, dim) for dim, heads in ((64, 12), (72, 16), (80, 16))} <= set(shapes)
+        widths = (192, 384, 768, 1024, 1280) if n <= 257 else (768,)
+        names = ("layer_norm", "add_layer_norm", "linear qkv", "linear proj", "linear fc1", "mlp")
+        assert {(name, mode, n, width) for name in names for width in widths} <= set(shapes)
+        for width, images in itertools.product(widths, ("float", "uint8")):
+            assert (f"patch_embed {images}", mode, *op_rows.IMAGES[n], width) in shapes
+    # a call a row costs nothing yet, and what matters most comes first
+    assert [case.shape["tokens"] for case in cases if case.name == "mlp"][:3] == [197, 197, 197]
+
+
+def test_a_gpu_lacks_a_compiler_or_replays_what_has_graphs_of_its_own():
+    variants = models.vit(batch=1, device="cuda", **TINY_VIT).variants
+    assert {"timm compiled", "timm reduce-overhead", "timm max-autotune"} <= variants.keys()
+    assert not {"OpenVINO", "ONNX Runtime"} & variants.keys()
+    own_graphs = {"timm reduce-overhead", "timm max-autotune"}
+    assert {name for name, v in variants.items() if not v.graph} == own_graphs
+    assert {name for name, v in variants.items() if v.apart} == {"timm max-autotune"}
+    groups = {group: models.vit(batch=1, device="cuda", group=group, **TINY_VIT).variants for group in models.GROUPS}
+    assert "timm compiled" not in groups["eager"] and "torchvision" not in groups["compiled"]
+    assert set(groups["autotuned"]) == {"timm", "vitfast", "vitfast prepared", "timm max-autotune"}
+    training = models.vit(batch=1, device="cuda", mode="training", **TINY_VIT)
+    assert training.per_image == (True, False, False, False) and "vitfast prepared" not in training.variants
+
+
+def test_results_of_graphs_are_written_over_by_the_next_call(monkeypatch):
+    case = MODELS["vit"](dtype="fp32")
+    given = draw(case)
+    setting = steps.Setting("inference", "fp32", False, torch.device("cpu"), 2)
+    options = TINY_VIT["options"]
+    weights = models._weights(("test",), partial(vitfast.create_model, TINY_VIT["model"], **options))
+    memory = torch.empty(2, 10)
+    # as a graph does: the same memory at every call
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic, mode: lambda images: memory.copy_(f(images)))
+    network = rivals.of_timm(TINY_VIT["model"], options, weights)
+    function = setting.compiled(network, "reduce-overhead", own_graphs=True)
+    first = function(*given)
+    kept = first.clone()
+    assert not torch.equal(function(*draw(case, seed=1)), kept)
+    assert torch.equal(first, kept)
+
+
+@pytest.mark.parametrize("version", [2, 3, 4])
+def test_flash_attention_gets_another_layout_or_its_logsumexp_counts_as_a_result(version, monkeypatch):
+    def attend(q, k, v):
+        assert q.shape == (2, 5, 3, 8)
+        return torch.nn.functional.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+
+    fake = types.ModuleType("flash_attn")
+    fake.flash_attn_qkvpacked_func = lambda qkv: attend(*qkv.unbind(2))
+    fake.cute = types.ModuleType("flash_attn.cute")
+    fake.cute.flash_attn_func = lambda q, k, v: (attend(q, k, v), None)
+    third = types.ModuleType("flash_attn_interface")
+    third.flash_attn_func = attend
+    for module in (fake, fake.cute, third):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    qkv = torch.randn(2, 5, 3, 3, 8)
+    out = ops._flash_attn(version)(qkv)
+    torch.testing.assert_close(out, attend(*qkv.unbind(2)))

@@ -1,0 +1,129 @@
+"""What is timed of a whole model: one inference, or one training step without its optimizer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import vitfast
+from vitfast.bench import compilers
+from vitfast.bench.case import Function, Tensors
+from vitfast.bench.factory import dtype_of, one_of, positive
+from vitfast.bench.rivals import Network
+
+MODES = ("inference", "training")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How all models of a row run.
+
+    The functions made here take (images,) or (images, labels) and return logits, and in training also the gradients of
+    the network's watched parameters.
+
+    Attributes:
+        dtype: of everything, or with `autocast` what autocast computes in, with weights and images in fp32.
+
+    Raises:
+        ValueError: an unknown mode or dtype, fp32 with autocast, or a batch below 1.
+    """
+
+    mode: str
+    dtype: str
+    autocast: bool
+    device: torch.device
+    batch: int
+
+    def __post_init__(self) -> None:
+        positive(batch=self.batch)
+        one_of("mode", self.mode, MODES)
+        dtype_of(self.dtype)
+        if self.autocast and self.dtype == "fp32":
+            raise ValueError("dtype must be bf16 or fp16 with autocast, got 'fp32'")
+
+    @property
+    def training(self) -> bool:
+        return self.mode == "training"
+
+    @property
+    def kept_in(self) -> str:
+        """The dtype of weights and images."""
+        return "fp32" if self.autocast else self.dtype
+
+    def place(self, network: Network, dtype: torch.dtype | None = None) -> Network:
+        network.module.to(self.device, dtype or dtype_of(self.kept_in)).train(self.training)
+        network.module.requires_grad_(self.training)
+        return network
+
+    def eager(self, network: Network) -> Function:
+        self.place(network)
+        return self._function(network, lambda images: network.logits(network.module(images)))
+
+    def compiled(self, network: Network, mode: str | None = None, own_graphs: bool = False) -> Function:
+        """By torch.compile. With graphs of its own the results are copied, since the next call writes over them."""
+        self.place(network)
+
+        def forward(images: Tensor) -> Tensor:
+            return network.logits(network.module(images))
+
+        run = self._function(network, compilers.compiled(forward, mode))
+        if not own_graphs:
+            return run
+
+        def run_anew(*given: Tensor) -> Tensor | Tensors:
+            torch.compiler.cudagraph_mark_step_begin()
+            out = run(*given)
+            return tuple(t.clone() for t in out) if isinstance(out, tuple) else out.clone()
+
+        return run_anew
+
+    def exact(self, network: Network) -> Function:
+        """In fp64, outside autocast."""
+        plain = replace(self, autocast=False)
+        plain.place(network, torch.float64)
+        return plain._function(network, lambda images: network.logits(network.module(images)))
+
+    def _function(self, network: Network, forward: Callable[[Tensor], Tensor]) -> Function:
+        def cast() -> Any:
+            if not self.autocast:
+                return contextlib.nullcontext()
+            return torch.autocast(self.device.type, dtype=dtype_of(self.dtype))
+
+        def infer(images: Tensor) -> Tensor:
+            with torch.inference_mode(), cast():
+                return forward(images)
+
+        parameters = dict(network.module.named_parameters())
+        groups = [[parameters[name] for name in names] for names in network.watched]
+
+        def train(images: Tensor, labels: Tensor) -> Tensors:
+            with torch.enable_grad():
+                with cast():
+                    logits = forward(images)
+                # in fp32, in fp64 for the reference
+                wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                F.cross_entropy(wide, labels).backward()
+            found = tuple(p[0].grad if len(p) == 1 else torch.cat([part.grad for part in p]) for p in groups)
+            network.module.zero_grad(set_to_none=True)
+            return logits.detach(), *found
+
+        return train if self.training else infer
+
+
+def in_stock_operators(function: Function) -> Function:
+    """`function` with every op of vitfast as stock PyTorch operators."""
+
+    def run(*given: Tensor) -> Tensor | Tensors:
+        vitfast.set_exportable(True)
+        try:
+            return function(*given)
+        finally:
+            vitfast.set_exportable(False)
+
+    return run
