@@ -18,10 +18,10 @@ using vitfast::HeadsView;
 
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 
-// How many cells of a query and a key, or of weights and values, are summed up in one chain. In fp32 short ones make the
-// result twice as exact as torch's at the same speed; bf16 rounds more elsewhere.
+// How many cells of a query and a key, or of weights and values, are summed up in one chain: in fp32 few, for exactness, but
+// chains of 16 in place of 64 would take a tenth longer; bf16 rounds more elsewhere.
 template <class Cells>
-constexpr int64_t PIECE = Cells::numbers == 1 ? 16 : 512;
+constexpr int64_t PIECE = Cells::numbers == 1 ? 64 : 512;
 
 // c[rows][columns] = a[rows][depth] b, where b is packed in panels; columns is a multiple of LANES
 template <class Cells, class Cell = typename Cells::Cell>
