@@ -55,6 +55,9 @@ TINY_AND_LARGE = ("vit_tiny_patch16_224", "vit_large_patch16_224")
 # measured first: what the package is about, then what may become a kernel's next width
 OPS = ("attention", "mlp", "linear", "layer_norm", "add_layer_norm", "patch_embed")
 
+# the files with tests that take every device; others may import what is not there
+GPU_TESTS = ("test_ops", "test_devices")
+
 Makers = Iterable[Callable[[], Case]]
 
 
@@ -118,11 +121,11 @@ def measure_ceilings(run: Run, budget_s: float) -> list[str]:
 
 def gpu_tests(run: Run, budget_s: float) -> list[str]:
     """The tests marked gpu, in a process of its own. On another device there are none, which pytest's 5 says."""
-    chosen = ["tests/test_numerics.py"] if run.tiny else ["tests"]
+    chosen = ["tests/test_numerics.py"] if run.tiny else [f"tests/{name}.py" for name in GPU_TESTS]
     marks = [] if run.tiny else ["-m", "gpu"]
     command = [
         sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider",
-        "--continue-on-collection-errors", *marks, *chosen,
+        *marks, *chosen,
     ]  # fmt: skip
     status, seconds, text = started(command, budget_s, run)
     (run.out / f"{run.name}-tests.txt").write_text(text[-LOG_BYTES:])

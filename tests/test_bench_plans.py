@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -139,6 +140,12 @@ def test_process_outlives_its_time(tmp_path):
         [sys.executable, "-c", code, str(ROOT / "benchmarks")], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 3 and "x.json has all finished rows" in done.stderr
+
+
+def test_file_of_gpu_tests_is_not_run():
+    files = [path.stem for path in Path(__file__).parent.glob("test_*.py")
+             if re.search(r"^def test_.*\bdevice\b", path.read_text(), re.MULTILINE)]  # fmt: skip
+    assert sorted(files) == sorted(plans.GPU_TESTS)
 
 
 def test_machine_without_a_gpu_is_not_told_so(tmp_path, monkeypatch, capsys):
