@@ -19,7 +19,7 @@ define install
 		-e '/^(Installing|Successfully installed)/s/(.{0,100}).*/\1/p'
 endef
 
-.PHONY: help venv demo test lint bench report clean
+.PHONY: help venv demo test lint bench gpu report clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -35,9 +35,12 @@ test: lint ## lint, then all tests
 lint: $(VENV)/.test ## ruff
 	$(BIN)/ruff check .
 
-bench: $(VENV)/.bench ## time the models on the CPU against timm, torch.compile, ONNX Runtime and OpenVINO
-	$(BIN)/python benchmarks/bench_model.py --device cpu
+bench: $(VENV)/.bench ## time models and ops on this CPU against timm, torch.compile, ONNX Runtime and OpenVINO
+	$(BIN)/python benchmarks/run.py cpu $(if $(RESUME),--resume)
 	$(BIN)/python benchmarks/bench_cpu.py
+
+gpu: ## RUN=a|b|c: test and time on a GPU within nine minutes, with the PYTHON that has torch; RESUME=1 goes on
+	$(PYTHON) benchmarks/run.py $(or $(RUN),$(error RUN must be a, b or c)) $(if $(RESUME),--resume) $(if $(OUT),--out $(OUT))
 
 report: $(VENV)/.bench ## write the README's tables and pictures from benchmarks/results
 	$(BIN)/python benchmarks/make_report.py

@@ -1,8 +1,7 @@
-"""Time inference on a CPU against what people would use instead, in turns in one run.
+"""Time on a CPU what `benchmarks/run.py cpu` does not: against timm, in turns in one run.
 
-    python benchmarks/bench_cpu.py [--only rivals ...] [--models NAME ...] [--quick] [--json FILE]
+    python benchmarks/bench_cpu.py [--only patch ...] [--models NAME ...] [--quick] [--json FILE]
 
-rivals  whole models: timm eager, vitfast eager and prepared, torch.compile with freezing, ONNX Runtime, OpenVINO
 patch   uint8 images, channels last, to tokens
 growth  speed and peak memory over batch and image size
 gelu    the tanh GELU, alone and in an MLP
@@ -18,13 +17,9 @@ for each other by spinning) the most, so rows where it is more than a few percen
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
-import importlib.util
 import json
-import os
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -56,7 +51,7 @@ from vitfast import native
 from vitfast.timing import Comparison, inference, interleaved_medians
 
 MODELS = ["vit_small_patch16_224", "vit_base_patch16_224"]
-PACKAGES = ("timm", "onnxruntime", "openvino")
+PACKAGES = ("timm",)
 OURS = ("vitfast", "prepared")
 GROWTH_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 GROWTH_SIZES = (224, 384, 512, 768, 1024)
@@ -76,19 +71,16 @@ def main() -> int:
     print(heading(record["run"], PACKAGES))
     print("Medians; ratio (25-75 %) above 1: faster than the first. Errors are relative, against timm in fp64.")
     failed = False
-    # an empty cache, so that the time that torch.compile takes is not that of finding an earlier run's result
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-        for table in arguments.only:
-            rows, header, lines_of = TABLES[table]
-            print(f"\n{header}\n" + "|---" * (header.count("|") - 1) + "|", flush=True)
-            record[table] = []
-            for row in rows(arguments):
-                record[table].append(row)
-                failed |= any("not_timed" in row["variants"][name] for name in OURS if name in row["variants"])
-                print("\n".join(lines_of(row)), flush=True)
-                if arguments.json:
-                    write_json(arguments.json, record)
+    for table in arguments.only:
+        rows, header, lines_of = TABLES[table]
+        print(f"\n{header}\n" + "|---" * (header.count("|") - 1) + "|", flush=True)
+        record[table] = []
+        for row in rows(arguments):
+            record[table].append(row)
+            failed |= any("not_timed" in row["variants"][name] for name in OURS if name in row["variants"])
+            print("\n".join(lines_of(row)), flush=True)
+            if arguments.json:
+                write_json(arguments.json, record)
     return int(failed)
 
 
@@ -98,7 +90,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=MODELS, help="growth takes the first")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="patch takes the largest")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--rivals", nargs="*", choices=RIVALS, default=list(RIVALS))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="for everybody")
     parser.add_argument("--seconds", type=float, default=15.0, help="about how long to measure one row")
     parser.add_argument("--quick", action="store_true", help="1 second a row; less growth, a batch of 1 for gelu")
@@ -212,108 +203,6 @@ def cases(name: str, inputs: list[tuple[int, int]], dtypes: list[str], **options
             yield Case(model, name, images, expected, dtype, options)
 
 
-# rivals
-
-
-def compiled(case: Case) -> Call:
-    import torch._inductor.config
-
-    torch._inductor.config.freezing = True
-    torch._dynamo.reset()
-    model = torch.compile(copy.deepcopy(case.model).to(DTYPES[case.dtype]), dynamic=False)
-    images = case.images.to(DTYPES[case.dtype])
-
-    def call() -> Tensor:
-        # freezing needs it, and does not see inference_mode
-        with torch.no_grad():
-            return model(images)
-
-    return call
-
-
-def onnx_runtime(case: Case) -> Call:
-    import onnxruntime
-
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        file = Path(folder) / "model.onnx"
-        torch.onnx.export(case.model, (case.images,), file, dynamo=True, verbose=False)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        # its threads may spin during a call, but not into the next variant's
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    feed = {session.get_inputs()[0].name: case.images.numpy()}
-    return lambda: session.run(None, feed)[0]
-
-
-def openvino(case: Case) -> Call:
-    # a benchmark sends nobody usage statistics; without the package OpenVINO has a stub for it
-    sys.modules.setdefault("openvino_telemetry", None)
-    import openvino
-
-    model = openvino.convert_model(case.model, example_input=case.images, input=[tuple(case.images.shape)])
-    settings = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[case.dtype],
-    }
-    request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
-    request.set_input_tensor(openvino.Tensor(case.images.numpy(), shared_memory=True))
-
-    def call() -> Any:
-        request.infer()
-        return request.get_output_tensor().data
-
-    return call
-
-
-@dataclass(frozen=True)
-class Rival:
-    build: Callable[[Case], Call]
-    needs: tuple[str, ...] = ()
-    dtypes: tuple[str, ...] = tuple(DTYPES)
-
-
-RIVALS = {
-    "torch.compile": Rival(compiled),
-    "ONNX Runtime": Rival(onnx_runtime, ("onnx", "onnxscript", "onnxruntime"), ("fp32",)),
-    "OpenVINO": Rival(openvino, ("openvino",)),
-}
-
-
-def rival_rows(arguments: argparse.Namespace) -> Iterator[Row]:
-    for name in arguments.models:
-        size = timm.get_pretrained_cfg(name).input_size[-1]
-        for case in cases(name, [(batch, size) for batch in arguments.batches], arguments.dtypes):
-            builders = {"timm": case.timm, "vitfast": case.vitfast, "prepared": case.prepared}
-            absent = {}
-            for rival_name, rival in RIVALS.items():
-                missing = [package for package in rival.needs if importlib.util.find_spec(package) is None]
-                if rival_name not in arguments.rivals:
-                    absent[rival_name] = {"not_timed": "left out"}
-                elif case.dtype not in rival.dtypes:
-                    absent[rival_name] = {"not_timed": "-"}
-                elif missing:
-                    absent[rival_name] = {"not_timed": f"absent: {', '.join(missing)} not installed"}
-                else:
-                    builders[rival_name] = partial(rival.build, case)
-            row, result = measure(builders, case.expected, case.dtype, arguments.seconds)
-            row["variants"] |= absent
-            if result and {"OpenVINO", "prepared"} <= result.median_ms.keys():
-                row["OpenVINO / prepared"] = result.ratio_of("OpenVINO", "prepared")
-            yield {"model": name, "batch": len(case.images)} | row
-
-
-def rival_lines(row: Row) -> Iterator[str]:
-    variants = row["variants"]
-    names = ("timm", *OURS, *RIVALS)
-    compiling = f"{variants['torch.compile']['ready_s']:.0f}" if "ready_s" in variants["torch.compile"] else ""
-    against = triple(row["OpenVINO / prepared"]) if "OpenVINO / prepared" in row else ""
-    times = [cell(variants[name]) for name in names]
-    yield line(row["model"], row["batch"], row["dtype"], *times, against, compiling, noise(row))
-    yield line("", "", "error", *(error(variants[name]) for name in names), "", "", "")
-
-
 # patch embedding
 
 
@@ -333,10 +222,12 @@ def patch_rows(arguments: argparse.Namespace) -> Iterator[Row]:
                 for way, normalise in NORMALISATIONS.items()
             }
             builders["vitfast"] = partial(partial, our_way, theirs, images, mean, std)
+            builders["prepared"] = partial(prepared_way, name, model, dtype, images, mean, std)
             row, result = measure(builders, expected, dtype, arguments.seconds)
-            if result and "vitfast" in result.median_ms:
-                fastest = min(result.median_ms.keys() - {"vitfast"}, key=result.median_ms.__getitem__)
+            if result and {"vitfast", "prepared"} <= result.median_ms.keys():
+                fastest = min(result.median_ms.keys() - {"vitfast", "prepared"}, key=result.median_ms.__getitem__)
                 row |= {"against": fastest, "ratio": result.ratio_of(fastest, "vitfast")}
+                row |= {"ratio of prepared": result.ratio_of(fastest, "prepared")}
             yield {"model": name, "batch": batch} | row
 
 
@@ -376,12 +267,24 @@ def our_way(model: nn.Module, images: Tensor, mean: Tensor, std: Tensor) -> Tens
         )  # fmt: skip
 
 
+def prepared_way(name: str, model: nn.Module, dtype: str, images: Tensor, mean: Tensor, std: Tensor) -> Call:
+    ours = vitfast.create_model(name)
+    ours.load_state_dict(model.state_dict())
+    prepared = vitfast.prepare(ours, DTYPES[dtype], mean=mean.tolist(), std=std.tolist())
+
+    def call() -> Tensor:
+        with torch.inference_mode():
+            return prepared.embed(images)
+
+    return call
+
+
 def patch_lines(row: Row) -> Iterator[str]:
     variants = row["variants"].values()
-    ratio = triple(row["ratio"]) if "ratio" in row else ""
+    ratio = [triple(row[name]) if name in row else "" for name in ("ratio", "ratio of prepared")]
     times = [f"{variant['ms']:.1f}" if "ms" in variant else cell(variant) for variant in variants]
-    yield line(row["model"], row["batch"], row["dtype"], *times, ratio, row.get("against", ""), noise(row))
-    yield line("", "", "error", *map(error, variants), "", "", "")
+    yield line(row["model"], row["batch"], row["dtype"], *times, *ratio, row.get("against", ""), noise(row))
+    yield line("", "", "error", *map(error, variants), "", "", "", "")
 
 
 # growth
@@ -536,16 +439,10 @@ def noise(row: Row) -> str:
 NOISE = "noise, rounds (noisy), others"
 # name: rows, header, lines of a row
 TABLES = {
-    "rivals": (
-        rival_rows,
-        line("model", "batch", "dtype", "timm ms", "vitfast ms, ratio", "prepared", *RIVALS, "OpenVINO / prepared",
-             "compile s", NOISE),
-        rival_lines,
-    ),
     "patch": (
         patch_rows,
         line("patch embedding of", "batch", "dtype", *(f"timm, {way} ms" for way in NORMALISATIONS), "vitfast ms",
-             "ratio to the fastest", "which is", NOISE),
+             "prepared ms", "ratio to the fastest of timm's", "of prepared", "which is", NOISE),
         patch_lines,
     ),
     "growth": (

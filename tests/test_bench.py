@@ -1,6 +1,5 @@
 """The benchmarks run, and what is wrong or fails gets no time."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -25,28 +24,17 @@ def run(script, *arguments):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "table, dtypes",
-    [("rivals", ["fp32"]), ("patch", ["fp32", "bf16"]), ("growth", ["bf16"]), ("gelu", ["fp32", "bf16"])],
+    [("patch", ["fp32", "bf16"]), ("growth", ["bf16"]), ("gelu", ["fp32", "bf16"])],
 )
 def test_a_table_of_bench_cpu_no_longer_runs_or_times_a_wrong_result(table, dtypes, tmp_path):
     file = tmp_path / "rows.json"
-    printed = run("bench_cpu.py", "--only", table, "--batches", "1", "--dtypes", *dtypes, "--json", str(file))
+    run("bench_cpu.py", "--only", table, "--batches", "1", "--dtypes", *dtypes, "--json", str(file))
     rows = json.loads(file.read_text())[table]
     assert rows and {row["dtype"] for row in rows} == set(dtypes)
     for row in rows:
         for name, variant in row["variants"].items():
-            packages = bench_cpu.RIVALS[name].needs if name in bench_cpu.RIVALS else ()
-            if all(importlib.util.find_spec(package) for package in packages):
-                assert variant["ms"] > 0, (name, variant)
-                assert variant["error"] <= TOLERANCE[row["dtype"]], (name, variant)
-            else:
-                assert "ms" not in variant and variant["not_timed"] in printed
-
-
-@pytest.mark.slow
-def test_bench_model_no_longer_runs(tmp_path):
-    file = tmp_path / "rows.json"
-    run("bench_model.py", "--batches", "1", "--json", str(file))
-    assert all(row["timm_ms"] > 0 for row in json.loads(file.read_text())["rows"])
+            assert variant["ms"] > 0, (name, variant)
+            assert variant["error"] <= TOLERANCE[row["dtype"]], (name, variant)
 
 
 def test_a_wrong_or_failing_variant_is_timed_or_stops_the_run():

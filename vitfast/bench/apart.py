@@ -18,6 +18,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,7 @@ def main() -> None:
     parser.add_argument("--precision", required=True, help="for torch.set_float32_matmul_precision")
     parser.add_argument("--json", type=Path, required=True)
     told = parser.parse_args()
+    threading.Thread(target=_end_with_parent, args=[os.getppid()], daemon=True).start()
     torch.set_num_threads(told.threads)
     torch.set_float32_matmul_precision(told.precision)
     module, _, function = told.factory.rpartition(".")
@@ -92,6 +95,13 @@ def main() -> None:
     kept = dict.fromkeys([case.baseline, case.yardstick, told.variant])
     variants = {name: dataclasses.replace(case.variants[name], apart=None) for name in kept}
     write_json(told.json, run_case(dataclasses.replace(case, variants=variants), seconds=told.seconds))
+
+
+def _end_with_parent(parent: int) -> None:
+    """A parent that is killed ends nobody."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.killpg(0, signal.SIGKILL)
 
 
 if __name__ == "__main__":

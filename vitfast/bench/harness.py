@@ -24,7 +24,7 @@ from vitfast.bench import ceilings as limits
 from vitfast.bench import device as devices
 from vitfast.bench import record as records
 from vitfast.bench.case import Case, Tensors, Variant
-from vitfast.bench.judge import Judge
+from vitfast.bench.judge import Judge, sets_to_judge
 from vitfast.bench.machine import OtherProcesses
 from vitfast.timing import Comparison, Repeated, interleaved_medians, rotating
 
@@ -153,10 +153,10 @@ class _Run:
             first = case.inputs(generator)
             size = sum(t.numel() * t.element_size() for t in first)
             self.sets = [first]
-            self.sets += [
-                case.inputs(generator) for _ in range(devices.input_sets(place, size, case.work.bytes) - 1)
-            ]
-            self.judge = Judge(case, first, bool(self.tf32))
+            judged = sets_to_judge(case)
+            wanted = max(devices.input_sets(place, size, case.work.bytes), judged)
+            self.sets += [case.inputs(generator) for _ in range(wanted - 1)]
+            self.judge = Judge(case, first, bool(self.tf32), self.sets[1:judged])
         except Exception as problem:
             for name in (*self.open(), *self.open(apart=True)):
                 self.fail(name, problem)
@@ -179,10 +179,14 @@ class _Run:
 
     def build_one(self, name: str, variant: Variant) -> None:
         began = self.place.clock()
-        function = variant.build()
+        found = self.variants[name]
+        try:
+            function = variant.build()
+        except NotImplementedError as problem:
+            found["absent"] = devices.first_line(problem)
+            return
         results = function(*self.sets[0])
         self.place.synchronize()
-        found = self.variants[name]
         found["compile_s"] = self.place.clock() - began
         results = self.judge.judged(function, results)
         if self.judge.is_changed(self.sets[0]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,12 @@ class Judge:
     others, such as gradients of weights, in a batch cut to these images. So a variant that compiles for one shape has
     to be able to compile for two.
 
+    A whole model with fewer images than that is judged on further sets as well: the error of one image's logits is a
+    handful of numbers' luck, up to a quarter of it for models that are equally exact.
+
     Args:
         inputs: the set; copies of its first images are kept.
+        more: further sets for a whole model, see `sets_to_judge`.
         tf32: whether the case's fp32 products may be rounded to TF32.
 
     Attributes:
@@ -29,15 +33,16 @@ class Judge:
         no_measure: why nothing can be judged while the truth or `low` is missing.
     """
 
-    def __init__(self, case: Case, inputs: Tensors, tf32: bool) -> None:
-        self.case, self.tf32 = case, tf32
+    def __init__(self, case: Case, inputs: Tensors, tf32: bool, more: Sequence[Tensors] = ()) -> None:
+        self.case, self.tf32, self.more = case, tf32, more
         self.images = min(case.check_images, case.batch)
         self.cut = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in case.cut(inputs, self.images))
         self.low: list[Tensor] | None = None
         self.truth: list[Tensor] | None = None
         self.no_measure = "the yardstick has no result"
         try:
-            self.truth = _tensors(case.reference(*map(_double, self.cut)))
+            judged = [torch.cat(each) for each in zip(self.cut, *more, strict=True)] if more else self.cut
+            self.truth = _tensors(case.reference(*map(_double, judged)))
         except Exception as problem:
             self.no_measure = f"the reference failed: {first_line(problem)}"
 
@@ -55,7 +60,8 @@ class Judge:
         if len(results) != len(case.per_image):
             raise ValueError(f"results must be {len(case.per_image)}, got {len(results)}")
         if case.batch == self.images:
-            return [result.clone() for result in results]
+            further = [_tensors(function(*each)) for each in self.more]
+            return [torch.cat(each) for each in zip(results, *further, strict=True)]
         by_images = zip(results, case.per_image, strict=True)
         picked = [result[: self.images].clone() if by_image else None for result, by_image in by_images]
         if not all(case.per_image):
@@ -88,6 +94,11 @@ class Judge:
             acceptance.accept_model(outs[0], refs[0], lows[0])
         else:
             acceptance.accept_stages(*({str(i): t for i, t in enumerate(each)} for each in (outs, refs, lows)))
+
+
+def sets_to_judge(case: Case) -> int:
+    """How many sets of inputs it takes to see `check_images` images of a whole model's inference."""
+    return -(-case.check_images // case.batch) if case.kind == "model" and all(case.per_image) else 1
 
 
 def _tensors(results: Any) -> list[Tensor]:

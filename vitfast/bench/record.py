@@ -24,8 +24,8 @@ A row compares the variants of one case (see `vitfast.bench.case`):
     seconds                 what the row took
     variants                {name: variant}
 
-A variant has either `absent` (which packages it lacks), or `not_timed` (why: a wrong result of ours, an exception, no
-memory, no time left), or times. Of these only what was found out is there:
+A variant has either `absent` (which packages it lacks, or why it cannot run here at all), or `not_timed` (why: a wrong
+result of ours, an exception, no memory, no time left), or times. Of these only what was found out is there:
 
     ours                    vitfast's
     compile_s               building it and its first call

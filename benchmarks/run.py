@@ -1,0 +1,370 @@
+"""Run a plan of benchmarks: a, b and c for a GPU, each over within nine minutes by itself, and cpu.
+
+    python benchmarks/run.py a|b|c|cpu [--out FOLDER] [--resume] [--device DEVICE] [--limit SECONDS] [--tiny]
+
+a    the extension, the ceilings, the tests that need a GPU, ops
+b    whole models: everybody's eager, then compiled ones
+c    the rest: larger images, autocast, remaining compiled models
+cpu  ceilings, models and ops against what people would use instead
+
+Needs nothing but this source tree and a python with torch: no network, nothing installed. Stages come in order of
+value, each with a budget; what one leaves goes to the next ones, and what does not fit is listed as skipped. All
+numbers are in <out>/<device>-<run>.json after every row, so a run cut short has kept them; --resume goes on with it.
+--tiny runs every stage on small sizes, on any device, to see whether all works.
+
+Compilers keep their results in $VITFAST_CACHE_DIR (~/.cache/vitfast), in a folder named after device and versions.
+Exit status: 0; 1 where a test failed or a result of ours was wrong, after everything else ran; 2 for wrong use; 3 where
+the device was lost or the time was up in the middle of something.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+# a plain copy of the source tree is not installed
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from vitfast.bench import ceilings, harness, machine, models, op_rows, record  # noqa: E402
+from vitfast.bench.case import Case  # noqa: E402
+from vitfast.info import cpu_name  # noqa: E402
+
+LIMITS_S = {"a": 530.0, "b": 530.0, "c": 530.0, "cpu": 2400.0}
+# for what cannot be interrupted when the time is up
+GRACE_S = 8.0
+LEAST_S = 2.0
+LOG_BYTES = 4 << 20
+# images of a row of ops, and of a training step
+BATCH = 64
+SMALL_AND_BASE = ("vit_small_patch16_224", "vit_base_patch16_224")
+TINY_AND_LARGE = ("vit_tiny_patch16_224", "vit_large_patch16_224")
+# measured first: what the package is about, then what may become a kernel's next width
+OPS = ("attention", "mlp", "linear", "layer_norm", "add_layer_norm", "patch_embed")
+
+# the files with tests that take every device; others may import what is not there
+GPU_TESTS = ("test_ops", "test_devices")
+
+Makers = Iterable[Callable[[], Case]]
+
+
+@dataclass
+class Run:
+    """What stages share.
+
+    Attributes:
+        ends: when the run has to be over, by time.perf_counter.
+        tiny: small sizes only.
+    """
+
+    device: torch.device
+    record: record.Record
+    ends: float
+    tiny: bool
+    out: Path
+    name: str
+
+    @property
+    def seconds(self) -> float:
+        """How long to time a row."""
+        if self.tiny:
+            return 0.05
+        return 1.0 if self.device.type == "cuda" else 5.0
+
+    def note(self, what: str, value: Any) -> None:
+        self.record.data["run"][what] = value
+        self.record.write()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a run: `work(run, budget_s)` returns what of ours failed, a line each."""
+
+    name: str
+    budget_s: float
+    work: Callable[[Run, float], list[str]]
+
+
+def extension(run: Run, budget_s: float) -> list[str]:
+    """Build the extension in place, unless it is there; without it ops run on stock operators, which is no failure."""
+    if run.tiny or any((ROOT / "vitfast").glob("_C*.so")):
+        return []
+    status, seconds, text = started([sys.executable, "setup.py", "build_ext", "--inplace"], budget_s, run)
+    told = [line for line in text.splitlines() if line.startswith("vitfast:")]
+    run.note("extension", {"status": status, "seconds": seconds, "told": told[-1] if told else text[-300:]})
+    print(run.record.data["run"]["extension"])
+    return [] if status == 0 else [f"the extension was not built: {text[-300:]}"]
+
+
+def measure_ceilings(run: Run, budget_s: float) -> list[str]:
+    if run.record.data["ceilings"]:
+        return []
+    sizes = {"size": 256, "widths": (64,), "batch": 1} if run.tiny else {}
+    seconds = 0.01 if run.tiny else min(2.0, budget_s / 14)
+    run.record.data["ceilings"] = ceilings.measure(run.device, seconds=seconds, progress=say, **sizes)
+    run.record.write()
+    return []
+
+
+def gpu_tests(run: Run, budget_s: float) -> list[str]:
+    """The tests marked gpu, in a process of its own. On another device there are none, which pytest's 5 says."""
+    chosen = ["tests/test_numerics.py"] if run.tiny else [f"tests/{name}.py" for name in GPU_TESTS]
+    marks = [] if run.tiny else ["-m", "gpu"]
+    command = [
+        sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider",
+        *marks, *chosen,
+    ]  # fmt: skip
+    status, seconds, text = started(command, budget_s, run)
+    (run.out / f"{run.name}-tests.txt").write_text(text[-LOG_BYTES:])
+    lines = text.strip().splitlines() or ["it printed nothing"]
+    run.note("tests", {"status": status, "seconds": seconds, "last": lines[-1]})
+    say(f"tests: {lines[-1]}")
+    if status in (0, 5):
+        return []
+    return [f"tests: {'out of time' if status is None else lines[-1]}; see {run.name}-tests.txt"]
+
+
+def rows(makers: Callable[[Run], Makers], run: Run, budget_s: float, name: str) -> list[str]:
+    return harness.run_cases(
+        makers(run), run.record, budget_s=budget_s, stage=name, seconds=run.seconds, progress=say
+    )
+
+
+def started(command: list[str], limit_s: float, run: Run) -> tuple[int | None, float, str]:
+    """Exit status, None where the time was up, seconds, and what it printed."""
+    log = run.out / f".{run.name}.log"
+    began = time.perf_counter()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            status: int | None = process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            status = None
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    text = log.read_text(errors="replace")
+    log.unlink()
+    return status, time.perf_counter() - began, text
+
+
+# rows
+
+
+def ops(run: Run, *, first: bool) -> Iterator[Callable[[], Case]]:
+    """Short sequences at all widths, or with `first` False the longer ones."""
+    listed = partial(op_rows.listed, device=str(run.device), dtypes=["bf16"], batches=[BATCH])
+    if run.tiny:
+        yield from op_rows.tiny(OPS[:2] if first else OPS[2:], device=str(run.device), dtypes=["fp32"], batches=[2])
+        return
+    if not first:
+        yield from listed(("attention",), tokens=(577, 1025, 1370))
+        yield from listed(OPS[1:], tokens=(577, 1025, 1370), widths=(768,))
+        return
+    yield from listed(("attention",), tokens=(197, 257))
+    for widths in ((768,), (384, 1024), (192, 1280)):
+        yield from listed(OPS[1:], tokens=(197,), widths=widths)
+    yield from listed(OPS[1:], tokens=(257,), widths=(768, 1280))
+
+
+def whole(
+    run: Run, names: Iterable[str], batches: Iterable[int], group: str = "eager", mode: str = "inference", *,
+    dtypes: Iterable[str] = ("bf16",), autocast: bool = False, image_size: int | None = None,
+    autotune_s: float = 120.0,
+) -> Makers:  # fmt: skip
+    if run.tiny:
+        names = ["vit_tiny_patch16_224" if name.startswith("vit_") else name for name in list(names)[:1]]
+        image_size, batches = 32, [2]
+    return models.listed(
+        list(names), device=str(run.device), dtypes=list(dtypes), batches=list(batches), modes=[mode], groups=[group],
+        autocast=[autocast], image_size=image_size, autotune_s=autotune_s,
+    )  # fmt: skip
+
+
+def eager(run: Run) -> Iterator[Callable[[], Case]]:
+    yield from whole(run, ("vit_base_patch16_224",), (64, 1, 256, 8))
+    yield from whole(run, ("vit_small_patch16_224", "vit_large_patch16_224", "vit_tiny_patch16_224"), (64, 1, 256, 8))
+
+
+def larger(run: Run, group: str = "eager") -> Iterator[Callable[[], Case]]:
+    yield from whole(run, ("vit_base_patch16_224",), (64, 1), group, image_size=384)
+    yield from whole(run, ("vit_small_patch14_dinov2",), (64, 1), group, image_size=518)
+
+
+def ops_on_cpu(run: Run) -> Iterator[Callable[[], Case]]:
+    if run.tiny:
+        yield from op_rows.tiny(OPS, device="cpu", dtypes=["fp32"], batches=[1])
+        return
+    common = dict(device="cpu", dtypes=["bf16", "fp32"], batches=[8], tokens=(197,), modes=["forward"])
+    yield from op_rows.listed(("attention",), heads={64: 12}, **common)
+    yield from op_rows.listed(OPS[1:], widths=(768,), **common)
+
+
+def models_stage(name: str, budget_s: float, makers: Callable[[Run], Makers]) -> Stage:
+    return Stage(name, budget_s, partial(rows, makers, name=name))
+
+
+def train(*names: str, **options: Any) -> Callable[[Run], Makers]:
+    return lambda run: whole(run, names, (BATCH,), mode="training", **options)
+
+
+EXTENSION = Stage("extension", 60, extension)
+CEILINGS = Stage("ceilings", 40, measure_ceilings)
+PLANS: dict[str, tuple[Stage, ...]] = {
+    "a": (
+        EXTENSION,
+        CEILINGS,
+        Stage("tests", 130, gpu_tests),
+        models_stage("ops, short", 190, partial(ops, first=True)),
+        models_stage("ops, long", 110, partial(ops, first=False)),
+    ),
+    "b": (
+        EXTENSION,
+        CEILINGS,
+        models_stage("models", 130, eager),
+        models_stage("training", 60, train(*reversed(SMALL_AND_BASE), *TINY_AND_LARGE)),
+        models_stage(
+            "compiled", 100, lambda run: whole(run, reversed(SMALL_AND_BASE), (64, 1, 256), "compiled")
+        ),
+        models_stage("autotuned", 110, lambda run: whole(run, SMALL_AND_BASE[1:], (256, 1), "autotuned")),
+        models_stage("networks of convolutions", 30, lambda run: whole(run, models.CNNS, (64, 256, 1))),
+    ),
+    "c": (
+        EXTENSION,
+        CEILINGS,
+        models_stage("larger images", 70, larger),
+        models_stage("autocast", 60, lambda run: whole(run, reversed(SMALL_AND_BASE), (64, 1), autocast=True)),
+        models_stage("training with autocast", 60, train(*reversed(SMALL_AND_BASE), autocast=True)),
+        models_stage("training, compiled", 90, train(*reversed(SMALL_AND_BASE), group="compiled")),
+        models_stage("compiled, the rest", 90, lambda run: whole(run, TINY_AND_LARGE, (64, 1, 256), "compiled")),
+        models_stage("larger images, compiled", 70, partial(larger, group="compiled")),
+        models_stage("vit-pytorch", 40, lambda run: whole(run, (models.VIT_PYTORCH,), (64, 1))),
+    ),
+    "cpu": (
+        CEILINGS,
+        models_stage(
+            "models", 1200, lambda run: whole(run, SMALL_AND_BASE, (1, 8), "all", dtypes=("bf16", "fp32"))
+        ),
+        models_stage("ops", 600, ops_on_cpu),
+        models_stage(
+            "training", 200,
+            lambda run: whole(run, SMALL_AND_BASE[:1], (8,), mode="training", dtypes=("bf16", "fp32")),
+        ),
+        models_stage("networks of convolutions", 200, lambda run: whole(run, models.CNNS, (8, 1), dtypes=("fp32",))),
+    ),
+}  # fmt: skip
+
+
+def go(plan: Iterable[Stage], run: Run, clock: Callable[[], float] = time.perf_counter) -> list[str]:
+    """Run the stages; each has its budget and what those before it left, as far as the run's time goes.
+
+    Returns:
+        What of ours failed.
+    """
+    failed, saved = [], 0.0
+    for stage in plan:
+        began = clock()
+        budget = min(stage.budget_s + saved, run.ends - began)
+        if budget < LEAST_S:
+            run.record.skip(stage.name, [f"all of {stage.name}"], harness.NO_TIME_LEFT)
+            say(f"{stage.name}: skipped, {harness.NO_TIME_LEFT}")
+            continue
+        say(f"{stage.name}: {budget:.0f} s of {run.ends - began:.0f}")
+        failed += stage.work(run, budget)
+        saved += stage.budget_s - (clock() - began)
+    return failed
+
+
+def end_at(seconds: float, path: Path) -> threading.Timer:
+    """End this process then, whatever it is doing: its file has all finished rows."""
+
+    def end() -> None:
+        print(f"run: the time is up; {path} has all finished rows", file=sys.stderr, flush=True)
+        os._exit(3)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
+def keep_caches(device: torch.device) -> None:
+    """Let compilers keep what they made, apart for each device and set of versions."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    key = slug(f"{name} torch {torch.__version__} triton {machine.version('triton')}")
+    folder = Path(os.environ.get("VITFAST_CACHE_DIR", "~/.cache/vitfast")).expanduser() / key
+    for variable, part in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
+        os.environ.setdefault(variable, str(folder / part))
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    began = time.perf_counter()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", choices=PLANS)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--resume", action="store_true", help="go on with the file that is there")
+    parser.add_argument("--device", help="(default: cuda, of the plan cpu: cpu)")
+    parser.add_argument("--limit", type=float, help=f"seconds for all (default: {LIMITS_S})")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, to see whether everything works")
+    told = parser.parse_args(argv)
+    device = torch.device(told.device or ("cpu" if told.run == "cpu" else "cuda"))
+    limit = LIMITS_S[told.run] if told.limit is None else told.limit
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("run: torch finds no GPU here, `vitfast info` says why; --device cpu --tiny tries it", file=sys.stderr)
+        return 2
+    keep_caches(device)
+    made = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    name = slug(f"{made} {told.run}")
+    path = told.out / f"{name}.json"
+    if path.exists() and not told.resume:
+        print(f"run: {path} exists; --resume goes on with it, --out names another folder", file=sys.stderr)
+        return 2
+    told.out.mkdir(parents=True, exist_ok=True)
+    try:
+        kept = record.open_for_resume(path, machine.describe(device, ("torchvision", "liger-kernel", "flash-attn")))
+    except ValueError as problem:
+        print(f"run: {problem}", file=sys.stderr)
+        return 2
+    kept.write()
+    run = Run(device, kept, began + limit, told.tiny, told.out, name)
+    timer = end_at(limit + GRACE_S, path)
+    lost = False
+    try:
+        failed = go(PLANS[told.run], run)
+    except harness.DeviceLost as problem:
+        failed, lost = [str(problem)], True
+    timer.cancel()
+    record.write_csv(kept.data, told.out / f"{name}.csv")
+    for line in failed:
+        print(f"run: {line}", file=sys.stderr)
+    skipped = len(kept.data["skipped"])
+    say(f"{path}: {len(kept.rows)} rows, {skipped} skipped, {time.perf_counter() - began:.0f} s")
+    return 3 if lost else int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
