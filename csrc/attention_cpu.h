@@ -57,8 +57,8 @@ inline float exponentiate(float* logits, int64_t n, int64_t padded, float scale,
   return sum_of(sum);
 }
 
-// The same for weights that are rounded to bf16: they go to a place of their own, and are worth fewer instructions. The scale
-// is multiplied into the difference from the largest logit, which only a sum of them all can see.
+#if defined(__AVX512BF16__)
+// The same for weights that are rounded to bf16: they go to a place of their own, and are worth fewer instructions.
 inline float exponentiate(float* logits, int64_t n, int64_t padded, float scale, float* most, Bf16* weights) {
   const float factor = scale * LOG2_E;
   const int64_t whole = n / LANES * LANES;
@@ -68,13 +68,19 @@ inline float exponentiate(float* logits, int64_t n, int64_t padded, float scale,
   for (int64_t j = whole; j < n; ++j) *most = (logits[j] *= factor) > *most ? logits[j] : *most;
   for (int64_t j = n; j < padded; ++j) logits[j] = -INFINITY;
   for (int64_t j = 0; j < padded; j += LANES) {
-    const Floats logit = load(logits + j);
-    const Floats weight = exp2_for_bf16(j < whole ? logit * factor - *most : logit - *most);
+    Floats logit = load(logits + j);
+    if (j < whole) {
+      logit = logit * factor;
+      // rounded now and not in one step with the subtraction, or the largest of huge logits would not meet itself
+      asm("" : "+v"(logit));
+    }
+    const Floats weight = exp2_for_bf16(logit - *most);
     store(weights + j, weight);
     sum += weight;
   }
   return sum_of(sum);
 }
+#endif
 
 template <class Cells, class T>
 class Attention {

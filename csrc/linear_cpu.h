@@ -111,6 +111,7 @@ template <class Cells, class T, class Activate>
 inline void linear_of(const LinearArgs& a, const Activate& activate) {
   const Weight<Cells, T> weight(a.weight);
   const LayerNorm<T> norm(a.norm);
+  if (!a.rows) return;
   const int64_t K = a.weight.K, D = a.weight.D;
   const bool few = few_rows(a.rows, a.threads);
   const int64_t blocks = few ? (a.rows + BLOCK - 1) / BLOCK : blocks_of(a.rows, BLOCK, a.threads);
@@ -144,6 +145,7 @@ template <class Cells, class T, class Activate>
 inline void mlp_of(const MlpArgs& a, const Activate& activate) {
   const Weight<Cells, T> fc1(a.fc1), fc2(a.fc2);
   const LayerNorm<T> norm(a.norm);
+  if (!a.rows) return;
   const int64_t K = a.fc1.K, hidden = a.fc1.D;
   if (few_rows(a.rows, a.threads)) {
     const Workspaces memory(1, a.rows * hidden * sizeof(T));

@@ -1,4 +1,4 @@
-// The product inside attention: a tile of rows times a panel of packed columns, all sums in registers.
+// The product inside attention and linear layers: a tile of rows times a panel of packed columns, sums in registers.
 #pragma once
 
 #include "simd.h"

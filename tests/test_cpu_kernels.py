@@ -85,9 +85,10 @@ def test_scale_is_taken_for_positive(isa, scale):
 
 
 @every_isa
-def test_special_values_are_lost_or_spread(isa):
+@every_dtype
+def test_special_values_are_lost_or_spread(isa, dtype):
     """NaN and infinity stay in their query's row, or reach all rows from a key, as in stock attention."""
-    q, k, v = (torch.randn(1, 30, 2, 16) for _ in range(3))
+    q, k, v = (torch.randn(1, 30, 2, 16).to(dtype) for _ in range(3))
     q[0, 3, 0, 5], q[0, 7, 1, 2] = torch.nan, torch.inf
     out, _ = native.attention(q, k, v, 0.25, False, KERNELS[isa])
     bad = out.isnan().view(1, 30, 2, 16)
@@ -95,12 +96,14 @@ def test_special_values_are_lost_or_spread(isa):
     k[0, 29, 1, 0] = torch.nan
     out, _ = native.attention(q, k, v, 0.25, False, KERNELS[isa])
     assert out.view(1, 30, 2, 16)[:, :, 1].isnan().all()
-    flat = torch.zeros(1, 5, 1, 8)
+    flat = torch.zeros(1, 5, 1, 8, dtype=dtype)
     out, lse = native.attention(flat, flat, torch.ones_like(flat), 1.0, True, KERNELS[isa])
-    assert torch.equal(out, torch.ones(1, 5, 8)) and torch.allclose(lse, torch.tensor(5.0).log())
-    huge = torch.full((1, 5, 1, 8), 1e18)
-    out, _ = native.attention(huge, huge, flat + 2, 1.0, False, KERNELS[isa])
-    assert torch.equal(out, torch.full((1, 5, 8), 2.0))
+    assert torch.equal(out, torch.ones(1, 5, 8, dtype=dtype)) and torch.allclose(lse, torch.tensor(5.0).log())
+    # 40 keys: whole vectors of logits, and a last one that is not
+    huge = torch.full((1, 40, 1, 8), 1e4 if dtype is torch.float16 else 1e18, dtype=dtype)
+    for scale in (1.0, 0.7, 3e-9):
+        out, _ = native.attention(huge, huge, torch.full_like(huge, 2), scale, False, KERNELS[isa])
+        assert torch.equal(out, torch.full((1, 40, 8), 2.0, dtype=dtype))
 
 
 @every_isa

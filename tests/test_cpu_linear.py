@@ -116,12 +116,29 @@ def test_scratch_memory_is_shared_or_lost(isa, dtype):
     qkv = native.PackedWeight(torch.randn(192, 64).to(dtype), None, using)
     proj = native.PackedWeight(torch.randn(64, 64).to(dtype), None, using)
     block = native.Block(norm, qkv, proj, norm, fc1, fc2, "gelu", 4, 16, 0.25)
-    inputs = [torch.randn(B, 50, 64).to(dtype) for B in (1, 900, 2, 1)]
+    inputs = [torch.randn(B, 50, 64).to(dtype) for B in (1, 1500, 2, 1)]
     expected = [native.block(x, block, using) for x in inputs]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         for _ in range(3):
             for out, wanted in zip(pool.map(lambda x: native.block(x, block, using), inputs), expected, strict=True):
                 assert torch.equal(out, wanted)
+
+
+@every_case
+def test_x_of_another_kind_is_read(isa, dtype):
+    """Another dtype or width than the weight's, gaps, a residual that is broadcast, an activation nobody knows."""
+    norm, fc1, fc2 = Layers(16, 32, dtype).packed(isa)
+    x, using = torch.randn(4, 16).to(dtype), KERNELS[isa]
+    for wrong in (x.half(), x.double(), x[:, :14].contiguous(), torch.randn(4, 32).to(dtype)[:, ::2]):
+        with pytest.raises(ValueError, match="x must be contiguous"):
+            native.linear(wrong, fc1, using=using)
+        with pytest.raises(ValueError, match="x must be contiguous"):
+            native.mlp(wrong, norm, fc1, fc2, "gelu", using)
+    for residual in (torch.randn(4, 1).to(dtype), torch.randn(4, 32).half(), torch.randn(4, 64).to(dtype)[:, ::2]):
+        with pytest.raises(ValueError, match="residual must be contiguous"):
+            native.linear(x, fc1, residual=residual, using=using)
+    with pytest.raises(KeyError):
+        native.linear(x, fc1, act="relu", using=using)
 
 
 @pytest.mark.skipif("avx512_bf16" not in KERNELS, reason="this CPU multiplies no bf16")

@@ -238,6 +238,34 @@ def test_prepared_model_pretends_to_change(what):
     assert prepared.eval() is prepared
 
 
+PARTS = {"blocks": lambda m: m.blocks, "block": lambda m: m.blocks[0], "head": lambda m: m.head}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_part_of_a_prepared_model_is_copied_or_moved(part):
+    """Kernels have addresses: a copy would read the original's memory, and a moved part memory that was given back."""
+    prepared, x = vitfast.prepare(tiny()), torch.randn(2, 3, 32, 32)
+    logits = prepared(x)
+    for change in (copy.deepcopy, pickle.dumps, lambda m: m.half(), lambda m: nn.Sequential(m).to(torch.float64)):
+        with pytest.raises(NotImplementedError, match="prepared|addresses"):
+            change(PARTS[part](prepared))
+    prepared.blocks[0].norm1.weight.data = torch.zeros(0)
+    assert torch.equal(prepared(x), logits)
+
+
+def test_tokens_of_another_dtype_or_width_are_misread(products):
+    """Memory beside that of the tokens, or beside the result."""
+    prepared = vitfast.prepare(tiny(), torch.bfloat16)
+    tokens = prepared.forward_features(torch.randn(2, 3, 32, 32))
+    logits = prepared.forward_head(tokens)
+    for wrong in (tokens.float(), tokens.half(), torch.cat([tokens, tokens], -1), tokens[..., ::2]):
+        with pytest.raises((ValueError, RuntimeError)):
+            prepared.forward_head(wrong)
+        with pytest.raises((ValueError, RuntimeError)):
+            prepared.blocks[0](wrong)
+    assert torch.equal(prepared.forward_head(torch._neg_view(-tokens)), logits)
+
+
 def test_images_that_have_no_address_are_read():
     """On another device, fake, traced, transformed: kernels would read from nowhere, or the tracer record nothing."""
     prepared, x = vitfast.prepare(tiny()), torch.randn(2, 3, 32, 32)
@@ -264,6 +292,15 @@ def test_negated_view_or_stem_of_another_dtype_is_misread():
 
     model.patch_embed = Wide()
     assert vitfast.prepare(model, torch.bfloat16)(x).isfinite().all()
+
+    class WideNorm(nn.Module):
+        def forward(self, x):
+            return x.float() * 2 if x.dtype is not torch.float64 else x * 2
+
+    model = tiny()
+    model.norm_pre = WideNorm()
+    found = vitfast.prepare(model, torch.bfloat16)(x)
+    assert relative(found, model.double()(x.double())) < 0.1
 
 
 @pytest.mark.slow

@@ -16,12 +16,12 @@ from vitfast import native, reference
 from vitfast.fusion import PLAIN_TENSORS, any_global_hook, plain
 from vitfast.layers import reasons_of, run_norm
 from vitfast.model import Block
-from vitfast.packed import PackedBlock, PackedLinear, PackedStem, frozen, own_product
+from vitfast.packed import PackedBlock, PackedLinear, PackedStem, frozen, own_product, refuse
 from vitfast.vit import ViT
 
 DTYPES = (torch.float32, torch.bfloat16)
 TOKENS = ("cls_token", "reg_token", "dist_token", "pos_embed")
-# copied as they are, in the new dtype: whatever somebody put there runs as it would have
+# copied, in the new dtype: whatever somebody put there runs as it would have
 COPIED = ("patch_embed", "norm_pre", "norm", "attn_pool", "fc_norm", "to_latent", "head", "head_dist")
 # of these, for a few rows packed is many times as fast
 HEADS = ("head", "head_dist")
@@ -242,14 +242,6 @@ def _check_place(x: Any) -> None:
         )
 
 
-def _refuse(name: str) -> Callable:
-    def method(self: PreparedViT, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError(f"{name}: a prepared model is frozen; use the original, and prepare it again")
-
-    method.__name__ = name
-    return method
-
-
 class PreparedViT(ViT):
     """What `prepare` returns: a `ViT` that runs on packed weights, and only runs.
 
@@ -341,6 +333,8 @@ class PreparedViT(ViT):
     def _run(self, method: Callable, *args: Any, **kwargs: Any) -> Any:
         self._source.check()
         _check_place(args[0])
+        if isinstance(args[0], Tensor) and args[0].is_neg():
+            args = args[0].resolve_neg(), *args[1:]
         if "torch._dynamo" in sys.modules:
             # inside somebody's torch.compile: compilers cannot look into packed weights, so this part stays as it is
             method = torch.compiler.disable(method)
@@ -364,7 +358,8 @@ class PreparedViT(ViT):
         self.patch_embed.check(images, takes_uint8=True)
         images = (images if images.dtype in native.DTYPES else images.to(self.dtype)).resolve_neg()
         x = self.stem(images, self._positions(images), self._prefix(), self.normalisation if is_uint8 else None)
-        return run_norm(self.norm_pre, x)
+        # a replaced norm may give another dtype
+        return run_norm(self.norm_pre, x).to(self.dtype)
 
     def _positions(self, images: Tensor) -> Tensor | None:
         size = tuple(images.shape[2:])
@@ -394,13 +389,13 @@ class PreparedViT(ViT):
             raise NotImplementedError("requires_grad_: a prepared model has no gradients; use the original")
         return self
 
-    _apply = _refuse("moving or converting")
-    state_dict = _refuse("state_dict")
-    load_state_dict = _refuse("load_state_dict")
-    reset_classifier = _refuse("reset_classifier")
-    set_input_size = _refuse("set_input_size")
-    set_grad_checkpointing = _refuse("set_grad_checkpointing")
-    set_distilled_training = _refuse("set_distilled_training")
-    init_weights = _refuse("init_weights")
-    __reduce_ex__ = _refuse("copying or pickling")
-    __deepcopy__ = _refuse("copying or pickling")
+    _apply = refuse("moving or converting")
+    state_dict = refuse("state_dict")
+    load_state_dict = refuse("load_state_dict")
+    reset_classifier = refuse("reset_classifier")
+    set_input_size = refuse("set_input_size")
+    set_grad_checkpointing = refuse("set_grad_checkpointing")
+    set_distilled_training = refuse("set_distilled_training")
+    init_weights = refuse("init_weights")
+    __reduce_ex__ = refuse("copying or pickling")
+    __deepcopy__ = refuse("copying or pickling")

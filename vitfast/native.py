@@ -116,7 +116,7 @@ class PackedWeight:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, using: Any = None):
-        self.D, self.K = weight.shape
+        (self.D, self.K), self.dtype = weight.shape, weight.dtype
         if not self.takes(self.K, weight.dtype):
             raise ValueError(f"PackedWeight: K must be even in bfloat16, got {self.K}")
         self.cells = weight.new_empty(-(-self.D // MAX_LANES), self.K * MAX_LANES)
@@ -131,6 +131,21 @@ class PackedWeight:
     def takes(K: int, dtype: torch.dtype) -> bool:
         return K % 2 == 0 or dtype is not torch.bfloat16
 
+    def check(self, what: str, x: Tensor) -> None:
+        """Refuse an x that the kernels would read, or write results for, beside its memory.
+
+        Raises:
+            ValueError: x is not a contiguous [..., K] in the weight's dtype.
+        """
+        if x.dtype is not self.dtype or x.shape[-1] != self.K or not x.is_contiguous():
+            raise ValueError(
+                f"{what}: x must be contiguous [..., {self.K}] in {str(self.dtype)[6:]}, got {list(x.shape)} in "
+                f"{str(x.dtype)[6:]}, strides {x.stride()}"
+            )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _no_copies(self)
+
 
 class Norm:
     """A LayerNorm as `linear` and `mlp` read it: weight and bias [K], contiguous, in the dtype of x, or None."""
@@ -138,6 +153,13 @@ class Norm:
     def __init__(self, weight: Tensor | None, bias: Tensor | None, eps: float):
         self.weight, self.bias = weight, bias
         self.view = 0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr(), eps
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _no_copies(self)
+
+
+def _no_copies(what: Any) -> None:
+    raise NotImplementedError(f"{type(what).__name__} holds addresses and cannot be copied or pickled")
 
 
 def linear(
@@ -156,22 +178,35 @@ def linear(
         act: 'none' or one of ACTIVATIONS.
         residual: [..., D], contiguous.
     """
+    weight.check("linear", x)
     out = x.new_empty(*x.shape[:-1], weight.D)
+    if residual is not None and (
+        residual.shape != out.shape or residual.dtype is not out.dtype or not residual.is_contiguous()
+    ):
+        raise ValueError(
+            f"linear: residual must be contiguous {list(out.shape)} in {str(out.dtype)[6:]}, got "
+            f"{list(residual.shape)} in {str(residual.dtype)[6:]}, strides {residual.stride()}"
+        )
     (using or kernels()).linear(
         x.data_ptr(), None if norm is None else norm.view, weight.view, 0 if residual is None else residual.data_ptr(),
-        out.data_ptr(), x.numel() // weight.K, DTYPES[x.dtype], ACTIVATIONS.get(act, NO_ACT), torch.get_num_threads(),
+        out.data_ptr(), x.numel() // weight.K, DTYPES[x.dtype], _act(act), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
 def mlp(x: Tensor, norm: Norm, fc1: PackedWeight, fc2: PackedWeight, act: str, using: Any = None) -> Tensor:
     """x + fc2(act(fc1(norm(x)))), where only the result goes to memory; x [..., K], contiguous, not empty."""
+    fc1.check("mlp", x)
     out = torch.empty_like(x)
     (using or kernels()).mlp(
         x.data_ptr(), norm.view, fc1.view, fc2.view, out.data_ptr(), x.numel() // fc1.K, DTYPES[x.dtype],
-        ACTIVATIONS.get(act, NO_ACT), torch.get_num_threads(),
+        _act(act), torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+def _act(name: str) -> int:
+    return NO_ACT if name == "none" else ACTIVATIONS[name]
 
 
 class Block:
@@ -182,12 +217,16 @@ class Block:
         act: str, num_heads: int, head_dim: int, scale: float,
     ):  # fmt: skip
         self.parts = norm1, qkv, proj, norm2, fc1, fc2  # keeps what the addresses point to
-        self.view = *(part.view for part in self.parts), ACTIVATIONS.get(act, NO_ACT)
+        self.view = *(part.view for part in self.parts), _act(act)
         self.num_heads, self.head_dim, self.scale = num_heads, head_dim, scale
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _no_copies(self)
 
 
 def block(x: Tensor, block: Block, using: Any = None) -> Tensor:
     """y = x + proj(attention(qkv(norm1(x)))), then y + fc2(act(fc1(norm2(y)))); x [B, N, C], contiguous, not empty."""
+    block.parts[1].check("block", x)
     out = torch.empty_like(x)
     (using or kernels()).block(
         x.data_ptr(), block.view, out.data_ptr(), *x.shape[:2], block.num_heads, block.head_dim, block.scale,

@@ -7,6 +7,8 @@ Shapes: B images, N tokens, D channels, H heads.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +39,23 @@ def own_product(dtype: torch.dtype, K: int) -> bool:
     return native.multiplies(dtype) and not (dtype is torch.bfloat16 and torch.cpu.get_capabilities().get("amx_bf16"))
 
 
-class PackedLinear(nn.Module):
+def refuse(name: str) -> Callable:
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(f"{name}: a prepared model is frozen; use the original, and prepare it again")
+
+    method.__name__ = name
+    return method
+
+
+class Packed(nn.Module):
+    """What holds addresses: its memory must stay where it is, and a copy would read the original's."""
+
+    _apply = refuse("moving or converting")
+    __reduce_ex__ = refuse("copying or pickling")
+    __deepcopy__ = refuse("copying or pickling")
+
+
+class PackedLinear(Packed):
     """x @ weight.T + bias with what comes before and after it in the same pass.
 
     Args:
@@ -136,7 +154,7 @@ class PackedStem(nn.Module):
         return place_prefix(tokens[:, P:], positions, prefix, tokens)
 
 
-class PackedBlock(nn.Module):
+class PackedBlock(Packed):
     """What `Block` computes in eval mode, with packed weights.
 
     Args:
@@ -175,7 +193,8 @@ class PackedBlock(nn.Module):
 
     def _whole(self, dtype: torch.dtype) -> native.Block | None:
         """All of it for one call, None where some part is not plain."""
-        norms = norm_of(self.norm1, dtype), norm_of(self.norm2, dtype)
+        # copies: a module's parameters can be moved
+        norms = [norm_of(copy.deepcopy(each), dtype) for each in (self.norm1, self.norm2)]
         if "qkv" not in self._modules or self.proj is None or self.mlp_kind != "mlp" or None in norms or self.normed:
             return None
         linears = self.qkv, self.proj, self.first[0], self.fc2

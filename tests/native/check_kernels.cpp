@@ -200,19 +200,24 @@ static void check_linear_and_mlp() {
   const CpuKernels& kernels = JOIN(kernels_, VITFAST_ISA);
   for (int trial = 0; trial < 150; ++trial) {
     const DType dtype = kernels.multiplies(DType::bf16) && trial % 2 ? DType::bf16 : DType::fp32;
-    const bool many = trial % 10 == 9;
-    const int64_t rows = many ? draw(90, 330) : draw(1, 40), K = 2 * draw(1, 40), D = 2 * draw(1, 50);
+    // odd widths where numbers go one by one; rows that a power of two lies between; sums in several pieces
+    const bool many = trial % 10 == 9, wide = trial % 10 == 8, odd = dtype == DType::fp32;
+    const int64_t rows = many ? draw(90, 330) : draw(1, 40), D = 2 * draw(1, 50) - odd;
+    const int64_t K = wide ? 1024 : 2 * draw(1, 40) - odd;
     const int threads = int(draw(1, 3));
     const Numbers x(rows * K, dtype, 2), residual(rows * D, dtype, 1), norm_weight(K, dtype, 1), norm_bias(K, dtype, 1);
     const Packed fc1(D, K, dtype), fc2(K, D, dtype);
-    const LayerNormArgs norm{nullptr, nullptr, norm_weight.bytes.data(), norm_bias.bytes.data(), 0, K, 1e-6f, dtype, 1};
+    const bool affine = draw(0, 2);
+    const LayerNormArgs norm{nullptr, nullptr, affine ? norm_weight.bytes.data() : nullptr,
+                             affine ? norm_bias.bytes.data() : nullptr, 0, K, 1e-6f, dtype, 1};
     std::vector<double> in(rows * K), normed(rows * K);
     for (int64_t r = 0; r < rows; ++r) {
       double mean = 0, variance = 1e-6;
       for (int64_t i = 0; i < K; ++i) mean += (in[r * K + i] = x.at(r * K + i)) / K;
       for (int64_t i = 0; i < K; ++i) variance += std::pow(in[r * K + i] - mean, 2) / K;
       for (int64_t i = 0; i < K; ++i)
-        normed[r * K + i] = (in[r * K + i] - mean) / std::sqrt(variance) * norm_weight.at(i) + norm_bias.at(i);
+        normed[r * K + i] = (in[r * K + i] - mean) / std::sqrt(variance) * (affine ? norm_weight.at(i) : 1) +
+                            (affine ? norm_bias.at(i) : 0);
     }
     const double eps = dtype == DType::fp32 ? 1e-3 : 0.06;
     const auto compare = [&](const std::vector<uint8_t>& out, const std::vector<double>& expected, const char* what) {
@@ -223,11 +228,16 @@ static void check_linear_and_mlp() {
       }
     };
     const bool normalises = draw(0, 1), adds = draw(0, 1), acts = draw(0, 1);
-    std::vector<uint8_t> out(residual.bytes.size());
-    kernels.linear({x.bytes.data(), norm, normalises, fc1.view, adds ? residual.bytes.data() : nullptr, out.data(), rows,
-                    dtype, acts ? int(Act::gelu) : NO_ACT, threads});
+    const bool in_place = adds && draw(0, 1), biased = draw(0, 3);
+    std::vector<uint8_t> out = residual.bytes;
+    PackedWeight weight = fc1.view;
+    if (!biased) weight.bias = nullptr;
+    const void* const added = in_place ? out.data() : residual.bytes.data();
+    kernels.linear({x.bytes.data(), norm, normalises, weight, adds ? added : nullptr, out.data(), rows, dtype,
+                    acts ? int(Act::gelu) : NO_ACT, threads});
     std::vector<double> expected = fc1.apply(normalises ? normed : in, rows);
     for (size_t i = 0; i < expected.size(); ++i) {
+      if (!biased) expected[i] -= fc1.bias.at(i % D);
       if (acts) expected[i] = activated(expected[i], Act::gelu);
       if (adds) expected[i] += residual.at(i);
     }
@@ -242,10 +252,36 @@ static void check_linear_and_mlp() {
   }
 }
 
+// The block's result by its parts, which are checked above: the same bits, and nothing beside its memory.
+static void check_block() {
+  const CpuKernels& kernels = JOIN(kernels_, VITFAST_ISA);
+  for (int trial = 0; trial < 20; ++trial) {
+    const DType dtype = kernels.multiplies(DType::bf16) && trial % 2 ? DType::bf16 : DType::fp32;
+    const int64_t B = draw(1, 3), N = draw(1, 60), H = draw(1, 3), D = 2 * draw(1, 10), C = 2 * draw(1, 30);
+    const int64_t rows = B * N, inner = H * D, size = dtype == DType::fp32 ? 4 : 2;
+    const int threads = int(draw(1, 3)), act = int(Act::gelu);
+    const Numbers x(rows * C, dtype, 1), weight(C, dtype, 1);
+    const Packed qkv(3 * inner, C, dtype), proj(C, inner, dtype), fc1(2 * C, C, dtype), fc2(C, 2 * C, dtype);
+    const LayerNormArgs norm{nullptr, nullptr, weight.bytes.data(), nullptr, 0, C, 1e-6f, dtype, 1};
+    std::vector<uint8_t> projected(rows * inner * 3 * size), attended(rows * inner * size), y(rows * C * size), out(y);
+    kernels.linear({x.bytes.data(), norm, true, qkv.view, nullptr, projected.data(), rows, dtype, NO_ACT, threads});
+    const auto part = [&](int64_t i) {
+      return HeadsView{projected.data() + i * inner * size, N * inner * 3, inner * 3, D};
+    };
+    kernels.attention({part(0), part(1), part(2), attended.data(), nullptr, B, H, N, N, D, 0.3f, dtype, threads});
+    kernels.linear({attended.data(), {}, false, proj.view, x.bytes.data(), y.data(), rows, dtype, NO_ACT, threads});
+    kernels.mlp({y.data(), norm, fc1.view, fc2.view, y.data(), rows, dtype, act, threads});
+    kernels.block({x.bytes.data(), norm, norm, qkv.view, proj.view, fc1.view, fc2.view, out.data(), B, N, H, D, 0.3f,
+                   dtype, act, threads});
+    REQUIRE(out == y, "block B %ld N %ld H %ld D %ld C %ld differs", (long)B, (long)N, (long)H, (long)D, (long)C);
+  }
+}
+
 int main() {
   check_attention();
   check_activations();
   check_layer_norm();
   check_linear_and_mlp();
+  check_block();
   std::puts("ok");
 }
