@@ -20,15 +20,17 @@ the device was lost or the time was up in the middle of something.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import signal
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,8 @@ from vitfast.bench import ceilings, harness, machine, models, op_rows, record  #
 from vitfast.bench.case import Case  # noqa: E402
 from vitfast.info import cpu_name  # noqa: E402
 
-LIMITS_S = {"a": 530.0, "b": 530.0, "c": 530.0, "cpu": 2400.0}
+# of nine minutes, less what it takes until this line and to write the last files
+LIMITS_S = {"a": 515.0, "b": 515.0, "c": 515.0, "cpu": 2400.0}
 # for what cannot be interrupted when the time is up
 GRACE_S = 8.0
 LEAST_S = 2.0
@@ -77,12 +80,13 @@ class Run:
     out: Path
     name: str
 
-    @property
-    def seconds(self) -> float:
+    def seconds(self, kind: str) -> float:
         """How long to time a row."""
         if self.tiny:
             return 0.05
-        return 1.0 if self.device.type == "cuda" else 5.0
+        if self.device.type != "cuda":
+            return 5.0
+        return 0.5 if kind == "op" else 1.0
 
     def note(self, what: str, value: Any) -> None:
         self.record.data["run"][what] = value
@@ -100,7 +104,7 @@ class Stage:
 
 def extension(run: Run, budget_s: float) -> list[str]:
     """Build the extension in place, unless it is there; without it ops run on stock operators, which is no failure."""
-    if run.tiny or any((ROOT / "vitfast").glob("_C*.so")):
+    if run.tiny or (ROOT / "vitfast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").exists():
         return []
     status, seconds, text = started([sys.executable, "setup.py", "build_ext", "--inplace"], budget_s, run)
     told = [line for line in text.splitlines() if line.startswith("vitfast:")]
@@ -138,9 +142,8 @@ def gpu_tests(run: Run, budget_s: float) -> list[str]:
 
 
 def rows(makers: Callable[[Run], Makers], run: Run, budget_s: float, name: str) -> list[str]:
-    return harness.run_cases(
-        makers(run), run.record, budget_s=budget_s, stage=name, seconds=run.seconds, progress=say
-    )
+    seconds = run.seconds("op" if name.startswith("ops") else "model")
+    return harness.run_cases(makers(run), run.record, budget_s=budget_s, stage=name, seconds=seconds, progress=say)
 
 
 def started(command: list[str], limit_s: float, run: Run) -> tuple[int | None, float, str]:
@@ -167,8 +170,19 @@ def started(command: list[str], limit_s: float, run: Run) -> tuple[int | None, f
 # rows
 
 
+def without(maker: Callable[[], Case], *endings: str) -> Callable[[], Case]:
+    """The case without variants whose names end so: compilers take most of the time of a row."""
+
+    def make() -> Case:
+        case = maker()
+        left = {name: variant for name, variant in case.variants.items() if not name.endswith(endings)}
+        return replace(case, variants=left)
+
+    return make
+
+
 def ops(run: Run, *, first: bool) -> Iterator[Callable[[], Case]]:
-    """Short sequences at all widths, or with `first` False the longer ones."""
+    """Short sequences at all widths, or with `first` False the longer ones. Compilers at the width of a ViT-B only."""
     listed = partial(op_rows.listed, device=str(run.device), dtypes=["bf16"], batches=[BATCH])
     if run.tiny:
         names, mode = (OPS, "forward") if first else (OPS[:1], "forward+backward")
@@ -176,12 +190,16 @@ def ops(run: Run, *, first: bool) -> Iterator[Callable[[], Case]]:
         return
     if not first:
         yield from listed(("attention",), tokens=(577, 1025, 1370))
-        yield from listed(OPS[1:], tokens=(577, 1025, 1370), widths=(768,))
+        for maker in listed(OPS[1:], tokens=(577, 1025, 1370), widths=(768,)):
+            yield without(maker, "compiled")
         return
     yield from listed(("attention",), tokens=(197, 257))
-    for widths in ((768,), (384, 1024), (192, 1280)):
-        yield from listed(OPS[1:], tokens=(197,), widths=widths)
-    yield from listed(OPS[1:], tokens=(257,), widths=(768, 1280))
+    for mode in op_rows.MODES:
+        for maker in listed(OPS[1:], tokens=(197,), widths=(768,), modes=[mode]):
+            yield maker if mode == "forward" else without(maker, "compiled")
+        for tokens, widths in ((197, (384, 1024, 192, 1280)), (257, (768, 1280))):
+            for maker in listed(OPS[1:], tokens=(tokens,), widths=widths, modes=[mode]):
+                yield without(maker, "compiled")
 
 
 def whole(
@@ -203,6 +221,13 @@ def eager(run: Run) -> Iterator[Callable[[], Case]]:
     yield from whole(run, ("vit_small_patch16_224", "vit_large_patch16_224", "vit_tiny_patch16_224"), (64, 1, 256, 8))
 
 
+def compiled(run: Run, names: Iterable[str], batches: Iterable[int], **options: Any) -> Iterator[Callable[[], Case]]:
+    """Each batch by the mode that is meant for it: graphs where the host would be the limit, none where not."""
+    for batch in batches:
+        for maker in whole(run, names, (batch,), "compiled", **options):
+            yield without(maker, " compiled" if batch <= 8 else " reduce-overhead")
+
+
 def larger(run: Run, group: str = "eager") -> Iterator[Callable[[], Case]]:
     yield from whole(run, ("vit_base_patch16_224",), (64, 1), group, image_size=384)
     yield from whole(run, ("vit_small_patch14_dinov2",), (64, 1), group, image_size=518)
@@ -215,6 +240,11 @@ def ops_on_cpu(run: Run) -> Iterator[Callable[[], Case]]:
     common = dict(device="cpu", dtypes=["bf16", "fp32"], batches=[8], tokens=(197,), modes=["forward"])
     yield from op_rows.listed(("attention",), heads={64: 12}, **common)
     yield from op_rows.listed(OPS[1:], widths=(768,), **common)
+
+
+def rest_compiled(run: Run) -> Iterator[Callable[[], Case]]:
+    yield from compiled(run, SMALL_AND_BASE[::-1], (256, 8))
+    yield from compiled(run, TINY_AND_LARGE, (64, 1, 256))
 
 
 def models_stage(name: str, budget_s: float, makers: Callable[[Run], Makers]) -> Stage:
@@ -236,24 +266,22 @@ PLANS: dict[str, tuple[Stage, ...]] = {
         models_stage("ops, long", 110, partial(ops, first=False)),
     ),
     "b": (
-        EXTENSION,
         CEILINGS,
-        models_stage("models", 130, eager),
-        models_stage("training", 60, train(*reversed(SMALL_AND_BASE), *TINY_AND_LARGE)),
+        models_stage("models", 110, eager),
+        models_stage("training", 45, train(*reversed(SMALL_AND_BASE), *TINY_AND_LARGE)),
+        models_stage("networks of convolutions", 20, lambda run: whole(run, models.CNNS, (64, 256, 1))),
+        models_stage("compiled", 125, lambda run: compiled(run, SMALL_AND_BASE[::-1], (64, 1))),
         models_stage(
-            "compiled", 100, lambda run: whole(run, reversed(SMALL_AND_BASE), (64, 1, 256), "compiled")
+            "autotuned", 175, lambda run: whole(run, SMALL_AND_BASE[1:], (256, 1), "autotuned", autotune_s=150.0)
         ),
-        models_stage("autotuned", 110, lambda run: whole(run, SMALL_AND_BASE[1:], (256, 1), "autotuned")),
-        models_stage("networks of convolutions", 30, lambda run: whole(run, models.CNNS, (64, 256, 1))),
     ),
     "c": (
-        EXTENSION,
         CEILINGS,
         models_stage("larger images", 60, larger),
         models_stage("autocast", 60, lambda run: whole(run, reversed(SMALL_AND_BASE), (64, 1), autocast=True)),
         models_stage("training with autocast", 50, train(*reversed(SMALL_AND_BASE), autocast=True)),
         models_stage("training, compiled", 80, train(*reversed(SMALL_AND_BASE), group="compiled")),
-        models_stage("compiled, the rest", 80, lambda run: whole(run, TINY_AND_LARGE, (64, 1, 256), "compiled")),
+        models_stage("compiled, the rest", 100, rest_compiled),
         models_stage("larger images, compiled", 60, partial(larger, group="compiled")),
         models_stage("vit-pytorch", 40, lambda run: whole(run, (models.VIT_PYTORCH,), (64, 1))),
     ),
@@ -292,10 +320,12 @@ def go(plan: Iterable[Stage], run: Run, clock: Callable[[], float] = time.perf_c
     return failed
 
 
-def end_at(seconds: float, path: Path) -> threading.Timer:
-    """End this process then, whatever it is doing: its file has all finished rows."""
+def end_at(seconds: float, path: Path, last: Callable[[], Any] = lambda: None) -> threading.Timer:
+    """End this process then, whatever it is doing, after `last`: its file has all finished rows."""
 
     def end() -> None:
+        with contextlib.suppress(Exception):
+            last()
         print(f"run: the time is up; {path} has all finished rows", file=sys.stderr, flush=True)
         os._exit(3)
 
@@ -352,14 +382,18 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     kept.write()
     run = Run(device, kept, began + limit, told.tiny, told.out, name)
-    timer = end_at(limit + GRACE_S, path)
+
+    def write_tables() -> None:
+        record.write_csv(kept.data, told.out / f"{name}.csv")
+
+    timer = end_at(limit + GRACE_S, path, write_tables)
     lost = False
     try:
         failed = go(PLANS[told.run], run)
     except harness.DeviceLost as problem:
         failed, lost = [str(problem)], True
     timer.cancel()
-    record.write_csv(kept.data, told.out / f"{name}.csv")
+    write_tables()
     for line in failed:
         print(f"run: {line}", file=sys.stderr)
     skipped = len(kept.data["skipped"])

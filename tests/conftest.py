@@ -9,6 +9,8 @@ import torch
 
 
 def pytest_configure(config):
+    # what is compared with fp64 at fp32's accuracy is meant to be fp32
+    torch.backends.cudnn.allow_tf32 = False
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1 and "OMP_NUM_THREADS" not in os.environ:
         threads = max(1, (os.cpu_count() or 1) // workers)

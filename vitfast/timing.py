@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import statistics
 import time
@@ -99,10 +100,22 @@ class Repeated:
         return self.call()
 
 
-def rotating(function: Callable[..., Any], sets: Sequence[tuple[Any, ...]]) -> Callable[[], Any]:
-    """A callable that gives `function` the next of `sets` as its arguments at each call."""
-    turn = itertools.cycle(sets)
-    return lambda: function(*next(turn))
+def rotating(
+    function: Callable[..., Any], sets: Sequence[tuple[Any, ...]], *, keep_results: bool = False
+) -> Callable[[], Any]:
+    """A callable that gives `function` the next of `sets` as its arguments at each call.
+
+    With `keep_results` as many results as there are sets are kept alive: an allocator would give the memory of one that
+    was dropped to the next call, and a GPU's cache would hold what that writes.
+    """
+    turn, kept = itertools.cycle(sets), collections.deque(maxlen=len(sets) if keep_results else 0)
+
+    def call() -> Any:
+        results = function(*next(turn))
+        kept.append(results)
+        return results
+
+    return call
 
 
 @dataclass(frozen=True)

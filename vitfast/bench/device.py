@@ -23,7 +23,7 @@ from vitfast.timing import EventSampler, HostSampler, Repeated, Sampler
 HOST_SHARE = 0.8
 # what one replay should last, so that starting it doesn't count
 REPLAY_MS = 1.0
-WARM_UP_CALLS = 3
+WARM_UP_CALLS, WARM_UP_S = 3, 0.2
 # how much work is issued before the device's state is read, so that it is read while the device works
 LOAD_MS = 30.0
 # of issuing calls back to back; short, because a host that is far ahead has to wait for room in the device's queue
@@ -73,6 +73,9 @@ class Cpu:
     def release(self) -> None:
         gc.collect()
 
+    def warm_up(self, call: Call) -> None:
+        pass
+
     def state(self) -> dict[str, Any] | None:
         return None
 
@@ -95,8 +98,25 @@ class Cuda:
         self.clock = time.perf_counter
         self.stream: torch.cuda.Stream | None = None
 
-    def current(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.cuda.device(self.device)
+    @contextlib.contextmanager
+    def current(self) -> Iterator[None]:
+        """This device, with cuDNN at its best setting, and TF32 for its convolutions only where products have it."""
+        cudnn = torch.backends.cudnn
+        before = cudnn.benchmark, cudnn.allow_tf32
+        cudnn.benchmark, cudnn.allow_tf32 = True, torch.get_float32_matmul_precision() != "highest"
+        try:
+            with torch.cuda.device(self.device):
+                yield
+        finally:
+            cudnn.benchmark, cudnn.allow_tf32 = before
+
+    def warm_up(self, call: Call) -> None:
+        """Work long enough that the clocks are those of work, not of the compilers' time before it."""
+        began = self.clock()
+        while self.clock() - began < WARM_UP_S:
+            for _ in range(WARM_UP_CALLS):
+                call()
+            self.synchronize()
 
     def sampler(self) -> Sampler:
         return EventSampler(self.event, self.synchronize)

@@ -186,7 +186,7 @@ def _attention_backward_cuda(grad, q, k, v, out, lse, scale):
         return attention_formula_backward(grad, q, k, v, out, lse, scale)
     B, N, H, D = q.shape
     q, k, v = (_rows_of_heads(t) for t in (q, k, v))
-    grad, out = (t.view(B, N, H, D).transpose(1, 2) for t in (grad.contiguous(), out))
+    grad, out = (_rows_of_heads(t.contiguous().view(B, N, H, D)) for t in (grad, out))
     unused = torch.zeros(2, dtype=torch.uint64, device=q.device)
     grads = aten._scaled_dot_product_flash_attention_backward(
         grad, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, False, unused, unused, scale=scale
@@ -195,8 +195,11 @@ def _attention_backward_cuda(grad, q, k, v, out, lse, scale):
 
 
 def _rows_of_heads(t):
-    """[B, N, H, D] -> [B, H, N, D]; torch's fused kernels want the numbers of a head side by side."""
-    return (t if t.stride(-1) == 1 else t.contiguous()).transpose(1, 2)
+    """[B, N, H, D] -> [B, H, N, D] as torch's flash attention reads it: 16 bytes at a time, which it does not check."""
+    starts = (t.storage_offset(), *t.stride()[:-1])
+    if t.stride(-1) != 1 or (t.is_cuda and any(start * t.element_size() % 16 for start in starts)):
+        t = t.clone(memory_format=torch.contiguous_format)
+    return t.transpose(1, 2)
 
 
 def _flash_takes(q):
