@@ -165,11 +165,11 @@ class Attention {
 
   float exponentiate_row(float* memory, int64_t row, float* most) const {
     float* const logits = memory + offset[3] + row * keys;
-    if constexpr (pairs) {
+#if defined(__AVX512BF16__)
+    if constexpr (pairs)
       return exponentiate(logits, a.Nk, keys, a.scale, most, (Bf16*)(memory + offset[4]) + row * keys);
-    } else {
-      return exponentiate(logits, a.Nk, keys, a.scale, most);
-    }
+#endif
+    return exponentiate(logits, a.Nk, keys, a.scale, most);
   }
 
   void multiply_weights(float* memory, int64_t rows, const Cell* v, float* out) const {

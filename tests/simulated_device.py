@@ -71,6 +71,9 @@ class SimulatedDevice:
     def release(self):
         pass
 
+    def warm_up(self, call):
+        call()
+
     def state(self):
         return {"busy": self.busy_until > self.now}
 

@@ -331,7 +331,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("make, changes, message", WRONG, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize("make, changes, message", WRONG, ids=lambda value: getattr(value, "__name__", str(value)[:40]))
 def test_a_wrong_argument_is_taken(make, changes, message):
     with pytest.raises(ValueError, match=message):
         make(**({"batch": 1} | TINY_VIT | changes))

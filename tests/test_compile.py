@@ -91,9 +91,10 @@ def test_flash_attention_gets_rows_that_do_not_begin_at_16_bytes():
         packed = torch.empty(2, 5, 3, 3, 64, dtype=torch.bfloat16, device="cuda")
         shifted = torch.empty(packed.numel() + 1, dtype=torch.bfloat16, device="cuda")[1:].view(packed.shape)
         gaps = torch.empty(2, 5, 3, 3, 67, dtype=torch.bfloat16, device="cuda")[..., :64]
+        columns = torch.empty(2, 5, 64, 3, dtype=torch.bfloat16, device="cuda").transpose(-1, -2)
         as_it_is = attention_module._rows_of_heads(packed[:, :, 1])
         assert as_it_is.stride() == packed[:, :, 1].transpose(1, 2).stride()
-        for t in (shifted[:, :, 1], gaps[:, :, 0], packed[:, :, 2].transpose(-1, -2)):
+        for t in (shifted[:, :, 1], gaps[:, :, 0], columns):
             rows = attention_module._rows_of_heads(t)
             assert rows.shape == t.transpose(1, 2).shape and rows.stride(-1) == 1
             assert not any(n * 2 % 16 for n in (rows.storage_offset(), *rows.stride()[:-1]))

@@ -228,11 +228,11 @@ static void check_linear_and_mlp() {
       }
     };
     const bool normalises = draw(0, 1), adds = draw(0, 1), acts = draw(0, 1);
-    const bool in_place = adds && draw(0, 1), biased = draw(0, 3);
+    const bool over = adds && draw(0, 1), biased = draw(0, 3);
     std::vector<uint8_t> out = residual.bytes;
     PackedWeight weight = fc1.view;
     if (!biased) weight.bias = nullptr;
-    const void* const added = in_place ? out.data() : residual.bytes.data();
+    const void* const added = over ? out.data() : residual.bytes.data();
     kernels.linear({x.bytes.data(), norm, normalises, weight, adds ? added : nullptr, out.data(), rows, dtype,
                     acts ? int(Act::gelu) : NO_ACT, threads});
     std::vector<double> expected = fc1.apply(normalises ? normed : in, rows);

@@ -155,7 +155,7 @@ class _Run:
             first = case.inputs(generator)
             size = sum(t.numel() * t.element_size() for t in first)
             self.sets = [first]
-            judged = sets_to_judge(case)
+            judged = sets_to_judge(case, first)
             wanted = max(devices.input_sets(place, size, case.work.bytes), judged)
             self.sets += [case.inputs(generator) for _ in range(wanted - 1)]
             self.judge = Judge(case, first, bool(self.tf32), self.sets[1:judged])

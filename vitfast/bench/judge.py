@@ -96,9 +96,10 @@ class Judge:
             acceptance.accept_stages(*({str(i): t for i, t in enumerate(each)} for each in (outs, refs, lows)))
 
 
-def sets_to_judge(case: Case) -> int:
-    """How many sets of inputs it takes to see `check_images` images of a whole model's inference."""
-    return -(-case.check_images // case.batch) if case.kind == "model" and all(case.per_image) else 1
+def sets_to_judge(case: Case, inputs: Tensors) -> int:
+    """How many sets like `inputs` it takes to see `check_images` images of a whole model's inference."""
+    by_image = all(case.per_image) and all(t.dim() > 0 and len(t) == case.batch for t in inputs)
+    return -(-case.check_images // case.batch) if case.kind == "model" and by_image else 1
 
 
 def _tensors(results: Any) -> list[Tensor]:
