@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# what bench_cpu.py and bench_model.py take from here
+# what bench_cpu.py takes from here
 from vitfast.bench.machine import OtherProcesses, describe, peak_growth_mib  # noqa: F401
 from vitfast.bench.record import write_json  # noqa: F401
 

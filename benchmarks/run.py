@@ -261,8 +261,8 @@ PLANS: dict[str, tuple[Stage, ...]] = {
     "a": (
         EXTENSION,
         CEILINGS,
-        Stage("tests", 130, gpu_tests),
-        models_stage("ops, short", 190, partial(ops, first=True)),
+        Stage("tests", 120, gpu_tests),
+        models_stage("ops, short", 185, partial(ops, first=True)),
         models_stage("ops, long", 110, partial(ops, first=False)),
     ),
     "b": (

@@ -39,16 +39,24 @@ void activation(const CpuKernels& kernels, uintptr_t x, uintptr_t y, int64_t n, 
 }
 
 // shape: B, C, H, W; strides as many; patch: ph, pw
+PatchRowsArgs patch_rows_args(uintptr_t images, const std::array<int64_t, 4>& shape,
+                              const std::array<int64_t, 4>& strides, const std::array<int64_t, 2>& patch, int64_t P,
+                              int order, uintptr_t rows, uintptr_t scale, uintptr_t shift, int from, int to,
+                              int threads) {
+  const auto [B, C, H, W] = shape;
+  const PatchGeometry geometry{C, H, W, patch[0], patch[1], P, static_cast<PatchOrder>(order),
+                               strides[0], strides[1], strides[2], strides[3]};
+  return {geometry, reinterpret_cast<const void*>(images), reinterpret_cast<void*>(rows),
+          reinterpret_cast<const float*>(scale), reinterpret_cast<const float*>(shift), B,
+          static_cast<DType>(from), static_cast<DType>(to), threads};
+}
+
 void patch_rows(const CpuKernels& kernels, uintptr_t images, const std::array<int64_t, 4>& shape,
                 const std::array<int64_t, 4>& strides, const std::array<int64_t, 2>& patch, int64_t P, int order,
                 uintptr_t rows, uintptr_t scale, uintptr_t shift, int from, int to, int threads) {
   py::gil_scoped_release release;
-  const auto [B, C, H, W] = shape;
-  const PatchGeometry geometry{C, H, W, patch[0], patch[1], P, static_cast<PatchOrder>(order),
-                               strides[0], strides[1], strides[2], strides[3]};
-  kernels.patch_rows({geometry, reinterpret_cast<const void*>(images), reinterpret_cast<void*>(rows),
-                      reinterpret_cast<const float*>(scale), reinterpret_cast<const float*>(shift), B,
-                      static_cast<DType>(from), static_cast<DType>(to), threads});
+  kernels.patch_rows(
+      patch_rows_args(images, shape, strides, patch, P, order, rows, scale, shift, from, to, threads));
 }
 
 void layer_norm(const CpuKernels& kernels, uintptr_t x, uintptr_t y, uintptr_t weight, uintptr_t bias, int64_t rows,
@@ -78,8 +86,8 @@ void linear(const CpuKernels& kernels, uintptr_t x, const std::optional<Norm>& n
   const PackedWeight packed = packed_weight(weight);
   const DType dtype = static_cast<DType>(dtype_number);
   kernels.linear({reinterpret_cast<const void*>(x), layer_norm_of(norm.value_or(Norm{}), packed.K, dtype),
-                  norm.has_value(), packed, reinterpret_cast<const void*>(residual), reinterpret_cast<void*>(out), rows,
-                  dtype, act, threads});
+                  norm.has_value(), packed, reinterpret_cast<const void*>(residual), rows, reinterpret_cast<void*>(out),
+                  rows, dtype, act, threads});
 }
 
 void mlp(const CpuKernels& kernels, uintptr_t x, const Norm& norm, const Packed& fc1, const Packed& fc2, uintptr_t out,
@@ -102,6 +110,16 @@ void block(const CpuKernels& kernels, uintptr_t x, const BlockWeights& weights, 
   kernels.block({reinterpret_cast<const void*>(x), layer_norm_of(norm1, C, dtype), layer_norm_of(norm2, C, dtype),
                  packed_weight(qkv), packed_weight(proj), packed_weight(fc1), packed_weight(fc2),
                  reinterpret_cast<void*>(out), B, N, H, D, scale, dtype, act, threads});
+}
+
+void embed(const CpuKernels& kernels, uintptr_t images, const std::array<int64_t, 4>& shape,
+           const std::array<int64_t, 4>& strides, const std::array<int64_t, 2>& patch, int64_t P, int order,
+           uintptr_t scale, uintptr_t shift, int from, int to, int threads, const Packed& weight, uintptr_t positions,
+           uintptr_t prefix, uintptr_t tokens) {
+  py::gil_scoped_release release;
+  kernels.embed({patch_rows_args(images, shape, strides, patch, P, order, 0, scale, shift, from, to, threads),
+                 packed_weight(weight), reinterpret_cast<const void*>(positions),
+                 reinterpret_cast<const void*>(prefix), reinterpret_cast<void*>(tokens)});
 }
 
 void pack_weight(const CpuKernels& kernels, uintptr_t weight, uintptr_t packed, int64_t D, int64_t K, int dtype) {
@@ -139,6 +157,7 @@ PYBIND11_MODULE(_C, m) {
       .def("linear", &linear)
       .def("mlp", &mlp)
       .def("block", &block)
+      .def("embed", &embed)
       .def("pack_weight", &pack_weight)
       .def("multiplies",
            [](const CpuKernels& kernels, int dtype) { return kernels.multiplies(static_cast<DType>(dtype)); })

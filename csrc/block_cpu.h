@@ -15,10 +15,10 @@ inline void block_of(const BlockArgs& a) {
   const Workspaces memory(1, rows * inner * 4 * sizeof(T));
   T* const qkv = (T*)memory.of(0);
   T* const attended = qkv + rows * inner * 3;
-  linear({a.x, a.norm1, true, a.qkv, nullptr, qkv, rows, a.dtype, vitfast::NO_ACT, a.threads});
+  linear({a.x, a.norm1, true, a.qkv, nullptr, 0, qkv, rows, a.dtype, vitfast::NO_ACT, a.threads});
   const auto part = [&](int64_t i) { return HeadsView{qkv + i * inner, a.N * inner * 3, inner * 3, a.D}; };
   attention({part(0), part(1), part(2), attended, nullptr, a.B, a.H, a.N, a.N, a.D, a.scale, a.dtype, a.threads});
-  linear({attended, {}, false, a.proj, a.x, a.out, rows, a.dtype, vitfast::NO_ACT, a.threads});
+  linear({attended, {}, false, a.proj, a.x, rows, a.out, rows, a.dtype, vitfast::NO_ACT, a.threads});
   mlp({a.out, a.norm2, a.fc1, a.fc2, a.out, rows, a.dtype, a.act, a.threads});
 }
 

@@ -4,6 +4,7 @@
 #include "activation_cpu.h"
 #include "attention_cpu.h"
 #include "block_cpu.h"
+#include "embed_cpu.h"
 #include "layer_norm_cpu.h"
 #include "linear_cpu.h"
 #include "patch_rows_cpu.h"
@@ -16,6 +17,6 @@
 namespace vitfast {
 
 const CpuKernels VITFAST_TABLE(VITFAST_ISA) = {
-    VITFAST_NAME(VITFAST_ISA), attention, activation, layer_norm, linear, mlp, pack_weight, block, multiplies, patch_rows};
+    VITFAST_NAME(VITFAST_ISA), attention, activation, layer_norm, linear, mlp, pack_weight, block, embed, multiplies, patch_rows};
 
 }  // namespace vitfast

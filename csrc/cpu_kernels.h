@@ -61,8 +61,9 @@ struct LinearArgs {
   LayerNormArgs norm;   // of x: weight, bias, D and eps of it, if it
   bool normalises;
   PackedWeight weight;
-  const void* residual;  // [rows, D], contiguous, or null
-  void* out;             // the same; may be the residual
+  const void* residual;  // [residual_rows, D], contiguous, or null; begins again after its last row
+  int64_t residual_rows;
+  void* out;  // [rows, D], contiguous; may be the residual
   int64_t rows;
   DType dtype;  // fp32 or bf16, of all but the bias
   int act;      // an Act or NO_ACT
@@ -90,6 +91,14 @@ struct BlockArgs {
   int act, threads;
 };
 
+struct EmbedArgs {
+  PatchRowsArgs patches;  // to fp32 or bf16; its rows are not looked at
+  PackedWeight weight;    // of the projection
+  const void* positions;  // [P + N, D], or null; those of prefix tokens are not looked at
+  const void* prefix;     // [P, D]
+  void* tokens;           // [B, P + N, D]
+};
+
 struct PackWeightArgs {
   const void* weight;  // [D, K], contiguous
   void* packed;        // D rounded up to MAX_LANES times K numbers
@@ -114,6 +123,8 @@ struct CpuKernels {
   void (*pack_weight)(const PackWeightArgs&);
   // a transformer block: y = x + proj(attention(qkv(norm1(x)))), out = y + fc2(act(fc1(norm2(y))))
   void (*block)(const BlockArgs&);
+  // images -> tokens: prefix, and pixels weight^T + bias + positions
+  void (*embed)(const EmbedArgs&);
   bool (*multiplies)(DType dtype);  // whether linear and mlp take it
   // images -> rows of pixels, see patch_geometry.h; zeros for prefix tokens and in the padding
   void (*patch_rows)(const PatchRowsArgs&);

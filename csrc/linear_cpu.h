@@ -24,6 +24,21 @@ constexpr int64_t HIDDEN_BYTES = 600 << 10;  // of a block between the products 
 template <class Cells>
 constexpr int64_t WEIGHT_PIECE = Cells::numbers == 1 ? 192 : 512;
 
+// One function for all of them: the choice is as good as free for a vector, and compiling five kernels is not.
+struct Activation {
+  int act;
+  Floats operator()(Floats x) const {
+    if (act == vitfast::NO_ACT) return x;
+    switch (static_cast<Act>(act)) {
+      case Act::gelu: return activate<Act::gelu>(x);
+      case Act::gelu_tanh: return activate<Act::gelu_tanh>(x);
+      case Act::quick_gelu: return activate<Act::quick_gelu>(x);
+      case Act::silu: return activate<Act::silu>(x);
+    }
+    return x;
+  }
+};
+
 // Functions of their own: among what surrounds a product, the compiler runs out of registers inside it.
 template <class Cells, int R, int VECTORS, class Cell = typename Cells::Cell>
 __attribute__((noinline)) void multiply_apart(const Cell* a, int64_t a_row, const Cell* b, int64_t depth, float* sums) {
@@ -33,14 +48,25 @@ __attribute__((noinline)) void multiply_apart(const Cell* a, int64_t a_row, cons
   }
 }
 
-// sums[rows][VECTORS * LANES], PANEL apart, of exactly `rows` <= R
+// sums[rows][VECTORS * LANES], PANEL apart, of exactly `rows` < 2 R: tiles of R rows, of half as many, ...
 template <class Cells, int R, int VECTORS, class Cell = typename Cells::Cell>
 inline void multiply_exactly(int64_t rows, const Cell* a, int64_t a_row, const Cell* b, int64_t depth, float* sums) {
-  if constexpr (R > 1) {
-    if (rows < R) return multiply_exactly<Cells, R - 1, VECTORS>(rows, a, a_row, b, depth, sums);
+  if (rows >= R) {
+    multiply_apart<Cells, R, VECTORS>(a, a_row, b, depth, sums);
+    rows -= R, a += R * a_row, sums += R * PANEL;
   }
-  multiply_apart<Cells, R, VECTORS>(a, a_row, b, depth, sums);
+  if constexpr (R > 1) {
+    if (rows) multiply_exactly<Cells, R == 3 ? 2 : R / 2, VECTORS>(rows, a, a_row, b, depth, sums);
+  }
 }
+
+// Rows to add, from row `first` on; after the last the first follows.
+template <class T>
+struct Residual {
+  const T* data;
+  int64_t first, rows;
+  int64_t row(int64_t i) const { return first + i < rows ? first + i : (first + i) % rows; }
+};
 
 template <class Cells, class T>
 class Weight {
@@ -61,10 +87,11 @@ class Weight {
       const Cell* const panel = (const Cell*)w.cells + column * depth;
       for (int64_t row = 0; row < rows; row += ROWS) {
         const Cell* const a = (const Cell*)x + row * a_row;
+        const int64_t rows_left = rows - row < ROWS ? rows - row : ROWS;
         if (wide)
-          multiply_exactly<Cells, ROWS, 2>(rows - row, a, a_row, panel, depth, sums + row * PANEL);
+          multiply_exactly<Cells, ROWS, 2>(rows_left, a, a_row, panel, depth, sums + row * PANEL);
         else
-          multiply_exactly<Cells, ROWS, 1>(rows - row, a, a_row, panel, depth, sums + row * PANEL);
+          multiply_exactly<Cells, ROWS, 1>(rows_left, a, a_row, panel, depth, sums + row * PANEL);
       }
       for (int64_t c = column; c < column + PANEL && c < columns; c += LANES) {
         const Floats bias = w.bias ? load(w.bias + c) : Floats{};
@@ -74,14 +101,15 @@ class Weight {
   }
 
   // residual + act(x W^T + bias) -> y, where residual and y have y_row from row to row
-  template <class Activate>
-  void multiply(const T* x, int64_t x_row, int64_t rows, int64_t first, int64_t last, float* sums, const T* residual,
-                T* y, int64_t y_row, const Activate& activate) const {
+  void multiply(const T* x, int64_t x_row, int64_t rows, int64_t first, int64_t last, float* sums,
+                const Residual<T>& residual, T* y, int64_t y_row, const Activation& activate) const {
     multiply(x, x_row, rows, first, last, sums, [=](int64_t row, int64_t column, Floats sum) {
-      const int64_t at = row * y_row + column, n = w.D - column;
+      T* const to = y + row * y_row + column;
+      const int64_t n = w.D - column;
+      const T* const added = residual.data ? residual.row(row) * y_row + column + residual.data : nullptr;
       sum = activate(sum);
-      if (n >= LANES) return store(y + at, residual ? sum + load(residual + at) : sum);
-      store_part(y + at, residual ? sum + load_part(residual + at, n) : sum, n);
+      if (n >= LANES) return store(to, added ? sum + load(added) : sum);
+      store_part(to, added ? sum + load_part(added, n) : sum, n);
     });
   }
 
@@ -107,8 +135,8 @@ inline bool few_rows(int64_t rows, int threads) { return rows < threads * BLOCK 
 // the first row of a block
 inline int64_t start_of(int64_t block, int64_t blocks, int64_t rows) { return rows * block / blocks; }
 
-template <class Cells, class T, class Activate>
-inline void linear_of(const LinearArgs& a, const Activate& activate) {
+template <class Cells, class T>
+inline void linear_of(const LinearArgs& a, const Activation& activate) {
   const Weight<Cells, T> weight(a.weight);
   const LayerNorm<T> norm(a.norm);
   if (!a.rows) return;
@@ -135,14 +163,14 @@ inline void linear_of(const LinearArgs& a, const Activate& activate) {
       }
       x = copy;
     }
-    const T* const residual = a.residual ? (const T*)a.residual + first * D : nullptr;
+    const Residual<T> residual{(const T*)a.residual, first, a.residual_rows};
     weight.multiply(x, x_row, rows, weight.panels * part / parts, weight.panels * (part + 1) / parts,
                     (float*)(workspaces.of(thread) + copy_bytes), residual, (T*)a.out + first * D, D, activate);
   });
 }
 
-template <class Cells, class T, class Activate>
-inline void mlp_of(const MlpArgs& a, const Activate& activate) {
+template <class Cells, class T>
+inline void mlp_of(const MlpArgs& a, const Activation& activate) {
   const Weight<Cells, T> fc1(a.fc1), fc2(a.fc2);
   const LayerNorm<T> norm(a.norm);
   if (!a.rows) return;
@@ -150,9 +178,9 @@ inline void mlp_of(const MlpArgs& a, const Activate& activate) {
   if (few_rows(a.rows, a.threads)) {
     const Workspaces memory(1, a.rows * hidden * sizeof(T));
     void* const h = memory.of(0);
-    linear_of<Cells, T>({a.x, a.norm, true, a.fc1, nullptr, h, a.rows, a.dtype, a.act, a.threads}, activate);
-    linear_of<Cells, T>({h, {}, false, a.fc2, a.x, a.out, a.rows, a.dtype, vitfast::NO_ACT, a.threads},
-                        [](Floats sum) { return sum; });
+    linear_of<Cells, T>({a.x, a.norm, true, a.fc1, nullptr, 0, h, a.rows, a.dtype, a.act, a.threads}, activate);
+    linear_of<Cells, T>({h, {}, false, a.fc2, a.x, a.rows, a.out, a.rows, a.dtype, vitfast::NO_ACT, a.threads},
+                        Activation{vitfast::NO_ACT});
     return;
   }
   const int64_t normed_row = row_in_workspace<T>(K), hidden_row = row_in_workspace<T>(hidden);
@@ -169,39 +197,24 @@ inline void mlp_of(const MlpArgs& a, const Activate& activate) {
     T* const h = (T*)(memory + normed_bytes);
     float* const sums = (float*)(memory + normed_bytes + hidden_bytes);
     for (int64_t row = 0; row < rows; ++row) norm.run_row(x + row * K, normed + row * normed_row);
-    fc1.multiply(normed, normed_row, rows, 0, fc1.panels, sums, nullptr, h, hidden_row, activate);
-    fc2.multiply(h, hidden_row, rows, 0, fc2.panels, sums, x, (T*)a.out + first * K, K, [](Floats sum) { return sum; });
+    fc1.multiply(normed, normed_row, rows, 0, fc1.panels, sums, {}, h, hidden_row, activate);
+    fc2.multiply(h, hidden_row, rows, 0, fc2.panels, sums, {x, 0, rows}, (T*)a.out + first * K, K,
+                 Activation{vitfast::NO_ACT});
   });
-}
-
-// run(activation) with the one that `act` names
-template <class Run>
-inline void with_activation(int act, const Run& run) {
-  if (act == vitfast::NO_ACT) return run([](Floats x) { return x; });
-  switch (static_cast<Act>(act)) {
-    case Act::gelu: return run([](Floats x) { return activate<Act::gelu>(x); });
-    case Act::gelu_tanh: return run([](Floats x) { return activate<Act::gelu_tanh>(x); });
-    case Act::quick_gelu: return run([](Floats x) { return activate<Act::quick_gelu>(x); });
-    case Act::silu: return run([](Floats x) { return activate<Act::silu>(x); });
-  }
 }
 
 inline void linear(const LinearArgs& args) {
-  with_activation(args.act, [&](const auto& activate) {
-    if (args.dtype == DType::fp32) return linear_of<SingleCells, float>(args, activate);
+  if (args.dtype == DType::fp32) return linear_of<SingleCells, float>(args, Activation{args.act});
 #if defined(__AVX512BF16__)
-    linear_of<PairCells, Bf16>(args, activate);
+  linear_of<PairCells, Bf16>(args, Activation{args.act});
 #endif
-  });
 }
 
 inline void mlp(const MlpArgs& args) {
-  with_activation(args.act, [&](const auto& activate) {
-    if (args.dtype == DType::fp32) return mlp_of<SingleCells, float>(args, activate);
+  if (args.dtype == DType::fp32) return mlp_of<SingleCells, float>(args, Activation{args.act});
 #if defined(__AVX512BF16__)
-    mlp_of<PairCells, Bf16>(args, activate);
+  mlp_of<PairCells, Bf16>(args, Activation{args.act});
 #endif
-  });
 }
 
 template <class Cells, class T, class Cell = typename Cells::Cell>

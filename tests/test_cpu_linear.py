@@ -145,3 +145,30 @@ def test_x_of_another_kind_is_read(isa, dtype):
 def test_odd_rows_of_pairs_are_read():
     with pytest.raises(ValueError, match="K must be even in bfloat16, got 7"):
         native.PackedWeight(torch.randn(4, 7).bfloat16(), None)
+
+
+@every_case
+@pytest.mark.parametrize("P", [0, 2])
+def test_stem_loses_a_position_or_a_pixel(isa, dtype, P):
+    """Positions of the image before, prefix rows that keep what was added to zeros, padding, channels last."""
+    torch.manual_seed(0)
+    mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.25])
+    weight, bias = (torch.randn(50, 3 * 64) / 14).to(dtype), torch.randn(50).to(dtype)
+    packed, using = native.PackedWeight(weight, bias, KERNELS[isa]), KERNELS[isa]
+    # not one row alone: for that torch has another kernel, whose sums are shorter
+    for B, H, W in ((4, 8, 8), (3, 40, 29), (20, 64, 64)):
+        images = torch.randint(256, (B, H, W, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+        rows = native.patch_rows(images, (8, 8), dtype=dtype, mean=mean, std=std, pad=True, using=using)
+        tokens = P + rows.shape[1]
+        positions, prefix = torch.randn(tokens, 50).to(dtype), torch.randn(P, 50).to(dtype) if P else None
+        out = native.embed(images, (8, 8), packed, positions, prefix, mean, std, using)
+        exact = F.linear(rows.double(), weight.double(), bias.double()) + positions[P:].double()
+        accept(out[:, P:], exact, F.linear(rows, weight, bias) + positions[P:])
+        assert not P or torch.equal(out[:, :P], prefix.expand(B, -1, -1))
+        without = native.embed(images, (8, 8), packed, None, prefix, mean, std, using)
+        accept(without[:, P:], exact - positions[P:].double(), F.linear(rows, weight, bias))
+    for wrong in (positions[1:], positions.double(), positions.T.contiguous()):
+        with pytest.raises(ValueError, match="positions must be contiguous"):
+            native.embed(images, (8, 8), packed, wrong, prefix, mean, std, using)
+    with pytest.raises(ValueError, match="images must have 3 channels"):
+        native.embed(images[:, :2], (8, 8), packed, positions, prefix, mean, std, using)

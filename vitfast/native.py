@@ -285,14 +285,62 @@ def patch_rows(
             f"patch_rows: out must be contiguous {list(shape)} in {str(dtype)[6:]}, got {list(out.shape)} in "
             f"{str(out.dtype)[6:]}, strides {out.stride()}"
         )
-    scale = shift = None
-    if images.dtype == torch.uint8 and mean is not None and std is not None:
-        scale = 1 / std.double()
-        shift = -(mean.double() * scale).float()
-        scale = (scale / 255).float()
+    scaling = _Scaling(images, mean, std)
     (using or kernels()).patch_rows(
         images.data_ptr(), images.shape, images.stride(), (ph, pw), prefix, PATCH_ORDERS[order], out.data_ptr(),
-        scale.data_ptr() if scale is not None else 0, shift.data_ptr() if shift is not None else 0,
-        DTYPES[images.dtype], DTYPES[dtype], torch.get_num_threads(),
+        *scaling.addresses, DTYPES[images.dtype], DTYPES[dtype],
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+class _Scaling:
+    """What uint8 pixels are multiplied by and what is added; keeps what the addresses point to."""
+
+    def __init__(self, images: Tensor, mean: Tensor | None, std: Tensor | None):
+        self.addresses = 0, 0
+        if images.dtype == torch.uint8 and mean is not None and std is not None:
+            scale = 1 / std.double()
+            self.shift = -(mean.double() * scale).float()
+            self.scale = (scale / 255).float()
+            self.addresses = self.scale.data_ptr(), self.shift.data_ptr()
+
+
+def embed(
+    images: Tensor,
+    patch_size: tuple[int, int],
+    weight: PackedWeight,
+    positions: Tensor | None,
+    prefix: Tensor | None,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+    using: Any = None,
+) -> Tensor:
+    """Images -> tokens [B, P + N, D] in the weight's dtype: prefix, and rows of pixels @ weight.T + bias + positions.
+
+    Args:
+        images, patch_size, mean, std: as in `patch_rows`, in the order chw; the patch may not divide the image, then
+            there are zeros at right and bottom.
+        weight: of the projection, K = C * ph * pw.
+        positions: [P + N, D], contiguous, in the weight's dtype; those of prefix tokens are not looked at.
+        prefix: [P, D], contiguous, in the weight's dtype, with their positions.
+
+    Raises:
+        ValueError: a tensor does not fit.
+    """
+    (B, C, H, W), (ph, pw) = images.shape, patch_size
+    P = 0 if prefix is None else len(prefix)
+    tokens = P + -(-H // ph) * -(-W // pw)
+    if C * ph * pw != weight.K or images.dtype not in DTYPES:
+        raise ValueError(f"embed: images must have {weight.K // (ph * pw)} channels, got {C} in {images.dtype}")
+    for name, t, shape in (("positions", positions, (tokens, weight.D)), ("prefix", prefix, (P, weight.D))):
+        if t is not None and (t.shape != shape or t.dtype is not weight.dtype or not t.is_contiguous()):
+            raise ValueError(f"embed: {name} must be contiguous {list(shape)} in {weight.dtype}, got {list(t.shape)}")
+    out = images.new_empty(B, tokens, weight.D, dtype=weight.dtype)
+    scaling = _Scaling(images, mean, std)
+    (using or kernels()).embed(
+        images.data_ptr(), images.shape, images.stride(), (ph, pw), P, PATCH_ORDERS["chw"], *scaling.addresses,
+        DTYPES[images.dtype], DTYPES[weight.dtype], torch.get_num_threads(), weight.view,
+        0 if positions is None else positions.data_ptr(), 0 if prefix is None else prefix.data_ptr(), out.data_ptr(),
     )  # fmt: skip
     return out

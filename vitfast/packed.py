@@ -147,11 +147,27 @@ class PackedStem(nn.Module):
         """[B, C, H, W] in any dtype of `native.DTYPES` -> tokens [B, P + N, D]."""
         P = 0 if prefix is None else prefix.shape[0]
         mean, std = normalisation or (None, None)
+        if self.proj.own is not None and images.numel():
+            return self._in_one_pass(images, positions, prefix, mean, std)
         rows = native.patch_rows(
             images, self.patch_size, dtype=self.dtype, mean=mean, std=std, prefix=P, pad=self.pad
         )
         tokens = self.proj(rows)
         return place_prefix(tokens[:, P:], positions, prefix, tokens)
+
+    def _in_one_pass(
+        self, images: Tensor, positions: Tensor | None, prefix: Tensor | None, mean: Tensor | None, std: Tensor | None
+    ) -> Tensor:
+        P = 0 if prefix is None else prefix.shape[0]
+        (H, W), (ph, pw) = images.shape[2:], self.patch_size
+        if positions is not None and P:
+            if len(positions) == P + -(-H // ph) * -(-W // pw):
+                prefix = prefix + positions[:P]
+            else:
+                positions = torch.cat([torch.zeros_like(prefix), positions])
+        positions = None if positions is None else positions.contiguous()
+        prefix = None if prefix is None else prefix.contiguous()
+        return native.embed(images, self.patch_size, self.proj.own, positions, prefix, mean, std)
 
 
 class PackedBlock(Packed):

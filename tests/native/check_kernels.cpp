@@ -233,7 +233,7 @@ static void check_linear_and_mlp() {
     PackedWeight weight = fc1.view;
     if (!biased) weight.bias = nullptr;
     const void* const added = over ? out.data() : residual.bytes.data();
-    kernels.linear({x.bytes.data(), norm, normalises, weight, adds ? added : nullptr, out.data(), rows, dtype,
+    kernels.linear({x.bytes.data(), norm, normalises, weight, adds ? added : nullptr, rows, out.data(), rows, dtype,
                     acts ? int(Act::gelu) : NO_ACT, threads});
     std::vector<double> expected = fc1.apply(normalises ? normed : in, rows);
     for (size_t i = 0; i < expected.size(); ++i) {
@@ -264,16 +264,47 @@ static void check_block() {
     const Packed qkv(3 * inner, C, dtype), proj(C, inner, dtype), fc1(2 * C, C, dtype), fc2(C, 2 * C, dtype);
     const LayerNormArgs norm{nullptr, nullptr, weight.bytes.data(), nullptr, 0, C, 1e-6f, dtype, 1};
     std::vector<uint8_t> projected(rows * inner * 3 * size), attended(rows * inner * size), y(rows * C * size), out(y);
-    kernels.linear({x.bytes.data(), norm, true, qkv.view, nullptr, projected.data(), rows, dtype, NO_ACT, threads});
+    kernels.linear({x.bytes.data(), norm, true, qkv.view, nullptr, 0, projected.data(), rows, dtype, NO_ACT, threads});
     const auto part = [&](int64_t i) {
       return HeadsView{projected.data() + i * inner * size, N * inner * 3, inner * 3, D};
     };
     kernels.attention({part(0), part(1), part(2), attended.data(), nullptr, B, H, N, N, D, 0.3f, dtype, threads});
-    kernels.linear({attended.data(), {}, false, proj.view, x.bytes.data(), y.data(), rows, dtype, NO_ACT, threads});
+    kernels.linear({attended.data(), {}, false, proj.view, x.bytes.data(), rows, y.data(), rows, dtype, NO_ACT, threads});
     kernels.mlp({y.data(), norm, fc1.view, fc2.view, y.data(), rows, dtype, act, threads});
     kernels.block({x.bytes.data(), norm, norm, qkv.view, proj.view, fc1.view, fc2.view, out.data(), B, N, H, D, 0.3f,
                    dtype, act, threads});
     REQUIRE(out == y, "block B %ld N %ld H %ld D %ld C %ld differs", (long)B, (long)N, (long)H, (long)D, (long)C);
+  }
+}
+
+// The stem's result by the patch rows, whose projection gets each image's positions, and prefix rows.
+static void check_embed() {
+  const CpuKernels& kernels = JOIN(kernels_, VITFAST_ISA);
+  for (int trial = 0; trial < 40; ++trial) {
+    const DType dtype = kernels.multiplies(DType::bf16) && trial % 2 ? DType::bf16 : DType::fp32;
+    const int64_t B = draw(1, 3), C = draw(1, 3), p = 2 * draw(1, 4), H = p * draw(1, 4), W = p * draw(1, 4), P = draw(0, 2);
+    const int64_t tokens = P + H / p * (W / p), K = C * p * p, D = draw(1, 50), size = dtype == DType::fp32 ? 4 : 2;
+    const int threads = int(draw(1, 3));
+    const Numbers images(B * C * H * W, DType::fp32, 1), positions(tokens * D, dtype, 1), prefix(P * D, dtype, 1);
+    const Packed weight(D, K, dtype);
+    const PatchGeometry geometry{C, H, W, p, p, P, PatchOrder::chw, C * H * W, H * W, W, 1};
+    std::vector<uint8_t> rows(B * tokens * K * size), out(B * tokens * D * size);
+    const bool adds = draw(0, 2);
+    PatchRowsArgs patches{geometry, images.bytes.data(), rows.data(), nullptr, nullptr, B, DType::fp32, dtype, threads};
+    kernels.patch_rows(patches);
+    patches.rows = nullptr;
+    kernels.embed({patches, weight.view, adds ? positions.bytes.data() : nullptr, prefix.bytes.data(), out.data()});
+    std::vector<double> x(B * tokens * K);
+    for (size_t i = 0; i < x.size(); ++i) x[i] = read(rows.data(), i, dtype);
+    const std::vector<double> projected = weight.apply(x, B * tokens);
+    for (int64_t i = 0; i < B * tokens * D; ++i) {
+      const int64_t token = i / D % tokens;
+      double expected = projected[i] + (adds ? positions.at(i % (tokens * D)) : 0);
+      if (token < P) expected = prefix.at(i % (tokens * D));
+      const double got = read(out.data(), i, dtype), eps = token < P ? 0 : dtype == DType::fp32 ? 1e-4 : 0.01;
+      REQUIRE(std::abs(got - expected) <= eps * (1 + std::abs(expected)), "embed: %g at token %ld, expected %g", got,
+              (long)token, expected);
+    }
   }
 }
 
@@ -283,5 +314,6 @@ int main() {
   check_layer_norm();
   check_linear_and_mlp();
   check_block();
+  check_embed();
   std::puts("ok");
 }

@@ -1,0 +1,27 @@
+// Images -> tokens with a packed projection: the rows of pixels live in kept scratch memory, positions are added to the sums of
+// the product, and prefix tokens are written over the rows of zeros that were left for them.
+#pragma once
+
+#include <cstring>
+
+#include "linear_cpu.h"
+#include "patch_rows_cpu.h"
+
+namespace {
+
+using vitfast::EmbedArgs;
+
+inline void embed(const EmbedArgs& a) {
+  const int64_t tokens = rows_per_image(a.patches.geometry), size = a.patches.to == DType::fp32 ? 4 : 2;
+  const int64_t rows = a.patches.B * tokens, prefix = a.patches.geometry.P, D = a.weight.D;
+  const Workspaces memory(1, rows * a.weight.K * size);
+  PatchRowsArgs patches = a.patches;
+  patches.rows = memory.of(0);
+  patch_rows(patches);
+  linear({memory.of(0), {}, false, a.weight, a.positions, tokens, a.tokens, rows, a.patches.to, vitfast::NO_ACT,
+          a.patches.threads});
+  for (int64_t b = 0; prefix && b < a.patches.B; ++b)
+    memcpy((char*)a.tokens + b * tokens * D * size, a.prefix, prefix * D * size);
+}
+
+}  // namespace
