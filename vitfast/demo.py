@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vitfast
-from vitfast import parity, timing
+from vitfast import info, parity, timing
 
 EXTRAS = ("matplotlib", "sklearn", "timm", "tqdm")
 PIP_NAMES = {"sklearn": "scikit-learn"}
@@ -165,17 +165,10 @@ def _require_extras() -> None:
 
 
 def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise DemoError(f"--device {name!r} cannot be used: {reason}", status=2) from error
-    if device.type not in ("cpu", "cuda"):
-        raise DemoError(f"--device must be auto, cpu or cuda, got {name!r}", status=2)
-    return device
+        return info.device_named(name)
+    except ValueError as error:
+        raise DemoError(f"--device: {error}", status=2) from error
 
 
 def load_digits(device: torch.device) -> Digits:

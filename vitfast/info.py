@@ -15,6 +15,24 @@ from vitfast import extension, native
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "timm", "vit-pytorch", "torchvision", "transformers")
 
 
+def device_named(name: str) -> torch.device:
+    """The device that a command line names: auto (a GPU if there is one), cpu, cuda, cuda:1, ...
+
+    Raises:
+        ValueError: there is none of that name here, or it cannot be used; says why.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"{name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"must be auto, cpu or cuda, got {name!r}")
+    return device
+
+
 def collect() -> dict[str, Any]:
     """Everything `vitfast info` prints, as plain values."""
     from vitfast import __version__

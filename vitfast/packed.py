@@ -276,7 +276,8 @@ class PackedBlock(Packed):
         if self.mlp_kind == "mlp":
             return self.first[0](x, self.act, self.norm2)
         if self.mlp_kind == "swiglu":
-            return self.first[0](x, self.act, self.norm2).mul_(self.first[1](x, norm=self.norm2))
+            h = run(self.norm2, x)
+            return self.first[0](h, self.act).mul_(self.first[1](h))
         gate, value = self.first[0](x, norm=self.norm2).chunk(2, dim=-1)
         return _stock.activation(gate, self.act) * value
 

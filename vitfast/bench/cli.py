@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from vitfast import info
 from vitfast.bench import ceilings, harness, machine, models, op_rows, ops, record
 from vitfast.bench.case import DTYPES, Case
 from vitfast.bench.op_case import MODES as OP_MODES
@@ -128,16 +129,10 @@ def _run(told: argparse.Namespace) -> int:
 
 
 def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise WrongUse(f"--device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise WrongUse(f"--device must be auto, cpu or cuda, got {name!r}")
-    return device
+        return info.device_named(name)
+    except ValueError as error:
+        raise WrongUse(f"--device: {error}") from None
 
 
 def _cases(told: argparse.Namespace, device: torch.device) -> Iterator[Case]:

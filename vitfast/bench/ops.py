@@ -165,6 +165,15 @@ def _flash_attn(version: int) -> Callable[[Tensor], Tensor]:
     return run
 
 
+def _liger(device: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Liger's LayerNorm of (x, weight, bias)."""
+    if torch.device(device).type != "cuda":
+        raise NotImplementedError("on a GPU only")
+    from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+    return lambda x, weight, bias: LigerLayerNormFunction.apply(x, weight, bias, EPS)
+
+
 @recorded
 def layer_norm(
     *, batch: int, tokens: int, width: int, mode: str = "forward", dtype: str = "bf16", device: str = "cpu"
@@ -174,13 +183,6 @@ def layer_norm(
 
     def draw_inputs(draw: Draw) -> Tensors:
         return draw(batch, tokens, width), 1 + draw(width, scale=0.1), draw(width, scale=0.1)
-
-    def liger() -> Callable[..., Tensor]:
-        if torch.device(device).type != "cuda":
-            raise NotImplementedError("on a GPU only")
-        from liger_kernel.ops.layer_norm import LigerLayerNormFunction
-
-        return lambda x, weight, bias: LigerLayerNormFunction.apply(x, weight, bias, EPS)
 
     def stock(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.layer_norm(x, weight.shape, weight, bias, EPS)
@@ -193,7 +195,7 @@ def layer_norm(
             "F.layer_norm": Way(lambda: stock),
             "vitfast": Way(lambda: partial(ops.layer_norm, eps=EPS)),
             "compiled": Way(lambda: compiled(stock)),
-            "Liger": Way(liger, ("liger_kernel",)),
+            "Liger": Way(lambda: _liger(device), ("liger_kernel",)),
         },
         count=partial(work.layer_norm, batch * tokens, width, dtype),
     )  # fmt: skip
@@ -215,13 +217,11 @@ def add_layer_norm(
         return total, F.layer_norm(total, weight.shape, weight, bias, EPS)
 
     def liger() -> Callable[..., Tensors]:
-        if torch.device(device).type != "cuda":
-            raise NotImplementedError("on a GPU only")
-        from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+        norm = _liger(device)
 
         def run(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> Tensors:
             total = x + branch
-            return total, LigerLayerNormFunction.apply(total, weight, bias, EPS)
+            return total, norm(total, weight, bias)
 
         return run
 

@@ -1,0 +1,162 @@
+"""`vitfast.prepare`: frozen by contract, and what cannot be frozen refused with the reason."""
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from small_models import images_for, tiny
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import vitfast
+
+CHANGES = {
+    "head.weight of the original was replaced": lambda m: setattr(m.head, "weight", nn.Parameter(m.head.weight + 1)),
+    "blocks.1.attn.qkv of the original was replaced": lambda m: setattr(m.blocks[1].attn, "qkv", nn.Linear(192, 576)),
+    "blocks.0.mlp.fc1.bias of the original was written to": lambda m: m.blocks[0].mlp.fc1.bias.add_(1),
+    "pos_embed of the original was moved": lambda m: setattr(m.pos_embed, "data", m.pos_embed.data.clone()),
+    "was written to": lambda m: m.load_state_dict(m.state_dict()),
+    "head of the original was replaced": lambda m: m.reset_classifier(5),
+}
+
+
+@pytest.mark.parametrize("message", CHANGES)
+def test_stale_weights_are_used(message):
+    model = tiny()
+    prepared, x = vitfast.prepare(model), images_for(model)
+    prepared(x)
+    with torch.no_grad():
+        CHANGES[message](model)
+    calls = (prepared, prepared.forward_features, prepared.intermediates, prepared.forward_intermediates)
+    for call in calls:
+        with pytest.raises(RuntimeError, match=message.replace(".", r"\.")):
+            call(x)
+    vitfast.prepare(model)(x)
+
+
+def test_optimizer_step_goes_unnoticed():
+    model = tiny()
+    prepared, x = vitfast.prepare(model), images_for(model)
+    model(x).sum().backward()
+    prepared(x)
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    with pytest.raises(RuntimeError, match="was written to"):
+        prepared(x)
+
+
+def test_original_is_kept_alive_or_changed():
+    """The original runs, pickles and copies as before, and is freed when its user lets go of it."""
+    model = tiny()
+    before, keys = copy.deepcopy(model), set(vars(model))
+    x = images_for(model)
+    prepared = vitfast.prepare(model)
+    expected = prepared(x)
+    assert set(vars(model)) == keys
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert str(other) == str(before)
+        states = other.state_dict(), before.state_dict()
+        assert all(torch.equal(a, b) for a, b in zip(*map(dict.values, states), strict=True))
+        vitfast.prepare(other)
+    there, parameter = weakref.ref(model), weakref.ref(model.blocks[0].attn.qkv.weight)
+    del model
+    gc.collect()
+    assert there() is None and parameter() is None
+    assert torch.equal(prepared(x), expected)
+
+
+FROZEN = {
+    "train": lambda m: m.train(), "requires_grad_": lambda m: m.requires_grad_(),
+    "state_dict": lambda m: m.state_dict(), "load_state_dict": lambda m: m.load_state_dict({}),
+    "to": lambda m: m.to(torch.float64), "half": lambda m: m.half(),
+    "deepcopy": copy.deepcopy, "pickle": pickle.dumps, "reset_classifier": lambda m: m.reset_classifier(3),
+    "set_input_size": lambda m: m.set_input_size(64), "init_weights": lambda m: m.init_weights(),
+    "checkpointing": lambda m: m.set_grad_checkpointing(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", FROZEN)
+def test_prepared_model_pretends_to_change(what):
+    prepared = vitfast.prepare(tiny())
+    with pytest.raises(NotImplementedError, match="prepared"):
+        FROZEN[what](prepared)
+    assert prepared.eval() is prepared
+
+
+PARTS = {"blocks": lambda m: m.blocks, "block": lambda m: m.blocks[0], "head": lambda m: m.head}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_part_of_a_prepared_model_is_copied_or_moved(part):
+    """Kernels have addresses: a copy would read the original's memory, and a moved part memory that was given back."""
+    prepared, x = vitfast.prepare(tiny()), torch.randn(2, 3, 32, 32)
+    logits = prepared(x)
+    for change in (copy.deepcopy, pickle.dumps, lambda m: m.half(), lambda m: nn.Sequential(m).to(torch.float64)):
+        with pytest.raises(NotImplementedError, match="prepared|addresses"):
+            change(PARTS[part](prepared))
+    prepared.blocks[0].norm1.weight.data = torch.zeros(0)
+    assert torch.equal(prepared(x), logits)
+
+
+class Other(vitfast.ViT):
+    pass
+
+
+class Subclassed(nn.Parameter):
+    pass
+
+
+def inference_parameter(model):
+    with torch.inference_mode():
+        model.norm.bias = nn.Parameter(torch.zeros(192))
+
+
+def patched(model):
+    model.forward_features = lambda x: x
+
+
+REFUSED = {
+    "blocks.0.attn.qkv has forward hooks": lambda m: m.blocks[0].attn.qkv.register_forward_hook(lambda *_: None),
+    "blocks.1 has forward pre hooks": lambda m: m.blocks[1].register_forward_pre_hook(lambda *_: None),
+    "blocks.1.attn.proj is parametrized": lambda m: parametrizations.weight_norm(m.blocks[1].attn.proj),
+    "blocks.1.mlp.act is torch.nn.*ReLU": lambda m: setattr(m.blocks[1].mlp, "act", nn.ReLU()),
+    "blocks.0.mlp is torch.nn.*Identity": lambda m: setattr(m.blocks[0], "mlp", nn.Identity()),
+    "blocks is torch.nn.*Linear": lambda m: setattr(m, "blocks", nn.Linear(2, 2)),
+    "blocks.1 is torch.nn.*Sequential": lambda m: m.blocks.__setitem__(1, nn.Sequential()),
+    "patched forward_features": patched,
+    "the model has forward hooks": lambda m: m.register_forward_hook(lambda *_: None),
+    "norm.bias was made in inference mode": inference_parameter,
+    "cls_token is a Subclassed": lambda m: setattr(m, "cls_token", Subclassed(m.cls_token.data)),
+    "norm.weight is on meta": lambda m: m.norm.to("meta"),
+    "head.weight is float64": lambda m: m.head.double(),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_model_that_cannot_be_frozen_is_not_refused_with_the_reason(reason):
+    model = tiny()
+    REFUSED[reason](model)
+    with pytest.raises(NotImplementedError, match=reason):
+        vitfast.prepare(model)
+
+
+def test_subclass_or_stranger_is_taken_for_a_vit():
+    with pytest.raises(NotImplementedError, match="it is a Other"):
+        vitfast.prepare(Other(image_size=32, patch_size=8, num_classes=2, dim=32, depth=1, heads=2, mlp_dim=64))
+    with pytest.raises(TypeError, match="must be a vitfast.ViT, got Linear"):
+        vitfast.prepare(nn.Linear(2, 2))
+    with pytest.raises(NotImplementedError, match="PreparedViT"):
+        vitfast.prepare(vitfast.prepare(tiny()))
+
+
+@pytest.mark.parametrize("error, keywords", [
+    (TypeError, {"dtype": "bf16"}), (NotImplementedError, {"dtype": torch.float16}),
+    (TypeError, {"mean": "red", "std": (1, 1, 1)}), (TypeError, {"mean": (0, 0, 0)}),
+    (ValueError, {"mean": (0, 0), "std": (1, 1)}), (ValueError, {"mean": (0, 0, 0), "std": (1, 0, 1)}),
+    (TypeError, {"threads": 1.5}), (TypeError, {"threads": True}), (ValueError, {"threads": 0}),
+])  # fmt: skip
+def test_bad_argument_is_taken(error, keywords):
+    with pytest.raises(error, match="prepare: "):
+        vitfast.prepare(tiny(), **keywords)
