@@ -36,8 +36,8 @@ lint: $(VENV)/.test ## ruff
 	$(BIN)/ruff check .
 
 bench: $(VENV)/.bench ## time models and ops on this CPU against timm, torch.compile, ONNX Runtime and OpenVINO
-	$(BIN)/python benchmarks/run.py cpu $(if $(RESUME),--resume)
-	$(BIN)/python benchmarks/bench_cpu.py
+	$(BIN)/python benchmarks/run.py cpu $(if $(RESUME),--resume) $(if $(OUT),--out $(OUT))
+	$(BIN)/python benchmarks/bench_cpu.py --out $(or $(OUT),benchmarks/results)
 
 gpu: ## RUN=a|b|c: test and time on a GPU within nine minutes, with the PYTHON that has torch; RESUME=1 goes on
 	$(PYTHON) benchmarks/run.py $(or $(RUN),$(error RUN must be a, b or c)) $(if $(RESUME),--resume) $(if $(OUT),--out $(OUT))

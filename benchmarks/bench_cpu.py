@@ -1,6 +1,6 @@
 """Time on a CPU what `benchmarks/run.py cpu` does not: against timm, in turns in one run.
 
-    python benchmarks/bench_cpu.py [--only patch ...] [--models NAME ...] [--quick] [--json FILE]
+    python benchmarks/bench_cpu.py [--only patch ...] [--models NAME ...] [--quick] [--out FOLDER]
 
 patch   uint8 images, channels last, to tokens
 growth  speed and peak memory over batch and image size
@@ -11,7 +11,8 @@ timm's in fp64. What differs from it by more than benchmarks/report.py allows is
 not installed or fails. A ratio is the median over rounds of the baseline's time by the variant's, pair by pair; above 1
 the variant is faster. "noise" is the baseline's ratio to itself (see vitfast/timing.py). "others" is the share of the
 machine's CPU time that other processes took meanwhile. They slow variants very differently, torch's threads (which wait
-for each other by spinning) the most, so rows where it is more than a few percent compare nothing.
+for each other by spinning) the most, so rows where it is more than a few percent compare nothing. With --out all is
+also in <out>/<cpu>-cpu-parts.json after every row; an earlier file of that name gets the suffix .before.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ from report import (
     in_own_process,
     peak_growth_mib,
     relative_error,
+    set_aside,
+    slug,
     write_json,
     wrong,
 )
@@ -68,6 +71,9 @@ def main() -> int:
         print(json.dumps(forward_memory(*arguments.memory_of)))
         return 0
     record: dict[str, Any] = {"run": describe(packages=PACKAGES)}
+    file = arguments.out and arguments.out / f"{slug(record['run']['cpu'])}-cpu-parts.json"
+    if file and (before := set_aside(file)):
+        print(f"an earlier record is now {before}")
     print(heading(record["run"], PACKAGES))
     print("Medians; ratio (25-75 %) above 1: faster than the first. Errors are relative, against timm in fp64.")
     failed = False
@@ -79,8 +85,8 @@ def main() -> int:
             record[table].append(row)
             failed |= any("not_timed" in row["variants"][name] for name in OURS if name in row["variants"])
             print("\n".join(lines_of(row)), flush=True)
-            if arguments.json:
-                write_json(arguments.json, record)
+            if file:
+                write_json(file, record)
     return int(failed)
 
 
@@ -93,7 +99,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="for everybody")
     parser.add_argument("--seconds", type=float, default=15.0, help="about how long to measure one row")
     parser.add_argument("--quick", action="store_true", help="1 second a row; less growth, a batch of 1 for gelu")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file, after each row")
+    parser.add_argument("--out", type=Path, help="also write the rows to a file in this folder, after each row")
     parser.add_argument("--memory-of", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.quick:

@@ -14,6 +14,7 @@ import re
 import sys
 from pathlib import Path
 
+import report_parts
 import report_pictures
 import report_rows
 import report_tables
@@ -32,6 +33,9 @@ TABLES = {
     "all ops": (report_tables.all_ops, {}),
     "flops": (report_tables.flops, {"flops": "images a second by FLOPs of an image, ViTs and CNNs"}),
     "ceilings": (report_tables.ceilings, {}),
+    "patch": (report_parts.patch, {}),
+    "growth": (report_parts.growth, {}),
+    "gelu": (report_parts.gelu, {}),
 }
 
 

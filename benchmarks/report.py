@@ -1,8 +1,9 @@
-"""What the benchmarks share: what a run was, and when a result is right."""
+"""What the benchmarks share: names of files, what a run was, and when a result is right."""
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from typing import Any
@@ -12,11 +13,16 @@ from torch import Tensor
 
 # what bench_cpu.py takes from here
 from vitfast.bench.machine import OtherProcesses, describe, peak_growth_mib  # noqa: F401
-from vitfast.bench.record import write_json  # noqa: F401
+from vitfast.bench.record import set_aside, write_json  # noqa: F401
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # relative error of a result above which it is not timed
 TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2}
+
+
+def slug(text: str) -> str:
+    """`text` as a part of a file's name."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
 
 
 def heading(run: dict[str, Any], packages: tuple[str, ...] = ()) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from vitfast.variants import VARIANTS
 CNNS = ("resnet", "mobilenet", "efficientnet", "convnext", "regnet")
 
 NAMES = {"cuda": "CUDA"}
+PARTS = {"patch", "growth", "gelu"}
 
 Row = dict[str, Any]
 
@@ -27,6 +28,7 @@ class Device:
         rows: of each key the newest with times.
         ceilings: the newest, with the run that measured them under "run"; {} where none did.
         runs: all that the rows may come from.
+        parts: what bench_cpu.py wrote there, whose rows are of other kinds; {} where it did not run.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Device:
     rows: list[Row]
     ceilings: Row
     runs: list[Row]
+    parts: Row = field(default_factory=dict)
 
     @property
     def slug(self) -> str:
@@ -63,27 +66,37 @@ class Device:
 
 
 def load(folder: Path) -> tuple[list[Device], list[str]]:
-    """All devices in `folder`, GPUs first, and the names of files from before there was a schema, which are not read.
+    """All devices in `folder`, GPUs first, and the names of files of the format before there was a schema.
+
+    Of those only what bench_cpu.py writes is read, from the newest file of a device.
 
     Raises:
         ValueError: a file that is no JSON, or has an unknown schema.
     """
     ignored: list[str] = []
+    parts: dict[tuple[bool, str], Row] = {}
     files: dict[tuple[bool, str], list[Path]] = {}
     for file in sorted(folder.glob("*.json")):
         if _has_no_schema(file):
-            ignored.append(file.name)
+            found = json.loads(file.read_text(encoding="utf-8"))
+            if not PARTS & found.keys() or "device_type" not in found["run"]:
+                ignored.append(file.name)
+            elif found["run"]["date"] >= parts.get(_place(found["run"]), found)["run"]["date"]:
+                parts[_place(found["run"])] = found
             continue
-        run = record.read(file)["run"]
-        gpu = run["device_type"] == "cuda"
-        name = run["device"] if gpu else f"{run['device']}, {run['threads']} threads"
-        files.setdefault((gpu, name), []).append(file)
+        files.setdefault(_place(record.read(file)["run"]), []).append(file)
     devices = []
-    for gpu, name in sorted(files, key=lambda found: (not found[0], found[1])):
-        merged = record.merge(files[gpu, name])
+    for gpu, name in sorted(files.keys() | parts.keys(), key=lambda found: (not found[0], found[1])):
+        of_device = files.get((gpu, name), [])
+        merged = record.merge(of_device) if of_device else {"rows": [], "earlier": [], "run": {}}
         runs = [*merged["earlier"], merged["run"]]
-        devices.append(Device(name, gpu, merged["rows"], _ceilings(files[gpu, name]), runs))
+        devices.append(Device(name, gpu, merged["rows"], _ceilings(of_device), runs, parts.get((gpu, name), {})))
     return devices, ignored
+
+
+def _place(run: Row) -> tuple[bool, str]:
+    gpu = run["device_type"] == "cuda"
+    return gpu, run["device"] if gpu else f"{run['device']}, {run['threads']} threads"
 
 
 def _ceilings(files: Iterable[Path]) -> Row:

@@ -9,7 +9,8 @@ cpu  ceilings, models and ops against what people would use instead
 
 Needs nothing but this source tree and a python with torch: no network, nothing installed. Stages come in order of
 value, each with a budget; what one leaves goes to the next ones, and what does not fit is listed as skipped. All
-numbers are in <out>/<device>-<run>.json after every row, so a run cut short has kept them; --resume goes on with it.
+numbers are in <out>/<device>-<run>.json after every row, so a run cut short has kept them; --resume goes on with it,
+and without it an earlier record gets the suffix .before.
 --tiny runs every stage on small sizes, on any device, to see whether all works.
 
 Compilers keep their results in $VITFAST_CACHE_DIR (~/.cache/vitfast), in a folder named after device and versions.
@@ -22,7 +23,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -40,6 +40,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from report import slug  # noqa: E402
 
 from vitfast.bench import ceilings, harness, machine, models, op_rows, record  # noqa: E402
 from vitfast.bench.case import Case  # noqa: E402
@@ -345,10 +346,6 @@ def keep_caches(device: torch.device) -> None:
         os.environ.setdefault(variable, str(folder / part))
 
 
-def slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
-
-
 def say(text: str) -> None:
     print(text, flush=True)
 
@@ -372,9 +369,8 @@ def main(argv: list[str] | None = None) -> int:
     made = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     name = slug(f"{made} {told.run}")
     path = told.out / f"{name}.json"
-    if path.exists() and not told.resume:
-        print(f"run: {path} exists; --resume goes on with it, --out names another folder", file=sys.stderr)
-        return 2
+    if not told.resume and (before := record.set_aside(path)):
+        say(f"an earlier record is now {before}")
     told.out.mkdir(parents=True, exist_ok=True)
     try:
         kept = record.open_for_resume(path, machine.describe(device, ("torchvision", "liger-kernel", "flash-attn")))

@@ -129,6 +129,25 @@ def write(path, rows, run=None, ceilings=None, **more):
     return path
 
 
+def parts():
+    """What bench_cpu.py writes, one row a table."""
+
+    def variants(*names):
+        found = {"ratio": 2.0, "peak_mib": 7.0, "error": 1e-3}
+        return {name: found | {"ms": ms} for name, ms in zip(names, (16.0, 8.0, 4.0), strict=False)}
+
+    common = {"batch": 8, "dtype": "bf16", "noise": 1.01, "model": "vit_small_patch16_224"}
+    return {
+        "run": run("Some CPU (AVX-512)", False),
+        "patch": [
+            common | {"variants": variants("step by step", "vitfast", "prepared"), "against": "step by step"}
+            | {"ratio": [1.9, 2.1, 2.2], "ratio of prepared": [3.9, 4.1, 4.3]}
+        ],
+        "growth": [common | {"variants": variants("timm", "prepared"), "tokens": 4097, "gflop": 9.2}],
+        "gelu": [common | {"variants": variants("torch", "vitfast"), "job": "MLP", "shape": [8, 729, 3072]}],
+    }
+
+
 def everything(folder, seed=0):
     """A GPU's and a CPU's files with all that a report shows, the odd cases too."""
     rng = random.Random(seed)
@@ -147,3 +166,4 @@ def everything(folder, seed=0):
     write(folder / "h200_b.json", rows, ceilings=ceilings())
     cpu = run("Some CPU (AVX-512)", gpu=False)
     write(folder / "cpu.json", models(rng, (1, 8), slower=300), cpu)
+    write_json(folder / "cpu-parts.json", parts())

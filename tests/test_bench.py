@@ -27,8 +27,8 @@ def run(script, *arguments):
     [("patch", ["fp32", "bf16"]), ("growth", ["bf16"]), ("gelu", ["fp32", "bf16"])],
 )
 def test_a_table_of_bench_cpu_no_longer_runs_or_times_a_wrong_result(table, dtypes, tmp_path):
-    file = tmp_path / "rows.json"
-    run("bench_cpu.py", "--only", table, "--batches", "1", "--dtypes", *dtypes, "--json", str(file))
+    run("bench_cpu.py", "--only", table, "--batches", "1", "--dtypes", *dtypes, "--out", str(tmp_path))
+    (file,) = tmp_path.iterdir()
     rows = json.loads(file.read_text())[table]
     assert rows and {row["dtype"] for row in rows} == set(dtypes)
     for row in rows:

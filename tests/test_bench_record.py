@@ -107,6 +107,13 @@ def test_bytes_that_are_no_text_end_in_another_error(tmp_path):
         read(path)
 
 
+def test_an_earlier_record_is_overwritten(tmp_path):
+    path = written(tmp_path / "run.json", rows=[row("a")])
+    before = record.set_aside(path)
+    assert before.name == "run.json.before" and not path.exists() and times(read(before)) == {"a": 1.0}
+    assert record.set_aside(path) is None and before.exists()
+
+
 def test_a_continued_record_forgets_rows_or_runs_or_mixes_devices(tmp_path):
     path = written(tmp_path / "run.json", rows=[row("a"), row("b", None)], ceilings={"copy": {"gbps": 1.0}},
                    skipped=[{"stage": "ops", "key": "c", "why": "no time left"}])  # fmt: skip

@@ -64,7 +64,7 @@ def test_a_table_or_picture_of_one_device_shows_another_or_does_not_say_which(si
     assert report(site) == 0
     found = blocks(site)
     for name, body in found.items():
-        if name in ("cpu ops", "cpu all ops", "cpu ceilings"):
+        if name in ("cpu ops", "cpu all ops", "cpu ceilings", "gpu patch", "gpu growth", "gpu gelu"):
             assert body == NOT_MEASURED
             continue
         gpu = name.startswith("gpu")
@@ -76,6 +76,19 @@ def test_a_table_or_picture_of_one_device_shows_another_or_does_not_say_which(si
     named = set(re.findall(r"\(results/(report_\w+\.svg)\)", (site / "README.md").read_text()))
     # memory is measured on the GPU only in earnest, but these records have it for both
     assert named == pictures and len(named) == 11
+
+
+def test_a_table_of_bench_cpu_shows_another_number(site):
+    """A quartile for the median, the time of a batch for that of an image, or the rival's for ours."""
+    fake_record.everything(site / "results")
+    report(site)
+    found = blocks(site)
+    lines = {name: found[f"cpu {name}"].splitlines()[-1] for name in ("patch", "growth", "gelu")}
+    model = "vit_small_patch16_224"
+    assert lines["patch"] == f"| {model} | 8 | bf16 | 16.0 | step by step | 8.00 | 2.10× | 4.00 | 4.10× |"
+    assert lines["growth"] == "| bf16 | 8 | 4,097 | 2.00 | 1.00 | 2.00× | 4.60 | 9.20 | 7 | 7 |"
+    assert lines["gelu"] == "| MLP | [8, 729, 3072] | bf16 | 16.0 | 8.00 | 2.00× |"
+    assert all("up to 1.0%" in found[f"cpu {name}"] and model in found["cpu growth"] for name in lines)
 
 
 def test_a_table_of_gpu_rows_loses_a_model_a_rival_or_a_number(site):

@@ -150,6 +150,17 @@ def open_for_resume(path: Path | str, run: Mapping[str, Any]) -> Record:
     return record
 
 
+def set_aside(path: Path | str) -> Path | None:
+    """Rename what is at `path`, so that a new record can take its place; the new name, None where there was nothing.
+
+    One file is kept so: what was set aside before is lost.
+    """
+    path = Path(path)
+    if not path.exists():
+        return None
+    return path.replace(path.with_name(f"{path.name}.before"))
+
+
 def merge(paths: Iterable[Path | str], *, mix_devices: bool = False) -> dict[str, Any]:
     """One record of several. Of rows with the same key the newest with times stays.
 
