@@ -19,7 +19,7 @@ define install
 		-e '/^(Installing|Successfully installed)/s/(.{0,100}).*/\1/p'
 endef
 
-.PHONY: help venv demo test lint bench gpu report clean
+.PHONY: help venv demo test lint aot bench gpu report clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -31,9 +31,13 @@ demo: $(VENV)/.demo ## train a small ViT on real digits, compare it with timm, w
 
 test: lint ## lint, then all tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 10
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 5 tests/kernels
 
 lint: $(VENV)/.test ## ruff
 	$(BIN)/ruff check .
+
+aot: $(VENV)/.test ## compile every kernel for four architectures with no GPU, compare with benchmarks/aot.json
+	$(BIN)/python benchmarks/aot.py --write
 
 bench: $(VENV)/.bench ## time models and ops on this CPU against timm, torch.compile, ONNX Runtime and OpenVINO
 	$(BIN)/python benchmarks/run.py cpu $(if $(RESUME),--resume) $(if $(OUT),--out $(OUT))

@@ -60,7 +60,7 @@ TINY_AND_LARGE = ("vit_tiny_patch16_224", "vit_large_patch16_224")
 OPS = ("attention", "mlp", "linear", "layer_norm", "add_layer_norm", "patch_embed")
 
 # the files with tests that take every device; others may import what is not there
-GPU_TESTS = ("test_ops", "test_devices")
+GPU_TESTS = ("kernels", "test_ops.py", "test_devices.py")
 NO_TESTS = 5  # pytest's exit status
 
 Makers = Iterable[Callable[[], Case]]
@@ -126,21 +126,28 @@ def measure_ceilings(run: Run, budget_s: float) -> list[str]:
 
 
 def gpu_tests(run: Run, budget_s: float) -> list[str]:
-    """The tests marked gpu, in a process of its own. Only on another device may there be none."""
-    chosen = ["tests/test_numerics.py"] if run.tiny else [f"tests/{name}.py" for name in GPU_TESTS]
-    marks = [] if run.tiny else ["-m", "gpu"]
-    command = [
-        sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider",
-        *marks, *chosen,
-    ]  # fmt: skip
-    status, seconds, text = started(command, budget_s, run)
-    (run.out / f"{run.name}-tests.txt").write_text(text[-LOG_BYTES:])
-    lines = text.strip().splitlines() or ["it printed nothing"]
-    run.note("tests", {"status": status, "seconds": seconds, "last": lines[-1]})
-    say(f"tests: {lines[-1]}")
-    if status == 0 or (status == NO_TESTS and run.device.type != "cuda"):
-        return []
-    return [f"tests: {'out of time' if status is None else lines[-1]}; see {run.name}-tests.txt"]
+    """The tests marked gpu. Only on another device may there be none."""
+    log, noted, failed = run.out / f"{run.name}-tests.txt", {}, []
+    chosen = {"test_numerics.py": []} if run.tiny else dict.fromkeys(GPU_TESTS, ["-m", "gpu"])
+    log.write_text("")
+    left = budget_s
+    # a process each: after a fault in a kernel nothing works any more in the process that it happened in
+    for name, marks in chosen.items():
+        command = [
+            sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider",
+            *marks, f"tests/{name}",
+        ]  # fmt: skip
+        status, seconds, text = started(command, left, run)
+        left = max(left - seconds, LEAST_S)
+        with log.open("a") as file:
+            file.write(text[-LOG_BYTES // len(chosen) :])
+        lines = text.strip().splitlines() or ["it printed nothing"]
+        noted[name] = {"status": status, "seconds": seconds, "last": lines[-1]}
+        say(f"tests/{name}: {lines[-1]}")
+        if status != 0 and (status != NO_TESTS or run.device.type == "cuda"):
+            failed.append(f"tests/{name}: {'out of time' if status is None else lines[-1]}; see {log.name}")
+    run.note("tests", noted)
+    return failed
 
 
 def rows(makers: Callable[[Run], Makers], run: Run, budget_s: float, name: str) -> list[str]:

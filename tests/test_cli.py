@@ -21,7 +21,8 @@ def test_info_fails_in_a_fresh_process_or_prints_to_stderr():
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr
     assert result.stdout.startswith(f"vitfast {vitfast.__version__}")
-    for part in ("torch", "timm", "cpu:", "cuda:", "triton:", "extension:", "ops:"):
+    parts = ("torch", "timm", "cpu:", "cuda:", "triton:", "extension:", "ops:", "kernels for GPUs:", "tuned on")
+    for part in parts:
         assert part in result.stdout
 
 
@@ -113,7 +114,7 @@ def test_help_does_not_name_a_command(capsys):
         main(["--help"])
     assert exit_.value.code == 0
     printed = capsys.readouterr().out
-    assert all(command in printed for command in ("info", "models", "demo", "bench"))
+    assert all(command in printed for command in ("info", "models", "demo", "bench", "tune"))
 
 
 def test_reader_that_stops_early_gets_a_traceback():

@@ -13,6 +13,7 @@ from torch._inductor.utils import fresh_cache
 from torch._subclasses import FakeTensorMode
 
 import vitfast
+from vitfast.ops import _attention_stock as stock
 
 # `vitfast.ops.attention` is the function
 attention_module = sys.modules["vitfast.ops.attention"]
@@ -77,8 +78,8 @@ def test_cuda_implementation_differs_from_the_shape_function(monkeypatch, dtype,
     with FakeTensorMode():
         q, kv = (torch.empty(2, n, parts, 3, D, device="cuda", dtype=dtype) for n, parts in ((5, 1), (9, 2)))
         q, k, v = q[:, :, 0], *kv.unbind(2)
-        found = attention_module._attention_cuda(q, k, v, 0.3)
-        found += attention_module._attention_backward_cuda(found[0], q, k, v, *found, 0.3)
+        found = stock.attention_cuda(q, k, v, 0.3)
+        found += stock.attention_backward_cuda(found[0], q, k, v, *found, 0.3)
         expected = attention_module._attention_fake(q, k, v, 0.3)
         expected += attention_module._attention_backward_fake(found[0], q, k, v, *expected, 0.3)
         described = [[(t.shape, t.stride(), t.dtype, t.device) for t in ts] for ts in (found, expected)]
@@ -92,10 +93,10 @@ def test_flash_attention_gets_rows_that_do_not_begin_at_16_bytes():
         shifted = torch.empty(packed.numel() + 1, dtype=torch.bfloat16, device="cuda")[1:].view(packed.shape)
         gaps = torch.empty(2, 5, 3, 3, 67, dtype=torch.bfloat16, device="cuda")[..., :64]
         columns = torch.empty(2, 5, 64, 3, dtype=torch.bfloat16, device="cuda").transpose(-1, -2)
-        as_it_is = attention_module._rows_of_heads(packed[:, :, 1])
+        as_it_is = stock._rows_of_heads(packed[:, :, 1])
         assert as_it_is.stride() == packed[:, :, 1].transpose(1, 2).stride()
         for t in (shifted[:, :, 1], gaps[:, :, 0], columns):
-            rows = attention_module._rows_of_heads(t)
+            rows = stock._rows_of_heads(t)
             assert rows.shape == t.transpose(1, 2).shape and rows.stride(-1) == 1
             assert not any(n * 2 % 16 for n in (rows.storage_offset(), *rows.stride()[:-1]))
 

@@ -82,6 +82,11 @@ def accept(
     _raise(faults, what, dtype)
 
 
+def rms_ratio_of_few(numbers: int, dtype: torch.dtype) -> float:
+    """k of `accept` for a result of so many numbers: the fewer, the more two rms errors differ by chance alone."""
+    return RMS_RATIO[dtype] * (1 + 8 * max(numbers, 1) ** -0.5)
+
+
 def accept_model(out: Tensor, ref: Tensor, low: Tensor, *, what: str = "") -> None:
     """The rule for whole models: relative rms error at most 1.25 x the eager model's in the same dtype.
 

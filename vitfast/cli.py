@@ -20,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     models.add_argument("--json", action="store_true", help="machine-readable")
     commands.add_parser("demo", help="train, save, reload, compare and time a small ViT on real digits", add_help=False)
     commands.add_parser("bench", help="time ops and models against what else computes them", add_help=False)
+    commands.add_parser("tune", help="measure which kernels are faster on this GPU, and keep it", add_help=False)
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command == "demo":
         from vitfast import demo
@@ -29,6 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from vitfast.bench import cli as bench
 
         return bench.main(rest)
+    if arguments.command == "tune":
+        from vitfast import tuning
+
+        return tuning.main(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 from typing import Any
 
 import torch
 
-from vitfast import extension, native
+from vitfast import dispatch, extension, native, tuning_cache
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "timm", "vit-pytorch", "torchvision", "transformers")
 
@@ -46,7 +45,9 @@ def collect() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "device": device,
         "extension": _extension(),
-        "triton": _triton(device),
+        "triton": _triton(),
+        "kernels": {name: dispatch.facts(name, 0 if device["cuda"] else None) for name in dispatch.KERNELS},
+        "tuning": _tuning(device),
         "ops": {
             name: {
                 kind: {"runs_as": path.path, "kernel": path.kernel, "why_no_kernel": path.why_no_kernel}
@@ -113,12 +114,32 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def _triton(device: dict[str, Any]) -> dict[str, Any]:
-    if importlib.util.find_spec("triton") is None:
-        return {"usable": False, "why": "triton is not installed"}
+def _triton() -> dict[str, Any]:
+    why = dispatch.why_no_kernels()
+    return {"usable": not why, "why": why}
+
+
+def _tuning(device: dict[str, Any]) -> dict[str, Any]:
+    """Where `vitfast tune` keeps what it measured on the first GPU, and how many shapes are there."""
     if device["cuda"] is None:
-        return {"usable": False, "why": device["why_no_cuda"]}
-    return {"usable": True, "why": ""}
+        return {"path": None, "why": device["why_no_cuda"], "shapes": 0}
+    path = tuning_cache.path_of(tuning_cache.key_of(0))
+    return {"path": str(path), "why": "", "shapes": sum(len(dispatch.tuned(name, 0)) for name in dispatch.KERNELS)}
+
+
+def _kernel_lines(kernels: dict[str, Any], triton: dict[str, Any], tuning: dict[str, Any]) -> list[str]:
+    lines = ["kernels for GPUs:" if triton["usable"] else f"kernels for GPUs: not usable here ({triton['why']})"]
+    width = max(map(len, kernels))
+    for name, facts in kernels.items():
+        parts = [facts["state"]]
+        if facts["stock_where"]:
+            parts.append(f"built in: stock operators {facts['stock_where']}")
+        if facts["tuned_shapes"]:
+            parts.append(f"tuned: {facts['tuned_shapes']} shapes, {len(facts['tuned_to_stock'])} of them to stock")
+        lines.append(f"  {name:<{width}}  {'; '.join(parts)}")
+        lines += [f"  {'':<{width}}  stock for {' '.join(map(str, shape))}" for shape in facts["tuned_to_stock"]]
+    kept = f"{tuning['shapes']} shapes in {tuning['path']}" if tuning["shapes"] else "nothing (`vitfast tune` measures)"
+    return [*lines, f"tuned on this GPU: {tuning['why'] or kept}"]
 
 
 def _extension_lines(found: dict[str, Any]) -> list[str]:
@@ -156,4 +177,5 @@ def report() -> str:
         for kind, path in devices.items():
             why = "" if path["kernel"] else f" ({path['why_no_kernel']})"
             lines.append(f"  {name:<{width}}  {kind:<4}  {path['kernel'] or path['runs_as']}{why}")
+    lines += _kernel_lines(info["kernels"], info["triton"], info["tuning"])
     return "\n".join(lines)

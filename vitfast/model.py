@@ -404,7 +404,9 @@ class Block(nn.Module):
             1, ("attn.proj_drop", self.attn.proj_drop, nn.Dropout)
         )
         softmax = [("attn.attn_drop", self.attn.attn_drop, nn.Dropout)]
-        dropout = ["attn_drop is on: scaled_dot_product_attention"] if dropping(self.attn.attn_drop) else []
+        # the kernels for GPUs drop weights themselves
+        sdpa = dropping(self.attn.attn_drop) and not any(p.is_cuda for p in self.attn.parameters())
+        dropout = ["attn_drop is on: scaled_dot_product_attention"] if sdpa else []
         mlp_op = "mlp"
         if self.mlp.kind == "swiglu" or type(self.mlp.norm) is not nn.Identity or dropping(self.mlp.drop1):
             mlp_op = "linear (one a projection)"

@@ -19,7 +19,8 @@ from vitfast.fusion import plain, stands_for
 from vitfast.layers import LayerScale, activation_name, run_norm
 from vitfast.model import Block, PatchEmbed
 from vitfast.ops import _stock
-from vitfast.ops.attention import attention_cpu, check_mask
+from vitfast.ops._attention_stock import attention_cpu
+from vitfast.ops.attention import check_mask
 from vitfast.ops.patch_embed import place_prefix
 
 # Rows that oneDNN's layout is chosen for. It picks one for few rows and one for many, and the first is half as fast on

@@ -124,6 +124,28 @@ def attention_lse(q: Tensor, k: Tensor, scale: float) -> Tensor:
     return torch.logsumexp(scale * torch.einsum("bqhd,bkhd->bhqk", q, k), dim=-1)
 
 
+def attention_kept(seed: Tensor, shape: tuple[int, int, int, int], rate: float, image: int = 0) -> Tensor:
+    """Which attention weights [B, H, Nq, Nk] dropout leaves, as the kernels draw it: bool of `shape`.
+
+    The first word of Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) at the counter
+    (query, key, image * H + head, 0), images counted from `image` on, with the int64 `seed` as key; a weight stays
+    where its upper 31 bits are at least rate * 2**31.
+    """
+    B, H, Nq, Nk = shape
+    word = 0xFFFFFFFF
+    count = lambda n: torch.arange(n, dtype=torch.int64, device=seed.device)  # noqa: E731
+    c0 = count(Nq)[:, None].expand(B * H, Nq, Nk)
+    c1, c2, c3 = count(Nk), image * H + count(B * H)[:, None, None], torch.zeros_like(c0)
+    key0, key1 = seed.reshape(()) & word, (seed.reshape(()) >> 32) & word
+    for _ in range(10):
+        # products of 64 bits wrap around as they must
+        high, low = 0xCD9E8D57 * c2, 0xD2511F53 * c0
+        c0, c2 = (high >> 32 & word) ^ c1 ^ key0, (low >> 32 & word) ^ c3 ^ key1
+        c1, c3 = high & word, low & word
+        key0, key1 = (key0 + 0x9E3779B9) & word, (key1 + 0xBB67AE85) & word
+    return (c0 >> 1 >= round(rate * 2**31)).view(shape)
+
+
 def mlp(
     x: Tensor,
     norm_weight: Tensor | None,

@@ -89,7 +89,8 @@ class Judge:
             # TF32 keeps as many bits of a number as fp16
             dtype = torch.float16 if self.tf32 else DTYPES[self.case.dtype]
             for i, each in enumerate(zip(outs, refs, lows, strict=True)):
-                acceptance.accept(*each, dtype=dtype, grad=self.case.mode != "forward", what=f"result {i}")
+                k = acceptance.rms_ratio_of_few(each[2].numel(), dtype)
+                acceptance.accept(*each, dtype=dtype, grad=self.case.mode != "forward", k=k, what=f"result {i}")
         elif len(outs) == 1:
             acceptance.accept_model(outs[0], refs[0], lows[0])
         else:

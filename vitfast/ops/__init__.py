@@ -4,7 +4,8 @@
 empty batches work with all of them.
 """
 
-from vitfast.ops.attention import attention, attention_qkv
+from vitfast.ops.attention import attention, attention_qkv, attention_weights
+from vitfast.ops.attention_varlen import attention_varlen
 from vitfast.ops.layer_norm import add_layer_norm, layer_norm
 from vitfast.ops.linear import linear
 from vitfast.ops.mlp import mlp
@@ -14,6 +15,8 @@ __all__ = [
     "add_layer_norm",
     "attention",
     "attention_qkv",
+    "attention_varlen",
+    "attention_weights",
     "layer_norm",
     "linear",
     "mlp",

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from vitfast import extension, native
+from vitfast import dispatch, extension, native
 
 LIBRARY = torch.library.Library("vitfast", "DEF")
 AUTOGRAD_AND_VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
@@ -28,15 +28,22 @@ class Implementation(NamedTuple):
 
 GRADIENTS: dict[Callable, type[torch.autograd.Function]] = {}
 IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {}
+# by op, its kernel's name in `dispatch.KERNELS`
+CUDA_KERNELS: dict[str, str] = {}
 
+STOCK = "stock PyTorch operators"
 NO_CUDA_KERNEL = "its Triton or CUDA kernel is not part of this release"
 NO_CPU_KERNEL = "stock operators are as fast, or nearly"
 
 
-def op(schema: str, *, cpu: Callable, cuda: Callable, fake: Callable, cpu_kernel: str | None = None) -> Callable:
+def op(
+    schema: str, *, cpu: Callable, cuda: Callable, fake: Callable, cpu_kernel: str | None = None,
+    cuda_kernel: str | None = None,
+) -> Callable:  # fmt: skip
     """Define `vitfast::<schema>` for CPU and CUDA with its shape function; returns the callable op.
 
-    `cpu_kernel` names the C++ kernel that `cpu` uses where the extension is there.
+    `cpu_kernel` names the C++ kernel that `cpu` uses where the extension is there, `cuda_kernel` the one of
+    `dispatch.KERNELS` that `cuda` asks `dispatch.choose` about.
 
     Registered by `Library.define` and `impl`, not by `custom_op`: the call costs a quarter of the time, and a
     model makes about fifty of them.
@@ -46,12 +53,14 @@ def op(schema: str, *, cpu: Callable, cuda: Callable, fake: Callable, cpu_kernel
     LIBRARY.impl(name, cpu, "CPU")
     LIBRARY.impl(name, cuda, "CUDA")
     torch.library.register_fake(f"vitfast::{name}", fake, lib=LIBRARY)
+    if cuda_kernel:
+        CUDA_KERNELS[name] = cuda_kernel
     if not name.endswith("_backward"):
         IMPLEMENTATIONS[name] = {
-            "cpu": Implementation("C++", cpu_kernel, "")
-            if cpu_kernel
-            else Implementation("stock PyTorch operators", None, NO_CPU_KERNEL),
-            "cuda": Implementation("stock PyTorch operators", None, NO_CUDA_KERNEL),
+            "cpu": Implementation("C++", cpu_kernel, "") if cpu_kernel else Implementation(STOCK, None, NO_CPU_KERNEL),
+            "cuda": Implementation("Triton", dispatch.KERNELS[cuda_kernel].file, "")
+            if cuda_kernel
+            else Implementation(STOCK, None, NO_CUDA_KERNEL),
         }
     return getattr(torch.ops.vitfast, name).default
 
@@ -63,8 +72,16 @@ def implementations() -> dict[str, dict[str, Implementation]]:
         found[name] = dict(devices)
         if devices["cpu"].kernel is not None and native.kernels() is None:
             why = f"no extension: {extension.load()[1]}"
-            found[name]["cpu"] = Implementation("stock PyTorch operators", None, why)
+            found[name]["cpu"] = Implementation(STOCK, None, why)
+        if name in CUDA_KERNELS and (why := _why_stock_on_cuda(CUDA_KERNELS[name])):
+            found[name]["cuda"] = Implementation(STOCK, None, why)
     return found
+
+
+def _why_stock_on_cuda(kernel: str) -> str:
+    """Why stock operators run in place of this kernel whatever the shape, "" where they don't."""
+    state = dispatch.state(kernel)
+    return dispatch.why_no_kernels() or ("" if state.startswith(("auto", "kernel")) else state)
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:

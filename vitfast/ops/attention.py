@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
-from vitfast import native, reference
+from vitfast import reference
+from vitfast.ops import _attention_run as run
 from vitfast.ops import _register
+from vitfast.ops._attention_stock import key_is_there, lse_dtype
 from vitfast.ops._check import FLOATS, Reasons, autocast_dtype, cast
 from vitfast.ops._register import call, wants_gradient
 from vitfast.switches import stock_only
-
-aten = torch.ops.aten
 
 
 def attention(
@@ -23,6 +21,7 @@ def attention(
     *,
     scale: float | None = None,
     mask: Tensor | None = None,
+    lengths: Tensor | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -33,7 +32,8 @@ def attention(
         k, v: [B, Nk, H, D], any strides.
         scale: of the logits, D ** -0.5 by default.
         mask: bool (True: the key takes part) or float (added to the logits), broadcastable to [B, H, Nq, Nk].
-        dropout_p: dropout of the attention weights.
+        lengths: int32 or int64 [B]: the first keys of each image that take part; what lies behind them is never read.
+        dropout_p: dropout of the attention weights, below 1; drawn from torch's generator of the device.
         return_lse: also return the log of the softmax's denominators.
 
     Returns:
@@ -41,22 +41,27 @@ def attention(
         fp64), natural logarithm, no gradient. With no key at all: zeros, and lse -inf.
 
     Raises:
-        ValueError: shape, device or dtype does not fit.
-        TypeError: a mask that is neither bool nor float.
-        NotImplementedError: lse together with a mask or dropout.
+        ValueError: shape, device, dtype or rate does not fit; a mask together with lengths.
+        TypeError: a mask that is neither bool nor float; lengths that are no integers.
+        NotImplementedError: lse together with a mask, or on CPUs with dropout or lengths.
 
-    Numerics: logits, softmax and accumulation in fp32. A mask or dropout runs `F.scaled_dot_product_attention`.
+    Numerics: logits, softmax and accumulation in fp32; products of fp32 as `torch.get_float32_matmul_precision` says.
+    A mask, and on CPUs dropout or lengths, runs `F.scaled_dot_product_attention`.
     Source: Vaswani et al., "Attention Is All You Need" (2017), eq. 1.
     """
     dtype = autocast_dtype(q)
     q, k, v = cast(q, dtype), cast(k, dtype), cast(v, dtype)
     _check(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if mask is not None:
-        check_mask(mask, q, k)
-    if _needs_sdpa(mask, dropout_p, return_lse):
-        return reference.attention(q, k, v, scale, mask, dropout_p)
-    out, lse = call(_attention, wants_gradient(q, k, v), q, k, v, scale)
+    if mask is None and lengths is None and not dropout_p and (return_lse or not stock_only()):
+        out, lse = call(_attention, wants_gradient(q, k, v), q, k, v, scale, None, 0.0, None)
+        return (out, lse) if return_lse else out
+    check_extras(q, k, mask, lengths, dropout_p)
+    if _needs_sdpa(q, mask, lengths, dropout_p, return_lse):
+        return _sdpa(q, k, v, scale, mask, lengths, dropout_p)
+    out, lse = call(
+        _attention, wants_gradient(q, k, v), q, k, v, scale, _int32(lengths), dropout_p, draw_seed(q, dropout_p)
+    )
     return (out, lse) if return_lse else out
 
 
@@ -65,6 +70,7 @@ def attention_qkv(
     *,
     scale: float | None = None,
     mask: Tensor | None = None,
+    lengths: Tensor | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -75,20 +81,93 @@ def attention_qkv(
     if qkv.dtype not in FLOATS:
         raise ValueError(f"attention_qkv: qkv must be a floating point tensor, got {str(qkv.dtype)[6:]}")
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
-    if mask is not None:
-        check_mask(mask, qkv[:, :, 0], qkv[:, :, 1])
-    if _needs_sdpa(mask, dropout_p, return_lse):
-        return reference.attention(*qkv.unbind(2), scale, mask, dropout_p)
-    out, lse = call(_attention_qkv, wants_gradient(qkv), qkv, scale)
+    if mask is None and lengths is None and not dropout_p and (return_lse or not stock_only()):
+        out, lse = call(_attention_qkv, wants_gradient(qkv), qkv, scale, None, 0.0, None)
+        return (out, lse) if return_lse else out
+    q, k, v = qkv.unbind(2)
+    check_extras(q, k, mask, lengths, dropout_p)
+    if _needs_sdpa(q, mask, lengths, dropout_p, return_lse):
+        return _sdpa(q, k, v, scale, mask, lengths, dropout_p)
+    seed = draw_seed(q, dropout_p)
+    out, lse = call(_attention_qkv, wants_gradient(qkv), qkv, scale, _int32(lengths), dropout_p, seed)
     return (out, lse) if return_lse else out
 
 
-def _needs_sdpa(mask, dropout_p, return_lse):
-    if mask is None and not dropout_p and (return_lse or not stock_only()):
+def attention_weights(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None = None,
+    *,
+    queries: int | slice | Tensor = slice(None),
+    heads: int | slice | Tensor = slice(None),
+    scale: float | None = None,
+) -> Tensor:
+    """The attention weights of chosen queries and heads, for maps beside fused attention: exp(scale * q k^T - lse).
+
+    Args:
+        q: [B, Nq, H, D]. k: [B, Nk, H, D].
+        lse: [B, H, Nq] of `attention(..., return_lse=True)`; without it the softmax is computed here.
+        queries: which queries, as an index of them: 0 is the class token where there is one.
+        heads: which heads, the same.
+        scale: of the logits, D ** -0.5 by default.
+
+    Returns:
+        [B, heads, queries, Nk] in fp32 (fp64 for fp64), an axis less for each index that is a number; differentiable
+        with respect to q and k where lse is not given.
+
+    Raises:
+        ValueError: shape, device or dtype does not fit.
+    """
+    _check(q, k, k)
+    of_lse = [q.shape[0], q.shape[2], q.shape[1]]
+    if lse is not None and list(lse.shape) != of_lse:
+        raise ValueError(f"attention_weights: lse must be {of_lse}, got {list(lse.shape)}")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    dtype = lse_dtype(q.dtype)
+    # numbers last, so that both axes are there for the product
+    q, k = q.transpose(1, 2)[:, _as_slice(heads)], k.transpose(1, 2)[:, _as_slice(heads)]
+    q = q[:, :, _as_slice(queries)]
+    with torch.autocast(q.device.type, enabled=False):
+        logits = (q.to(dtype) * scale) @ k.to(dtype).transpose(-1, -2)
+    if lse is None:
+        weights = logits.softmax(-1)
+    else:
+        weights = (logits - lse[:, _as_slice(heads)][:, :, _as_slice(queries), None]).exp()
+    if isinstance(queries, int):
+        weights = weights[:, :, 0]
+    return weights[:, 0] if isinstance(heads, int) else weights
+
+
+def _as_slice(index):
+    return slice(index, index + 1 or None) if isinstance(index, int) else index
+
+
+def _needs_sdpa(q, mask, lengths, dropout_p, return_lse):
+    kernels = run.may_be_kernels(q)
+    if mask is None and kernels and dropout_p < 1 and not stock_only():
         return False
     if return_lse:
-        raise NotImplementedError("attention: return_lse=True is not available together with a mask or dropout_p")
+        what = "a mask" if mask is not None else "dropout_p or lengths" + ("" if kernels else " on a CPU")
+        raise NotImplementedError(f"attention: return_lse=True is not available together with {what}")
     return True
+
+
+def _sdpa(q, k, v, scale, mask, lengths, dropout_p):
+    if lengths is not None:
+        there = key_is_there(lengths, k.shape[1])
+        gone = ~there[:, :, None, None]
+        # padding may hold anything, and 0 * NaN is NaN
+        k, v, mask = k.masked_fill(gone, 0.0), v.masked_fill(gone, 0.0), there[:, None, None]
+    return reference.attention(q, k, v, scale, mask, dropout_p)
+
+
+def _int32(lengths):
+    return None if lengths is None else lengths.to(torch.int32)
+
+
+def draw_seed(q: Tensor, dropout_p: float) -> Tensor | None:
+    """int64 [1] from the generator of q's device: replayed by checkpointing, fresh in each replay of a CUDA graph."""
+    return torch.randint(-(2**63), 2**63 - 1, (1,), device=q.device) if dropout_p else None
 
 
 def _check(q, k, v):
@@ -105,7 +184,26 @@ def _check(q, k, v):
     check.raise_if_any()
 
 
-def check_mask(mask, q, k):
+def check_extras(
+    q: Tensor, k: Tensor, mask: Tensor | None = None, lengths: Tensor | None = None, dropout_p: float = 0.0
+) -> None:
+    """Raise where mask, lengths or dropout cannot be used with q [B, Nq, H, D] and k [B, Nk, H, D]."""
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"attention: dropout_p must be from 0 to 1, got {dropout_p}")
+    if mask is not None:
+        check_mask(mask, q, k)
+    if lengths is None:
+        return
+    if mask is not None:
+        raise ValueError("attention: lengths must not come together with a mask, which can say the same")
+    if lengths.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"attention: lengths must be int32 or int64, got {str(lengths.dtype)[6:]}")
+    if lengths.shape != (q.shape[0],) or lengths.device != q.device:
+        got = f"{list(lengths.shape)} on {lengths.device}"
+        raise ValueError(f"attention: lengths must be [{q.shape[0]}] on {q.device}, got {got}")
+
+
+def check_mask(mask: Tensor, q: Tensor, k: Tensor) -> None:
     """Raise where `mask` cannot be used with q [B, Nq, H, D] and k [B, Nk, H, D]."""
     if mask.dtype not in (torch.bool, torch.float32, q.dtype):
         raise TypeError(
@@ -118,190 +216,75 @@ def check_mask(mask, q, k):
         raise ValueError(f"attention: mask must be broadcastable to {list(full)}, got {list(mask.shape)}")
 
 
-def _lse_dtype(dtype):
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _rows(out):
-    """[B, H, N, D] from a stock kernel -> [B, N, H * D], a view where that kernel wrote [B, N, H, D]."""
-    return out.transpose(1, 2).flatten(2).contiguous()
-
-
-def _nothing(q):
+def _attention_fake(q, k, v, scale, lengths=None, dropout_p=0.0, seed=None):
     B, N, H, D = q.shape
-    return q.new_zeros(B, N, H * D), q.new_full((B, H, N), float("-inf"), dtype=_lse_dtype(q.dtype))
+    return q.new_empty(B, N, H * D), q.new_empty(B, H, N, dtype=lse_dtype(q.dtype))
 
 
-def attention_cpu(q, k, v, scale, with_lse=True):
-    """`attention` below its checks; without lse a None may come in its place."""
-    if not q.numel() or not k.numel():
-        return _nothing(q)
-    if native.takes(q):
-        q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-        return native.attention(q, k, v, scale, with_lse)
-    q, k, v = (_rows_of_heads(t) for t in (q, k, v))
-    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, scale=scale)
-    return _rows(out), lse.contiguous()
-
-
-def _attention_qkv_cpu(qkv, scale):
-    # one view of the whole in place of one a part: each costs a microsecond, beside 16 for all of the op
-    if not qkv.numel():
-        return _nothing(qkv[:, :, 0])
-    qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
-    if native.takes(qkv):
-        return native.attention_qkv(qkv, scale, with_lse=True)
-    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-        *qkv.permute(2, 0, 3, 1, 4).unbind(0), 0.0, False, scale=scale
-    )
-    return _rows(out), lse.contiguous()
-
-
-def _attention_backward_cpu(grad, q, k, v, out, lse, scale):
-    if not q.numel() or not k.numel():
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    B, N, H, D = q.shape
-    q, k, v = (_rows_of_heads(t) for t in (q, k, v))
-    grad, out = (t.view(B, N, H, D).transpose(1, 2) for t in (grad.contiguous(), out))
-    grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, q, k, v, out, lse, 0.0, False, scale=scale
-    )
-    return tuple(g.transpose(1, 2).contiguous() for g in grads)
-
-
-def _attention_cuda(q, k, v, scale):
-    if not q.numel() or not k.numel():
-        return _nothing(q)
-    if not _flash_takes(q):
-        return attention_formula(q, k, v, scale)
-    q, k, v = (_rows_of_heads(t) for t in (q, k, v))
-    out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)
-    return _rows(out), lse.contiguous()
-
-
-def _attention_backward_cuda(grad, q, k, v, out, lse, scale):
-    if not q.numel() or not k.numel():
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    if not _flash_takes(q):
-        return attention_formula_backward(grad, q, k, v, out, lse, scale)
-    B, N, H, D = q.shape
-    q, k, v = (_rows_of_heads(t) for t in (q, k, v))
-    grad, out = (_rows_of_heads(t.contiguous().view(B, N, H, D)) for t in (grad, out))
-    unused = torch.zeros(2, dtype=torch.uint64, device=q.device)
-    grads = aten._scaled_dot_product_flash_attention_backward(
-        grad, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, False, unused, unused, scale=scale
-    )
-    return tuple(g.transpose(1, 2).contiguous() for g in grads)
-
-
-def _rows_of_heads(t):
-    """[B, N, H, D] -> [B, H, N, D] as torch's flash attention reads it: 16 bytes at a time, which it does not check."""
-    starts = (t.storage_offset(), *t.stride()[:-1])
-    if t.stride(-1) != 1 or (t.is_cuda and any(start * t.element_size() % 16 for start in starts)):
-        t = t.clone(memory_format=torch.contiguous_format)
-    return t.transpose(1, 2)
-
-
-def _flash_takes(q):
-    """torch's flash attention: half precision, head dims in eights up to 256, Ampere or newer."""
-    half = q.dtype in (torch.float16, torch.bfloat16)
-    return half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and torch.cuda.get_device_capability(q.device) >= (8, 0)
-
-
-def _outside_autocast(formula):
-    """An op runs inside its caller's autocast, which would round the fp32 logits below."""
-
-    @functools.wraps(formula)
-    def run(q, *args):
-        with torch.autocast(q.device.type, enabled=False):
-            return formula(q, *args)
-
-    return run
-
-
-@_outside_autocast
-def attention_formula(q, k, v, scale):
-    """Attention as written, for what no stock kernel takes; the N x N weights live only inside this call."""
-    dtype = _lse_dtype(q.dtype)
-    logits = torch.einsum("bqhd,bkhd->bhqk", q.to(dtype), k.to(dtype)).mul_(scale)
-    lse = torch.logsumexp(logits, dim=-1)
-    weights = logits.sub_(lse.unsqueeze(-1)).exp_()
-    return torch.einsum("bhqk,bkhd->bqhd", weights, v.to(dtype)).to(q.dtype).flatten(2).contiguous(), lse
-
-
-@_outside_autocast
-def attention_formula_backward(grad, q, k, v, out, lse, scale):
-    """Gradients from q, k, v, out and lse. With P the weights and dP = grad v^T:
-    dS = P * (dP - rowsum(grad * out)), dq = scale dS k, dk = scale dS^T q, dv = P^T grad.
-    """
-    B, N, H, D = q.shape
-    dtype = _lse_dtype(q.dtype)
-    qd, kd, vd, gd, od = (t.to(dtype) for t in (q, k, v, grad.reshape(B, N, H, D), out.view(B, N, H, D)))
-    weights = torch.einsum("bqhd,bkhd->bhqk", qd, kd).mul_(scale).sub_(lse.unsqueeze(-1)).exp_()
-    dv = torch.einsum("bhqk,bqhd->bkhd", weights, gd)
-    ds = torch.einsum("bqhd,bkhd->bhqk", gd, vd).sub_((gd * od).sum(-1).transpose(1, 2).unsqueeze(-1)).mul_(weights)
-    dq = torch.einsum("bhqk,bkhd->bqhd", ds, kd).mul_(scale)
-    dk = torch.einsum("bhqk,bqhd->bkhd", ds, qd).mul_(scale)
-    return tuple(t.to(q.dtype).contiguous() for t in (dq, dk, dv))
-
-
-def _attention_fake(q, k, v, scale):
-    B, N, H, D = q.shape
-    return q.new_empty(B, N, H * D), q.new_empty(B, H, N, dtype=_lse_dtype(q.dtype))
-
-
-def _attention_backward_fake(grad, q, k, v, out, lse, scale):
+def _attention_backward_fake(grad, q, k, v, out, lse, scale, lengths=None, dropout_p=0.0, seed=None):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
 
 
 def _setup(ctx, inputs, output):
-    *tensors, ctx.scale = inputs
+    # the dispatcher leaves out arguments that are the defaults
+    ctx.given = len(inputs)
+    *tensors, ctx.scale, lengths, ctx.dropout_p, seed = (*inputs, *(None, 0.0, None)[ctx.given - ctx.required :])
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, out, lse)
+    ctx.save_for_backward(*tensors, out, lse, lengths, seed)
+
+
+def _setup_attention(ctx, inputs, output):
+    ctx.required = 4
+    _setup(ctx, inputs, output)
+
+
+def _setup_qkv(ctx, inputs, output):
+    ctx.required = 2
+    _setup(ctx, inputs, output)
 
 
 def _attention_grad(ctx, grad, _):
-    if grad is None:
-        return None, None, None, None
-    need = ctx.needed
-    grads = _attention_backward(grad, *ctx.saved_tensors, ctx.scale)
-    return *(g if n else None for g, n in zip(grads, need, strict=False)), None
+    grads = (None,) * 3
+    if grad is not None:
+        *saved, lengths, seed = ctx.saved_tensors
+        grads = _attention_backward(grad, *saved, ctx.scale, lengths, ctx.dropout_p, seed)
+        grads = tuple(g if n else None for g, n in zip(grads, ctx.needed, strict=False))
+    return *grads, *(None,) * (ctx.given - 3)
 
 
 def _attention_qkv_grad(ctx, grad, _):
-    if grad is None:
-        return None, None
-    return _attention_qkv_backward(grad, *ctx.saved_tensors, ctx.scale), None
+    if grad is not None:
+        *saved, lengths, seed = ctx.saved_tensors
+        grad = _attention_qkv_backward(grad, *saved, ctx.scale, lengths, ctx.dropout_p, seed)
+    return grad, *(None,) * (ctx.given - 1)
 
 
-def _packed(forward):
-    return lambda qkv, scale: forward(*qkv.unbind(2), scale)
-
-
-def _packed_backward(backward):
-    return lambda grad, qkv, out, lse, scale: torch.stack(backward(grad, *qkv.unbind(2), out, lse, scale), dim=2)
-
+_EXTRAS = "float scale, Tensor? lengths=None, float dropout_p=0.0, Tensor? seed=None"
 
 _attention = _register.op(
-    "attention(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
-    cpu=attention_cpu, cuda=_attention_cuda, fake=_attention_fake, cpu_kernel="csrc/attention_cpu.h",
+    f"attention(Tensor q, Tensor k, Tensor v, {_EXTRAS}) -> (Tensor, Tensor)",
+    cpu=run.attention_cpu, cuda=run.attention_cuda, fake=_attention_fake, cpu_kernel="csrc/attention_cpu.h",
+    cuda_kernel="attention",
 )  # fmt: skip
 _attention_backward = _register.op(
-    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale)"
+    f"attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_EXTRAS})"
     " -> (Tensor, Tensor, Tensor)",
-    cpu=_attention_backward_cpu, cuda=_attention_backward_cuda, fake=_attention_backward_fake,
+    cpu=run.attention_backward_cpu, cuda=run.attention_backward_cuda, fake=_attention_backward_fake,
+    cuda_kernel="attention_backward",
 )  # fmt: skip
-_register.autograd("attention", setup_context=_setup, backward=_attention_grad)
+_register.autograd("attention", setup_context=_setup_attention, backward=_attention_grad)
 _attention_qkv = _register.op(
-    "attention_qkv(Tensor qkv, float scale) -> (Tensor, Tensor)",
-    cpu=_attention_qkv_cpu, cuda=_packed(_attention_cuda), cpu_kernel="csrc/attention_cpu.h",
-    fake=lambda qkv, scale: _attention_fake(*qkv.unbind(2), scale),
+    f"attention_qkv(Tensor qkv, {_EXTRAS}) -> (Tensor, Tensor)",
+    cpu=run.attention_qkv_cpu, cuda=run.attention_qkv_cuda, cpu_kernel="csrc/attention_cpu.h",
+    cuda_kernel="attention",
+    fake=lambda qkv, *others: _attention_fake(*qkv.unbind(2), *others),
 )  # fmt: skip
 _attention_qkv_backward = _register.op(
-    "attention_qkv_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, float scale) -> Tensor",
-    cpu=_packed_backward(_attention_backward_cpu), cuda=_packed_backward(_attention_backward_cuda),
-    fake=lambda grad, qkv, out, lse, scale: torch.empty_like(qkv, memory_format=torch.contiguous_format),
+    f"attention_qkv_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, {_EXTRAS}) -> Tensor",
+    cpu=run.attention_qkv_backward_cpu, cuda=run.attention_qkv_backward_cuda,
+    cuda_kernel="attention_backward",
+    fake=lambda grad, qkv, *others: torch.empty_like(qkv, memory_format=torch.contiguous_format),
 )  # fmt: skip
-_register.autograd("attention_qkv", setup_context=_setup, backward=_attention_qkv_grad)
+_register.autograd("attention_qkv", setup_context=_setup_qkv, backward=_attention_qkv_grad)

@@ -1,0 +1,231 @@
+"""Compile every kernel for four architectures with no GPU, and compare what comes out with benchmarks/aot.json.
+
+    python benchmarks/aot.py [--arch 80 89 90 100] [--only NAME-PART] [--defaults] [--write]
+
+Prints a line for each configuration of each Triton kernel and for each kernel of csrc/*.cu: registers, stack, shared
+memory, tensor core instructions, widths of loads, why it is refused; then what differs from the record. --write, which
+takes all configurations, renews the record: without times in it, so that the same versions write the same file.
+
+A configuration is refused where it does not compile; spills and some shape runs it by default; needs more shared memory
+than the card has; has no wgmma on sm_90, or no wide load, for its products; has TF32 where it promises IEEE products;
+or computes a row's offset in 32 bits.
+
+Exit status: 0, differences from the record or not; 1 where one is refused; 2 for wrong use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+# a plain copy of the source tree is not installed
+sys.path.insert(0, str(ROOT))
+
+from aot_compile import ARCHS, CUDA_ARCHS, Row, compilations, cuda_rows, kernel_row, nvcc_release  # noqa: E402
+
+from vitfast.bench import machine, record  # noqa: E402
+
+RECORD = ROOT / "benchmarks" / "aot.json"
+SCHEMA = 1
+# each has `compilations(arch)`
+KERNEL_MODULES: tuple[str, ...] = ("vitfast.kernels.attention",)
+CUDA_SOURCES = tuple(sorted(str(path) for path in (ROOT / "csrc").glob("*.cu")))
+CRASHED = {"refused": ["does not compile: the compiler took its process down"]}
+
+
+class Job(NamedTuple):
+    """A call in another process that gives rows by key; `key` stands for them where it does not come back."""
+
+    key: str
+    work: Callable[..., dict[str, Row]]
+    arguments: tuple[Any, ...]
+
+
+def kernel_jobs(modules: Iterable[str], archs: Iterable[int], *, defaults: bool = False) -> list[Job]:
+    """One for each configuration, or with `defaults` for those that some shape runs by default; by name and arch."""
+    found = [
+        (key.rpartition(" ")[0], arch, Job(key, kernel_row, (module, key, arch)))
+        for module in modules
+        for arch in archs
+        for key, each in compilations(module, arch).items()
+        if each.default or not defaults
+    ]
+    return [job for *_, job in sorted(found)]
+
+
+def cuda_jobs(sources: Iterable[str], archs: Iterable[int]) -> list[Job]:
+    return [
+        Job(f"csrc/{Path(source).name} sm_{CUDA_ARCHS[arch]}", cuda_rows, (source, arch))
+        for source in sources
+        for arch in archs
+        if arch in CUDA_ARCHS
+    ]
+
+
+def run(jobs: list[Job], workers: int) -> Iterator[tuple[str, Row]]:
+    """Rows by key, in the order of `jobs`."""
+    done = 0
+    while done < len(jobs):
+        try:
+            with _pool(workers) as pool:
+                for made in [pool.submit(job.work, *job.arguments) for job in jobs[done:]]:
+                    yield from made.result().items()
+                    done += 1
+        except BrokenProcessPool:
+            # whichever of those under way it was: one by one it shows
+            for job in jobs[done : done + workers]:
+                yield from _alone(job).items()
+            done += workers
+
+
+def _alone(job: Job) -> dict[str, Row]:
+    try:
+        with _pool(1) as pool:
+            return pool.submit(job.work, *job.arguments).result()
+    except BrokenProcessPool:
+        return {job.key: CRASHED}
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    # a fork of a process in which torch has threads may hang
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+
+
+# the record
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The record in `path`; one without rows where there is no such file.
+
+    Raises:
+        ValueError: it is no whole JSON, or of another schema; names the file.
+    """
+    if not path.exists():
+        return {"schema": SCHEMA, "rows": {}}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as problem:
+        raise ValueError(f"{path}: no whole JSON: {problem}") from None
+    if data.get("schema") != SCHEMA:
+        raise ValueError(f"{path}: schema {data.get('schema')!r} is not known, expected {SCHEMA}")
+    return data
+
+
+def record_of(rows: dict[str, Row], before: dict[str, Any]) -> dict[str, Any]:
+    """What --write writes. Where there is no nvcc, the rows of csrc stay as they were."""
+    release, kept = nvcc_release(), {}
+    if release is None:
+        rows = {key: row for key, row in rows.items() if not _of_cuda(key)}
+        kept = {key: row for key, row in before["rows"].items() if _of_cuda(key)}
+    versions = {"triton": machine.version("triton"), "torch": machine.version("torch")}
+    versions["nvcc"] = before.get("nvcc") if release is None else release
+    return {"schema": SCHEMA, **versions, "rows": {key: without_time(row) for key, row in rows.items()} | kept}
+
+
+def without_time(row: Row) -> Row:
+    return {name: value for name, value in row.items() if name != "seconds"}
+
+
+def differences(before: dict[str, Row], after: dict[str, Row], *, gone: bool = True) -> list[str]:
+    """What changed from one set of rows to another, a line for each configuration.
+
+    Args:
+        gone: name those that are only in `before`; not where `after` is a selection.
+    """
+    lines = [f"new      {key}: {_numbers(row)}" for key, row in after.items() if key not in before]
+    if gone:
+        lines += [f"gone     {key}: {_numbers(row)}" for key, row in before.items() if key not in after]
+    for key, row in after.items():
+        if key in before and (changes := _changes(before[key], without_time(row))):
+            lines.append(f"changed  {key}: {'; '.join(changes)}")
+    return lines
+
+
+def _changes(before: Row, after: Row) -> list[str]:
+    changes = []
+    for name in [*before, *(name for name in after if name not in before)]:
+        old, new = before.get(name), after.get(name)
+        if old == new:
+            continue
+        if isinstance(old, int) and isinstance(new, int) and not isinstance(new, bool):
+            changes.append(f"{name} {old} -> {new} ({new - old:+})")
+        else:
+            lost = "lost wgmma: " if name == "mma" and "wgmma" in str(old) and "wgmma" not in str(new) else ""
+            changes.append(f"{lost}{name} {_text(old)} -> {_text(new)}")
+    return changes
+
+
+def _text(value: Any) -> str:
+    return "; ".join(value) if isinstance(value, list) else str(value)
+
+
+# what is printed
+
+
+def _numbers(row: Row) -> str:
+    if "registers" not in row:
+        return "no kernels" if row.get("kernels") == 0 else row.get("skipped", "")
+    spills = f"stack {row['stack']}" if row["stack"] else ""
+    parts = [f"{row['registers']:3} registers", f"{row['shared'] / 1024:5.1f} KB shared", spills, row["mma"]]
+    return ", ".join(part for part in (*parts, f"loads: {row['loads']}") if part)
+
+
+def line_of(key: str, row: Row) -> str:
+    verdict = "".join(f"\n    REFUSED {why}" for why in row.get("refused", ()))
+    numbers = _numbers(row)
+    seconds = f" ({row['seconds']:.1f} s)" if row.get("seconds") else ""
+    return f"{key:56} {numbers}{seconds}{verdict}"
+
+
+def _of_cuda(key: str) -> bool:
+    return key.startswith("csrc/")
+
+
+def main(argv: list[str] | None = None) -> int:
+    began = time.perf_counter()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHS, default=list(ARCHS), metavar="80|89|90|100")
+    parser.add_argument("--only", default="", help="configurations with this in the line they begin with")
+    parser.add_argument("--defaults", action="store_true", help="only what some shape runs where nobody tuned")
+    parser.add_argument("--write", action="store_true", help=f"renew {RECORD.relative_to(ROOT)}")
+    told = parser.parse_args(argv)
+    everything = not told.only and not told.defaults and set(told.arch) == set(ARCHS)
+    if told.write and not everything:
+        print("aot: --write takes all configurations, not with --arch, --only or --defaults", file=sys.stderr)
+        return 2
+    try:
+        before = read(RECORD)
+    except ValueError as problem:
+        print(f"aot: {problem}", file=sys.stderr)
+        return 2
+    jobs = kernel_jobs(KERNEL_MODULES, told.arch, defaults=told.defaults) + cuda_jobs(CUDA_SOURCES, told.arch)
+    rows: dict[str, Row] = {}
+    for key, row in run([job for job in jobs if told.only in job.key], os.cpu_count() or 1):
+        rows[key] = row
+        print(line_of(key, row), flush=True)
+    after = record_of(rows, before)
+    versions = [name for name in ("triton", "torch", "nvcc") if name in before and before[name] != after[name]]
+    print(f"\ncompared with {RECORD.name}:")
+    for name in versions:
+        print(f"{name} {before[name]} -> {after[name]}")
+    print("\n".join(differences(before["rows"], after["rows"], gone=everything)) or "no difference")
+    if told.write:
+        record.write_json(RECORD, after)
+    refused = sum(1 for row in rows.values() if row.get("refused"))
+    skipped = sum(1 for row in rows.values() if "skipped" in row)
+    print(f"{len(rows)} rows, {refused} refused, {skipped} skipped, {time.perf_counter() - began:.0f} s")
+    return int(bool(refused))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""The attention kernels against fp64, by the rule that stock attention sets: lengths, head dims, layouts."""
+
+import pytest
+import torch
+from attention_cases import (
+    BACKWARD,
+    FORWARD,
+    INTERPRETED,
+    LAYOUTS,
+    PAIRS,
+    check,
+    draw,
+    every_dtype,
+    every_pair,
+    exact,
+    fits,
+    judge,
+    laid_out,
+    stock,
+)
+
+from vitfast.kernels import attention
+
+LENGTHS = (1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 196, 197, 198, 257, 577)
+HEAD_DIMS = (16, 24, 32, 40, 48, 64, 72, 80, 96, 112, 128)
+every_forward = pytest.mark.parametrize("forward", FORWARD)
+every_backward = pytest.mark.parametrize("backward", BACKWARD)
+
+
+@every_dtype
+@pytest.mark.parametrize("N", LENGTHS)
+def test_length_leaves_a_tail_out_or_reads_past_the_end(N, dtype, device):
+    size = {"B": 1, "H": 1} if INTERPRETED and N > 128 else {}
+    for D in (64, 72):
+        check(dtype, D, N, N, backward=BACKWARD["blocks"], device=device, **size)
+
+
+@every_dtype
+@every_forward
+@pytest.mark.parametrize("N", (17, 129, 197, 257))
+def test_forward_kernel_is_wrong_at_a_length(forward, N, dtype, device):
+    if fits("forward", FORWARD[forward], N):
+        check(dtype, 64, N, N, forward=FORWARD[forward], B=1, device=device)
+
+
+@every_dtype
+@every_backward
+@pytest.mark.parametrize("N", (16, 17, 129, 197, 256))
+def test_backward_kernel_is_wrong_at_a_length(backward, N, dtype, device):
+    check(dtype, 64, N, N, backward=BACKWARD[backward], B=1, device=device)
+
+
+@every_dtype
+@every_forward
+@every_backward
+@pytest.mark.parametrize("D", HEAD_DIMS)
+def test_head_dim_is_padded_wrongly_or_sets_the_scale(D, forward, backward, dtype, device):
+    # each of both with each head dim, and not every pair: compiling them takes a GPU's run minutes
+    if (list(FORWARD).index(forward) - list(BACKWARD).index(backward)) % 3:
+        return
+    check(dtype, D, 33, 33, forward=FORWARD[forward], backward=BACKWARD[backward], device=device)
+
+
+@every_dtype
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("D", (64, 72))
+def test_stride_is_ignored(layout, D, dtype, device):
+    for forward, backward in zip(list(FORWARD.values())[1:], BACKWARD.values(), strict=True):
+        found = check(dtype, D, 33, 33, forward=forward, backward=backward, layout=layout, device=device)
+        plain = [t.contiguous() for t in laid_out(layout, 2, 33, 33, 2, D, dtype, device)]
+        for got, expected in zip(found, attention.forward(*plain, D**-0.5, config=forward), strict=True):
+            assert torch.equal(got, expected)
+
+
+@every_dtype
+@pytest.mark.parametrize("Nq, Nk", [(1, 197), (1, 17), (65, 33), (33, 130), (17, 577)])
+def test_keys_of_another_number_than_queries(Nq, Nk, dtype, device):
+    for forward, backward in PAIRS:
+        forward, backward = FORWARD[forward], BACKWARD[backward]
+        if fits("forward", forward, Nk) and fits("backward", backward, Nk):
+            check(dtype, 64, Nq, Nk, forward=forward, backward=backward, layout="separate", B=4 if Nq < 9 else 1, device=device)
+
+
+@every_pair
+def test_large_logits_overflow(forward, backward, device):
+    """Logits up to 3e5, where weights are ones and zeros; of whole numbers, which all sums have exactly."""
+    q, k = (draw(1, 65, 2, 64, device=device, seed=i).mul(80).round() for i in range(2))
+    v, grad = draw(1, 65, 2, 64, device=device, seed=2), draw(1, 65, 128, device=device, seed=3)
+    q[:, ::7] = k[:, ::7].clone()
+    ref, low = exact(q, k, v, 1.0, grad), stock(q, k, v, 1.0, grad)
+    assert ref[1].max() > 3e5
+    out, lse = attention.forward(q, k, v, 1.0, config=FORWARD[forward])
+    grads = attention.backward(grad, q, k, v, out, lse, 1.0, config=BACKWARD[backward])
+    torch.testing.assert_close(lse.double(), ref[1], rtol=2e-7, atol=0)
+    judge(out, ref[0], low[0], what="out")
+    for name, *three in zip(("dq", "dk", "dv"), grads, ref[2:], low[1:], strict=True):
+        judge(*three, grad=True, what=name)
+
+
+@every_pair
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+def test_one_bad_image_spoils_another(where, bad, forward, backward, device):
+    """NaN and infinities stay in their image and head, and are not lost there."""
+    q, k, v = (draw(2, 33, 2, 64, device=device, seed=i) for i in range(3))
+    grad = draw(2, 33, 128, device=device, seed=9)
+    good = attention.forward(q, k, v, 0.125, config=FORWARD[forward])
+    good += attention.backward(grad, q, k, v, *good, 0.125, config=BACKWARD[backward])
+    {"q": q, "k": k, "v": v}[where][1, 7, 1, 5] = bad
+    out, lse = attention.forward(q, k, v, 0.125, config=FORWARD[forward])
+    grads = attention.backward(grad, q, k, v, out, lse, 0.125, config=BACKWARD[backward])
+    ref = exact(q, k, v, 0.125, grad)
+    assert torch.equal(out.isnan(), ref[0].isnan()) and torch.equal(out.isinf(), ref[0].isinf())
+    for got, expected in zip((out, *grads), (good[0], *good[2:]), strict=True):
+        got, expected = got.view(2, 33, 2, 64), expected.view(2, 33, 2, 64)
+        assert torch.equal(got[0], expected[0]) and torch.equal(got[1, :, 0], expected[1, :, 0])
+    for got, expected in zip(grads, ref[2:], strict=True):
+        assert torch.isfinite(got[1, :, 1]).all() == torch.isfinite(expected[1, :, 1]).all()
+
+
+def test_row_past_two_to_the_31_is_read_elsewhere(device):
+    """The last image and row of tensors whose offsets need 64 bits; the memory between is never touched."""
+    D, step = 16, (1 << 31) + 16
+    memory = torch.empty(2 * step + 64 * D, dtype=torch.float16, device=device)
+    for strides in ((step, D, D, 1), (D, step, D, 1)):
+        q, k, v = (memory.as_strided((2, 2, 1, D), strides, i * 4 * D) for i in range(3))
+        for i, t in enumerate((q, k, v)):
+            t.copy_(draw(2, 2, 1, D, dtype=torch.float16, seed=i))
+        plain = [t.clone(memory_format=torch.contiguous_format) for t in (q, k, v)]
+        grad = draw(2, 2, D, dtype=torch.float16, device=device)
+        for forward in FORWARD.values():
+            far, found = (attention.forward(*three, 0.25, config=forward) for three in ((q, k, v), plain))
+            assert all(map(torch.equal, far, found))
+        for backward in BACKWARD.values():
+            far, near = (
+                attention.backward(grad, *three, *found, 0.25, config=backward) for three in ((q, k, v), plain)
+            )
+            assert all(map(torch.equal, far, near))
+
+
+def test_gradient_is_written_beside_its_place(device):
+    """Into the packed gradient, whose memory holds NaN: all of it is written, in every kernel."""
+    q, k, v = laid_out("packed", 2, 33, 33, 2, 72, torch.float32, device)
+    grad = draw(2, 33, 144, device=device)
+    out, lse = attention.forward(q, k, v, 0.1)
+    for config in BACKWARD.values():
+        apart = attention.backward(grad, q, k, v, out, lse, 0.1, config=config)
+        packed = torch.full((2, 33, 3, 2, 72), float("nan"), device=device)
+        attention.backward(grad, q, k, v, out, lse, 0.1, config=config, into=packed.unbind(2))
+        assert torch.equal(packed, torch.stack(apart, dim=2))
+
+
+def test_two_runs_differ(device):
+    q, k, v = laid_out("packed", 2, 130, 130, 3, 64, torch.float16, device)
+    grad = draw(2, 130, 192, dtype=torch.float16, device=device)
+    for forward, backward in PAIRS:
+        forward, backward = FORWARD[forward], BACKWARD[backward]
+        first = attention.forward(q, k, v, 0.125, config=forward)
+        gradients = attention.backward(grad, q, k, v, *first, 0.125, config=backward)
+        for _ in range(1 if INTERPRETED else 250):
+            assert all(map(torch.equal, attention.forward(q, k, v, 0.125, config=forward), first))
+            again = attention.backward(grad, q, k, v, *first, 0.125, config=backward)
+            assert all(map(torch.equal, again, gradients))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="70,000 programs take the interpreter minutes")
+@pytest.mark.parametrize("images", (65_536, 70_000))
+def test_more_heads_than_a_grid_has_rows(images, device):
+    check(torch.float16, 16, 9, 9, backward=BACKWARD["blocks"], B=images, H=1, device=device)

@@ -1,0 +1,233 @@
+"""Dropout, padding and packed sequences in the attention kernels, and the ops that run them."""
+
+import pytest
+import torch
+from attention_cases import BACKWARD, FORWARD, INTERPRETED, draw, every_dtype, every_pair, judge, stock
+from torch.utils.checkpoint import checkpoint
+
+from vitfast import ops, reference
+from vitfast.kernels import attention
+from vitfast.ops import _attention_run
+from vitfast.ops._attention_stock import attention_formula, attention_formula_backward, key_is_there
+
+
+def tensors(B, Nq, Nk, H, D, dtype, device):
+    q, k, v = (draw(B, n, H, D, dtype=dtype, device=device, seed=i) for i, n in enumerate((Nq, Nk, Nk)))
+    return q, k, v, draw(B, Nq, H * D, dtype=dtype, device=device, seed=8)
+
+
+def rounded(q, k, v, grad, scale, lengths, dropout_p, seed):
+    """The formula in fp32 with weights and their gradient rounded to the dtype before products, as stock kernels do."""
+    dtype, shape = q.dtype, (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    q, k, v, grad = (t.float() for t in (q, k, v, grad.view(q.shape)))
+    logits = scale * torch.einsum("bqhd,bkhd->bhqk", q, k)
+    if lengths is not None:
+        logits.masked_fill_(~key_is_there(lengths, k.shape[1])[:, None, None], float("-inf"))
+    p = logits.softmax(-1).nan_to_num(0.0)
+    z = reference.attention_kept(seed, shape, dropout_p) / (1 - dropout_p) if dropout_p else torch.ones_like(p)
+    used = (p * z).to(dtype).float()
+    out = torch.einsum("bhqk,bkhd->bqhd", used, v).to(dtype)
+    dp = torch.einsum("bqhd,bkhd->bhqk", grad, v) * z
+    ds = (p * (dp - (grad * out.float()).sum(-1).transpose(1, 2)[..., None])).to(dtype).float()
+    dq, dk = scale * torch.einsum("bhqk,bkhd->bqhd", ds, k), scale * torch.einsum("bhqk,bqhd->bkhd", ds, q)
+    dv = torch.einsum("bhqk,bqhd->bkhd", used, grad)
+    return out.flatten(2), dq.to(dtype), dk.to(dtype), dv.to(dtype)
+
+
+def against_formula(q, k, v, grad, forward, backward, **extras):
+    """Both directions against the formula in fp64, with stock attention's error as the yardstick."""
+    dtype, scale = q.dtype, q.shape[-1] ** -0.5
+    given = tuple(extras.get(name) for name in ("lengths", "dropout_p", "seed"))
+    given = (given[0], given[1] or 0.0, given[2])
+    clean = [t.nan_to_num(0.0) for t in (q, k, v)]
+    ref, ref_lse = attention_formula(*(t.double() for t in clean), scale, *given)
+    ref_grads = attention_formula_backward(
+        *(t.double() for t in (grad, *clean, ref)), ref_lse, scale, *given
+    )  # fmt: skip
+    low, *low_grads = rounded(*clean, grad, scale, *given)
+    out, lse = attention.forward(q, k, v, scale, config=FORWARD[forward], **extras)
+    grads = attention.backward(grad, q, k, v, out, lse, scale, config=BACKWARD[backward], **extras)
+    judge(out, ref, low, what="out")
+    torch.testing.assert_close(lse.double(), ref_lse, rtol=2e-6, atol=2e-3 if dtype is torch.float16 else 2e-6)
+    for name, *three in zip(("dq", "dk", "dv"), grads, ref_grads, low_grads, strict=True):
+        judge(*three, grad=True, what=name)
+    return out, lse, grads
+
+
+@every_dtype
+@every_pair
+@pytest.mark.parametrize("D", (64, 72))
+def test_dropout_draws_another_mask_in_the_backward(D, forward, backward, dtype, device):
+    seed = torch.tensor([(1 << 62) + 12345], device=device)
+    against_formula(*tensors(2, 37, 53, 2, D, dtype, device), forward, backward, dropout_p=0.3, seed=seed)
+
+
+def test_dropout_has_another_rate_or_repeats_itself():
+    """The share of what stays, and that of pairs: between queries, keys, heads, images, seeds."""
+    rate, shape = 0.3, (4, 4, 64, 64)
+    kept = [reference.attention_kept(torch.tensor([seed]), shape, rate) for seed in (0, 1, 1 << 32)]
+    keep, n = 1 - rate, kept[0].numel()
+    for mask in kept:
+        assert abs(mask.float().mean() - keep) < 5 * (keep * rate / n) ** 0.5
+    one = kept[0]
+    others = [one.roll(1, dim) for dim in range(4)] + [one.transpose(2, 3), *kept[1:]]
+    for other in others:
+        both = (one & other).float().mean()
+        assert abs(both - keep * keep) < 5 * (keep**2 * (1 - keep**2) / n) ** 0.5
+
+
+@every_dtype
+@every_pair
+@pytest.mark.parametrize("D", (64, 80))
+def test_padding_takes_part_or_an_image_without_keys_is_nan(D, forward, backward, dtype, device):
+    q, k, v, grad = tensors(4, 21, 53, 2, D, dtype, device)
+    lengths = torch.tensor([0, 53, 16, 7], dtype=torch.int32, device=device)
+    for image, n in enumerate(lengths.tolist()):
+        k[image, n:], v[image, n:] = float("nan"), float("nan")
+    out, lse, grads = against_formula(q, k, v, grad, forward, backward, lengths=lengths)
+    assert not out[0].any() and torch.equal(lse[0], torch.full_like(lse[0], float("-inf")))
+    assert not any(g[0].any() for g in grads)
+    assert not grads[1][3, 7:].any() and not grads[2][3, 7:].any()
+
+
+@every_dtype
+@pytest.mark.parametrize("D", (64, 72))
+@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
+def test_packed_image_sees_its_neighbour(cross, D, dtype, device):
+    at_q = [0, 17, 17, 82, 83]
+    at_k = [0, 5, 70, 70, 101] if cross else at_q
+    q, k, v = (draw(n, 2, D, dtype=dtype, device=device, seed=i) for i, n in enumerate((83, at_k[-1], at_k[-1])))
+    grad = draw(83, 2 * D, dtype=dtype, device=device, seed=5)
+    starts = [torch.tensor(at, dtype=torch.int32, device=device) for at in (at_q, at_k)]
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    out, lse = ops.attention_varlen(*leaves, *starts, return_lse=True)
+    grads = torch.autograd.grad(out, leaves, grad)
+    for image in range(4):
+        rows, keys = slice(*at_q[image : image + 2]), slice(*at_k[image : image + 2])
+        if rows.start == rows.stop:
+            continue
+        if keys.start == keys.stop:
+            assert not out[rows].any() and (lse[:, rows] == float("-inf")).all() and not grads[0][rows].any()
+            continue
+        alone = [t[None, part].clone().requires_grad_() for t, part in zip((q, k, v), (rows, keys, keys), strict=True)]
+        exact = [t.detach().double().requires_grad_() for t in alone]
+        ref = reference.attention(*exact, D**-0.5)
+        low = stock(*alone, D**-0.5, grad[None, rows])
+        refs = (ref.detach(), *torch.autograd.grad(ref, exact, grad[None, rows].double()))
+        found = (out[rows], grads[0][rows], grads[1][keys], grads[2][keys])
+        for i, (got, true, near) in enumerate(zip(found, refs, low, strict=True)):
+            if keys.stop - keys.start == 1:
+                # the weight is 1 and its gradient 0, which stock attention has exactly
+                near = 5e-4 if dtype is torch.float16 else 4e-3 if dtype is torch.bfloat16 else 1e-6
+                torch.testing.assert_close(got.detach()[None].double(), true, rtol=near, atol=near)
+                continue
+            judge(got.detach()[None], true, near, grad=i > 0, what=f"image {image}, result {i}")
+
+
+class Launches:
+    """Counts the kernels that run."""
+
+    def __init__(self, monkeypatch):
+        self.names = []
+        launch = attention._launch
+
+        def counted(q, kernel, *rest):
+            self.names.append(kernel.fn.__name__)
+            launch(q, kernel, *rest)
+
+        monkeypatch.setattr(attention, "_launch", counted)
+
+
+def test_op_runs_something_else(monkeypatch, device):
+    launches = Launches(monkeypatch)
+    qkv = draw(2, 37, 3, 2, 64, device=device).requires_grad_()
+    out = ops.attention_qkv(qkv)
+    assert len(launches.names) == 1
+    (grad,) = torch.autograd.grad(out.square().sum(), qkv)
+    assert len(launches.names) >= 2
+    apart = [t.detach().requires_grad_() for t in qkv.unbind(2)]
+    again = ops.attention(*apart)
+    assert torch.equal(out, again)
+    assert torch.equal(grad, torch.stack(torch.autograd.grad(again.square().sum(), apart), dim=2))
+    launches.names.clear()
+    ops.attention_qkv(qkv.double())
+    assert not launches.names
+
+
+def test_dropout_ignores_the_generator_or_checkpointing_draws_anew(device):
+    qkv = draw(1, 17, 3, 2, 16, device=device).requires_grad_()
+
+    def run(seed, call=lambda f, x: f(x)):
+        torch.manual_seed(seed)
+        out = call(lambda x: ops.attention_qkv(x, dropout_p=0.4), qkv)
+        return out.detach(), *torch.autograd.grad(out.square().sum(), qkv)
+
+    plain, other = run(0), run(1)
+    assert not torch.equal(plain[0], other[0])
+    for again in (run(0), run(0, lambda f, x: checkpoint(f, x, use_reentrant=False))):
+        assert all(map(torch.equal, plain, again))
+    with torch.no_grad():
+        mean = torch.stack([ops.attention_qkv(qkv, dropout_p=0.4) for _ in range(30)]).mean(0)
+        whole = ops.attention_qkv(qkv)
+    # a single one differs by some 0.8 of it, and a scale forgotten by 0.4
+    assert (mean - whole).norm() < 0.25 * whole.norm()
+
+
+@pytest.mark.parametrize("extras", [{}, {"dropout_p": 0.2}, {"lengths": [3, 9]}], ids=["plain", "dropout", "lengths"])
+def test_torch_sees_another_op_than_there_is(extras, device):
+    q, k, v = (draw(2, n, 2, 16, device=device, seed=n).requires_grad_() for n in (5, 9, 9))
+    lengths = torch.tensor(extras["lengths"], dtype=torch.int32, device=device) if "lengths" in extras else None
+    p = extras.get("dropout_p", 0.0)
+    seed = torch.tensor([5], device=device) if p else None
+    torch.library.opcheck(torch.ops.vitfast.attention.default, (q, k, v, 0.25, lengths, p, seed))
+    qkv = draw(2, 5, 3, 2, 16, device=device).requires_grad_()
+    args = (qkv, 0.25, lengths.clamp(max=5) if lengths is not None else None, p, seed)
+    torch.library.opcheck(torch.ops.vitfast.attention_qkv.default, args)
+    if lengths is None:
+        starts = torch.tensor([0, 2, 5], dtype=torch.int32, device=device)
+        packed = [draw(5, 2, 16, device=device, seed=i).requires_grad_() for i in range(3)]
+        args = (*packed, starts, starts, 3, 3, 0.25, p, seed)
+        torch.library.opcheck(torch.ops.vitfast.attention_varlen.default, args)
+
+
+def test_map_of_the_class_token_is_not_what_attention_used(device):
+    q, k, v = (draw(2, 37, 3, 64, device=device, seed=i) for i in range(3))
+    out, lse = ops.attention(q, k, v, return_lse=True)
+    weights = ops.attention_weights(q, k, lse)
+    assert weights.shape == (2, 3, 37, 37)
+    torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+    torch.testing.assert_close(torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2), out, rtol=1e-5, atol=1e-6)
+    for heads in (1, slice(0, 2), torch.tensor([2, 0], device=device)):
+        chosen = ops.attention_weights(q, k, lse, queries=0, heads=heads)
+        torch.testing.assert_close(chosen, weights[:, heads, 0], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(ops.attention_weights(q, k, queries=-1), weights[:, :, -1], rtol=1e-5, atol=1e-7)
+    with pytest.raises(ValueError, match=r"lse must be \[2, 3, 37\], got \[2, 3\]"):
+        ops.attention_weights(q, k, lse[:, :, 0])
+
+
+def test_whole_model_is_another_one_on_kernels(monkeypatch, device):
+    """Features, loss and every gradient of a small ViT, against the same model without the kernels."""
+    import vitfast
+
+    torch.manual_seed(0)
+    model = vitfast.create_model("vit_tiny_patch16_224", img_size=48, depth=2, num_classes=10).to(device)
+    images = draw(2, 3, 48, 48, device=device)
+    launches = Launches(monkeypatch)
+
+    def run():
+        logits = model(images)
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor([1, 7], device=device))
+        return logits.detach(), *torch.autograd.grad(loss, list(model.parameters()))
+
+    ours = run()
+    assert sum("forward" in name for name in launches.names) == 2
+    assert sum("backward" in name for name in launches.names) >= 2
+    monkeypatch.setattr(_attention_run, "INTERPRETED", False)
+    monkeypatch.setattr(_attention_run, "kernels_for", lambda *_: None)
+    for got, expected in zip(ours, run(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="bf16 is right on a GPU")
+def test_interpreter_computes_bf16():
+    assert "interpreter" in attention.why_not(torch.device("cpu"), torch.bfloat16, 64, True)[0]

@@ -1,0 +1,247 @@
+"""`vitfast tune`: on a simulated device the fastest right configuration wins, and only if it beats stock operators."""
+
+import contextlib
+import json
+
+import pytest
+import torch
+from fake_kernel import DEVICE, prepared, restart, right, rows
+from simulated_device import SimulatedDevice
+
+import vitfast
+from vitfast import cli, dispatch, info, tuning, tuning_cache
+from vitfast.bench import harness
+
+fake_fixture = pytest.fixture(prepared, name="fake")
+
+# milliseconds that the device takes for each configuration
+MS = {64: 6, 128: 2, 256: 3}
+STOCK_MS = 4
+
+
+@pytest.fixture
+def place(fake, monkeypatch):
+    """A device on which the fake's calls take time."""
+    made = SimulatedDevice()
+
+    def timed(ms, run):
+        def call(x, *config):
+            made.work(5e-6, ms(*config) * 1e-3)
+            return run(x, *config)
+
+        return call
+
+    fake.configs = [{"block": block} for block in MS]
+    fake.kernel = timed(lambda config: MS[config["block"]], right)
+    fake.stock = timed(lambda: STOCK_MS, fake.stock)
+    fake.timed = timed
+    # the truth and the op itself take no time of the device's
+    return made
+
+
+def tune(place, *calls, budget_s=100.0):
+    lines = []
+    report = tuning.tune_calls(calls or (rows(8, 64),), place, budget_s, lines.append)
+    return report, lines
+
+
+def test_the_fastest_configuration_is_not_the_one_that_runs(fake, place, monkeypatch):
+    report, (line,) = tune(place)
+    (row,) = report.rows
+    assert row.use == "kernel" and row.config == {"block": 128} and "2.00 x as fast" in row.why
+    assert row.stock_ms == pytest.approx(4, rel=0.01) and row.kernel_ms == pytest.approx(2, rel=0.01)
+    assert "tune 1/1" in line and "fake_softmax [8, 64] fp32: kernel" in line
+    assert "| kernel | block=128 |" in str(report)
+    # at once, and in a later process
+    for _ in range(2):
+        assert dispatch.tuned_config("fake", ("rows", 8, 64), DEVICE) == {"block": 128}
+        assert dispatch.tuned_config("fake", ("rows", 9, 64), DEVICE) is None
+        restart(monkeypatch)
+    (kept,) = json.loads(report.path.read_text())["choices"]
+    assert kept["use"] == "kernel" and kept["shape"] == ["rows", 8, 64] and kept["stock_ms"] == row.stock_ms
+
+
+@pytest.mark.parametrize("ms", [STOCK_MS, STOCK_MS * 3], ids=["as fast", "slower"])
+def test_a_kernel_that_is_not_faster_beats_stock_operators(fake, place, monkeypatch, ms):
+    fake.kernel = fake.timed(lambda config: ms, right)
+    report, _ = tune(place)
+    assert report.rows[0].use == "stock"
+    assert fake.who(8, 64) == "stock" and fake.who(9, 64) == "kernel"
+    restart(monkeypatch)
+    assert fake.who(8, 64) == "stock"
+    # who forces the kernel gets its fastest configuration all the same
+    with vitfast.backend("kernel"):
+        assert fake.who(8, 64) == "kernel" and fake.ran[-1][1] == report.rows[0].config
+
+
+def wrong_if(*blocks):
+    return lambda x, config: right(x).flip(-1) if config["block"] in blocks else right(x)
+
+
+def test_a_wrong_configuration_wins(fake, place):
+    fake.kernel = fake.timed(lambda config: MS[config["block"]], wrong_if(128))
+    report, _ = tune(place)
+    (row,) = report.rows
+    assert row.use == "kernel" and row.config == {"block": 256} and row.wrong == ("block=128",)
+    assert "wrong and not timed: block=128" in str(report)
+
+
+def raises(x, config):
+    raise RuntimeError("out of resource: shared memory, Required: 300000, Hardware limit: 101376")
+
+
+@pytest.mark.parametrize("kernel, why", [(wrong_if(*MS), "not accepted"), (raises, "out of resource")])
+def test_a_kernel_without_a_right_configuration_stays(fake, place, kernel, why):
+    fake.kernel = kernel
+    report, _ = tune(place)
+    (row,) = report.rows
+    assert row.use == "stock" and why in row.why and row.kernel_ms is None
+    assert len(row.wrong) == (3 if why == "not accepted" else 0)
+    assert fake.who(8, 64) == "stock"
+
+
+def full(x, config):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        ({"kernel": full}, "out of memory"),
+        ({"why_not": ["float64"]}, "cannot run: float64"),
+        ({"configs": []}, "no configuration"),
+        ({"stock": lambda x: torch.full_like(x, torch.nan)}, "stock operators are no measure"),
+    ],
+)
+def test_what_was_not_measured_decides(fake, place, change, why):
+    for name, value in change.items():
+        setattr(fake, name, value)
+    report, (line,) = tune(place)
+    (row,) = report.rows
+    assert row.use == "" and why in row.why and why in line and report.path is None
+    assert "as before" in str(report)
+    assert dispatch.tuned("fake", DEVICE) == {} and not list(tuning_cache.folder().glob("*"))
+
+
+def test_a_kernel_that_is_switched_off_cannot_be_measured(fake, place):
+    with pytest.warns(RuntimeWarning):
+        dispatch.switch_off("fake", "its built-in configuration is wrong here")
+    report, _ = tune(place)
+    assert report.rows[0].use == "kernel" and fake.who(8, 64) == "stock"
+
+
+def test_calls_of_one_shape_are_measured_twice(fake, place):
+    report, lines = tune(place, rows(8, 64), rows(8, 64, torch.bfloat16), rows(9, 64))
+    assert [row.call for row in report.rows] == ["fake_softmax [8, 64] fp32", "fake_softmax [9, 64] fp32"]
+    assert len(lines) == 2 and len(tuning_cache.load(DEVICE)) == 2
+
+
+def test_a_budget_is_exceeded_or_what_it_left_out_is_hidden(fake, place):
+    calls = [rows(n, 64) for n in range(8, 28)]
+    report, _ = tune(place, *calls, budget_s=2.0)
+    assert place.now < 4.0 and len(report.rows) == 20
+    assert report.rows[0].use == "kernel"
+    assert report.rows[-1].use == "" and report.rows[-1].why == harness.NO_TIME_LEFT
+
+
+def test_a_folder_that_cannot_be_written_loses_the_choice(fake, place, tmp_path):
+    (tmp_path / "tuning").write_text("")
+    with pytest.warns(RuntimeWarning, match="holds for this process only") as told:
+        report, _ = tune(place)
+    assert len(told) == 1 and report.path is None and report.rows[0].use == "kernel"
+    assert dispatch.tuned_config("fake", ("rows", 8, 64), DEVICE) == {"block": 128}
+
+
+def test_what_was_finished_is_lost_with_the_device(fake, place):
+    def breaks(x, config):
+        place.lost = x.shape[0] == 9
+        return fake.timed(lambda config: 2, right)(x, config)
+
+    fake.kernel = breaks
+    with pytest.raises(harness.DeviceLost):
+        tune(place, rows(8, 64), rows(9, 64))
+    assert len(tuning_cache.load(DEVICE)) == 1
+
+
+# the public function and the command
+
+
+def test_a_cpu_is_tuned():
+    with pytest.raises(ValueError, match="device must be a CUDA device, got cpu"):
+        tuning.tune(vitfast.config_for("vit_tiny_patch16_224"), device="cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_tuning_seems_to_work():
+    with pytest.raises(NotImplementedError, match="no kernel can run here"):
+        tuning.tune(vitfast.config_for("vit_tiny_patch16_224"))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("vit_tiny_patch16_224 --device cpu", "got cpu: kernels for CPUs have nothing to tune"),
+        ("no_such_model", "no_such_model"),
+        ("vit_tiny_patch16_224 --image-size 30", "image_size"),
+        ("vit_tiny_patch16_224 --batch 0", "batch must be one or more ints of at least 1"),
+        ("vit_tiny_patch16_224 --budget 0", "--budget must be more than 0"),
+        ("vit_tiny_patch16_224 --device tpu", "tpu"),
+    ],
+)
+def test_wrong_use_of_the_command_is_not_explained(arguments, message, capsys, monkeypatch):
+    device = torch.device("cpu" if "cpu" in arguments else "cuda")
+    if "tpu" not in arguments:
+        monkeypatch.setattr(info, "device_named", lambda name: device)
+    assert cli.main(["tune", *arguments.split()]) == 2
+    printed = capsys.readouterr()
+    assert not printed.out and message in printed.err and len(printed.err.splitlines()) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_command_ends_in_a_traceback_without_a_gpu(capsys):
+    assert cli.main(["tune", "vit_tiny_patch16_224"]) == 2
+    printed = capsys.readouterr()
+    assert not printed.out and "vitfast tune: 'cuda' cannot be used" in printed.err
+
+
+@pytest.fixture
+def gpu(fake, place, monkeypatch):
+    """As if there were a GPU, on which every model makes the fake's call."""
+    monkeypatch.setattr(info, "device_named", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(dispatch, "why_no_kernels", lambda: "")
+    monkeypatch.setattr(tuning.devices, "of", lambda device: place)
+    asked = []
+
+    def kernel_calls(configs, *arguments):
+        asked.append((list(configs), *arguments))
+        return [rows(8, 64)]
+
+    monkeypatch.setattr(tuning, "kernel_calls", kernel_calls)
+    return asked
+
+
+def test_the_command_tunes_something_else_than_it_was_told(fake, gpu, capsys):
+    names = ["vit_tiny_patch16_224", "vit_small_patch16_224"]
+    options = ["--batch", "1", "64", "--dtype", "fp16", "--training", "--image-size", "384"]
+    assert cli.main(["tune", *names, *options]) == 0
+    configs = [vitfast.config_for(name, img_size=384) for name in names]
+    assert gpu == [(configs, (1, 64), torch.float16, True)]
+    printed = capsys.readouterr()
+    assert "| kernel | block=128 |" in printed.out
+    assert f"kept in {tuning_cache.folder()}" in printed.out and "tune 1/1" in printed.err
+
+
+@pytest.mark.parametrize("kernel", [wrong_if(64), full], ids=["wrong", "nothing kept"])
+def test_the_command_succeeds_with_a_wrong_kernel_or_with_nothing(fake, gpu, capsys, kernel):
+    fake.kernel = fake.timed(lambda config: 2, kernel)
+    assert cli.main(["tune", "vit_tiny_patch16_224"]) == 1
+    assert ("nothing was kept" in capsys.readouterr().out) == (kernel is full)
+
+
+def test_a_model_is_not_taken_in_place_of_its_config(fake, gpu):
+    model = vitfast.create_model("vit_tiny_patch16_224", img_size=32, depth=1)
+    with contextlib.redirect_stderr(None):
+        tuning.tune([model, model.config], progress=False)
+    assert gpu[0][0] == [model.config, model.config]
+    with pytest.raises(TypeError, match="must be or contain a vitfast.ViT"):
+        tuning.tune([torch.nn.Linear(1, 1)])

@@ -1,0 +1,359 @@
+"""`vitfast.warmup`: wrong kernels are found and switched off, right ones stay, and nothing else changes."""
+
+import sys
+import types
+
+import pytest
+import torch
+from fake_kernel import prepared, restart, right, rows
+from simulated_device import SimulatedDevice
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import vitfast
+from vitfast import dispatch, warm_up
+from vitfast.bench import device as devices
+from vitfast.calls import Call, Like, calls_of
+from vitfast.families import FAMILIES
+from vitfast.tuning_cache import Choice
+
+fake_fixture = pytest.fixture(prepared, name="fake")
+
+
+def warm(*calls, place=None):
+    lines = []
+    report = warm_up.warm(calls or (rows(8, 64),), place or SimulatedDevice(), lines.append)
+    assert len(lines) == len(calls or (1,))
+    return report, lines
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_right_kernel_is_switched_off(fake, dtype):
+    report, (line,) = warm(rows(8, 64, dtype))
+    (row,) = report.rows
+    assert row[:4] == ("fake", str(rows(8, 64, dtype)), "kernel", "right") and row.seconds > 0
+    assert dispatch.switched_off("fake") is None and fake.who(8, 64) == "kernel"
+    assert "warmup 1/1" in line and "fake_softmax [8, 64]" in line and "right" in str(report)
+    # the call as it is first, by its own configuration; then small ones by the same, each next to stock operators
+    small = [(17, 33), (64, 128)]
+    expected = [("kernel", None, (8, 64))]
+    expected += [each for size in small for each in (("stock", None, size), ("kernel", {"block": 64}, size))]
+    assert fake.ran[:-1] == expected
+
+
+def wrong_row(x, config=None):
+    out = right(x)
+    out[-1] = out[-1].flip(0)
+    return out
+
+
+def wrong_at_odd_sizes(x, config=None):
+    return wrong_row(x) if x.shape[-1] % 2 else right(x)
+
+
+def nan(x, config=None):
+    return right(x).fill_(torch.nan)
+
+
+def biased(x, config=None):
+    return right(x) * (1 + 1e-5)
+
+
+def another_dtype(x, config=None):
+    return right(x).double()
+
+
+def another_shape(x, config=None):
+    return right(x)[:-1]
+
+
+def two_results(x, config=None):
+    return right(x), right(x)
+
+
+def raises(x, config=None):
+    raise RuntimeError("Triton Error [CUDA]: too many resources requested for launch\nmore")
+
+
+def raises_when_forced(x, config=None):
+    return right(x) if config is None else raises(x)
+
+
+WRONG = [
+    (wrong_row, "not accepted: A: max error"),
+    (wrong_at_odd_sizes, "fake_softmax [17, 33] fp32, result 0"),
+    (nan, "NaN in 561 places, expected 0"),
+    (biased, "C: rms error"),
+    (another_dtype, "expected torch.float32"),
+    (another_shape, "expected [17, 33]"),
+    (two_results, "2 results, expected 1"),
+    (raises, "RuntimeError: Triton Error [CUDA]: too many resources requested for launch"),
+    (raises_when_forced, "too many resources"),
+]
+
+
+@pytest.mark.parametrize("kernel, why", WRONG, ids=[kernel.__name__ for kernel, _ in WRONG])
+def test_a_kernel_that_is_wrong_stays_on(fake, kernel, why):
+    fake.kernel = kernel
+    with pytest.warns(RuntimeWarning) as told:
+        report, _ = warm(rows(8, 64), rows(9, 64))
+    (warning,) = told
+    assert "fake kernel" in str(warning.message) and why in str(warning.message) and "\n" not in str(warning.message)
+    assert [row.runs for row in report.rows] == ["stock operators"] * 2 and why in report.rows[0].check
+    assert "switched off" in report.rows[1].check
+    assert fake.who(8, 64) == "stock" and dispatch.switched_off("attention") is None
+
+
+def test_the_check_runs_another_configuration_than_the_call(fake):
+    """Small inputs would choose one of their own, which nobody will run."""
+    dispatch.learn(0, {("fake", ("rows", 8, 64)): Choice(True, {"block": 512})})
+    fake.kernel = lambda x, config: wrong_row(x) if config == {"block": 512} else right(x)
+    with pytest.warns(RuntimeWarning, match="not accepted"):
+        warm(rows(8, 64))
+
+
+def test_a_kernel_that_will_not_run_is_checked(fake):
+    fake.kernel = wrong_row
+    fake.builtin = False
+    report, _ = warm()
+    assert report.rows[0].runs == "stock operators" and [who for who, *_ in fake.ran] == ["stock"]
+    with vitfast.backend("stock"):
+        report, _ = warm()
+    assert report.rows[0].check == "stock, by set_backend"
+
+
+def test_a_forced_kernel_that_cannot_run_is_warmed_up_as_stock(fake):
+    fake.why_not = ["float64"]
+    with vitfast.backend("kernel"), pytest.raises(NotImplementedError, match="float64"):
+        warm()
+
+
+def test_the_same_check_is_made_twice(fake):
+    report, _ = warm(rows(8, 64), rows(9, 64))
+    assert [row.check for row in report.rows] == ["right"] * 2
+    assert sum(who == "stock" for who, *_ in fake.ran) == 2
+
+
+def broken_stock(x):
+    return torch.full_like(x, torch.nan)
+
+
+def absent_stock(x):
+    raise RuntimeError("no such operator")
+
+
+def inexact_stock(x):
+    return torch.softmax(x.to(torch.bfloat16), -1).to(x.dtype)
+
+
+@pytest.mark.parametrize("stock", [broken_stock, absent_stock, inexact_stock])
+def test_a_kernel_is_blamed_for_stock_operators_or_passes_unchecked(fake, stock):
+    fake.stock = stock
+    with pytest.warns(RuntimeWarning, match="fake kernel was not checked: NoYardstick: stock operators") as told:
+        report, _ = warm()
+    assert report.rows[0].runs == "kernel" and "not checked" in report.rows[0].check and len(told) == 2
+    assert dispatch.switched_off("fake") is None
+
+
+def test_a_kernel_is_blamed_for_a_full_memory(fake):
+    def too_large(x, config=None):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    fake.kernel = too_large
+    report, _ = warm()
+    assert "not compiled" in report.rows[0].check and dispatch.switched_off("fake") is None
+
+
+def test_a_kernel_that_breaks_the_device_is_not_named(fake):
+    place = SimulatedDevice()
+
+    def breaks(x, config=None):
+        place.lost = True
+        return right(x)
+
+    fake.kernel = breaks
+    message = r"fake kernel broke the device.*set_backend\('stock', op='fake'\)"
+    with pytest.warns(RuntimeWarning), pytest.raises(RuntimeError, match=message):
+        warm(place=place)
+
+
+def test_products_in_tf32_make_a_right_kernel_wrong(fake, monkeypatch):
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    fake.stock = fake.kernel = lambda x, config=None: torch.softmax(x * (1 + 2e-4), -1)
+    assert warm()[0].rows[0].check == "right"
+
+
+# the public function
+
+TINY = dict(img_size=32, depth=2, num_classes=10)
+
+
+def test_a_model_on_a_cpu_is_warmed_up():
+    model = vitfast.create_model("vit_tiny_patch16_224", **TINY)
+    report = vitfast.warmup(torch.nn.Sequential(model), (1, 2), training=True)
+    assert report.rows == [] and "nothing to warm up" in str(report)
+
+
+@pytest.mark.parametrize(
+    "arguments, kind, message",
+    [
+        ((torch.nn.Linear(2, 2),), TypeError, "model must be or contain a vitfast.ViT, got Linear"),
+        (("vit_tiny_patch16_224",), TypeError, "got str"),
+        ((None, 0), ValueError, "batch must be one or more ints of at least 1, got 0"),
+        ((None, ()), ValueError, "batch"),
+        ((None, (1, 2.5)), ValueError, "batch"),
+        ((None, (1,), torch.float64), ValueError, "dtype must be one of .*got torch.float64"),
+    ],
+)
+def test_wrong_use_is_not_explained(arguments, kind, message):
+    model = arguments[0] or vitfast.create_model("vit_tiny_patch16_224", **TINY)
+    options = {"dtype": arguments[2]} if len(arguments) > 2 else {}
+    with pytest.raises(kind, match=message):
+        vitfast.warmup(model, *arguments[1:2], **options)
+
+
+def test_a_model_on_a_gpu_is_left_cold(monkeypatch, capsys):
+    """All but the device itself, which does the work of attention without asking for a kernel."""
+    config = vitfast.config_for("vit_tiny_patch16_224", **TINY)
+    on_gpu = types.SimpleNamespace(device=torch.device("cuda"))
+    model = types.SimpleNamespace(parameters=lambda: iter([on_gpu]), config=config)
+    monkeypatch.setattr(warm_up, "models_in", lambda *_: [model])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(devices, "of", lambda device: SimulatedDevice())
+    report = vitfast.warmup(model, [1, 3], dtype=torch.bfloat16, training=True)
+    ops = ("attention_qkv", "attention", "attention_backward", "attention_qkv_backward")
+    assert {row.call.split()[0] for row in report.rows} == set(ops) and len(report.rows) == 2 * len(ops)
+    assert {row.kernel for row in report.rows} == {"attention", "attention_backward"}
+    assert all("[3, " in row.call and "bf16" in row.call for row in report.rows[len(ops) :])
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines] == [f"warmup {i}/8" for i in range(1, 9)]
+    vitfast.warmup(model, 1, dtype=torch.bfloat16, progress=False)
+    assert not capsys.readouterr().err
+
+
+def test_a_graph_that_is_captured_gets_kernels_compiled_into_it(monkeypatch):
+    on_gpu = types.SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(warm_up, "models_in", lambda *_: [types.SimpleNamespace(parameters=lambda: iter([on_gpu]))])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="a CUDA graph is being captured"):
+        vitfast.warmup(None, dtype=torch.bfloat16)
+
+
+def test_warming_up_changes_random_numbers_or_gradients(fake):
+    model = vitfast.create_model("vit_tiny_patch16_224", drop_path_rate=0.1, **TINY)
+    before = torch.get_rng_state()
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    calls = warm_up.kernel_calls([model.config], (1, 2), torch.float32, True)
+    warm(*calls, rows(8, 64))
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(p.grad is None and torch.equal(p, weights[name]) for name, p in model.named_parameters())
+
+
+# which calls a model makes
+
+VARIANTS = {
+    "class token": {},
+    "mean": {"global_pool": "avg"},
+    "attention pooling": {"global_pool": "map", "class_token": False},
+    "registers, norms of q and k": {"reg_tokens": 4, "qk_norm": True},
+    "one block": {"depth": 1},
+    "dropout": {"attn_drop_rate": 0.1, "proj_drop_rate": 0.1},
+}
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name.removeprefix("vitfast::") in FAMILIES and func.namespace == "vitfast":
+            likes = [Like(tuple(a.shape), a.stride(), a.dtype) if isinstance(a, torch.Tensor) else a for a in args]
+            self.calls.add(Call(func._schema.name.removeprefix("vitfast::"), tuple(likes)))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_a_call_of_a_model_is_not_foreseen(options, training):
+    model = vitfast.create_model("vit_tiny_patch16_224", **{**TINY, "depth": 4, **options}).train(training)
+    found = calls_of(model.config, 2, torch.float32, training)
+    with Recorder() as recorder, torch.set_grad_enabled(training):
+        out = model(torch.randn(2, 3, 32, 32))
+        if training:
+            out.sum().backward()
+    assert {call for call in found if call.op in FAMILIES} == recorder.calls
+    assert recorder.calls or "attn_drop_rate" in options
+
+
+def test_a_size_that_the_patch_does_not_divide_cannot_be_foreseen():
+    for pad, tokens in ((False, 5), (True, 10)):
+        options = {"dynamic_img_size": True, "dynamic_img_pad": pad}
+        config = vitfast.config_for("vit_tiny_patch16_224", img_size=40, **options)
+        first = next(call for call in calls_of(config, 1, torch.float32, False) if call.op == "attention_qkv")
+        assert first.args[0].shape[1] == tokens
+
+
+def test_another_dtype_or_batch_is_foreseen():
+    config = vitfast.config_for("vit_base_patch16_224")
+    calls = calls_of(config, 64, torch.bfloat16, False)
+    packed = Like((64, 197, 3, 12, 64), (197 * 2304, 2304, 768, 64, 1), torch.bfloat16)
+    assert Call("attention_qkv", (packed, 0.125)) in calls
+    assert warm_up.kernel_calls([config, config], (64, 64), torch.bfloat16, False) == [
+        call for call in calls if call.op in FAMILIES
+    ]
+
+
+# attention's entries
+
+ATTENTION = {
+    call.op: call
+    for name in ("vit_tiny_patch16_224", "vit_base_patch16_siglip_224")
+    for call in calls_of(vitfast.config_for(name, img_size=64), 2, torch.float32, True)
+    if call.op in FAMILIES
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("op", ["attention", "attention_qkv", "attention_backward", "attention_qkv_backward"])
+def test_stock_attention_is_not_accepted(op, dtype):
+    """On a CPU there is no kernel, so that it is stock operators that are held to the rule: a wrong truth shows."""
+    found = ATTENTION[op]
+    likes = [like._replace(dtype=dtype) if isinstance(like, Like) else like for like in found.args]
+    smaller = FAMILIES[op].smaller(Call(op, tuple(likes)))
+    assert len(set(smaller)) == 3
+    for call in smaller:
+        assert warm_up.check(FAMILIES[op], call, None, SimulatedDevice()) == "right"
+
+
+def test_attention_is_asked_for_configurations_of_another_shape(monkeypatch):
+    asked = []
+
+    class Config(types.SimpleNamespace):
+        def as_dict(self):
+            return vars(self)
+
+    def configs(direction):
+        return lambda *shape: asked.append((direction, *shape)) or [Config(block=64), Config(block=128)]
+
+    kernel = types.ModuleType("vitfast.kernels.attention")
+    kernel.forward_configs, kernel.backward_configs = configs("forward"), configs("backward")
+    monkeypatch.setitem(sys.modules, "vitfast.kernels.attention", kernel)
+    monkeypatch.setattr("vitfast.kernels.attention", kernel, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for op in ("attention_qkv", "attention", "attention_backward", "attention_qkv_backward"):
+        assert FAMILIES[op].configs(ATTENTION[op], torch.device("cuda")) == [{"block": 64}, {"block": 128}]
+    arch, dtype = (9, 0), torch.float32
+    assert asked == [
+        ("forward", arch, dtype, 64, 16, 16),
+        ("forward", arch, dtype, 64, 1, 16),
+        ("backward", arch, dtype, 64, 1, 16),
+        ("backward", arch, dtype, 64, 16, 16),
+    ]
+
+
+def test_a_restart_keeps_a_kernel_off(fake, monkeypatch):
+    fake.kernel = nan
+    with pytest.warns(RuntimeWarning):
+        warm()
+    restart(monkeypatch)
+    assert fake.who(8, 64) == "kernel"

@@ -1,0 +1,113 @@
+"""Which of vitfast's ops a model calls, and with what: found by running a copy of it that has no memory.
+
+No table of shapes has to follow what the model's code does: the code itself is asked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vitfast.config import ViTConfig
+from vitfast.vit import ViT
+
+NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
+# the blocks in between are like the first, and the last one may compute fewer tokens
+BLOCKS = 2
+
+
+class Like(NamedTuple):
+    """A tensor without its numbers."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def draw(self, generator: torch.Generator) -> Tensor:
+        """Normally distributed numbers with this layout, on the generator's device."""
+        reach = 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
+        size = 0 if 0 in self.shape else reach
+        storage = torch.randn(size, generator=generator, device=generator.device).to(self.dtype)
+        return storage.as_strided(self.shape, self.stride)
+
+
+def contiguous(*shape: int, dtype: torch.dtype) -> Like:
+    """A tensor of this shape with nothing between its rows."""
+    return Like(shape, tuple(math.prod(shape[i + 1 :]) for i in range(len(shape))), dtype)
+
+
+class Call(NamedTuple):
+    """One call of an op: its name, and its arguments with `Like` in place of every tensor."""
+
+    op: str
+    args: tuple[Any, ...]
+
+    def fill(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+        """The arguments with `tensors` in the places of their likes."""
+        given = iter(tensors)
+        return tuple(next(given) if isinstance(arg, Like) else arg for arg in self.args)
+
+    def likes(self) -> list[Like]:
+        return [arg for arg in self.args if isinstance(arg, Like)]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.likes()[0].dtype
+
+    def __str__(self) -> str:
+        shapes = " ".join(str(list(like.shape)) for like in self.likes())
+        return f"{self.op} {shapes} {NAMES[self.dtype]}"
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        # by call, in the order in which they came first
+        self.calls: dict[Call, None] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "vitfast":
+            likes = tuple(_like(arg) for arg in args)
+            self.calls[Call(func._schema.name.removeprefix("vitfast::"), likes)] = None
+        return func(*args, **(kwargs or {}))
+
+
+def _like(arg: Any) -> Any:
+    if isinstance(arg, Tensor):
+        return Like(tuple(arg.shape), tuple(arg.stride()), arg.dtype)
+    return tuple(arg) if isinstance(arg, list) else arg
+
+
+def calls_of(config: ViTConfig, batch: int, dtype: torch.dtype, training: bool) -> list[Call]:
+    """The distinct calls of a forward, and with `training` of its backward, of a model as `config` describes it.
+
+    Parts that somebody replaced in a model are not in its config; what they call is not here.
+
+    Args:
+        batch: images.
+        dtype: of weights and images, or autocast's.
+    """
+    small = config.replace(depth=min(config.depth, BLOCKS))
+    size = small.image_size
+    if not small.dynamic_pad:
+        # a dynamic size need not be one that the patch divides
+        size = tuple(n * patch for n, patch in zip(small.grid_size, small.patch_size, strict=True))
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+        with torch.device("meta"):
+            model = ViT.from_config(small).to(dtype).train(training)
+            images = torch.empty(batch, small.channels, *size, dtype=dtype)
+        with _Recorder() as recorder, torch.set_grad_enabled(training):
+            out = model(images)
+            if training:
+                out.sum().backward()
+    return list(recorder.calls)
+
+
+def distinct(found: Iterable[Call]) -> list[Call]:
+    """Each call once, in the order in which they came first."""
+    return list(dict.fromkeys(found))

@@ -1,0 +1,259 @@
+"""Which implementation an op runs on a GPU: this package's kernel, or the stock PyTorch operators.
+
+Every call of an op asks `choose`. What decides, the first that applies:
+
+1. what the user forces, with `set_backend` or `backend`;
+2. whether the kernel can run here at all, and passed `vitfast.warmup`'s check;
+3. what `vitfast tune` measured on this card for this shape;
+4. the built-in table, made from measurements on the cards that the project has.
+
+Nothing here imports triton or asks a device for anything until an op runs on one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import threading
+import warnings
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from vitfast import tuning_cache
+from vitfast.tuning_cache import Choice, Table
+
+BACKENDS = ("auto", "kernel", "stock")
+
+Config = Mapping[str, int | str]
+
+
+class Kernel(NamedTuple):
+    """A kernel that ops may choose.
+
+    Attributes:
+        file: its source, relative to the package.
+        stock_where: in words, where the built-in table prefers the stock operators; "" for nowhere.
+    """
+
+    file: str
+    stock_where: str = ""
+
+
+# by the name of the torch op whose work it is; a backward is chosen apart from its forward
+KERNELS: dict[str, Kernel] = {
+    "attention": Kernel("kernels/attention_forward.py"),
+    "attention_backward": Kernel("kernels/attention_backward.py"),
+}
+
+
+class Seen(NamedTuple):
+    """What `choose` was asked, and what it answered."""
+
+    kernel: str
+    shape: tuple[Hashable, ...]
+    device: Hashable
+    taken: bool
+
+
+class Trial(NamedTuple):
+    """What one kernel is to do in this thread, whatever anybody else decided."""
+
+    kernel: str
+    backend: str
+    config: Config | None
+
+
+class _ThisThread(threading.local):
+    trial: Trial | None = None
+    seen: list[Seen] | None = None
+
+
+_thread = _ThisThread()
+_forced: dict[str, str] = {}
+_off: dict[str, str] = {}
+_tables: dict[Hashable, Table] = {}
+
+
+def set_backend(backend: str, op: str | None = None) -> None:
+    """Choose who computes on GPUs, for the whole process and from the next call on.
+
+    Compiled models follow without being compiled again, CUDA graphs stay as they were captured.
+
+    Args:
+        backend: "auto", the default: the faster one as far as it was measured, else the kernel; "kernel": the kernel,
+            or an error where it cannot run; "stock": stock PyTorch operators.
+        op: a name from `vitfast info`'s list of kernels; an op includes its backward. None: all of them.
+
+    Raises:
+        ValueError: unknown backend or op.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"set_backend: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    for name in _names(op):
+        _force(name, backend)
+
+
+@contextlib.contextmanager
+def backend(name: str, op: str | None = None) -> Iterator[None]:
+    """`set_backend` inside a `with`, for all threads; afterwards the earlier choice holds again."""
+    before = {each: _forced.get(each, "auto") for each in _names(op)}
+    set_backend(name, op)
+    try:
+        yield
+    finally:
+        for each, earlier in before.items():
+            _force(each, earlier)
+
+
+def _force(name: str, backend: str) -> None:
+    if backend == "auto":
+        _forced.pop(name, None)
+    else:
+        _forced[name] = backend
+
+
+def _names(op: str | None) -> list[str]:
+    names = [name for name in KERNELS if op is None or name in (op, f"{op}_backward")]
+    if not names:
+        raise ValueError(f"set_backend: op must be one of {', '.join(KERNELS)}, or None for all, got {op!r}")
+    return names
+
+
+def choose(kernel: str, shape: tuple[Hashable, ...], device: Hashable, why_not: Sequence[str], builtin: bool) -> bool:
+    """Whether the kernel runs this call: True for the kernel, False for stock operators.
+
+    Args:
+        kernel: a name of `KERNELS`.
+        shape: what tuned choices are kept under: strings and ints, as coarse as the kernel's own choices are.
+        device: index of the CUDA device; None in Triton's interpreter.
+        why_not: reasons why the kernel cannot run this call; empty where it can.
+        builtin: what the built-in table says of this shape.
+
+    Raises:
+        NotImplementedError: the kernel was asked for and cannot run; with all the reasons.
+    """
+    trial = _thread.trial
+    tried = trial is not None and trial.kernel == kernel
+    wanted = trial.backend if tried else _forced.get(kernel)
+    if wanted == "stock":
+        taken = False
+    elif wanted == "kernel":
+        reasons = list(why_not)
+        if kernel in _off and not tried:
+            reasons.append(f"switched off: {_off[kernel]}")
+        if reasons:
+            raise NotImplementedError(f"{kernel}: the kernel was asked for and cannot run: {'; '.join(reasons)}")
+        taken = True
+    elif why_not or kernel in _off:
+        taken = False
+    else:
+        choice = _table(device).get((kernel, shape))
+        taken = builtin if choice is None else choice.kernel
+    if _thread.seen is not None:
+        _thread.seen.append(Seen(kernel, shape, device, taken))
+    return taken
+
+
+def tuned_config(kernel: str, shape: tuple[Hashable, ...], device: Hashable) -> Config | None:
+    """The configuration that the kernel shall run this shape with, None for its built-in choice."""
+    trial = _thread.trial
+    if trial is not None and trial.kernel == kernel:
+        return trial.config
+    choice = _table(device).get((kernel, shape))
+    return None if choice is None else choice.config
+
+
+def _table(device: Hashable) -> Table:
+    table = _tables.get(device)
+    if device is None:
+        # Triton's interpreter, whose times say nothing
+        return {}
+    if table is None:
+        table = _tables[device] = tuning_cache.load(device)
+    return table
+
+
+def learn(device: Hashable, choices: Table) -> None:
+    """Let `choices` hold from now on, in this process."""
+    _tables[device] = {**_table(device), **choices}
+
+
+def tuned(kernel: str, device: Hashable) -> dict[tuple[Hashable, ...], Choice]:
+    """What was tuned for this kernel on this device, by shape."""
+    return {shape: choice for (name, shape), choice in _table(device).items() if name == kernel}
+
+
+def switch_off(kernel: str, why: str) -> None:
+    """Use stock operators in place of this kernel until the process ends, and say so, once."""
+    if kernel in _off:
+        return
+    _off[kernel] = why
+    warnings.warn(
+        f"vitfast's {kernel} kernel ({KERNELS[kernel].file}) is switched off for this process: {why}. Stock PyTorch "
+        "operators take its place: right, and usually slower. Please report this with what `vitfast info` prints; "
+        f"vitfast.set_backend('stock', op={kernel!r}) avoids the kernel and this warning",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def switched_off(kernel: str) -> str | None:
+    """Why the kernel is switched off, None where it is not."""
+    return _off.get(kernel)
+
+
+@contextlib.contextmanager
+def trying(kernel: str, backend: str, config: Config | None = None) -> Iterator[None]:
+    """Force one kernel in this thread only, with this configuration, and even where it is switched off.
+
+    For whoever checks and measures kernels: other threads' calls go on as they were.
+    """
+    before, _thread.trial = _thread.trial, Trial(kernel, backend, config)
+    try:
+        yield
+    finally:
+        _thread.trial = before
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[list[Seen]]:
+    """Collects what this thread's calls of `choose` were asked and answered."""
+    before, _thread.seen = _thread.seen, []
+    try:
+        yield _thread.seen
+    finally:
+        _thread.seen = before
+
+
+def why_no_kernels() -> str:
+    """Why no Triton kernel can run in this installation at all, "" where they can. Asks for devices."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if torch.version.cuda is None:
+        return "this build of torch has no CUDA"
+    return "" if torch.cuda.is_available() else "no CUDA device or driver was found"
+
+
+def state(kernel: str) -> str:
+    """What was decided about a kernel apart from any shape, in words."""
+    why = _off.get(kernel)
+    forced = _forced.get(kernel)
+    if forced is not None:
+        return f"{forced}, by set_backend" + (f" (switched off: {why})" if why and forced == "kernel" else "")
+    return f"switched off: {why}" if why else "auto"
+
+
+def facts(kernel: str, device: int | None) -> dict[str, Any]:
+    """What `vitfast info` says of a kernel; device None where there is none."""
+    choices = {} if device is None else tuned(kernel, device)
+    return {
+        "file": KERNELS[kernel].file,
+        "backend": _forced.get(kernel, "auto"),
+        "switched_off": _off.get(kernel),
+        "state": state(kernel),
+        "stock_where": KERNELS[kernel].stock_where,
+        "tuned_shapes": len(choices),
+        "tuned_to_stock": [list(shape) for shape, choice in choices.items() if not choice.kernel],
+    }

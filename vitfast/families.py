@@ -1,0 +1,193 @@
+"""What has to be known of an op to check, compile and tune its kernel: one entry of a table.
+
+`vitfast.warmup` and `vitfast tune` know no kernel by name. A new one joins both by an entry in `dispatch.KERNELS` and
+one here for each torch op that may run it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitfast import dispatch, reference
+from vitfast.calls import Call, Like, contiguous
+from vitfast.dispatch import Config
+
+Tensors = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A torch op and the kernel that may run it.
+
+    Attributes:
+        kernel: its name in `dispatch.KERNELS`.
+        run: the op. It asks `dispatch.choose` with that name, and `dispatch.tuned_config`.
+        truth: the op's results in fp64, from fp64 arguments.
+        smaller: a few small calls, odd sizes among them, that any configuration of the given call can run.
+        configs: what may run a call on a device, the built-in choice first.
+        draw: arguments of a call.
+        grad: whether the results are gradients.
+        cut: the tensors among the arguments for the first n images only.
+    """
+
+    kernel: str
+    run: Callable[..., Any]
+    truth: Callable[..., Any]
+    smaller: Callable[[Call], Sequence[Call]]
+    configs: Callable[[Call, torch.device], Sequence[Config]]
+    draw: Callable[[Call, torch.Generator], tuple[Any, ...]]
+    grad: bool = False
+    cut: Callable[[Tensors, int], Tensors] = lambda tensors, n: tuple(t[:n] for t in tensors)
+
+    def results(self, args: Sequence[Any]) -> Tensors:
+        """What the op returns, as a tuple."""
+        with torch.no_grad():
+            return as_tuple(self.run(*args))
+
+    def stock(self, args: Sequence[Any]) -> Tensors:
+        """What stock operators return."""
+        with dispatch.trying(self.kernel, "stock"):
+            return self.results(args)
+
+    def with_config(self, args: Sequence[Any], config: Config | None) -> Tensors:
+        """What the kernel returns.
+
+        Raises:
+            NotImplementedError: it cannot run; with all the reasons.
+        """
+        with dispatch.trying(self.kernel, "kernel", config):
+            return self.results(args)
+
+    def true(self, args: Sequence[Any]) -> Tensors:
+        """What is right, in fp64."""
+        return as_tuple(self.truth(*(t.double() if isinstance(t, Tensor) else t for t in args)))
+
+
+def as_tuple(results: Any) -> Tensors:
+    return tuple(results) if isinstance(results, (tuple, list)) else (results,)
+
+
+def draw_all(call: Call, generator: torch.Generator) -> tuple[Any, ...]:
+    """Random normal numbers for every tensor."""
+    return call.fill([like.draw(generator) for like in call.likes()])
+
+
+# attention: q [B, Nq, H, D], k and v [B, Nk, H, D] or all of them as qkv [B, N, 3, H, D]; out [B, Nq, H * D],
+# lse [B, H, Nq]
+
+
+def _attention_truth(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensors:
+    """out and lse, image by image: the weights of a whole batch in fp64 could take more memory than the model."""
+    images = [_attend(*(t[i : i + 1] for t in (q, k, v)), scale) for i in range(len(q))]
+    return tuple(torch.cat(each) for each in zip(*images, strict=True))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensors:
+    logits = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
+    return reference.attention(q, k, v, scale), torch.logsumexp(logits, dim=-1)
+
+
+def _attention_backward_truth(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> Tensors:
+    """By autograd, from the inputs alone: `out` and `lse` carry the rounding of the forward that made them."""
+    images = []
+    for i in range(len(q)):
+        with torch.enable_grad():
+            leaves = [t[i : i + 1].detach().requires_grad_() for t in (q, k, v)]
+            found = reference.attention(*leaves, scale)
+            images.append(torch.autograd.grad(found, leaves, grad[i : i + 1]))
+    return tuple(torch.cat(each) for each in zip(*images, strict=True))
+
+
+def _draw_backward(call: Call, generator: torch.Generator) -> tuple[Any, ...]:
+    """Random ones, and out and lse as stock operators make them of these: nothing else has a backward."""
+    args = list(draw_all(call, generator))
+    forward = "attention_qkv" if call.op == "attention_qkv_backward" else "attention"
+    args[-3:-1] = FAMILIES[forward].stock([*args[1:-3], args[-1]])
+    return tuple(args)
+
+
+def _parts(call: Call) -> tuple[Like, Like]:
+    """q and k of a call, forward or backward, packed or not; of the packed ones without their strides."""
+    first = call.args[1 if call.op.endswith("_backward") else 0]
+    if "qkv" in call.op:
+        B, N, _, H, D = first.shape
+        return (contiguous(B, N, H, D, dtype=first.dtype),) * 2
+    return first, call.args[2 if call.op.endswith("_backward") else 1]
+
+
+# more keys than that are more steps of the same loop; and the truth of a few images has to take milliseconds
+MOST_TOKENS = 1025
+
+
+def _smaller_attention(call: Call) -> list[Call]:
+    """The call's own tokens, fewer than any block of a kernel, and a few more than some blocks.
+
+    Enough images and heads that the error of all numbers together is not a matter of luck.
+    """
+    q, k = _parts(call)
+    D, own = q.shape[-1], (q.shape[1], k.shape[1])
+    if own[0] == own[1]:
+        sizes = [(n, n) for n in (min(own[0], MOST_TOKENS), 17, 131)]
+    else:
+        sizes = [(min(own[0], MOST_TOKENS), n) for n in (min(own[1], MOST_TOKENS), 17, 131)]
+    return [_attention_call(call, 2 if nq > 8 else 16, nq, nk, 3, D) for nq, nk in sizes]
+
+
+def _attention_call(like: Call, B: int, Nq: int, Nk: int, H: int, D: int) -> Call:
+    """A call of the same op with other sizes; k and v lie side by side, as a model's projection leaves them."""
+    dtype, scale = like.dtype, like.args[-1]
+    if "qkv" in like.op:
+        inputs = [contiguous(B, Nq, 3, H, D, dtype=dtype)]
+    else:
+        kv = Like((B, Nk, H, D), (2 * Nk * H * D, 2 * H * D, D, 1), dtype)
+        inputs = [contiguous(B, Nq, H, D, dtype=dtype), kv, kv]
+    if not like.op.endswith("_backward"):
+        return Call(like.op, (*inputs, scale))
+    rows = contiguous(B, Nq, H * D, dtype=dtype)
+    lse = contiguous(B, H, Nq, dtype=torch.promote_types(dtype, torch.float32))
+    return Call(like.op, (rows, *inputs, rows, lse, scale))
+
+
+def _attention_configs(call: Call, device: torch.device) -> list[Config]:
+    from vitfast.kernels import attention
+
+    q, k = _parts(call)
+    configs = attention.backward_configs if call.op.endswith("_backward") else attention.forward_configs
+    arch = torch.cuda.get_device_capability(device)
+    return [config.as_dict() for config in configs(arch, q.dtype, q.shape[-1], q.shape[1], k.shape[1])]
+
+
+def _attention(op: str, truth: Callable[..., Any], grad: bool = False) -> Family:
+    return Family(
+        kernel="attention_backward" if grad else "attention",
+        run=lambda *args: getattr(torch.ops.vitfast, op)(*args),
+        truth=truth,
+        smaller=_smaller_attention,
+        configs=_attention_configs,
+        draw=_draw_backward if grad else draw_all,
+        grad=grad,
+    )
+
+
+# by the name of the torch op
+FAMILIES: dict[str, Family] = {
+    "attention": _attention("attention", _attention_truth),
+    "attention_qkv": _attention(
+        "attention_qkv", lambda qkv, scale: _attention_truth(*qkv.unbind(2), scale)
+    ),
+    "attention_backward": _attention("attention_backward", _attention_backward_truth, grad=True),
+    "attention_qkv_backward": _attention(
+        "attention_qkv_backward",
+        lambda grad, qkv, out, lse, scale: torch.stack(
+            _attention_backward_truth(grad, *qkv.unbind(2), out, lse, scale), dim=2
+        ),
+        grad=True,
+    ),
+}  # fmt: skip

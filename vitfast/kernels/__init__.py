@@ -1,0 +1,1 @@
+"""What the GPU sees: Triton kernels and their launchers. Nothing here is imported before a kernel is wanted."""

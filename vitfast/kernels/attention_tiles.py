@@ -1,0 +1,133 @@
+"""What the attention kernels are made of: tiles of rows in memory, products of rows, and dropout by counters.
+
+A head's rows are D wide. Tensor cores want multiples of 16, Triton powers of two: a row is held as one part of W0
+columns and, where W1 is not 0, a second one of W1 (72 and 80 are 64 + 16, 96 is 64 + 32); see `widths` in
+attention.py. Padding to the next power of two instead would be half as much work again.
+
+Addresses: the part of an offset that may pass 2**31 (image, head, first row of a tile) is 64-bit and scalar, the part
+within a tile 32-bit, unless WIDE says that a stride is too large for that. Strides come in units of UNIT elements:
+with 8, the compiler knows that every row begins at a multiple of 16 bytes, also where a head is 72 wide.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def row_step(stride, UNIT: tl.constexpr, WIDE: tl.constexpr):
+    """Elements from row to row, as offsets within a tile count them."""
+    step = stride * UNIT
+    if WIDE:
+        step = tl.cast(stride, tl.int64) * UNIT
+    return step
+
+
+@triton.jit
+def advance(ptr, index, stride, UNIT: tl.constexpr):
+    """`ptr` moved on by `index` strides."""
+    return ptr + tl.cast(index, tl.int64) * (tl.cast(stride, tl.int64) * UNIT)
+
+
+@triton.jit
+def load_part(
+    ptr, step, left, ROWS: tl.constexpr, START: tl.constexpr, W: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, W] from row 0 at `ptr`; zeros from row `left` on (where MASKED) and from column D on."""
+    rows = tl.arange(0, ROWS)
+    columns = START + tl.arange(0, W)
+    # separate names: what a mask reads must not become 64-bit
+    at = rows
+    if WIDE:
+        at = rows.to(tl.int64)
+    where = ptr + (at[:, None] * step + columns[None, :])
+    if START + W > D:
+        if MASKED:
+            tile = tl.load(where, mask=(rows < left)[:, None] & (columns < D)[None, :], other=0.0)
+        else:
+            tile = tl.load(where, mask=(columns < D)[None, :], other=0.0)
+    elif MASKED:
+        tile = tl.load(where, mask=(rows < left)[:, None], other=0.0)
+    else:
+        tile = tl.load(where)
+    return tile
+
+
+@triton.jit
+def load_rows(
+    ptr, step, left, ROWS: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """Both parts of the rows; the first one again in place of a second that there is not."""
+    first = load_part(ptr, step, left, ROWS, 0, W0, D, MASKED, WIDE)
+    second = first
+    if W1 > 0:
+        second = load_part(ptr, step, left, ROWS, W0, W1, D, MASKED, WIDE)
+    return first, second
+
+
+@triton.jit
+def store_part(
+    ptr, step, left, tile, ROWS: tl.constexpr, START: tl.constexpr, W: tl.constexpr, D: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    rows = tl.arange(0, ROWS)
+    columns = START + tl.arange(0, W)
+    at = rows
+    if WIDE:
+        at = rows.to(tl.int64)
+    where = ptr + (at[:, None] * step + columns[None, :])
+    mask = (rows < left)[:, None]
+    if START + W > D:
+        mask = mask & (columns < D)[None, :]
+    tl.store(where, tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_rows(
+    ptr, step, left, first, second, ROWS: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, D: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """Write both parts of the rows before row `left`."""
+    store_part(ptr, step, left, first, ROWS, 0, W0, D, WIDE)
+    if W1 > 0:
+        store_part(ptr, step, left, second, ROWS, W0, W1, D, WIDE)
+
+
+@triton.jit
+def products(a0, a1, b0, b1, W1: tl.constexpr, PRECISION: tl.constexpr):
+    """a b^T of rows in two parts, fp32."""
+    s = tl.dot(a0, tl.trans(b0), input_precision=PRECISION)
+    if W1 > 0:
+        s = tl.dot(a1, tl.trans(b1), s, input_precision=PRECISION)
+    return s
+
+
+@triton.jit
+def add_product(weights, b0, b1, acc0, acc1, W1: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + weights b, both parts."""
+    acc0 = tl.dot(weights, b0, acc0, input_precision=PRECISION)
+    if W1 > 0:
+        acc1 = tl.dot(weights, b1, acc1, input_precision=PRECISION)
+    return acc0, acc1
+
+
+@triton.jit
+def zero_rows(ROWS: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr):
+    first = tl.zeros((ROWS, W0), tl.float32)
+    second = first
+    if W1 > 0:
+        second = tl.zeros((ROWS, W1), tl.float32)
+    return first, second
+
+
+@triton.jit
+def kept(seed, head, rows, columns, threshold):
+    """Which attention weights dropout leaves: a number a weight, whatever tile it is computed in.
+
+    Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) of (query, key, head) under
+    `seed`; `rows` and `columns` are indices that broadcast to the tile, `threshold` the rate times 2**31.
+    """
+    zero = rows * 0 + columns * 0
+    number, _, _, _ = tl.philox(seed, zero + rows, zero + columns, zero + head, zero)
+    return (number >> 1).to(tl.int32) >= threshold

@@ -1,0 +1,152 @@
+"""Configurations of the kernels as data, by architecture: chosen by shape, never searched for while a model runs.
+
+The tables come from what compiles without spilling (`make aot`), and from measurements where there are any. A row
+holds what a kernel is compiled with; `attention.py` reads the tables from top to bottom and takes the first row that
+fits. Architectures: 80 (A100), 89 (its kin with 99 KB of shared memory: RTX 30 to 50, L4, L40), 90 (Hopper), 100.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+ARCHITECTURES = (80, 89, 90, 100)
+
+
+@dataclass(frozen=True)
+class Config:
+    """How one kernel is compiled.
+
+    Attributes:
+        kernel: "short" or "online" forward; "short", "head" or "blocks" backward.
+        block_m: queries in a tile.
+        block_n: keys in a tile; 0 where a tile has all of them.
+        warps, stages: of a program, and of its loop over memory.
+        peel: the last block of keys in code of its own, without masks in that of the others.
+        loop: a program takes all queries of a head in turn (short forward only).
+        keys_m, keys_n, keys_warps: the same of the half that makes dk and dv, where that is a kernel of its own.
+    """
+
+    kernel: str
+    block_m: int
+    block_n: int = 0
+    warps: int = 4
+    stages: int = 2
+    peel: bool = True
+    loop: bool = False
+    keys_m: int = 0
+    keys_n: int = 0
+    keys_warps: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A configuration and what it is for: all limits are inclusive.
+
+    Attributes:
+        bits: of an element, 16 or 32.
+        width: largest padded head dim.
+        keys: largest number of keys.
+        programs_at_most: taken only where tiles of 64 queries would be no more programs than this many of a device's
+            multiprocessors; 0: always.
+        dropout: whether also with dropout, whose random numbers for all keys at once would not fit into registers.
+    """
+
+    config: Config
+    bits: int = 16
+    width: int = 128
+    keys: int = 1 << 31
+    programs_at_most: float = 0.0
+    dropout: bool = True
+
+
+# so few programs leave most of a device idle: smaller tiles, with less work in each
+FEW = 1.0
+# below this, one program a head would
+SOME = 8.0
+
+FORWARD_FP32 = [
+    Row(Config("online", 64, 32, warps=8, peel=False), bits=32, width=64),
+    Row(Config("online", 32, 32, warps=8, peel=False), bits=32, width=96),
+]
+FORWARD_FEW = [
+    Row(Config("online", 16, 64, warps=1), width=64, programs_at_most=FEW),
+    Row(Config("online", 16, 32, warps=2), programs_at_most=FEW),
+]
+FORWARD_HOPPER = [
+    *FORWARD_FEW,
+    Row(Config("short", 64), width=64, keys=272, programs_at_most=SOME, dropout=False),
+    # keys and values cross the L2 cache once a head, which else takes longer than the memory does
+    Row(Config("short", 64, stages=1, loop=True), width=64, keys=272, dropout=False),
+    Row(Config("online", 128, 64, warps=8), width=64, dropout=False),
+]
+
+FORWARD: dict[int, list[Row]] = {
+    80: [
+        *FORWARD_FEW,
+        Row(Config("short", 128, warps=8, stages=1, loop=True), width=64, keys=256, dropout=False),
+        Row(Config("online", 64, 64), width=96),
+        Row(Config("online", 64, 64, warps=8)),
+        *FORWARD_FP32,
+        Row(Config("online", 32, 32, warps=8, peel=False), bits=32),
+    ],
+    90: [
+        *FORWARD_HOPPER,
+        Row(Config("online", 64, 64)),
+        *FORWARD_FP32,
+        Row(Config("online", 32, 16, warps=8, peel=False), bits=32),
+    ],
+    100: [
+        *FORWARD_HOPPER,
+        Row(Config("online", 64, 64), dropout=False),
+        Row(Config("online", 64, 64, warps=8)),
+        *FORWARD_FP32,
+        Row(Config("online", 32, 16, warps=8, peel=False), bits=32),
+    ],
+}
+FORWARD[89] = FORWARD[80]
+
+BACKWARD_FP32 = tuple(
+    Row(Config("blocks", m, n, warps=8, stages=stages, peel=False, keys_m=km, keys_n=32, keys_warps=kw), 32, width)
+    for m, n, stages, km, kw, width in ((64, 32, 2, 32, 8, 64), (32, 32, 1, 16, 4, 80), (16, 16, 1, 16, 8, 128))
+)
+
+BACKWARD: dict[int, list[Row]] = {
+    80: [
+        Row(Config("blocks", 32, 64, keys_m=32, keys_n=64, keys_warps=4), width=64, programs_at_most=FEW),
+        Row(Config("head", 32, 64, stages=1), width=64, keys=256, dropout=False),
+        Row(Config("head", 32, 32, stages=1, peel=False), keys=256, dropout=False),
+        Row(Config("blocks", 32, 64, keys_m=32, keys_n=64, keys_warps=4), width=64),
+        Row(Config("blocks", 32, 32, keys_m=32, keys_n=64, keys_warps=8)),
+        *BACKWARD_FP32,
+    ],
+    90: [
+        Row(Config("blocks", 32, 64, keys_m=32, keys_n=64, keys_warps=4), width=80, programs_at_most=FEW),
+        Row(Config("short", 32, warps=8), width=64, keys=256, dropout=False),
+        Row(Config("head", 32, 32, stages=1, peel=False), keys=256, dropout=False),
+        Row(Config("blocks", 64, 64, keys_m=64, keys_n=64, keys_warps=4), width=80),
+        Row(Config("blocks", 64, 64, keys_m=32, keys_n=64, keys_warps=8)),
+        *BACKWARD_FP32,
+    ],
+}
+BACKWARD[89] = BACKWARD[80]
+BACKWARD[100] = BACKWARD[90]
+
+
+def choose(table: list[Row], bits: int, width: int, keys: int, programs: float, dropout: bool) -> Config:
+    """The first row that fits. `programs`: tiles of 64 queries, by multiprocessors of the device."""
+    for row in table:
+        few = not row.programs_at_most or programs <= row.programs_at_most
+        fits = bits == row.bits and width <= row.width and keys <= row.keys and few
+        if fits and (row.dropout or not dropout):
+            return row.config
+    raise NotImplementedError(f"no configuration for {bits} bits, head dim {width}, {keys} keys")
+
+
+def candidates(table: list[Row], bits: int, width: int, keys: int) -> list[Config]:
+    """All configurations that can run it, the choice of a large batch first."""
+    fits = [row for row in table if bits == row.bits and width <= row.width and keys <= row.keys]
+    return list(dict.fromkeys(row.config for row in sorted(fits, key=lambda row: row.programs_at_most > 0)))

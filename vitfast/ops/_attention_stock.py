@@ -1,0 +1,179 @@
+"""Attention out of stock PyTorch operators and the C++ kernel: what runs where no Triton kernel does."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from vitfast import native, reference
+
+aten = torch.ops.aten
+
+
+def lse_dtype(dtype):
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _rows(out):
+    """[B, H, N, D] from a stock kernel -> [B, N, H * D], a view where that kernel wrote [B, N, H, D]."""
+    return out.transpose(1, 2).flatten(2).contiguous()
+
+
+def nothing(q):
+    B, N, H, D = q.shape
+    return q.new_zeros(B, N, H * D), q.new_full((B, H, N), float("-inf"), dtype=lse_dtype(q.dtype))
+
+
+def attention_cpu(q, k, v, scale, with_lse=True):
+    """`attention` below its checks; without lse a None may come in its place."""
+    if not q.numel() or not k.numel():
+        return nothing(q)
+    if native.takes(q):
+        q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+        return native.attention(q, k, v, scale, with_lse)
+    q, k, v = (_rows_of_heads(t) for t in (q, k, v))
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, scale=scale)
+    return _rows(out), lse.contiguous()
+
+
+def attention_qkv_cpu(qkv, scale):
+    # one view of the whole in place of one a part: each costs a microsecond, beside 16 for all of the op
+    if not qkv.numel():
+        return nothing(qkv[:, :, 0])
+    qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
+    if native.takes(qkv):
+        return native.attention_qkv(qkv, scale, with_lse=True)
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+        *qkv.permute(2, 0, 3, 1, 4).unbind(0), 0.0, False, scale=scale
+    )
+    return _rows(out), lse.contiguous()
+
+
+def attention_backward_cpu(grad, q, k, v, out, lse, scale):
+    if not q.numel() or not k.numel():
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    B, N, H, D = q.shape
+    q, k, v = (_rows_of_heads(t) for t in (q, k, v))
+    grad, out = (t.view(B, N, H, D).transpose(1, 2) for t in (grad.contiguous(), out))
+    grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, q, k, v, out, lse, 0.0, False, scale=scale
+    )
+    return tuple(g.transpose(1, 2).contiguous() for g in grads)
+
+
+def attention_cuda(q, k, v, scale):
+    if not q.numel() or not k.numel():
+        return nothing(q)
+    if not _flash_takes(q):
+        return attention_formula(q, k, v, scale)
+    q, k, v = (_rows_of_heads(t) for t in (q, k, v))
+    out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)
+    return _rows(out), lse.contiguous()
+
+
+def attention_backward_cuda(grad, q, k, v, out, lse, scale):
+    if not q.numel() or not k.numel():
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    if not _flash_takes(q):
+        return attention_formula_backward(grad, q, k, v, out, lse, scale)
+    B, N, H, D = q.shape
+    q, k, v = (_rows_of_heads(t) for t in (q, k, v))
+    grad, out = (_rows_of_heads(t.contiguous().view(B, N, H, D)) for t in (grad, out))
+    unused = torch.zeros(2, dtype=torch.uint64, device=q.device)
+    grads = aten._scaled_dot_product_flash_attention_backward(
+        grad, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, False, unused, unused, scale=scale
+    )
+    return tuple(g.transpose(1, 2).contiguous() for g in grads)
+
+
+def _rows_of_heads(t):
+    """[B, N, H, D] -> [B, H, N, D] as torch's flash attention reads it: 16 bytes at a time, which it does not check."""
+    starts = (t.storage_offset(), *t.stride()[:-1])
+    if t.stride(-1) != 1 or (t.is_cuda and any(start * t.element_size() % 16 for start in starts)):
+        t = t.clone(memory_format=torch.contiguous_format)
+    return t.transpose(1, 2)
+
+
+def _flash_takes(q):
+    """torch's flash attention: half precision, head dims in eights up to 256, Ampere or newer."""
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    return half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+def _outside_autocast(formula):
+    """An op runs inside its caller's autocast, which would round the fp32 logits below."""
+
+    @functools.wraps(formula)
+    def run(q, *args):
+        with torch.autocast(q.device.type, enabled=False):
+            return formula(q, *args)
+
+    return run
+
+
+@_outside_autocast
+def attention_formula(q, k, v, scale, lengths=None, dropout_p=0.0, seed=None, image=0):
+    """Attention as written, for what no stock kernel takes; the N x N weights live only inside this call.
+
+    `image`: the number of the first image, by which dropout draws.
+    """
+    dtype = lse_dtype(q.dtype)
+    k, v = _without_padding(lengths, k, v)
+    logits = torch.einsum("bqhd,bkhd->bhqk", q.to(dtype), k.to(dtype)).mul_(scale)
+    _mask_padding(logits, lengths)
+    lse = torch.logsumexp(logits, dim=-1)
+    weights = _mask_empty(logits.sub_(lse.unsqueeze(-1)).exp_(), lengths)
+    if dropout_p:
+        weights.mul_(_dropout(weights, dropout_p, seed, image))
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v.to(dtype)).to(q.dtype).flatten(2).contiguous(), lse
+
+
+@_outside_autocast
+def attention_formula_backward(grad, q, k, v, out, lse, scale, lengths=None, dropout_p=0.0, seed=None, image=0):
+    """Gradients from q, k, v, out and lse. With P the weights, Z their dropout (1 without) and dP = Z * grad v^T:
+    dS = P * (dP - rowsum(grad * out)), dq = scale dS k, dk = scale dS^T q, dv = (Z * P)^T grad.
+    """
+    B, N, H, D = q.shape
+    dtype = lse_dtype(q.dtype)
+    k, v = _without_padding(lengths, k, v)
+    qd, kd, vd, gd, od = (t.to(dtype) for t in (q, k, v, grad.reshape(B, N, H, D), out.view(B, N, H, D)))
+    logits = torch.einsum("bqhd,bkhd->bhqk", qd, kd).mul_(scale)
+    _mask_padding(logits, lengths)
+    weights = _mask_empty(logits.sub_(lse.unsqueeze(-1)).exp_(), lengths)
+    z = _dropout(weights, dropout_p, seed, image) if dropout_p else None
+    dv = torch.einsum("bhqk,bqhd->bkhd", weights if z is None else weights * z, gd)
+    dp = torch.einsum("bqhd,bkhd->bhqk", gd, vd)
+    if z is not None:
+        dp.mul_(z)
+    ds = dp.sub_((gd * od).sum(-1).transpose(1, 2).unsqueeze(-1)).mul_(weights)
+    dq = torch.einsum("bhqk,bkhd->bqhd", ds, kd).mul_(scale)
+    dk = torch.einsum("bhqk,bqhd->bkhd", ds, qd).mul_(scale)
+    return tuple(t.to(q.dtype).contiguous() for t in (dq, dk, dv))
+
+
+def key_is_there(lengths, keys):
+    """[B, keys]: whether each key of each image takes part."""
+    return torch.arange(keys, device=lengths.device) < lengths.unsqueeze(1)
+
+
+def _without_padding(lengths, k, v):
+    """k and v with zeros in the padding, which may hold anything: 0 * NaN is NaN."""
+    if lengths is None:
+        return k, v
+    gone = ~key_is_there(lengths, k.shape[1])[:, :, None, None]
+    return k.masked_fill(gone, 0.0), v.masked_fill(gone, 0.0)
+
+
+def _mask_padding(logits, lengths):
+    if lengths is not None:
+        logits.masked_fill_(~key_is_there(lengths, logits.shape[-1])[:, None, None], float("-inf"))
+
+
+def _mask_empty(weights, lengths):
+    # without any key: exp(-inf - -inf)
+    return weights if lengths is None else weights.masked_fill_((lengths <= 0)[:, None, None, None], 0.0)
+
+
+def _dropout(weights, p, seed, image):
+    return reference.attention_kept(seed, weights.shape, p, image).to(weights.dtype).mul_(1.0 / (1.0 - p))

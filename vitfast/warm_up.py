@@ -1,0 +1,260 @@
+"""`vitfast.warmup`: see whether the kernels are right on this card, and compile what a model will call."""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import nn
+
+from vitfast import dispatch
+from vitfast.acceptance import RMS_RATIO, NotAccepted, accept, rms_ratio_of_few
+from vitfast.calls import Call, calls_of, distinct
+from vitfast.config import ViTConfig
+from vitfast.families import FAMILIES, Family
+from vitfast.vit import ViT
+
+if TYPE_CHECKING:
+    from vitfast.bench.device import Cpu, Cuda
+
+    Place = Cpu | Cuda
+
+KERNEL, STOCK = "kernel", "stock operators"
+SEED = 0
+
+
+class NoYardstick(Exception):
+    """Stock operators are not right either, so that nothing can be said about a kernel."""
+
+
+class Row(NamedTuple):
+    """What warming up did for one call.
+
+    Attributes:
+        kernel: its name.
+        call: op, shapes and dtype.
+        runs: who computes it from now on: `KERNEL` or `STOCK`.
+        check: what came out, in words.
+        seconds: compiling, checking and all.
+    """
+
+    kernel: str
+    call: str
+    runs: str
+    check: str
+    seconds: float
+
+
+@dataclass
+class Report:
+    """A row for each distinct call; prints as a table. Without rows there was nothing to compile."""
+
+    rows: list[Row] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "nothing to warm up: no kernel of a GPU will run"
+        lines = [(row.call, row.runs, row.check, f"{row.seconds:.2f} s") for row in self.rows]
+        widths = [max(len(line[i]) for line in lines) for i in range(3)]
+        return "\n".join("  ".join([*map(str.ljust, line[:3], widths), line[3]]) for line in lines)
+
+
+def warmup(
+    model: nn.Module,
+    batch: int | Iterable[int] = (1,),
+    *,
+    dtype: torch.dtype | None = None,
+    training: bool = False,
+    progress: bool = True,
+) -> Report:
+    """Check the kernels that a model on a GPU will run, and compile them, before the first image comes.
+
+    Each kernel's results on a few small inputs are held to the rule of `vitfast.acceptance`, next to stock operators. A
+    kernel that fails is switched off for the process, with one warning that names it. Then, or rather in the same go,
+    everything is compiled that these batches need. Neither weights and gradients nor the state of random number
+    generators are touched.
+
+    Args:
+        model: a `vitfast.ViT`, or a module that contains one. On a CPU nothing is compiled, and the report is empty.
+        batch: numbers of images.
+        dtype: float32, bfloat16 or float16: what the model computes in; by default autocast's where it is on for GPUs,
+            else that of the model's blocks.
+        training: also the backward.
+        progress: print a line for each call on stderr.
+
+    Returns:
+        A `Report`.
+
+    Raises:
+        TypeError, ValueError: the argument, what was expected and what came.
+        RuntimeError: a CUDA graph is being captured, which must not contain any of this; or a kernel broke the device.
+    """
+    vits = models_in("warmup", model)
+    batches = batches_of("warmup", batch)
+    device = next(vits[0].parameters()).device
+    if dtype is None:
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else _dtype_of(vits[0])
+    else:
+        check_dtype("warmup", dtype)
+    if device.type != "cuda":
+        return Report()
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("warmup: a CUDA graph is being captured; warm up before the capture begins")
+    calls = kernel_calls((vit.config for vit in vits), batches, dtype, training)
+    say = (lambda text: print(text, file=sys.stderr, flush=True)) if progress else lambda text: None
+    from vitfast.bench import device as devices
+
+    place = devices.of(device)
+    with place.current():
+        return warm(calls, place, say)
+
+
+def models_in(what: str, model: nn.Module) -> list[ViT]:
+    vits = [module for module in model.modules() if isinstance(module, ViT)] if isinstance(model, nn.Module) else []
+    if not vits:
+        raise TypeError(f"{what}: model must be or contain a vitfast.ViT, got {type(model).__name__}")
+    return vits
+
+
+def batches_of(what: str, batch: int | Iterable[int]) -> tuple[int, ...]:
+    batches = (batch,) if isinstance(batch, int) else tuple(batch)
+    if not batches or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in batches):
+        raise ValueError(f"{what}: batch must be one or more ints of at least 1, got {batch!r}")
+    return batches
+
+
+def check_dtype(what: str, dtype: torch.dtype) -> None:
+    if dtype not in RMS_RATIO:
+        raise ValueError(f"{what}: dtype must be one of {', '.join(map(str, RMS_RATIO))}, got {dtype}")
+
+
+def _dtype_of(model: ViT) -> torch.dtype:
+    return next(model.blocks.parameters(), next(model.parameters())).dtype
+
+
+def kernel_calls(
+    configs: Iterable[ViTConfig], batches: Sequence[int], dtype: torch.dtype, training: bool
+) -> list[Call]:
+    """The distinct calls of these models that a kernel may run."""
+    found = [call for config in configs for n in batches for call in calls_of(config, n, dtype, training)]
+    return distinct(call for call in found if call.op in FAMILIES)
+
+
+def warm(calls: Sequence[Call], place: Place, say: Callable[[str], None]) -> Report:
+    """Run each call once as it is, which compiles it, and check the kernels that ran.
+
+    As it is, at its own batch: a smaller one may get another configuration, or another compilation of the same one.
+    That takes less memory than a single block of the model does at that batch.
+    """
+    report, checked = Report(), {}
+    began = time.perf_counter()
+    for i, call in enumerate(calls):
+        row_began = time.perf_counter()
+        runs, check = _warm_one(call, place, checked)
+        took = time.perf_counter() - row_began
+        report.rows.append(Row(FAMILIES[call.op].kernel, str(call), runs, check, took))
+        say(f"warmup {i + 1}/{len(calls)}, {time.perf_counter() - began:.1f} s: {call}: {runs}, {check}")
+    return report
+
+
+def _warm_one(call: Call, place: Place, checked: dict[tuple, str]) -> tuple[str, str]:
+    from vitfast.bench.device import first_line
+
+    family = FAMILIES[call.op]
+    generator = torch.Generator(place.device).manual_seed(SEED)
+    with dispatch.watching() as seen:
+        try:
+            args = family.draw(call, generator)
+            family.results(args)
+            place.synchronize()
+        # the user's memory is full, which says nothing about the kernel
+        except torch.OutOfMemoryError as problem:
+            return STOCK if dispatch.switched_off(family.kernel) else KERNEL, f"not compiled: {first_line(problem)}"
+        # a compiler or a driver may fail in any way
+        except Exception as problem:
+            if not _last(seen, family).taken:
+                raise
+            return _failed(family, place, problem)
+    answer = _last(seen, family)
+    if not answer.taken:
+        return STOCK, dispatch.state(family.kernel)
+    config = dispatch.tuned_config(family.kernel, answer.shape, answer.device)
+    tuned = "tuned, " if config is not None else ""
+    config = next(iter(family.configs(call, place.device)), None) if config is None else config
+    said = set()
+    for small in distinct(family.smaller(call)):
+        name = (small, None if config is None else tuple(sorted(config.items())))
+        if name not in checked:
+            try:
+                checked[name] = check(family, small, config, place)
+            except (torch.OutOfMemoryError, NoYardstick) as problem:
+                checked[name] = f"not checked: {first_line(problem)}"
+                warnings.warn(f"vitfast's {family.kernel} kernel was {checked[name]}", RuntimeWarning, stacklevel=4)
+            except Exception as problem:
+                return _failed(family, place, problem)
+        said.add(checked[name])
+    return KERNEL, tuned + "; ".join(sorted(said))
+
+
+def _last(seen: Sequence[dispatch.Seen], family: Family) -> dispatch.Seen:
+    """The answer that the op got for the call itself: what drew its arguments may have asked before."""
+    answers = [each for each in seen if each.kernel == family.kernel]
+    return answers[-1] if answers else dispatch.Seen(family.kernel, (), None, False)
+
+
+def _failed(family: Family, place: Place, problem: Exception) -> tuple[str, str]:
+    from vitfast.bench.device import first_line
+
+    why = " ".join(str(problem).split())[:500] if isinstance(problem, NotAccepted) else first_line(problem)
+    dispatch.switch_off(family.kernel, why)
+    try:
+        place.synchronize()
+    except Exception as lost:
+        raise RuntimeError(
+            f"warmup: the {family.kernel} kernel broke the device ({why}), and nothing will run on it in this process. "
+            f"Start again with vitfast.set_backend('stock', op={family.kernel!r}), and please report this"
+        ) from lost
+    return STOCK, f"switched off: {why}"
+
+
+def check(family: Family, call: Call, config: dispatch.Config | None, place: Place) -> str:
+    """Hold one result of a kernel to the acceptance rule; returns what to say of it.
+
+    Raises:
+        NotAccepted: it is wrong.
+        NoYardstick: stock operators are wrong, or so far off that nothing can be measured by them.
+        Exception: whatever the kernel raised.
+    """
+    generator = torch.Generator(place.device).manual_seed(SEED)
+    args = family.draw(call, generator)
+    try:
+        refs, lows = family.true(args), family.stock(args)
+        place.synchronize()
+    # none of this is the kernel's fault
+    except Exception as problem:
+        raise NoYardstick(f"stock operators failed: {problem}") from problem
+    outs = family.with_config(args, config)
+    place.synchronize()
+    if len(outs) != len(lows):
+        raise NotAccepted(f"{call}: {len(outs)} results, expected {len(lows)}")
+    dtype = dtype_to_judge_by(call.dtype)
+    for i, (out, ref, low) in enumerate(zip(outs, refs, lows, strict=True)):
+        what = f"{call}, result {i}"
+        try:
+            accept(low, ref, low, dtype=dtype, grad=family.grad, what=what)
+        except NotAccepted as fault:
+            raise NoYardstick(f"stock operators are no yardstick: {' '.join(str(fault).split())}") from None
+        k = rms_ratio_of_few(low.numel(), dtype)
+        accept(out, ref, low, dtype=dtype, grad=family.grad, k=k, what=what)
+    return "right"
+
+
+def dtype_to_judge_by(dtype: torch.dtype) -> torch.dtype:
+    """fp16 for fp32 where stock products may be rounded to TF32, which keeps as many bits."""
+    tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return torch.float16 if tf32 else dtype
