@@ -16,6 +16,7 @@ Exit status: 0, differences from the record or not; 1 where one is refused; 2 fo
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
@@ -121,6 +122,14 @@ def read(path: Path) -> dict[str, Any]:
     return data
 
 
+def sources() -> str:
+    """A digest of the kernels' source: a record with another one is of other kernels."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "vitfast" / "kernels").glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def record_of(rows: dict[str, Row], before: dict[str, Any]) -> dict[str, Any]:
     """What --write writes. Where there is no nvcc, the rows of csrc stay as they were."""
     release, kept = nvcc_release(), {}
@@ -128,6 +137,7 @@ def record_of(rows: dict[str, Row], before: dict[str, Any]) -> dict[str, Any]:
         rows = {key: row for key, row in rows.items() if not _of_cuda(key)}
         kept = {key: row for key, row in before["rows"].items() if _of_cuda(key)}
     versions = {"triton": machine.version("triton"), "torch": machine.version("torch")}
+    versions["sources"] = sources()
     versions["nvcc"] = before.get("nvcc") if release is None else release
     return {"schema": SCHEMA, **versions, "rows": {key: without_time(row) for key, row in rows.items()} | kept}
 

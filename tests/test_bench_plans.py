@@ -88,8 +88,8 @@ def command(tmp_path, *arguments):
 
 
 def ran(tmp_path, *arguments):
-    # from elsewhere, as a plain copy of the tree, with nothing of it installed
-    environment = {**os.environ, "PYTHONPATH": "", "VITFAST_CACHE_DIR": str(tmp_path / "cache")}
+    # from elsewhere, as a plain copy of the tree, with nothing of it installed; what one run compiled serves the next
+    environment = {**os.environ, "PYTHONPATH": "", "VITFAST_CACHE_DIR": str(tmp_path.parent / "cache")}
     return subprocess.run(
         command(tmp_path, *arguments), capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=280
     )

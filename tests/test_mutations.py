@@ -43,7 +43,7 @@ MUTANTS = {
         "test_forward_kernel_is_wrong_at_a_length and fp32",
     ),
     "lse read in base 2": (
-        "attention_backward.py", "- log_sum[None, :])", "- log_sum[None, :] * 1.4427)",
+        "attention_backward.py", "- log_sum[None, :]) * LOG2E", "- log_sum[None, :])",
         "test_backward_kernel_is_wrong_at_a_length and fp32",
     ),
     "dropout of the backward shifted": (
@@ -76,14 +76,16 @@ def test_a_planted_bug_is_not_seen(mutant, tmp_path):
     assert before in text, f"{name} has no {before!r} any more"
     source.write_text(text.replace(before, after))
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    code = (
+        f"import sys, pytest, vitfast; assert vitfast.__file__.startswith({str(tmp_path)!r}), vitfast.__file__;"
+        "sys.exit(pytest.main(sys.argv[1:]))"
+    )
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", chosen, TESTS / "kernels"],
-        capture_output=True, text=True, env=environment, cwd=TESTS.parent,
+        [sys.executable, "-c", code, "-x", "-q", "-p", "no:cacheprovider", "-c", TESTS.parent / "pyproject.toml",
+         "-k", chosen, TESTS / "kernels"],
+        capture_output=True, text=True, env=environment, cwd=tmp_path,
     )  # fmt: skip
-    assert str(tmp_path) in subprocess.run(
-        [sys.executable, "-c", "import vitfast; print(vitfast.__file__)"],
-        capture_output=True, text=True, env=environment, cwd=TESTS,
-    ).stdout  # fmt: skip
+    assert "AssertionError: /" not in done.stderr, done.stderr
     # 1: a test failed; a crash by a signal, as of an address far away, is seen as well; no test chosen would be 5
     assert done.returncode == 1 or done.returncode < 0, done.stdout[-2000:] + done.stderr[-2000:]
 

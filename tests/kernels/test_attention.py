@@ -31,8 +31,8 @@ every_backward = pytest.mark.parametrize("backward", BACKWARD)
 @pytest.mark.parametrize("N", LENGTHS)
 def test_length_leaves_a_tail_out_or_reads_past_the_end(N, dtype, device):
     size = {"B": 1, "H": 1} if INTERPRETED and N > 128 else {}
-    for D in (64, 72):
-        check(dtype, D, N, N, backward=BACKWARD["blocks"], device=device, **size)
+    D = 72 if dtype is torch.float16 else 64
+    check(dtype, D, N, N, backward=BACKWARD["blocks"], device=device, **size)
 
 
 @every_dtype
@@ -63,8 +63,8 @@ def test_head_dim_is_padded_wrongly_or_sets_the_scale(D, forward, backward, dtyp
 
 @every_dtype
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("D", (64, 72))
-def test_stride_is_ignored(layout, D, dtype, device):
+def test_stride_is_ignored(layout, dtype, device):
+    D = 72 if dtype is torch.float16 else 64
     for forward, backward in zip(list(FORWARD.values())[1:], BACKWARD.values(), strict=True):
         found = check(dtype, D, 33, 33, forward=forward, backward=backward, layout=layout, device=device)
         plain = [t.contiguous() for t in laid_out(layout, 2, 33, 33, 2, D, dtype, device)]
@@ -78,17 +78,25 @@ def test_keys_of_another_number_than_queries(Nq, Nk, dtype, device):
     for forward, backward in PAIRS:
         forward, backward = FORWARD[forward], BACKWARD[backward]
         if fits("forward", forward, Nk) and fits("backward", backward, Nk):
-            check(dtype, 64, Nq, Nk, forward=forward, backward=backward, layout="separate", B=4 if Nq < 9 else 1, device=device)
+            how = {"layout": "separate", "B": 1, "device": device}
+            check(dtype, 64, Nq, Nk, forward=forward, backward=backward, **how)
 
 
 @every_pair
-def test_large_logits_overflow(forward, backward, device):
-    """Logits up to 3e5, where weights are ones and zeros; of whole numbers, which all sums have exactly."""
+@pytest.mark.parametrize("sign", (1, -1))
+def test_large_logits_overflow(sign, forward, backward, device):
+    """Logits of some 3e5, where weights are ones and zeros; of whole numbers, which all sums have exactly.
+
+    Where all are negative, exp(0 - lse) of what lies past the end is infinite.
+    """
     q, k = (draw(1, 65, 2, 64, device=device, seed=i).mul(80).round() for i in range(2))
     v, grad = draw(1, 65, 2, 64, device=device, seed=2), draw(1, 65, 128, device=device, seed=3)
-    q[:, ::7] = k[:, ::7].clone()
+    if sign > 0:
+        q[:, ::7] = k[:, ::7].clone()
+    else:
+        q, k = -q.abs(), k.abs()
     ref, low = exact(q, k, v, 1.0, grad), stock(q, k, v, 1.0, grad)
-    assert ref[1].max() > 3e5
+    assert ref[1].max() > 3e5 if sign > 0 else ref[1].max() < -5e4
     out, lse = attention.forward(q, k, v, 1.0, config=FORWARD[forward])
     grads = attention.backward(grad, q, k, v, out, lse, 1.0, config=BACKWARD[backward])
     torch.testing.assert_close(lse.double(), ref[1], rtol=2e-7, atol=0)
@@ -151,8 +159,9 @@ def test_gradient_is_written_beside_its_place(device):
 
 
 def test_two_runs_differ(device):
-    q, k, v = laid_out("packed", 2, 130, 130, 3, 64, torch.float16, device)
-    grad = draw(2, 130, 192, dtype=torch.float16, device=device)
+    N = 33 if INTERPRETED else 197
+    q, k, v = laid_out("packed", 2, N, N, 3, 64, torch.float16, device)
+    grad = draw(2, N, 192, dtype=torch.float16, device=device)
     for forward, backward in PAIRS:
         forward, backward = FORWARD[forward], BACKWARD[backward]
         first = attention.forward(q, k, v, 0.125, config=forward)
