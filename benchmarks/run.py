@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import signal
 import subprocess
@@ -131,11 +132,13 @@ def gpu_tests(run: Run, budget_s: float) -> list[str]:
     chosen = {"test_numerics.py": []} if run.tiny else dict.fromkeys(GPU_TESTS, ["-m", "gpu"])
     log.write_text("")
     left = budget_s
+    # most of the time kernels are compiled
+    parallel = ["-n", "6"] if importlib.util.find_spec("xdist") and not run.tiny else []
     # a process each: after a fault in a kernel nothing works any more in the process that it happened in
     for name, marks in chosen.items():
         command = [
             sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider",
-            *marks, f"tests/{name}",
+            *marks, *(parallel if name == "kernels" else []), f"tests/{name}",
         ]  # fmt: skip
         status, seconds, text = started(command, left, run)
         left = max(left - seconds, LEAST_S)
@@ -270,9 +273,9 @@ PLANS: dict[str, tuple[Stage, ...]] = {
     "a": (
         EXTENSION,
         CEILINGS,
-        Stage("tests", 120, gpu_tests),
-        models_stage("ops, short", 185, partial(ops, first=True)),
-        models_stage("ops, long", 110, partial(ops, first=False)),
+        Stage("tests", 190, gpu_tests),
+        models_stage("ops, short", 150, partial(ops, first=True)),
+        models_stage("ops, long", 75, partial(ops, first=False)),
     ),
     "b": (
         CEILINGS,

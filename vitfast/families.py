@@ -160,8 +160,8 @@ def _attention_configs(call: Call, device: torch.device) -> list[Config]:
 
     q, k = _parts(call)
     configs = attention.backward_configs if call.op.endswith("_backward") else attention.forward_configs
-    arch = torch.cuda.get_device_capability(device)
-    return [config.as_dict() for config in configs(arch, q.dtype, q.shape[-1], q.shape[1], k.shape[1])]
+    B, Nq, H, D = q.shape
+    return [config.as_dict() for config in configs(device, q.dtype, B * H, D, Nq, k.shape[1])]
 
 
 def _attention(op: str, truth: Callable[..., Any], grad: bool = False) -> Family:

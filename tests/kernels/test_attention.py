@@ -170,10 +170,3 @@ def test_two_runs_differ(device):
             assert all(map(torch.equal, attention.forward(q, k, v, 0.125, config=forward), first))
             again = attention.backward(grad, q, k, v, *first, 0.125, config=backward)
             assert all(map(torch.equal, again, gradients))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED, reason="70,000 programs take the interpreter minutes")
-@pytest.mark.parametrize("images", (65_536, 70_000))
-def test_more_heads_than_a_grid_has_rows(images, device):
-    check(torch.float16, 16, 9, 9, backward=BACKWARD["blocks"], B=images, H=1, device=device)

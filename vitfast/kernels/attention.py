@@ -241,14 +241,20 @@ def architecture_of(capability: tuple[int, int]) -> int:
     return 10 * major if (major, minor) == (8, 0) or major in (9, 10) else 89
 
 
-def forward_configs(capability: tuple[int, int], dtype: torch.dtype, D: int, Nq: int, Nk: int) -> list[Config]:
-    """Every configuration of the table that can run this, the built-in choice of a large batch first."""
-    return tuning.candidates(tuning.FORWARD[architecture_of(capability)], _bits(dtype), sum(widths(D)), Nk)
+def forward_configs(device: torch.device, dtype: torch.dtype, heads: int, D: int, Nq: int, Nk: int) -> list[Config]:
+    """Every configuration of the table that can run this, the built-in choice first; `heads` of all images."""
+    return _candidates(tuning.FORWARD, device, dtype, heads, D, Nq, Nk)
 
 
-def backward_configs(capability: tuple[int, int], dtype: torch.dtype, D: int, Nq: int, Nk: int) -> list[Config]:
+def backward_configs(device: torch.device, dtype: torch.dtype, heads: int, D: int, Nq: int, Nk: int) -> list[Config]:
     """The same of the backward."""
-    return tuning.candidates(tuning.BACKWARD[architecture_of(capability)], _bits(dtype), sum(widths(D)), Nk)
+    return _candidates(tuning.BACKWARD, device, dtype, heads, D, Nq, Nk)
+
+
+def _candidates(tables, device, dtype, heads, D, Nq, Nk) -> list[Config]:
+    table = tables[architecture(device)]
+    programs = heads * -(-Nq // 64) / _multiprocessors(device)
+    return tuning.candidates(table, _bits(dtype), sum(widths(D)), Nk, programs)
 
 
 def forward_config(call: _Call) -> Config:

@@ -146,7 +146,7 @@ def choose(table: list[Row], bits: int, width: int, keys: int, programs: float, 
     raise NotImplementedError(f"no configuration for {bits} bits, head dim {width}, {keys} keys")
 
 
-def candidates(table: list[Row], bits: int, width: int, keys: int) -> list[Config]:
-    """All configurations that can run it, the choice of a large batch first."""
-    fits = [row for row in table if bits == row.bits and width <= row.width and keys <= row.keys]
-    return list(dict.fromkeys(row.config for row in sorted(fits, key=lambda row: row.programs_at_most > 0)))
+def candidates(table: list[Row], bits: int, width: int, keys: int, programs: float) -> list[Config]:
+    """All configurations that can run it, that of `choose` first."""
+    fits = [row.config for row in table if bits == row.bits and width <= row.width and keys <= row.keys]
+    return list(dict.fromkeys([choose(table, bits, width, keys, programs, False), *fits]))
