@@ -16,7 +16,7 @@ from fake_kernel import DEVICE, KEY, prepared, restart
 import vitfast
 from vitfast import dispatch, info, tuning_cache
 from vitfast.families import FAMILIES
-from vitfast.ops import _register
+from vitfast.ops import _attention_run, _register
 from vitfast.tuning_cache import Choice
 
 fake_fixture = pytest.fixture(prepared, name="fake")
@@ -343,3 +343,22 @@ def test_info_hides_where_stock_operators_are_faster(fake, monkeypatch):
     assert "stock for rows bf16 4 3" in text
     assert f"tuned on this GPU: 2 shapes in {tuning_cache.path_of(KEY)}" in text
     assert info.collect()["kernels"]["fake"]["tuned_to_stock"] == [["rows", "bf16", 4, 3]]
+
+
+def test_kernel_that_does_not_compile_ends_the_step(monkeypatch):
+    """No C compiler, a card that the assembler does not know: stock operators take over, with a warning, once."""
+    restart(monkeypatch)
+
+    def broken(problem):
+        raise problem
+
+    failing = RuntimeError("Failed to find C compiler.\nPlease specify")
+    with pytest.warns(RuntimeWarning, match="attention .*Failed to find C compiler"):
+        assert _attention_run.launched("attention", lambda: broken(failing)) is None
+    assert "C compiler" in dispatch.switched_off("attention")
+    assert _attention_run.launched("attention_backward", lambda: 7) == 7
+    with pytest.raises(torch.OutOfMemoryError):
+        _attention_run.launched("attention_backward", lambda: broken(torch.OutOfMemoryError("full")))
+    assert dispatch.switched_off("attention_backward") is None
+    with vitfast.backend("kernel", op="attention"), pytest.raises(RuntimeError, match="C compiler"):
+        _attention_run.launched("attention_backward", lambda: broken(failing))

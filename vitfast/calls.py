@@ -92,7 +92,8 @@ def calls_of(config: ViTConfig, batch: int, dtype: torch.dtype, training: bool) 
         batch: images.
         dtype: of weights and images, or autocast's.
     """
-    small = config.replace(depth=min(config.depth, BLOCKS))
+    # meta tensors would take the way of CPUs with it
+    small = config.replace(depth=min(config.depth, BLOCKS), attn_dropout=0.0)
     size = small.image_size
     if not small.dynamic_pad:
         # a dynamic size need not be one that the patch divides

@@ -199,6 +199,14 @@ def switch_off(kernel: str, why: str) -> None:
     )
 
 
+def asked_for(kernel: str) -> bool:
+    """Whether somebody forces this kernel, in this thread or for the process."""
+    trial = _thread.trial
+    if trial is not None and trial.kernel == kernel:
+        return trial.backend == "kernel"
+    return _forced.get(kernel) == "kernel"
+
+
 def switched_off(kernel: str) -> str | None:
     """Why the kernel is switched off, None where it is not."""
     return _off.get(kernel)

@@ -74,6 +74,7 @@ def warmup(
 ) -> Report:
     """Check the kernels that a model on a GPU will run, and compile them, before the first image comes.
 
+    Attention is checked and compiled without dropout, which is compiled when it is first called.
     Each kernel's results on a few small inputs are held to the rule of `vitfast.acceptance`, next to stock operators. A
     kernel that fails is switched off for the process, with one warning that names it. Then, or rather in the same go,
     everything is compiled that these batches need. Neither weights and gradients nor the state of random number
@@ -256,5 +257,5 @@ def check(family: Family, call: Call, config: dispatch.Config | None, place: Pla
 
 def dtype_to_judge_by(dtype: torch.dtype) -> torch.dtype:
     """fp16 for fp32 where stock products may be rounded to TF32, which keeps as many bits."""
-    tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision not in ("none", "ieee")
     return torch.float16 if tf32 else dtype

@@ -124,6 +124,38 @@ def test_packed_image_sees_its_neighbour(cross, D, dtype, device):
             judge(got.detach()[None], true, near, grad=i > 0, what=f"image {image}, result {i}")
 
 
+def test_indices_with_gaps_between_them_are_misread(device):
+    """Lengths and starts that are columns of a table, or one number for all images."""
+    q, k, v = (draw(3, 20, 2, 16, device=device, seed=i) for i in range(3))
+    lengths = torch.tensor([4, 20, 9], dtype=torch.int32, device=device)
+    expected = ops.attention(q, k, v, lengths=lengths)
+    table = torch.stack([lengths, lengths * 0 + 1], dim=1)
+    assert torch.equal(ops.attention(q, k, v, lengths=table[:, 0]), expected)
+    same = torch.tensor([7], dtype=torch.int32, device=device)
+    assert torch.equal(ops.attention(q, k, v, lengths=same.expand(3)), ops.attention(q, k, v, lengths=same.repeat(3)))
+    packed = [t.flatten(0, 1) for t in (q, k, v)]
+    starts = torch.tensor([0, 5, 60], dtype=torch.int32, device=device)
+    table = torch.stack([starts, starts + 1], dim=1)
+    got = ops.attention_varlen(*packed, table[:, 0])
+    assert torch.equal(got, ops.attention_varlen(*packed, starts))
+
+
+def test_rows_behind_the_last_packed_image_are_garbage(device):
+    """A sequence padded to a fixed length: zeros there, in the gradients too, and an lse that is none."""
+    starts = torch.tensor([0, 5, 17], dtype=torch.int32, device=device)
+    q, k, v = (draw(1, 23, 2, 16, device=device, seed=i) for i in range(3))
+    out, lse = attention.forward(q, k, v, 0.25, starts=(starts, starts, 12, 12))
+    grad = draw(1, 23, 32, device=device, seed=4)
+    grads = attention.backward(grad, q, k, v, out, lse, 0.25, starts=(starts, starts, 12, 12))
+    short = [t[:, :17] for t in (q, k, v)]
+    near = attention.forward(*short, 0.25, starts=(starts, starts, 12, 12))
+    assert torch.equal(out[:, :17], near[0]) and torch.equal(lse[..., :17], near[1])
+    assert not out[:, 17:].any() and (lse[..., 17:] == float("-inf")).all()
+    assert not any(g[:, 17:].any() for g in grads)
+    with pytest.raises(ValueError, match="max_seqlen_q must be at least 1"):
+        ops.attention_varlen(q[0, :17], k[0, :17], v[0, :17], starts, None, 0, 12)
+
+
 class Launches:
     """Counts the kernels that run."""
 

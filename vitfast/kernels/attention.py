@@ -32,7 +32,7 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, positive_sc
     if head_dim % 8 or not 16 <= head_dim <= 128:
         reasons.append(f"head dim {head_dim} (multiples of 8 from 16 to 128 only)")
     if not positive_scale:
-        reasons.append("scale of 0 or less")
+        reasons.append("scale of 0 or less, or too small for fp32")
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if capability < (8, 0):
@@ -94,6 +94,10 @@ def forward(
     call = _Call(q, k, v, scale, lengths, dropout_p, seed, starts)
     out = q.new_empty(q.shape[0], q.shape[1], call.H * call.D)
     lse = q.new_empty(q.shape[0], call.H, q.shape[1], dtype=torch.float32)
+    if call.packed:
+        # rows behind the last image belong to none
+        out.zero_()
+        lse.fill_(float("-inf"))
     config = config or forward_config(call)
     tiles = -(-call.Nq // config.block_m)
     constants = _forward_constants(call, config)
@@ -104,7 +108,7 @@ def forward(
         kernel, programs = forward_kernels.forward_short, call.B * call.H * (1 if config.loop else tiles)
     else:
         kernel, programs = forward_kernels.forward_online, call.B * call.H * tiles
-        tensors = (*tensors, call.q_starts, call.k_starts)
+        tensors, sizes = (*tensors, call.q_starts, call.k_starts), (*sizes, q.shape[1])
     _launch(q, kernel, programs, (*tensors, *sizes, *numbers), constants, config.warps, config.stages)
     return out, lse
 
@@ -134,7 +138,8 @@ def backward(
         (the others): as in `forward`.
     """
     call = _Call(q, k, v, scale, lengths, dropout_p, seed, starts)
-    dq, dk, dv = into or tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    fresh = torch.zeros_like if call.packed else torch.empty_like
+    dq, dk, dv = into or tuple(fresh(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     config = config or backward_config(call)
     delta = torch.empty_like(lse) if config.kernel != "short" else None
     q_strides, k_strides = _units(dq, 2), _units(dk, 2)
@@ -142,7 +147,7 @@ def backward(
     numbers = (call.scale, call.threshold, call.inv_keep)
     for each in _backward_constants(call, config):
         kernel, constants, warps = each
-        programs = call.B * call.H
+        programs, own = call.B * call.H, sizes
         if kernel is backward_kernels.backward_short:
             tensors = (q, k, v, grad, out, lse, dq, dk, dv, call.lengths, call.seed)
             strides = (*call.strides, *q_strides, *k_strides)
@@ -151,14 +156,14 @@ def backward(
             strides = (*call.strides, *q_strides, *k_strides)
         elif kernel is backward_kernels.backward_queries:
             tensors = (q, k, v, grad, out, lse, delta, dq, call.lengths, call.seed, call.q_starts, call.k_starts)
-            strides = (*call.strides, *q_strides)
+            strides, own = (*call.strides, *q_strides), (*sizes, q.shape[1])
             programs *= -(-call.Nq // constants["BM"])
         else:
             tensors = (q, k, v, grad, lse, delta, dk, dv, call.lengths, call.seed, call.q_starts, call.k_starts)
-            strides = (*call.strides, *k_strides)
+            strides, own = (*call.strides, *k_strides), (*sizes, q.shape[1])
             programs *= -(-call.Nk // constants["BN"])
-        _launch(q, kernel, programs, (*tensors, *strides, *sizes, *numbers), constants, warps, config.stages)
-    return dq, dk, dv
+        _launch(q, kernel, programs, (*tensors, *strides, *own, *numbers), constants, warps, config.stages)
+    return into or (dq, dk, dv)
 
 
 class _Call:
@@ -170,10 +175,11 @@ class _Call:
         self.q_starts = self.k_starts = q
         self.packed = starts is not None
         if self.packed:
-            self.q_starts, self.k_starts, self.Nq, self.Nk = starts
+            q_starts, k_starts, self.Nq, self.Nk = starts
+            self.q_starts, self.k_starts = q_starts.contiguous(), k_starts.contiguous()
             self.B = len(self.q_starts) - 1
         # a kernel takes no None; what stands in its place is never read
-        self.lengths = q if lengths is None else lengths
+        self.lengths = q if lengths is None else lengths.contiguous()
         self.seed = q if seed is None else seed
         self.has_lengths, self.dropout = lengths is not None, dropout_p > 0
         self.dtype, self.device = q.dtype, q.device
@@ -217,9 +223,9 @@ def _units(t: Tensor, dims: int) -> list[int]:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """As torch's own products in fp32 run."""
-    tf32 = dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest"
-    return "tf32" if tf32 else "ieee"
+    """As torch's own products in fp32 run on GPUs, whichever of its two switches said so."""
+    exact = dtype is not torch.float32 or torch.backends.cuda.matmul.fp32_precision in ("none", "ieee")
+    return "ieee" if exact else "tf32"
 
 
 @functools.cache

@@ -30,7 +30,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # sizes: a kernel for every length would be compiled in the middle of the work
 RUNTIME = (
     "q_batch", "q_row", "q_head", "k_batch", "k_row", "k_head", "v_batch", "v_row", "v_head",
-    "dq_batch", "dq_row", "dk_batch", "dk_row", "heads", "queries", "keys", "threshold",
+    "dq_batch", "dq_row", "dk_batch", "dk_row", "heads", "queries", "keys", "all_queries",
+    "threshold",
 )  # fmt: skip
 
 
@@ -175,7 +176,7 @@ def keys_tile(
 def backward_queries(
     q, k, v, grad, out, lse, delta, dq, lengths, seed, q_starts, k_starts,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, dq_batch, dq_row, heads, queries, keys,
-    scale, threshold, inv_keep,
+    all_queries, scale, threshold, inv_keep,
     D: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
     PEEL: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, LENGTHS: tl.constexpr, PACKED: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -201,7 +202,7 @@ def backward_queries(
         rows = tl.load(q_starts + b + 1) - tl.load(q_starts + b)
         n = tl.load(k_starts + b + 1) - tl.load(k_starts + b)
         at_out = (first_query * heads + h) * D
-        at_sums = h.to(tl.int64) * tl.load(q_starts + tl.num_programs(0) // (tiles * heads)) + first_query
+        at_sums = h.to(tl.int64) * all_queries + first_query
         image = b * 0
     if LENGTHS:
         n = tl.minimum(tl.load(lengths + b), keys)
@@ -224,7 +225,7 @@ def backward_queries(
 def backward_keys(
     q, k, v, grad, lse, delta, dk, dv, lengths, seed, q_starts, k_starts,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, dk_batch, dk_row, heads, queries, keys,
-    scale, threshold, inv_keep,
+    all_queries, scale, threshold, inv_keep,
     D: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, LENGTHS: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -250,7 +251,7 @@ def backward_keys(
         rows = tl.load(q_starts + b + 1) - tl.load(q_starts + b)
         there = tl.load(k_starts + b + 1) - tl.load(k_starts + b)
         at_out = (first_query * heads + h) * D
-        at_sums = h.to(tl.int64) * tl.load(q_starts + tl.num_programs(0) // (tiles * heads)) + first_query
+        at_sums = h.to(tl.int64) * all_queries + first_query
         image = b * 0
     n = there
     if LENGTHS:

@@ -27,7 +27,7 @@ NO_KEY = float("-inf")
 # sizes: a kernel for every length would be compiled in the middle of the work
 RUNTIME = (
     "q_batch", "q_row", "q_head", "k_batch", "k_row", "k_head", "v_batch", "v_row", "v_head", "heads", "queries",
-    "keys", "threshold",
+    "keys", "all_queries", "threshold",
 )  # fmt: skip
 
 
@@ -204,7 +204,7 @@ def online_step(
 @triton.jit(do_not_specialize=RUNTIME)
 def forward_online(
     q, k, v, out, lse, lengths, seed, q_starts, k_starts,
-    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, heads, queries, keys,
+    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, heads, queries, keys, all_queries,
     scale, scale_log2, threshold, inv_keep,
     D: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
     PEEL: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, LENGTHS: tl.constexpr, PACKED: tl.constexpr,
@@ -229,7 +229,6 @@ def forward_online(
         rows = tl.load(q_starts + b + 1) - first
         q = advance(q, first, q_row, UNIT)
         out = out + (first.to(tl.int64) * heads + h) * D
-        all_queries = tl.load(q_starts + tl.num_programs(0) // (tiles * heads))
         lse = lse + h.to(tl.int64) * all_queries + first
         first = tl.load(k_starts + b)
         n = tl.load(k_starts + b + 1) - first

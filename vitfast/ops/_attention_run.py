@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from types import ModuleType
 from typing import Any
 
@@ -18,10 +18,25 @@ from vitfast.ops._attention_stock import nothing
 # Triton reads it when it is imported; its interpreter then runs kernels on CPU tensors
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
+# of smaller ones fp32 makes 0, and 0 times the -inf of a masked logit is no number
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+
 
 def may_be_kernels(q: Tensor) -> bool:
     """Whether kernels exist for q's device; on others `F.scaled_dot_product_attention` does what they would do."""
     return q.is_cuda or INTERPRETED
+
+
+def kernels_run(q: Tensor, scale: float) -> bool:
+    """Whether kernels compute this with dropout or lengths; torch.compile is told what holds for any kernel.
+
+    Raises:
+        NotImplementedError: the user forced them where they cannot; says all the reasons.
+    """
+    if not may_be_kernels(q) or torch.compiler.is_compiling():
+        return may_be_kernels(q)
+    why_not = _why_not(q.device, q.dtype, q.shape[3], scale >= SMALLEST_SCALE)
+    return dispatch.choose("attention", (), q.device.index, why_not, True)
 
 
 @functools.cache
@@ -30,6 +45,13 @@ def _kernels() -> tuple[ModuleType | None, str]:
         from vitfast.kernels import attention
     except ImportError as problem:
         return None, f"triton cannot be imported: {problem}"
+    if not INTERPRETED:
+        try:
+            # it compiles a part of itself on first use
+            attention.triton.runtime.driver.active.utils  # noqa: B018
+        # for want of a compiler, of headers, of a driver
+        except Exception as problem:
+            return None, f"triton cannot compile here: {type(problem).__name__}: {problem}".splitlines()[0]
     return attention, ""
 
 
@@ -39,19 +61,22 @@ def _why_not(device: torch.device, dtype: torch.dtype, head_dim: int, positive: 
     return (why,) if kernels is None else tuple(kernels.why_not(device, dtype, head_dim, positive))
 
 
-def kernels_for(kernel: str, q: Tensor, k: Tensor, scale: float) -> tuple[ModuleType, Any] | None:
+def kernels_for(
+    kernel: str, q: Tensor, k: Tensor, scale: float, extras: bool = False
+) -> tuple[ModuleType, Any] | None:
     """The kernels' launchers and the tuned configuration, if there is one, where they compute this; else None.
 
     Args:
         kernel: its name in `dispatch.KERNELS`.
+        extras: with dropout, lengths or packed sequences, which nobody tunes.
 
     Raises:
         NotImplementedError: the user forced it where it cannot run; says all the reasons.
     """
     if not may_be_kernels(q):
         return None
-    why_not = _why_not(q.device, q.dtype, q.shape[3], scale > 0)
-    kernels, shape = _kernels()[0], shape_key(q, k)
+    why_not = _why_not(q.device, q.dtype, q.shape[3], scale >= SMALLEST_SCALE)
+    kernels, shape = _kernels()[0], () if extras else shape_key(q, k)
     if not dispatch.choose(kernel, shape, q.device.index, why_not, True):
         return None
     tuned = dispatch.tuned_config(kernel, shape, q.device.index)
@@ -64,6 +89,24 @@ def shape_key(q: Tensor, k: Tensor) -> tuple[Hashable, ...]:
     return str(q.dtype)[6:], heads, q.shape[1], k.shape[1], q.shape[3]
 
 
+def launched(kernel: str, launch: Callable[[], Any]) -> Any:
+    """What `launch` returns; None, with the kernel switched off and a warning, where it does not compile or start.
+
+    Raises:
+        Exception: whatever it was, where the user forced the kernel; torch.OutOfMemoryError always.
+    """
+    try:
+        return launch()
+    except torch.OutOfMemoryError:
+        raise
+    # compilers and drivers fail in many ways, and stock operators would have done it
+    except Exception as problem:
+        if INTERPRETED or dispatch.asked_for(kernel):
+            raise
+        dispatch.switch_off(kernel, f"{type(problem).__name__}: {problem}".splitlines()[0])
+        return None
+
+
 def rows_in_place(t: Tensor) -> Tensor:
     """`t` itself where its rows lie in one piece, as kernels read them; else a copy."""
     return t if t.stride(-1) == 1 else t.contiguous()
@@ -71,23 +114,30 @@ def rows_in_place(t: Tensor) -> Tensor:
 
 def _forward(q, k, v, scale, lengths, dropout_p, seed):
     """Out and lse by the kernels or the formula; None where a stock kernel may do it."""
-    found = kernels_for("attention", q, k, scale)
+    found = kernels_for("attention", q, k, scale, bool(dropout_p) or lengths is not None)
     if found is not None:
         kernels, config = found
-        q, k, v = map(rows_in_place, (q, k, v))
-        return kernels.forward(q, k, v, scale, lengths=lengths, dropout_p=dropout_p, seed=seed, config=config)
+        rows = map(rows_in_place, (q, k, v))
+        extras = {"lengths": lengths, "dropout_p": dropout_p, "seed": seed, "config": config}
+        out = launched("attention", lambda: kernels.forward(*rows, scale, **extras))
+        if out is not None:
+            return out
     if lengths is not None or dropout_p:
         return stock.attention_formula(q, k, v, scale, lengths, dropout_p, seed)
     return None
 
 
 def _backward(grad, q, k, v, out, lse, scale, lengths, dropout_p, seed, into=None):
-    found = kernels_for("attention_backward", q, k, scale)
+    found = kernels_for("attention_backward", q, k, scale, bool(dropout_p) or lengths is not None)
     if found is not None:
         kernels, config = found
-        q, k, v = map(rows_in_place, (q, k, v))
+        rows = map(rows_in_place, (q, k, v))
         extras = {"lengths": lengths, "dropout_p": dropout_p, "seed": seed, "into": into, "config": config}
-        return kernels.backward(grad.contiguous(), q, k, v, out, lse, scale, **extras)
+        grads = launched(
+            "attention_backward", lambda: kernels.backward(grad.contiguous(), *rows, out, lse, scale, **extras)
+        )
+        if grads is not None:
+            return grads
     if lengths is not None or dropout_p:
         return stock.attention_formula_backward(grad, q, k, v, out, lse, scale, lengths, dropout_p, seed)
     return None
@@ -117,18 +167,18 @@ def attention_qkv_cuda(qkv, scale, lengths=None, dropout_p=0.0, seed=None):
     return attention_cuda(*qkv.unbind(2), scale, lengths, dropout_p, seed)
 
 
-def attention_backward_cpu(grad, q, k, v, out, lse, scale, lengths=None, dropout_p=0.0, seed=None):
+def attention_backward_cpu(grad, q, k, v, out, lse, scale, lengths=None, dropout_p=0.0, seed=None, into=None):
     if q.numel() and k.numel():
-        found = _backward(grad, q, k, v, out, lse, scale, lengths, dropout_p, seed)
+        found = _backward(grad, q, k, v, out, lse, scale, lengths, dropout_p, seed, into)
         if found is not None:
             return found
     return stock.attention_backward_cpu(grad, q, k, v, out, lse, scale)
 
 
-def attention_backward_cuda(grad, q, k, v, out, lse, scale, lengths=None, dropout_p=0.0, seed=None):
+def attention_backward_cuda(grad, q, k, v, out, lse, scale, lengths=None, dropout_p=0.0, seed=None, into=None):
     if not q.numel() or not k.numel():
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    found = _backward(grad, q, k, v, out, lse, scale, lengths, dropout_p, seed)
+    found = _backward(grad, q, k, v, out, lse, scale, lengths, dropout_p, seed, into)
     return found or stock.attention_backward_cuda(grad, q, k, v, out, lse, scale)
 
 
@@ -137,11 +187,10 @@ def _packed_backward(backward):
 
     def run(grad, qkv, out, lse, scale, lengths=None, dropout_p=0.0, seed=None):
         q, k, v = qkv.unbind(2)
-        if qkv.numel() and kernels_for("attention_backward", q, k, scale) is not None:
-            packed = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-            _backward(grad, q, k, v, out, lse, scale, lengths, dropout_p, seed, into=packed.unbind(2))
-            return packed
-        return torch.stack(backward(grad, q, k, v, out, lse, scale, lengths, dropout_p, seed), dim=2)
+        packed = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+        parts = packed.unbind(2)
+        grads = backward(grad, q, k, v, out, lse, scale, lengths, dropout_p, seed, parts)
+        return packed if grads is parts else torch.stack(grads, dim=2)
 
     return run
 

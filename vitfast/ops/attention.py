@@ -57,7 +57,7 @@ def attention(
         out, lse = call(_attention, wants_gradient(q, k, v), q, k, v, scale, None, 0.0, None)
         return (out, lse) if return_lse else out
     check_extras(q, k, mask, lengths, dropout_p)
-    if _needs_sdpa(q, mask, lengths, dropout_p, return_lse):
+    if _needs_sdpa(q, scale, mask, lengths, dropout_p, return_lse):
         return _sdpa(q, k, v, scale, mask, lengths, dropout_p)
     out, lse = call(
         _attention, wants_gradient(q, k, v), q, k, v, scale, _int32(lengths), dropout_p, draw_seed(q, dropout_p)
@@ -86,7 +86,7 @@ def attention_qkv(
         return (out, lse) if return_lse else out
     q, k, v = qkv.unbind(2)
     check_extras(q, k, mask, lengths, dropout_p)
-    if _needs_sdpa(q, mask, lengths, dropout_p, return_lse):
+    if _needs_sdpa(q, scale, mask, lengths, dropout_p, return_lse):
         return _sdpa(q, k, v, scale, mask, lengths, dropout_p)
     seed = draw_seed(q, dropout_p)
     out, lse = call(_attention_qkv, wants_gradient(qkv), qkv, scale, _int32(lengths), dropout_p, seed)
@@ -142,9 +142,10 @@ def _as_slice(index):
     return slice(index, index + 1 or None) if isinstance(index, int) else index
 
 
-def _needs_sdpa(q, mask, lengths, dropout_p, return_lse):
+def _needs_sdpa(q, scale, mask, lengths, dropout_p, return_lse):
     kernels = run.may_be_kernels(q)
-    if mask is None and kernels and dropout_p < 1 and not stock_only():
+    # the op's own way without kernels has all weights in memory, so that it is for lse only
+    if mask is None and kernels and dropout_p < 1 and not stock_only() and (return_lse or run.kernels_run(q, scale)):
         return False
     if return_lse:
         what = "a mask" if mask is not None else "dropout_p or lengths" + ("" if kernels else " on a CPU")
@@ -162,7 +163,7 @@ def _sdpa(q, k, v, scale, mask, lengths, dropout_p):
 
 
 def _int32(lengths):
-    return None if lengths is None else lengths.to(torch.int32)
+    return None if lengths is None else lengths.to(torch.int32).contiguous()
 
 
 def draw_seed(q: Tensor, dropout_p: float) -> Tensor | None:

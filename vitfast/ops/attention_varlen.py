@@ -59,6 +59,9 @@ def attention_varlen(
         max_seqlen_q = _longest(cu_seqlens_q)
     if max_seqlen_k is None:
         max_seqlen_k = max_seqlen_q if same else _longest(cu_seqlens_k)
+    for name, most, tokens in (("max_seqlen_q", max_seqlen_q, len(q)), ("max_seqlen_k", max_seqlen_k, len(k))):
+        if tokens and most < 1:
+            raise ValueError(f"attention_varlen: {name} must be at least 1 where there are tokens, got {most}")
     if stock_only() and not return_lse:
         return _by_image(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, dropout_p)
     out, lse = call(
@@ -116,7 +119,8 @@ def _forward(plain, formula):
     """One call of `plain` an image; of the formula where there is dropout, in which every image has its own numbers."""
 
     def run_images(q, k, v, q_starts, k_starts, max_q, max_k, scale, dropout_p=0.0, seed=None):
-        found = run.kernels_for("attention", q[None], k[None], scale) if q.numel() and k.numel() else None
+        there = q.numel() and k.numel()
+        found = run.kernels_for("attention", q[None], k[None], scale, True) if there else None
         if found is not None:
             q, k, v = (run.rows_in_place(t)[None] for t in (q, k, v))
             extras = {"dropout_p": dropout_p, "seed": seed, "starts": (q_starts, k_starts, max_q, max_k)}
@@ -124,6 +128,8 @@ def _forward(plain, formula):
             return out[0], lse[0]
         out = q.new_zeros(q.shape[0], q.shape[1] * q.shape[2])
         lse = q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=stock.lse_dtype(q.dtype))
+        if not there:
+            return out, lse
         for i, (rows, _, *qkv) in enumerate(_images(q, k, v, q_starts, k_starts)):
             if qkv[0].numel() and qkv[1].numel():
                 one = formula(*qkv, scale, None, dropout_p, seed, i) if dropout_p else plain(*qkv, scale)
@@ -135,13 +141,16 @@ def _forward(plain, formula):
 
 def _backward(plain, formula):
     def run_images(grad, q, k, v, out, lse, q_starts, k_starts, max_q, max_k, scale, dropout_p=0.0, seed=None):
-        found = run.kernels_for("attention_backward", q[None], k[None], scale) if q.numel() and k.numel() else None
+        there = q.numel() and k.numel()
+        found = run.kernels_for("attention_backward", q[None], k[None], scale, True) if there else None
         if found is not None:
             q, k, v = (run.rows_in_place(t)[None] for t in (q, k, v))
             extras = {"dropout_p": dropout_p, "seed": seed, "starts": (q_starts, k_starts, max_q, max_k)}
             grads = found[0].backward(grad.contiguous(), q, k, v, out, lse, scale, **extras)
             return tuple(g[0] for g in grads)
         grads = tuple(torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+        if not there:
+            return grads
         for i, (rows, keys, *qkv) in enumerate(_images(q, k, v, q_starts, k_starts)):
             if qkv[0].numel() and qkv[1].numel():
                 given = (grad[None, rows], *qkv, out[None, rows].contiguous(), lse[None, :, rows].contiguous(), scale)
