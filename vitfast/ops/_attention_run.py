@@ -187,6 +187,8 @@ def _packed_backward(backward):
 
     def run(grad, qkv, out, lse, scale, lengths=None, dropout_p=0.0, seed=None):
         q, k, v = qkv.unbind(2)
+        if not may_be_kernels(qkv):
+            return torch.stack(backward(grad, q, k, v, out, lse, scale, lengths, dropout_p, seed), dim=2)
         packed = torch.empty_like(qkv, memory_format=torch.contiguous_format)
         parts = packed.unbind(2)
         grads = backward(grad, q, k, v, out, lse, scale, lengths, dropout_p, seed, parts)

@@ -122,10 +122,11 @@ def _forward(plain, formula):
         there = q.numel() and k.numel()
         found = run.kernels_for("attention", q[None], k[None], scale, True) if there else None
         if found is not None:
-            q, k, v = (run.rows_in_place(t)[None] for t in (q, k, v))
+            rows = [run.rows_in_place(t)[None] for t in (q, k, v)]
             extras = {"dropout_p": dropout_p, "seed": seed, "starts": (q_starts, k_starts, max_q, max_k)}
-            out, lse = found[0].forward(q, k, v, scale, **extras)
-            return out[0], lse[0]
+            results = run.launched("attention", lambda: found[0].forward(*rows, scale, **extras))
+            if results is not None:
+                return tuple(t[0] for t in results)
         out = q.new_zeros(q.shape[0], q.shape[1] * q.shape[2])
         lse = q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=stock.lse_dtype(q.dtype))
         if not there:
@@ -144,18 +145,22 @@ def _backward(plain, formula):
         there = q.numel() and k.numel()
         found = run.kernels_for("attention_backward", q[None], k[None], scale, True) if there else None
         if found is not None:
-            q, k, v = (run.rows_in_place(t)[None] for t in (q, k, v))
+            rows = [run.rows_in_place(t)[None] for t in (q, k, v)]
             extras = {"dropout_p": dropout_p, "seed": seed, "starts": (q_starts, k_starts, max_q, max_k)}
-            grads = found[0].backward(grad.contiguous(), q, k, v, out, lse, scale, **extras)
-            return tuple(g[0] for g in grads)
+            results = run.launched(
+                "attention_backward",
+                lambda: found[0].backward(grad.contiguous(), *rows, out, lse, scale, **extras),
+            )
+            if results is not None:
+                return tuple(g[0] for g in results)
         grads = tuple(torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
         if not there:
             return grads
         for i, (rows, keys, *qkv) in enumerate(_images(q, k, v, q_starts, k_starts)):
             if qkv[0].numel() and qkv[1].numel():
                 given = (grad[None, rows], *qkv, out[None, rows].contiguous(), lse[None, :, rows].contiguous(), scale)
-                found = formula(*given, None, dropout_p, seed, i) if dropout_p else plain(*given)
-                for t, part, g in zip(grads, (rows, keys, keys), found, strict=True):
+                own = formula(*given, None, dropout_p, seed, i) if dropout_p else plain(*given)
+                for t, part, g in zip(grads, (rows, keys, keys), own, strict=True):
                     t[part] = g[0]
         return grads
 
