@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,39 +13,30 @@ from vitfast.kernels import attention_backward as backward_kernels
 from vitfast.kernels import attention_forward as forward_kernels
 from vitfast.kernels import tuning
 from vitfast.kernels.compilation import Compilation
+from vitfast.kernels.launch import (
+    DTYPES,
+    TILE,
+    UNIT,
+    architecture,
+    device_reasons,
+    dot_precision,
+    launch,
+    multiprocessors,
+)
 from vitfast.kernels.tuning import Config
 
 LOG2E = 1.4426950408889634
-DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-UNIT = 8
-# rows of the largest tile
-TILE = 256
 DROPOUT_STEPS = 1 << 31
 
 
 def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, positive_scale: bool) -> list[str]:
     """Everything that keeps the kernels from computing this; empty where they can."""
-    reasons = []
-    if dtype not in DTYPES:
-        reasons.append(f"dtype {str(dtype)[6:]} (fp16, bf16 and fp32 only)")
+    reasons = device_reasons(device, dtype)
     if head_dim % 8 or not 16 <= head_dim <= 128:
         reasons.append(f"head dim {head_dim} (multiples of 8 from 16 to 128 only)")
     if not positive_scale:
         reasons.append("scale of 0 or less, or too small for fp32")
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if capability < (8, 0):
-            reasons.append("compute capability {}.{} (8.0 or newer only)".format(*capability))
-    elif not interpreted():
-        reasons.append(f"tensors on {device.type} (CUDA only, or any in Triton's interpreter)")
-    elif dtype is torch.bfloat16:
-        reasons.append("bf16 in Triton's interpreter, which computes it wrongly")
     return reasons
-
-
-def interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels, on the CPU: TRITON_INTERPRET was set before triton's import."""
-    return not isinstance(forward_kernels.forward_short, triton.JITFunction)
 
 
 def widths(D: int) -> tuple[int, int]:
@@ -109,7 +99,7 @@ def forward(
     else:
         kernel, programs = forward_kernels.forward_online, call.B * call.H * tiles
         tensors, sizes = (*tensors, call.q_starts, call.k_starts), (*sizes, q.shape[1])
-    _launch(q, kernel, programs, (*tensors, *sizes, *numbers), constants, config.warps, config.stages)
+    launch(q, kernel, (programs,), (*tensors, *sizes, *numbers), constants, config.warps, config.stages)
     return out, lse
 
 
@@ -162,7 +152,7 @@ def backward(
             tensors = (q, k, v, grad, lse, delta, dk, dv, call.lengths, call.seed, call.q_starts, call.k_starts)
             strides, own = (*call.strides, *k_strides), (*sizes, q.shape[1])
             programs *= -(-call.Nk // constants["BN"])
-        _launch(q, kernel, programs, (*tensors, *strides, *own, *numbers), constants, warps, config.stages)
+        launch(q, kernel, (programs,), (*tensors, *strides, *own, *numbers), constants, warps, config.stages)
     return into or (dq, dk, dv)
 
 
@@ -210,7 +200,7 @@ class _Call:
         W0, W1 = widths(self.D)
         return {
             "D": self.D, "W0": W0, "W1": W1, "UNIT": self.unit, "WIDE": self.wide, "LENGTHS": self.has_lengths,
-            "DROPOUT": self.dropout, "PRECISION": _precision(self.dtype),
+            "DROPOUT": self.dropout, "PRECISION": dot_precision(self.dtype),
         }  # fmt: skip
 
 
@@ -220,31 +210,6 @@ def _bits(dtype: torch.dtype) -> int:
 
 def _units(t: Tensor, dims: int) -> list[int]:
     return [stride // UNIT for stride in t.stride()[:dims]]
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """As torch's own products in fp32 run on GPUs, whichever of its two switches said so."""
-    exact = dtype is not torch.float32 or torch.backends.cuda.matmul.fp32_precision in ("none", "ieee")
-    return "ieee" if exact else "tf32"
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-@functools.cache
-def architecture(device: torch.device) -> int:
-    """The architecture whose tables a device uses."""
-    if device.type != "cuda":
-        return 90
-    return architecture_of(torch.cuda.get_device_capability(device))
-
-
-def architecture_of(capability: tuple[int, int]) -> int:
-    """Of devices that are none of the four, one with the least shared memory."""
-    major, minor = capability
-    return 10 * major if (major, minor) == (8, 0) or major in (9, 10) else 89
 
 
 def forward_configs(device: torch.device, dtype: torch.dtype, heads: int, D: int, Nq: int, Nk: int) -> list[Config]:
@@ -259,16 +224,16 @@ def backward_configs(device: torch.device, dtype: torch.dtype, heads: int, D: in
 
 def _candidates(tables, device, dtype, heads, D, Nq, Nk) -> list[Config]:
     table = tables[architecture(device)]
-    programs = heads * -(-Nq // 64) / _multiprocessors(device)
+    programs = heads * -(-Nq // 64) / multiprocessors(device)
     return tuning.candidates(table, _bits(dtype), sum(widths(D)), Nk, programs)
 
 
 def forward_config(call: _Call) -> Config:
-    return _config(tuning.FORWARD[architecture(call.device)], call, _multiprocessors(call.device))
+    return _config(tuning.FORWARD[architecture(call.device)], call, multiprocessors(call.device))
 
 
 def backward_config(call: _Call) -> Config:
-    return _config(tuning.BACKWARD[architecture(call.device)], call, _multiprocessors(call.device))
+    return _config(tuning.BACKWARD[architecture(call.device)], call, multiprocessors(call.device))
 
 
 def _config(table: list[tuning.Row], call: _Call, multiprocessors: int) -> Config:
@@ -304,16 +269,6 @@ def _backward_constants(call: _Call, config: Config) -> list[tuple[Any, dict[str
             config.keys_warps,
         ),
     ]  # fmt: skip
-
-
-def _launch(q, kernel, programs, arguments, constants, warps, stages):
-    if not programs:
-        return
-    if q.is_cuda and torch.cuda.current_device() != q.device.index:
-        with torch.cuda.device(q.device):
-            kernel[(programs,)](*arguments, **constants, num_warps=warps, num_stages=stages)
-    else:
-        kernel[(programs,)](*arguments, **constants, num_warps=warps, num_stages=stages)
 
 
 # what ViTs run: (tokens, head dim), from a B/32 to a S/14 at 518 pixels and So400m

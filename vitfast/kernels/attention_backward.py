@@ -15,13 +15,12 @@ Every gradient is written by one program in a fixed order, so the result is the 
 import triton
 import triton.language as tl
 
+from vitfast.kernels.addresses import advance, row_step
 from vitfast.kernels.attention_tiles import (
     add_product,
-    advance,
     kept,
     load_rows,
     products,
-    row_step,
     store_rows,
     zero_rows,
 )

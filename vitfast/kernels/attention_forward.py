@@ -11,19 +11,17 @@ the next projection reads it. Weights and sums are fp32; lse is the natural loga
 import triton
 import triton.language as tl
 
+from vitfast.kernels.addresses import advance, row_step
 from vitfast.kernels.attention_tiles import (
     add_product,
-    advance,
     kept,
     load_rows,
     products,
-    row_step,
     store_rows,
     zero_rows,
 )
 
 LN2 = tl.constexpr(0.6931471805599453)
-NO_KEY = float("-inf")
 # sizes: a kernel for every length would be compiled in the middle of the work
 RUNTIME = (
     "q_batch", "q_row", "q_head", "k_batch", "k_row", "k_head", "v_batch", "v_row", "v_head", "heads", "queries",

@@ -1,7 +1,7 @@
 """Configurations of the kernels as data, by architecture: chosen by shape, never searched for while a model runs.
 
 The tables come from what compiles without spilling (`make aot`), and from measurements where there are any. A row
-holds what a kernel is compiled with; `attention.py` reads the tables from top to bottom and takes the first row that
+holds what a kernel is compiled with; the launchers read the tables from top to bottom and take the first row that
 fits. Architectures: 80 (A100), 89 (its kin with 99 KB of shared memory: RTX 30 to 50, L4, L40), 90 (Hopper), 100.
 """
 
@@ -150,3 +150,118 @@ def candidates(table: list[Row], bits: int, width: int, keys: int, programs: flo
     """All configurations that can run it, that of `choose` first."""
     fits = [row.config for row in table if bits == row.bits and width <= row.width and keys <= row.keys]
     return list(dict.fromkeys([choose(table, bits, width, keys, programs, False), *fits]))
+
+
+# products
+
+
+@dataclass(frozen=True)
+class Product:
+    """How the product of a linear layer is computed.
+
+    Attributes:
+        kernel: "tiles": `linear_product.product`; "blas": cuBLAS, and a kernel for what is around it.
+        block_m, block_n, block_k: rows, columns and depth of a tile.
+        warps, stages: of a program, and of its loop over the depth.
+        parts: columns of a tile are finished in so many parts.
+        descriptors: tiles move by bulk copies, which want rows at multiples of 16 bytes.
+        persistent: a program a multiprocessor, which takes tiles in turn.
+        swap: the weight's rows are the rows of the matrix instruction, of which it wants 64.
+        split: up to so many programs a tile, where tiles are too few.
+    """
+
+    kernel: str = "tiles"
+    block_m: int = 0
+    block_n: int = 0
+    block_k: int = 0
+    warps: int = 4
+    stages: int = 3
+    parts: int = 1
+    descriptors: bool = False
+    persistent: bool = False
+    swap: bool = False
+    split: int = 1
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ProductRow:
+    """A configuration and what it is for: limits are inclusive.
+
+    Attributes:
+        bits: of an element, 16 or 32.
+        rows: largest number of rows.
+        tiles_at_most: taken only where tiles of 128 x 128 would be no more than this many a multiprocessor; 0: always.
+    """
+
+    config: Product
+    bits: int = 16
+    rows: int = 1 << 31
+    tiles_at_most: float = 0.0
+
+
+# rows of tiles whose columns are taken one after the other
+GROUP = 8
+BLAS = Product("blas")
+# of the kernel after cuBLAS
+FINISH = Product("finish", 32, 128, warps=4)
+
+# cuBLAS multiplies fp32 with tiles that no kernel here comes near
+PRODUCT_FP32 = [ProductRow(BLAS, bits=32)]
+
+PRODUCT: dict[int, list[ProductRow]] = {
+    80: [
+        ProductRow(Product("tiles", 16, 64, 64, stages=4, split=8), rows=16),
+        ProductRow(Product("tiles", 64, 64, 64, stages=3, parts=2, split=4), tiles_at_most=1.0),
+        ProductRow(Product("tiles", 128, 128, 64, warps=8, parts=4)),
+        *PRODUCT_FP32,
+    ],
+    89: [
+        ProductRow(Product("tiles", 16, 64, 64, stages=4, split=8), rows=16),
+        ProductRow(Product("tiles", 64, 64, 64, stages=3, parts=2, split=4), tiles_at_most=1.0),
+        ProductRow(Product("tiles", 128, 128, 32, warps=8, parts=4)),
+        *PRODUCT_FP32,
+    ],
+    90: [
+        ProductRow(Product("tiles", 16, 64, 128, stages=4, descriptors=True, swap=True, split=8), rows=16),
+        ProductRow(Product("tiles", 64, 64, 128, stages=4, descriptors=True, split=4), tiles_at_most=1.0),
+        ProductRow(
+            Product("tiles", 128, 128, 64, warps=8, stages=4, parts=2, descriptors=True, persistent=True),
+            tiles_at_most=4.0,
+        ),
+        ProductRow(Product("tiles", 128, 256, 64, warps=8, parts=4, descriptors=True, persistent=True)),
+        ProductRow(Product("tiles", 16, 64, 64, stages=4, split=8), rows=16),
+        ProductRow(Product("tiles", 64, 64, 64, stages=4, split=4), tiles_at_most=1.0),
+        ProductRow(Product("tiles", 128, 64, 64, warps=4, stages=4)),
+        *PRODUCT_FP32,
+    ],
+}
+PRODUCT[100] = PRODUCT[90]
+
+
+def _product_rows(arch: int, bits: int, M: int, N: int, multiprocessors: int, aligned: bool) -> list[Product]:
+    tiles = -(-M // 128) * -(-N // 128) / multiprocessors
+    return [
+        row.config
+        for row in PRODUCT[arch]
+        if bits == row.bits
+        and row.rows >= M
+        and (not row.tiles_at_most or tiles <= row.tiles_at_most)
+        and (aligned or not row.config.descriptors)
+    ]
+
+
+def product_config(arch: int, bits: int, M: int, N: int, K: int, multiprocessors: int, aligned: bool) -> Product:
+    """The first row that fits a product [M, K] x [K, N]; aligned: rows begin at multiples of 16 bytes."""
+    return _product_rows(arch, bits, M, N, multiprocessors, aligned)[0]
+
+
+def product_candidates(
+    arch: int, bits: int, M: int, N: int, K: int, multiprocessors: int, aligned: bool
+) -> list[Product]:
+    """All configurations that can run it, that of `product_config` first."""
+    fits = _product_rows(arch, bits, M, N, multiprocessors, aligned)
+    others = [row.config for row in PRODUCT[arch] if row.bits == bits and (aligned or not row.config.descriptors)]
+    return list(dict.fromkeys([*fits, *others, BLAS]))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import os
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from types import ModuleType
 from typing import Any
 
@@ -14,17 +13,10 @@ from torch import Tensor
 from vitfast import dispatch
 from vitfast.ops import _attention_stock as stock
 from vitfast.ops._attention_stock import nothing
-
-# Triton reads it when it is imported; its interpreter then runs kernels on CPU tensors
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+from vitfast.ops._launch import INTERPRETED, kernels, launched, may_be_kernels
 
 # of smaller ones fp32 makes 0, and 0 times the -inf of a masked logit is no number
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
-
-
-def may_be_kernels(q: Tensor) -> bool:
-    """Whether kernels exist for q's device; on others `F.scaled_dot_product_attention` does what they would do."""
-    return q.is_cuda or INTERPRETED
 
 
 def kernels_run(q: Tensor, scale: float) -> bool:
@@ -39,26 +31,10 @@ def kernels_run(q: Tensor, scale: float) -> bool:
     return dispatch.choose("attention", (), q.device.index, why_not, True)
 
 
-@functools.cache
-def _kernels() -> tuple[ModuleType | None, str]:
-    try:
-        from vitfast.kernels import attention
-    except ImportError as problem:
-        return None, f"triton cannot be imported: {problem}"
-    if not INTERPRETED:
-        try:
-            # it compiles a part of itself on first use
-            attention.triton.runtime.driver.active.utils  # noqa: B018
-        # for want of a compiler, of headers, of a driver
-        except Exception as problem:
-            return None, f"triton cannot compile here: {type(problem).__name__}: {problem}".splitlines()[0]
-    return attention, ""
-
-
 @functools.lru_cache(maxsize=4096)
 def _why_not(device: torch.device, dtype: torch.dtype, head_dim: int, positive: bool) -> tuple[str, ...]:
-    kernels, why = _kernels()
-    return (why,) if kernels is None else tuple(kernels.why_not(device, dtype, head_dim, positive))
+    module, why = kernels("attention")
+    return (why,) if module is None else tuple(module.why_not(device, dtype, head_dim, positive))
 
 
 def kernels_for(
@@ -76,35 +52,17 @@ def kernels_for(
     if not may_be_kernels(q):
         return None
     why_not = _why_not(q.device, q.dtype, q.shape[3], scale >= SMALLEST_SCALE)
-    kernels, shape = _kernels()[0], () if extras else shape_key(q, k)
+    module, shape = kernels("attention")[0], () if extras else shape_key(q, k)
     if not dispatch.choose(kernel, shape, q.device.index, why_not, True):
         return None
     tuned = dispatch.tuned_config(kernel, shape, q.device.index)
-    return kernels, None if tuned is None else kernels.Config(**tuned)
+    return module, None if tuned is None else module.Config(**tuned)
 
 
 def shape_key(q: Tensor, k: Tensor) -> tuple[Hashable, ...]:
     """What tuned choices are kept under: heads of all images by powers of two, since a few more change nothing."""
     heads = (q.shape[0] * q.shape[2]).bit_length()
     return str(q.dtype)[6:], heads, q.shape[1], k.shape[1], q.shape[3]
-
-
-def launched(kernel: str, launch: Callable[[], Any]) -> Any:
-    """What `launch` returns; None, with the kernel switched off and a warning, where it does not compile or start.
-
-    Raises:
-        Exception: whatever it was, where the user forced the kernel; torch.OutOfMemoryError always.
-    """
-    try:
-        return launch()
-    except torch.OutOfMemoryError:
-        raise
-    # compilers and drivers fail in many ways, and stock operators would have done it
-    except Exception as problem:
-        if INTERPRETED or dispatch.asked_for(kernel):
-            raise
-        dispatch.switch_off(kernel, f"{type(problem).__name__}: {problem}".splitlines()[0])
-        return None
 
 
 def rows_in_place(t: Tensor) -> Tensor:
@@ -116,10 +74,10 @@ def _forward(q, k, v, scale, lengths, dropout_p, seed):
     """Out and lse by the kernels or the formula; None where a stock kernel may do it."""
     found = kernels_for("attention", q, k, scale, bool(dropout_p) or lengths is not None)
     if found is not None:
-        kernels, config = found
+        module, config = found
         rows = map(rows_in_place, (q, k, v))
         extras = {"lengths": lengths, "dropout_p": dropout_p, "seed": seed, "config": config}
-        out = launched("attention", lambda: kernels.forward(*rows, scale, **extras))
+        out = launched("attention", lambda: module.forward(*rows, scale, **extras))
         if out is not None:
             return out
     if lengths is not None or dropout_p:
@@ -130,11 +88,11 @@ def _forward(q, k, v, scale, lengths, dropout_p, seed):
 def _backward(grad, q, k, v, out, lse, scale, lengths, dropout_p, seed, into=None):
     found = kernels_for("attention_backward", q, k, scale, bool(dropout_p) or lengths is not None)
     if found is not None:
-        kernels, config = found
+        module, config = found
         rows = map(rows_in_place, (q, k, v))
         extras = {"lengths": lengths, "dropout_p": dropout_p, "seed": seed, "into": into, "config": config}
         grads = launched(
-            "attention_backward", lambda: kernels.backward(grad.contiguous(), *rows, out, lse, scale, **extras)
+            "attention_backward", lambda: module.backward(grad.contiguous(), *rows, out, lse, scale, **extras)
         )
         if grads is not None:
             return grads

@@ -115,7 +115,7 @@ def below_autograd() -> Any:
 def must_have_saved(name: str, saves: bool) -> None:
     """Refuse a backward of a raw op call that was told not to prepare one."""
     if not saves:
-        raise RuntimeError(f"vitfast::{name} was called with saves=False, which leaves nothing for its backward")
+        raise RuntimeError(f"vitfast::{name} was called without saves, which leaves nothing for its backward")
 
 
 def autograd(name: str, *, setup_context: Callable, backward: Callable) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vitfast import reference
-from vitfast.ops import _register, _stock
+from vitfast.ops import _launch, _register, _stock
 from vitfast.ops._check import Reasons
 from vitfast.ops._register import call, wants_gradient
 from vitfast.switches import stock_only
@@ -108,6 +108,39 @@ def _layer_norm_stock(x, weight, bias, eps, kind, out_dtype):
     return _stock.norm_forward(x, weight, bias, eps, kind, getattr(torch, out_dtype))
 
 
+def _attempt(kernel, x, others, extra, launch):
+    """The kernel's results or None: `extra` says in a word what the call is beside its shape."""
+    if not x.numel():
+        return None
+    shape = (str(x.dtype)[6:], (x.numel() // x.shape[-1]).bit_length(), x.shape[-1], extra)
+    return _launch.attempt(
+        kernel, "layer_norm", x, lambda kernels: kernels.why_not(x, *others), shape, True,
+        lambda kernels, config: launch(kernels),
+    )  # fmt: skip
+
+
+def _layer_norm_kernel(x, weight, bias, eps, kind, out_dtype):
+    found = _attempt(
+        "layer_norm", x, (weight, bias), kind,
+        lambda kernels: kernels.forward(
+            x, weight, bias, eps, kind, getattr(torch, out_dtype), statistics=kind == "layer"
+        )[1:],
+    )  # fmt: skip
+    return found or _layer_norm_stock(x, weight, bias, eps, kind, out_dtype)
+
+
+def _layer_norm_backward_kernel(grad, x, mean, rstd, weight, bias, eps, kind, mask):
+    need_x, need_weight, need_bias = mask
+    found = _attempt(
+        "layer_norm_backward", x, (grad, weight, bias), kind,
+        lambda kernels: kernels.backward(
+            grad, x, weight, bias, eps, kind, need_x=need_x, need_weight=need_weight and weight is not None,
+            need_bias=need_bias and bias is not None,
+        )[:3],
+    )  # fmt: skip
+    return found or _layer_norm_backward_stock(grad, x, mean, rstd, weight, bias, eps, kind, mask)
+
+
 def _layer_norm_fake(x, weight, bias, eps, kind, out_dtype):
     normed = torch.empty_like(x, dtype=getattr(torch, out_dtype), memory_format=torch.contiguous_format)
     return normed, *_stock.stats_fake(x, weight, kind)
@@ -150,6 +183,74 @@ def _add_layer_norm_stock(residual, branch, weight, bias, eps, kind, gamma, row_
     return total, *_stock.norm_forward(total, weight, bias, eps, kind, branch.dtype)
 
 
+def _add_layer_norm_kernel(residual, branch, weight, bias, eps, kind, gamma, row_scale):
+    found = _attempt(
+        "layer_norm", residual, (branch, weight, bias, gamma, row_scale), f"{kind} of a sum",
+        lambda kernels: kernels.forward(
+            residual, weight, bias, eps, kind, branch.dtype, branch=branch, gamma=gamma, row_scale=row_scale,
+            statistics=kind == "layer",
+        ),
+    )  # fmt: skip
+    return found or _add_layer_norm_stock(residual, branch, weight, bias, eps, kind, gamma, row_scale)
+
+
+def _add_layer_norm_backward_stock(
+    grad_total, grad_normed, total, branch, mean, rstd, weight, bias, gamma, row_scale, eps, kind, branch_dtype, mask
+):
+    need_residual, need_branch, need_weight, need_bias, need_gamma = mask
+    grad, grad_weight, grad_bias, grad_branch, grad_gamma = grad_total, None, None, None, None
+    if grad_normed is not None:
+        needs_total = need_residual or need_branch or need_gamma
+        grad, grad_weight, grad_bias = _stock.norm_backward(
+            grad_normed, total, mean, rstd, weight, bias, eps, kind, [needs_total, need_weight, need_bias]
+        )
+        if grad_total is not None and grad is not None:
+            grad = grad + grad_total
+    if grad is not None and (need_branch or need_gamma):
+        dtype = getattr(torch, branch_dtype)
+        grad_branch, grad_gamma = _stock.branch_grads(grad, branch, gamma, row_scale, dtype, need_gamma)
+        if grad_branch is grad or grad_branch is grad_total:
+            grad_branch = grad_branch.clone()
+    grad = grad.clone() if grad is grad_total and need_residual else grad
+    return (
+        grad if need_residual else None, grad_weight, grad_bias, grad_branch if need_branch else None, grad_gamma,
+    )  # fmt: skip
+
+
+def _add_layer_norm_backward_kernel(
+    grad_total, grad_normed, total, branch, mean, rstd, weight, bias, gamma, row_scale, eps, kind, branch_dtype, mask
+):
+    need_residual, need_branch, need_weight, need_bias, need_gamma = mask
+    found = _attempt(
+        "layer_norm_backward", total, (grad_total, grad_normed, weight, bias, gamma, row_scale), f"{kind} of a sum",
+        lambda kernels: kernels.backward_of_sum(
+            grad_normed, total, weight, bias, eps, kind, need_x=need_residual,
+            need_weight=need_weight and weight is not None, need_bias=need_bias and bias is not None,
+            total_grad=grad_total, branch=branch, branch_dtype=getattr(torch, branch_dtype) if need_branch else None,
+            gamma=gamma, row_scale=row_scale, need_gamma=need_gamma,
+        ),
+    )  # fmt: skip
+    return found or _add_layer_norm_backward_stock(
+        grad_total, grad_normed, total, branch, mean, rstd, weight, bias, gamma, row_scale, eps, kind, branch_dtype,
+        mask,
+    )  # fmt: skip
+
+
+def _add_layer_norm_backward_fake(
+    grad_total, grad_normed, total, branch, mean, rstd, weight, bias, gamma, row_scale, eps, kind, branch_dtype, mask
+):
+    need_residual, need_branch, need_weight, need_bias, need_gamma = mask
+    like = lambda t, need: torch.empty_like(t) if need and t is not None else None  # noqa: E731
+    contiguous = {"memory_format": torch.contiguous_format}
+    normed = grad_normed is not None
+    return (
+        torch.empty_like(total, **contiguous) if need_residual else None,
+        like(weight, need_weight and normed), like(bias, need_bias and normed),
+        torch.empty_like(total, dtype=getattr(torch, branch_dtype), **contiguous) if need_branch else None,
+        like(gamma, need_gamma),
+    )  # fmt: skip
+
+
 def _add_layer_norm_fake(residual, branch, weight, bias, eps, kind, gamma, row_scale):
     total = torch.empty_like(residual, memory_format=torch.contiguous_format)
     return total, torch.empty_like(total, dtype=branch.dtype), *_stock.stats_fake(total, weight, kind)
@@ -166,41 +267,42 @@ def _add_layer_norm_setup(ctx, inputs, output):
 
 
 def _add_layer_norm_grad(ctx, grad_total, grad_normed, *_):
+    if grad_total is None and grad_normed is None:
+        return (None,) * 8
     total, weight, bias, mean, rstd, branch, gamma, row_scale = ctx.saved_tensors
     need = ctx.needed
-    grad_weight = grad_bias = grad_gamma = grad_branch = None
-    if grad_normed is not None:
-        needs_total = need[0] or need[1] or need[6]
-        grad, grad_weight, grad_bias = _layer_norm_backward(
-            grad_normed, total, mean, rstd, weight, bias, ctx.eps, ctx.kind, [needs_total, need[2], need[3]]
-        )
-        if grad_total is not None and grad is not None:
-            grad = grad + grad_total
-    else:
-        grad = grad_total
-    if grad is not None and (need[1] or need[6]):
-        grad_branch, grad_gamma = _stock.branch_grads(grad, branch, gamma, row_scale, ctx.branch_dtype, need[6])
-    return (
-        grad if need[0] else None,
-        grad_branch if need[1] else None,
-        grad_weight, grad_bias, None, None, grad_gamma, None,
+    mask = [*need[:4], need[6]]
+    grad, grad_weight, grad_bias, grad_branch, grad_gamma = _add_layer_norm_backward(
+        grad_total, grad_normed, total, branch, mean, rstd, weight, bias, gamma, row_scale, ctx.eps, ctx.kind,
+        str(ctx.branch_dtype)[6:], mask,
     )  # fmt: skip
+    return grad, grad_branch, grad_weight, grad_bias, None, None, grad_gamma, None
 
 
 _layer_norm = _register.op(
     "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, str kind, str out_dtype)"
     " -> (Tensor, Tensor?, Tensor?)",
-    cpu=_layer_norm_stock, cuda=_layer_norm_stock, fake=_layer_norm_fake,
+    cpu=_layer_norm_kernel if _launch.INTERPRETED else _layer_norm_stock, cuda=_layer_norm_kernel,
+    fake=_layer_norm_fake, cuda_kernel="layer_norm",
 )  # fmt: skip
 _layer_norm_backward = _register.op(
     "layer_norm_backward(Tensor grad, Tensor x, Tensor? mean, Tensor? rstd, Tensor? weight, Tensor? bias, float eps,"
     " str kind, bool[] mask) -> (Tensor?, Tensor?, Tensor?)",
-    cpu=_layer_norm_backward_stock, cuda=_layer_norm_backward_stock, fake=_layer_norm_backward_fake,
+    cpu=_layer_norm_backward_kernel if _launch.INTERPRETED else _layer_norm_backward_stock,
+    cuda=_layer_norm_backward_kernel, fake=_layer_norm_backward_fake, cuda_kernel="layer_norm_backward",
 )  # fmt: skip
 _register.autograd("layer_norm", setup_context=_layer_norm_setup, backward=_layer_norm_grad)
 _add_layer_norm = _register.op(
     "add_layer_norm(Tensor residual, Tensor branch, Tensor? weight, Tensor? bias, float eps, str kind,"
     " Tensor? gamma, Tensor? row_scale) -> (Tensor, Tensor, Tensor?, Tensor?)",
-    cpu=_add_layer_norm_stock, cuda=_add_layer_norm_stock, fake=_add_layer_norm_fake,
+    cpu=_add_layer_norm_kernel if _launch.INTERPRETED else _add_layer_norm_stock, cuda=_add_layer_norm_kernel,
+    fake=_add_layer_norm_fake, cuda_kernel="layer_norm",
+)  # fmt: skip
+_add_layer_norm_backward = _register.op(
+    "add_layer_norm_backward(Tensor? grad_total, Tensor? grad_normed, Tensor total, Tensor? branch, Tensor? mean,"
+    " Tensor? rstd, Tensor? weight, Tensor? bias, Tensor? gamma, Tensor? row_scale, float eps, str kind,"
+    " str branch_dtype, bool[] mask) -> (Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)",
+    cpu=_add_layer_norm_backward_kernel if _launch.INTERPRETED else _add_layer_norm_backward_stock,
+    cuda=_add_layer_norm_backward_kernel, fake=_add_layer_norm_backward_fake, cuda_kernel="layer_norm_backward",
 )  # fmt: skip
 _register.autograd("add_layer_norm", setup_context=_add_layer_norm_setup, backward=_add_layer_norm_grad)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitfast import reference
-from vitfast.ops import _register, _stock
+from vitfast.ops import _launch, _register, _stock
 from vitfast.ops._check import Reasons, alike, autocast_dtype, cast
 from vitfast.ops._register import call, must_have_saved, wants_gradient
 from vitfast.switches import stock_only
@@ -138,6 +138,27 @@ def _linear_stock(x, weight, bias, norm_weight, norm_bias, norm_eps, norm, act, 
     return (out, mean, rstd, pre, branch) if saves else (out, None, None, None, None)
 
 
+def shape_of(x, weight, *words):
+    """What tuned choices are kept under: rows by powers of two, since a few more change nothing."""
+    rows = (x.numel() // x.shape[-1]).bit_length()
+    return str(x.dtype)[6:], str(weight.dtype)[6:], rows, *weight.shape, " ".join(filter(None, words))
+
+
+def _linear_kernel(x, weight, bias, norm_weight, norm_bias, norm_eps, norm, act, gamma, row_scale, residual, saves):
+    args = (x, weight, bias, norm_weight, norm_bias, norm_eps, norm, act, gamma, row_scale, residual, saves)
+    found = None
+    if x.numel() and weight.numel():
+        around = [t for t in (gamma, row_scale, residual) if t is not None]
+        found = _launch.attempt(
+            "linear", "linear", x, lambda kernels: kernels.why_not(x, weight, norm, gamma, act, saves),
+            shape_of(x, weight, norm, act, "around" if around else ""),
+            # a product alone is what cuBLAS is for
+            norm != "none" or act != "none" or bool(around),
+            lambda kernels, config: kernels.forward(*args, config=kernels.Product(**config) if config else None),
+        )  # fmt: skip
+    return found or _linear_stock(*args)
+
+
 def _linear_fake(x, weight, bias, norm_weight, norm_bias, norm_eps, norm, act, gamma, row_scale, residual, saves):
     y = x.new_empty(*x.shape[:-1], weight.shape[0], dtype=weight.dtype)
     mean = rstd = pre = branch = None
@@ -171,6 +192,24 @@ def _linear_backward_stock(
             grad_x, x, mean, rstd, norm_weight, norm_bias, norm_eps, norm, [need_x, need_norm_weight, need_norm_bias]
         )
     return grad_x, grad_weight, grad_bias, grad_norm_weight, grad_norm_bias, grad_gamma
+
+
+def _linear_backward_kernel(
+    grad, x, weight, bias, norm_weight, norm_bias, mean, rstd, pre, branch, gamma, row_scale, norm_eps, norm, act, mask
+):
+    found = None
+    if x.numel() and weight.numel():
+        args = (grad, x, weight, bias, norm_weight, norm_bias, pre, branch, gamma, row_scale, norm_eps, norm, act, mask)
+        found = _launch.attempt(
+            "linear_backward", "linear_grads", x, lambda kernels: kernels.why_not(x, weight, norm),
+            shape_of(x, weight, norm, act, "around" if gamma is not None or row_scale is not None else ""),
+            norm != "none" or act != "none" or gamma is not None or row_scale is not None,
+            lambda kernels, config: kernels.backward(*args),
+        )  # fmt: skip
+    return found or _linear_backward_stock(
+        grad, x, weight, bias, norm_weight, norm_bias, mean, rstd, pre, branch, gamma, row_scale, norm_eps, norm, act,
+        mask,
+    )  # fmt: skip
 
 
 def _linear_backward_fake(
@@ -214,12 +253,14 @@ _linear = _register.op(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, str norm,"
     " str act, Tensor? gamma, Tensor? row_scale, Tensor? residual, bool saves)"
     " -> (Tensor, Tensor?, Tensor?, Tensor?, Tensor?)",
-    cpu=_linear_stock, cuda=_linear_stock, fake=_linear_fake,
+    cpu=_linear_kernel if _launch.INTERPRETED else _linear_stock, cuda=_linear_kernel, fake=_linear_fake,
+    cuda_kernel="linear",
 )  # fmt: skip
 _linear_backward = _register.op(
     "linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias,"
     " Tensor? mean, Tensor? rstd, Tensor? pre, Tensor? branch, Tensor? gamma, Tensor? row_scale, float norm_eps,"
     " str norm, str act, bool[] mask) -> (Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)",
-    cpu=_linear_backward_stock, cuda=_linear_backward_stock, fake=_linear_backward_fake,
+    cpu=_linear_backward_kernel if _launch.INTERPRETED else _linear_backward_stock, cuda=_linear_backward_kernel,
+    fake=_linear_backward_fake, cuda_kernel="linear_backward",
 )  # fmt: skip
 _register.autograd("linear", setup_context=_linear_setup, backward=_linear_grad)

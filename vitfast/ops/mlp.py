@@ -7,13 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitfast import reference
-from vitfast.ops import _register, _stock
+from vitfast.ops import _launch, _register, _stock
 from vitfast.ops._check import Reasons, alike, autocast_dtype, cast
 from vitfast.ops._register import call, must_have_saved, wants_gradient
 from vitfast.ops.linear import ACTIVATIONS as LINEAR_ACTIVATIONS
+from vitfast.ops.linear import shape_of
 from vitfast.switches import stock_only
 
 ACTIVATIONS = LINEAR_ACTIVATIONS[1:]
+RECOMPUTE = ("none", "act", "fc1")
 
 
 def mlp(
@@ -31,6 +33,7 @@ def mlp(
     gated: bool = False,
     gamma: Tensor | None = None,
     row_scale: Tensor | None = None,
+    recompute: str = "act",
 ) -> Tensor:
     """x + row_scale * gamma * (act(norm(x) @ w1.T + b1) @ w2.T + b2).
 
@@ -43,16 +46,21 @@ def mlp(
         gated: w1 holds gate and value, gate first, and the hidden activation is act(gate) * value (SwiGLU).
         gamma: [D], LayerScale.
         row_scale: [B], stochastic depth: 0 or 1 / keep probability per image. Gets no gradient.
+        recompute: what the backward computes again in place of keeping it, beside the normed rows, which are never
+            kept. 'none': the first projection's output and the hidden activation are kept, 2 F numbers a token; 'act':
+            only the former, F numbers; the activation is computed again, which costs next to nothing; 'fc1': neither,
+            for one more product.
 
     Returns:
         [B, ..., D] in x's dtype, or the weights' where that is the higher one.
 
     Raises:
-        ValueError: shape, device, dtype, norm or act does not fit.
+        ValueError: shape, device, dtype, norm, act or recompute does not fit.
 
-    Numerics: products accumulate in fp32, statistics in fp32. Where a backward may follow, the first projection's
-    output is kept; the normed rows and the activation are computed again.
+    Numerics: products accumulate in fp32, statistics in fp32.
     """
+    if recompute not in RECOMPUTE:
+        raise ValueError(f"mlp: recompute must be one of {RECOMPUTE}, got {recompute!r}")
     dtype = autocast_dtype(x)
     w1, b1, w2, b2 = (cast(t, dtype) for t in (w1, b1, w2, b2))
     if not _usual(x, norm_weight, norm_bias, w1, b1, w2, b2, norm, act, gated, gamma, row_scale):
@@ -61,7 +69,7 @@ def mlp(
     if stock_only():
         return reference.mlp(*args)
     saves = wants_gradient(x, norm_weight, norm_bias, w1, b1, w2, b2, gamma)
-    return call(_mlp, saves, *args, saves)[0]
+    return call(_mlp, saves, *args, recompute if saves else "")[0]
 
 
 def _usual(x, norm_weight, norm_bias, w1, b1, w2, b2, norm, act, gated, gamma, row_scale):
@@ -128,25 +136,40 @@ def _mlp_stock(x, norm_weight, norm_bias, norm_eps, norm, w1, b1, w2, b2, act, g
         # over the projection: the largest tensor of a block is touched once less
         hidden = _hidden(pre, act, gated) if gated else _stock.activation_in_place(pre, act)
         y = F.linear(hidden, w2, b2)
-        return _stock.add_branch(x, y, gamma, row_scale), None, None, None, None
-    y = F.linear(_hidden(pre, act, gated), w2, b2)
+        return _stock.add_branch(x, y, gamma, row_scale), None, None, None, None, None
+    hidden = _hidden(pre, act, gated)
+    y = F.linear(hidden, w2, b2)
     branch = None if gamma is None else y
-    return _stock.add_branch(x, y, gamma, row_scale), mean, rstd, pre, branch
+    kept = (None if saves == "fc1" else pre, branch, hidden if saves == "none" else None)
+    return _stock.add_branch(x, y, gamma, row_scale), mean, rstd, *kept
+
+
+def _mlp_kernel(x, norm_weight, norm_bias, norm_eps, norm, w1, b1, w2, b2, act, gated, gamma, row_scale, saves):
+    args = (x, norm_weight, norm_bias, norm_eps, norm, w1, b1, w2, b2, act, gated, gamma, row_scale, saves)
+    found = None
+    if x.numel() and w1.numel():
+        words = (norm, act, "gated" * gated, "scaled" if gamma is not None or row_scale is not None else "")
+        found = _launch.attempt(
+            "mlp", "mlp", x, lambda kernels: kernels.why_not(x, w1), shape_of(x, w1, *words, saves), True,
+            lambda kernels, config: kernels.forward(*args, config=kernels.Product(**config) if config else None),
+        )  # fmt: skip
+    return found or _mlp_stock(*args)
 
 
 def _mlp_fake(x, norm_weight, norm_bias, norm_eps, norm, w1, b1, w2, b2, act, gated, gamma, row_scale, saves):
     y = x.new_empty(x.shape, dtype=w1.dtype)
     x = x.contiguous()
     if not saves:
-        return _stock.add_branch(x, y, gamma, row_scale), None, None, None, None
+        return _stock.add_branch(x, y, gamma, row_scale), None, None, None, None, None
     mean, rstd = _stock.stats_fake(x, norm_weight, norm)
-    pre = x.new_empty(*x.shape[:-1], w1.shape[0], dtype=w1.dtype)
+    pre = None if saves == "fc1" else x.new_empty(*x.shape[:-1], w1.shape[0], dtype=w1.dtype)
+    hidden = x.new_empty(*x.shape[:-1], w2.shape[1], dtype=w1.dtype) if saves == "none" else None
     branch = None if gamma is None else torch.empty_like(y)
-    return _stock.add_branch(x, y, gamma, row_scale), mean, rstd, pre, branch
+    return _stock.add_branch(x, y, gamma, row_scale), mean, rstd, pre, branch, hidden
 
 
 def _mlp_backward_stock(
-    grad, x, norm_weight, norm_bias, mean, rstd, w1, b1, w2, b2, pre, branch, gamma, row_scale,
+    grad, x, norm_weight, norm_bias, mean, rstd, w1, b1, w2, b2, pre, branch, hidden, gamma, row_scale,
     norm_eps, norm, act, gated, mask,
 ):  # fmt: skip
     need_x, need_norm_weight, need_norm_bias, need_w1, need_b1, need_w2, need_b2, need_gamma = mask
@@ -154,7 +177,12 @@ def _mlp_backward_stock(
     need_h = need_x or need_norm_weight or need_norm_bias
     need_pre = need_h or need_w1 or need_b1
     grad_y, grad_gamma = _stock.branch_grads(grad, branch, gamma, row_scale, w1.dtype, need_gamma)
-    hidden = _hidden(pre, act, gated) if need_w2 else None
+    h = None
+    if pre is None and (need_pre or (need_w2 and hidden is None)):
+        h = _stock.norm_forward(x, norm_weight, norm_bias, norm_eps, norm, w1.dtype)[0]
+        pre = F.linear(h, w1, b1)
+    if need_w2 and hidden is None:
+        hidden = _hidden(pre, act, gated)
     grad_pre, grad_w2, grad_b2 = _stock.matmul_grads(grad_y, hidden, w2, (need_pre, need_w2, need_b2))
     del hidden
     grad_x = grad_w1 = grad_b1 = grad_norm_weight = grad_norm_bias = None
@@ -165,7 +193,8 @@ def _mlp_backward_stock(
             grad_pre = torch.cat([grad_gate, grad_pre * reference.activation(gate, act)], dim=-1)
         else:
             grad_pre = _stock.activation_backward(grad_pre, pre, act)
-        h = _stock.norm_forward(x, norm_weight, norm_bias, norm_eps, norm, w1.dtype)[0] if need_w1 else None
+        if need_w1 and h is None:
+            h = _stock.norm_forward(x, norm_weight, norm_bias, norm_eps, norm, w1.dtype)[0]
         grad_h, grad_w1, grad_b1 = _stock.matmul_grads(grad_pre, h, w1, (need_h, need_w1, need_b1))
         if need_h:
             grad_x, grad_norm_weight, grad_norm_bias = _stock.norm_backward(
@@ -178,8 +207,30 @@ def _mlp_backward_stock(
     return grad_x, grad_norm_weight, grad_norm_bias, grad_w1, grad_b1, grad_w2, grad_b2, grad_gamma
 
 
+def _mlp_backward_kernel(
+    grad, x, norm_weight, norm_bias, mean, rstd, w1, b1, w2, b2, pre, branch, hidden, gamma, row_scale,
+    norm_eps, norm, act, gated, mask,
+):  # fmt: skip
+    found = None
+    if x.numel() and w1.numel():
+        tensors = (grad, x, norm_weight, norm_bias, w1, b1, w2, b2, pre, branch, hidden, gamma, row_scale)
+        how = (norm_eps, norm, act, gated, mask)
+        words = (norm, act, "gated" * gated, "scaled" if gamma is not None or row_scale is not None else "")
+        kept = "none" if hidden is not None else "fc1" if pre is None else "act"
+        found = _launch.attempt(
+            "mlp_backward", "mlp", x, lambda kernels: kernels.why_not(x, w1), shape_of(x, w1, *words, kept), True,
+            lambda kernels, config: kernels.backward(
+                *tensors, *how, config=kernels.Product(**config) if config else None
+            ),
+        )  # fmt: skip
+    return found or _mlp_backward_stock(
+        grad, x, norm_weight, norm_bias, mean, rstd, w1, b1, w2, b2, pre, branch, hidden, gamma, row_scale,
+        norm_eps, norm, act, gated, mask,
+    )  # fmt: skip
+
+
 def _mlp_backward_fake(
-    grad, x, norm_weight, norm_bias, mean, rstd, w1, b1, w2, b2, pre, branch, gamma, row_scale,
+    grad, x, norm_weight, norm_bias, mean, rstd, w1, b1, w2, b2, pre, branch, hidden, gamma, row_scale,
     norm_eps, norm, act, gated, mask,
 ):  # fmt: skip
     wanted = zip((x, norm_weight, norm_bias, w1, b1, w2, b2, gamma), mask, strict=True)
@@ -191,40 +242,42 @@ def _mlp_backward_fake(
 
 def _mlp_setup(ctx, inputs, output):
     x, norm_weight, norm_bias, norm_eps, norm, w1, b1, w2, b2, act, gated, gamma, row_scale, ctx.saves = inputs
-    _, mean, rstd, pre, branch = output
+    _, mean, rstd, pre, branch, hidden = output
     ctx.mark_non_differentiable(*(t for t in output[1:] if t is not None))
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(
         x, norm_weight, norm_bias, mean, rstd, w1, b1, w2, b2, pre,
-        branch if ctx.needed[11] else None, gamma, row_scale,
+        branch if ctx.needed[11] else None, hidden, gamma, row_scale,
     )  # fmt: skip
     ctx.how = (norm_eps, norm, act, gated)
 
 
 def _mlp_grad(ctx, grad, *_):
-    must_have_saved("mlp", ctx.saves)
+    must_have_saved("mlp", bool(ctx.saves))
     if grad is None:
         return (None,) * 14
     need = ctx.needed
     mask = [*need[:3], *need[5:9], need[11]]
-    x, norm_weight, norm_bias, mean, rstd, w1, b1, w2, b2, pre, branch, gamma, row_scale = ctx.saved_tensors
+    x, norm_weight, norm_bias, mean, rstd, w1, b1, w2, b2, pre, branch, hidden, gamma, row_scale = ctx.saved_tensors
     grads = _mlp_backward(
-        grad, x, norm_weight, norm_bias, mean, rstd, w1, b1, w2, b2, pre, branch, gamma, row_scale, *ctx.how, mask
-    )
+        grad, x, norm_weight, norm_bias, mean, rstd, w1, b1, w2, b2, pre, branch, hidden, gamma, row_scale, *ctx.how,
+        mask,
+    )  # fmt: skip
     return *grads[:3], None, None, *grads[3:7], None, None, grads[7], None, None
 
 
 _mlp = _register.op(
     "mlp(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, str norm, Tensor w1, Tensor? b1, Tensor w2,"
-    " Tensor? b2, str act, bool gated, Tensor? gamma, Tensor? row_scale, bool saves)"
-    " -> (Tensor, Tensor?, Tensor?, Tensor?, Tensor?)",
-    cpu=_mlp_stock, cuda=_mlp_stock, fake=_mlp_fake,
+    " Tensor? b2, str act, bool gated, Tensor? gamma, Tensor? row_scale, str saves)"
+    " -> (Tensor, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)",
+    cpu=_mlp_kernel if _launch.INTERPRETED else _mlp_stock, cuda=_mlp_kernel, fake=_mlp_fake, cuda_kernel="mlp",
 )  # fmt: skip
 _mlp_backward = _register.op(
     "mlp_backward(Tensor grad, Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor? mean, Tensor? rstd,"
-    " Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor pre, Tensor? branch, Tensor? gamma, Tensor? row_scale,"
-    " float norm_eps, str norm, str act, bool gated, bool[] mask)"
+    " Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? pre, Tensor? branch, Tensor? hidden,"
+    " Tensor? gamma, Tensor? row_scale, float norm_eps, str norm, str act, bool gated, bool[] mask)"
     " -> (Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)",
-    cpu=_mlp_backward_stock, cuda=_mlp_backward_stock, fake=_mlp_backward_fake,
+    cpu=_mlp_backward_kernel if _launch.INTERPRETED else _mlp_backward_stock, cuda=_mlp_backward_kernel,
+    fake=_mlp_backward_fake, cuda_kernel="mlp_backward",
 )  # fmt: skip
 _register.autograd("mlp", setup_context=_mlp_setup, backward=_mlp_grad)

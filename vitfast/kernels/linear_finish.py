@@ -1,0 +1,120 @@
+"""What follows a product while its tile is still in registers: norm, bias, activation, scales, residual.
+
+The tile v [BM, BN] becomes, each step where its flag says so,
+
+    v = rstd * (v - mean * column)          NORM: the norm before the product, see `fold_norm` in linear_product.py
+    v = v + bias                            BIAS
+    aside = v                               ASIDE, unless SLOPE
+    v = act(v)                              ACT
+    v = v * gamma                           GAMMA: LayerScale, a number a column
+    v = v * row_scale                       ROW_SCALE: stochastic depth, a number an image
+    v = v + beside                          RESIDUAL
+
+or, with SLOPE, on the way back through the activation: aside = act(beside), v = v * act'(beside). SUMS: the sum of each
+column over the tile's rows is written as well, for the gradient of a bias.
+
+The tile is cut into PARTS of columns that are finished one after the other: all at once does not fit into registers.
+"""
+
+import triton
+import triton.language as tl
+
+from vitfast.kernels.activations import activate, activate_and_slope
+from vitfast.kernels.addresses import advance
+
+
+@triton.jit
+def load_tile(ptr, row, column, step, M, N, BM: tl.constexpr, W: tl.constexpr, UNIT: tl.constexpr, DESC: tl.constexpr):
+    """[BM, W] in fp32 from (row, column); zeros outside of [M, N]."""
+    if DESC:
+        tile = ptr.load([row, column])
+    else:
+        rows, columns = tl.arange(0, BM), column + tl.arange(0, W)
+        where = advance(ptr, row, step, UNIT) + (rows[:, None] * (step * UNIT) + columns[None, :])
+        tile = tl.load(where, mask=(row + rows < M)[:, None] & (columns < N)[None, :], other=0.0)
+    return tile.to(tl.float32)
+
+
+@triton.jit
+def store_tile(
+    ptr, row, column, tile, step, M, N, BM: tl.constexpr, W: tl.constexpr, UNIT: tl.constexpr, DESC: tl.constexpr
+):
+    if DESC:
+        ptr.store([row, column], tile.to(ptr.dtype))
+    else:
+        rows, columns = tl.arange(0, BM), column + tl.arange(0, W)
+        where = advance(ptr, row, step, UNIT) + (rows[:, None] * (step * UNIT) + columns[None, :])
+        mask = (row + rows < M)[:, None] & (columns < N)[None, :]
+        tl.store(where, tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_columns(ptr, columns, N):
+    return tl.load(ptr + columns, mask=columns < N, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def finish_part(
+    v, row, column, out, aside, beside, bias, gamma, row_scale, mean, rstd, column_sums, sums,
+    M, N, n_step, beside_step, tokens,
+    BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr, DESC: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
+    ACT: tl.constexpr, SLOPE: tl.constexpr, ASIDE: tl.constexpr, GAMMA: tl.constexpr, ROW_SCALE: tl.constexpr,
+    RESIDUAL: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
+    rows, columns = row + tl.arange(0, BM), column + tl.arange(0, BN)
+    if NORM != "none":
+        if NORM == "layer":
+            means = tl.load(mean + rows, mask=rows < M, other=0.0)
+            v = v - means[:, None] * load_columns(column_sums, columns, N)[None, :]
+        v = v * tl.load(rstd + rows, mask=rows < M, other=0.0)[:, None]
+    if BIAS:
+        v = v + load_columns(bias, columns, N)[None, :]
+    if SLOPE:
+        y, slope = activate_and_slope(load_tile(beside, row, column, beside_step, M, N, BM, BN, UNIT, DESC), ACT)
+        if ASIDE:
+            store_tile(aside, row, column, y, n_step, M, N, BM, BN, UNIT, DESC)
+        v = v * slope
+    else:
+        if ASIDE:
+            store_tile(aside, row, column, v, n_step, M, N, BM, BN, UNIT, DESC)
+        v = activate(v, ACT)
+    if GAMMA:
+        v = v * load_columns(gamma, columns, N)[None, :]
+    if ROW_SCALE:
+        v = v * tl.load(row_scale + rows // tokens, mask=rows < M, other=0.0).to(tl.float32)[:, None]
+    if RESIDUAL:
+        v = v + load_tile(beside, row, column, beside_step, M, N, BM, BN, UNIT, DESC)
+    store_tile(out, row, column, v, n_step, M, N, BM, BN, UNIT, DESC)
+    if SUMS:
+        v = tl.where((rows < M)[:, None], v, 0.0)
+        at = sums + (row // BM).to(tl.int64) * N + columns
+        tl.store(at, tl.sum(v, 0), mask=columns < N)
+
+
+@triton.jit
+def finish(
+    v, row, column, out, aside, beside, bias, gamma, row_scale, mean, rstd, column_sums, sums,
+    M, N, n_step, beside_step, tokens,
+    BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr, DESC: tl.constexpr,
+    NORM: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr, ASIDE: tl.constexpr,
+    GAMMA: tl.constexpr, ROW_SCALE: tl.constexpr, RESIDUAL: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
+    """Finish the tile v [BM, BN] at (row, column) and write what comes out."""
+    if PARTS == 1:
+        finish_part(
+            v, row, column, out, aside, beside, bias, gamma, row_scale, mean, rstd, column_sums, sums,
+            M, N, n_step, beside_step, tokens,
+            BM, BN, UNIT, DESC, NORM, BIAS, ACT, SLOPE, ASIDE, GAMMA, ROW_SCALE, RESIDUAL, SUMS,
+        )  # fmt: skip
+    else:
+        first, second = tl.split(tl.permute(tl.reshape(v, (BM, 2, BN // 2)), (0, 2, 1)))
+        finish(
+            first, row, column, out, aside, beside, bias, gamma, row_scale, mean, rstd, column_sums, sums,
+            M, N, n_step, beside_step, tokens, BM, BN // 2, PARTS // 2,
+            UNIT, DESC, NORM, BIAS, ACT, SLOPE, ASIDE, GAMMA, ROW_SCALE, RESIDUAL, SUMS,
+        )  # fmt: skip
+        finish(
+            second, row, column + BN // 2, out, aside, beside, bias, gamma, row_scale, mean, rstd, column_sums, sums,
+            M, N, n_step, beside_step, tokens, BM, BN // 2, PARTS // 2,
+            UNIT, DESC, NORM, BIAS, ACT, SLOPE, ASIDE, GAMMA, ROW_SCALE, RESIDUAL, SUMS,
+        )  # fmt: skip
