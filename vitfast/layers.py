@@ -101,6 +101,8 @@ class DropPath(nn.Module):
     def __init__(self, drop_prob: float = 0.0):
         super().__init__()
         self.drop_prob = drop_prob
+        # from this rate on, blocks leave dropped images out of their work; None: never
+        self.subset_from: float | None = None
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob:.3f}"
@@ -113,11 +115,33 @@ class DropPath(nn.Module):
         if not self.training or not self.drop_prob:
             return None
         keep = 1.0 - self.drop_prob
-        dtype = autocast_dtype(x) or x.dtype
-        if gamma is not None:
-            dtype = torch.promote_types(dtype, gamma.dtype)
-        draws = x.new_empty(x.shape[0], dtype=dtype).bernoulli_(keep)
+        draws = x.new_empty(x.shape[0], dtype=self._dtype(x, gamma)).bernoulli_(keep)
         return draws.div_(keep) if keep > 0 else draws
+
+    @staticmethod
+    def _dtype(x: Tensor, gamma: Tensor | None) -> torch.dtype:
+        dtype = autocast_dtype(x) or x.dtype
+        return dtype if gamma is None else torch.promote_types(dtype, gamma.dtype)
+
+    def leaves_out(self) -> bool:
+        """Whether a block is to compute its branch for the images only that keep it."""
+        on = self.training and self.subset_from is not None and self.drop_prob >= max(self.subset_from, 1e-9)
+        # how many stay is not known when a graph is made
+        return on and not torch.compiler.is_compiling()
+
+    def kept(self, x: Tensor, gamma: Tensor | None = None) -> Tensor:
+        """int64 [n], the images that keep the branch: of `row_scale`'s distribution, drawn on the CPU.
+
+        There the number of them is known at once: asking a GPU would wait for all work before.
+        """
+        draws = torch.empty(x.shape[0], dtype=self._dtype(x, gamma)).bernoulli_(1.0 - self.drop_prob)
+        return draws.nonzero()[:, 0].to(x.device, non_blocking=True)
+
+    def kept_scale(self, x: Tensor, gamma: Tensor | None = None) -> Tensor:
+        """`row_scale` of images that all keep the branch."""
+        # where nothing is kept there is no image to scale
+        scale = 1.0 / (1.0 - self.drop_prob) if self.drop_prob < 1.0 else 0.0
+        return x.new_full((x.shape[0],), scale, dtype=self._dtype(x, gamma))
 
     def forward(self, x: Tensor) -> Tensor:
         return reference.scale_branch(x, None, self.row_scale(x))

@@ -215,6 +215,8 @@ class Mlp(nn.Module):
         self.act = build_activation(config.activation)
         self.drop1 = nn.Dropout(config.mlp_dropout)
         self.norm = build_norm(config, hidden) if config.mlp_norm else nn.Identity()
+        # of `ops.mlp`
+        self.recompute = "act"
         self.fc2 = nn.Linear(hidden, config.dim, bias=config.proj_bias)
         self.drop2 = nn.Dropout(config.mlp_dropout)
 
@@ -251,12 +253,31 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, keep: int | None = None) -> Tensor:
         """Tokens [B, N, D] -> [B, N, D]; an untouched block computes only the first `keep` if asked."""
+        if attn_mask is None and (self.drop_path1.leaves_out() or self.drop_path2.leaves_out()) and self.untouched():
+            return self._without_dropped(x, keep)
         return self.mlp_branch(self.attention_branch(x, attn_mask, keep))
+
+    def _without_dropped(self, x: Tensor, keep: int | None) -> Tensor:
+        """`forward`, each branch for the images only that stochastic depth leaves it."""
+        kept = self.drop_path1.kept(x, gamma_of(self.ls1))
+        done = self.attention_branch(x.index_select(0, kept), None, keep, kept=True)
+        x = (x if keep is None else x[:, :keep]).to(done.dtype).index_copy(0, kept, done)
+        kept = self.drop_path2.kept(x, gamma_of(self.ls2))
+        done = self.mlp_branch(x.index_select(0, kept), kept=True)
+        return x.to(done.dtype).index_copy(0, kept, done)
+
+    def _row_scale(self, drop_path: DropPath, x: Tensor, gamma: Tensor | None, kept: bool) -> Tensor | None:
+        return drop_path.kept_scale(x, gamma) if kept else drop_path.row_scale(x, gamma)
 
     # The two branches read their parts from `_modules`, for the reason given at `parameters_of`.
 
-    def attention_branch(self, x: Tensor, attn_mask: Tensor | None = None, keep: int | None = None) -> Tensor:
-        """x + attention(norm1(x)), for all tokens, or in an untouched block for the first `keep`."""
+    def attention_branch(
+        self, x: Tensor, attn_mask: Tensor | None = None, keep: int | None = None, kept: bool = False
+    ) -> Tensor:
+        """x + attention(norm1(x)), for all tokens, or in an untouched block for the first `keep`.
+
+        kept: stochastic depth has decided already, and all these images keep the branch.
+        """
         parts = self._modules
         norm1, attn, scale, drop_path = parts["norm1"], parts["attn"], parts["ls1"], parts["drop_path1"]
         if any_global_hook() or not plain(attn, Attention):
@@ -276,8 +297,8 @@ class Block(nn.Module):
         gamma = gamma_of(scale)
         if dropping(proj_drop):
             branch = proj_drop(ops.linear(out, *parameters_of(proj)))
-            return x + reference.scale_branch(branch, gamma, drop_path.row_scale(x, gamma))
-        row_scale = drop_path.row_scale(x, gamma)
+            return x + reference.scale_branch(branch, gamma, self._row_scale(drop_path, x, gamma, kept))
+        row_scale = self._row_scale(drop_path, x, gamma, kept)
         return ops.linear(out, *parameters_of(proj), gamma=gamma, row_scale=row_scale, residual=x)
 
     def _attend_first(self, x: Tensor, keep: int) -> Tensor:
@@ -288,8 +309,8 @@ class Block(nn.Module):
         q = ops.linear(x[:, :keep], weight[:inner], None if bias is None else bias[:inner], **norm)
         return attn.attend(attn.split(q, 1).squeeze(2), *attn.split(kv, 2).unbind(2))
 
-    def mlp_branch(self, x: Tensor) -> Tensor:
-        """x + mlp(norm2(x))."""
+    def mlp_branch(self, x: Tensor, kept: bool = False) -> Tensor:
+        """x + mlp(norm2(x)); kept as in `attention_branch`."""
         parts = self._modules
         norm2, mlp, scale, drop_path = parts["norm2"], parts["mlp"], parts["ls2"], parts["drop_path2"]
         if not self._plain_mlp():
@@ -301,14 +322,15 @@ class Block(nn.Module):
             return ops.mlp(
                 x, *parameters_of(norm2), *parameters_of(inside["fc1"]), *parameters_of(fc2),
                 norm_eps=eps_of(norm2, norm2.weight), norm=norm_kind(norm2), act=activation_name(inside["act"]),
-                gated=mlp.kind == "swiglu_packed", gamma=gamma, row_scale=drop_path.row_scale(x, gamma),
+                gated=mlp.kind == "swiglu_packed", gamma=gamma, row_scale=self._row_scale(drop_path, x, gamma, kept),
+                recompute=mlp.recompute,
             )  # fmt: skip
         hidden = drop1(self._hidden(x))
         inner = norm_args(inner_norm) if has_norm else {}
         if dropping(drop2):
             branch = drop2(ops.linear(hidden, *parameters_of(fc2), **inner))
-            return x + reference.scale_branch(branch, gamma, drop_path.row_scale(x, gamma))
-        row_scale = drop_path.row_scale(x, gamma)
+            return x + reference.scale_branch(branch, gamma, self._row_scale(drop_path, x, gamma, kept))
+        row_scale = self._row_scale(drop_path, x, gamma, kept)
         return ops.linear(hidden, *parameters_of(fc2), gamma=gamma, row_scale=row_scale, residual=x, **inner)
 
     def _hidden(self, x: Tensor) -> Tensor:

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitfast.layers import run_norm
+from vitfast.layers import DropPath, run_norm
+from vitfast.model import Mlp
+from vitfast.ops.mlp import RECOMPUTE
 from vitfast.weights.pos_embed import resample_pos_embed
 
 TIMM_POOLS = {"token": "token", "mean": "avg", "map": "map", "none": ""}
@@ -198,6 +200,42 @@ class TimmSurface:
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward in place of keeping its activations."""
         self.grad_checkpointing = enable
+
+    def set_mlp_recompute(self, mode: str) -> None:
+        """What the backward of each block's MLP computes again in place of keeping it in memory.
+
+        Args:
+            mode: 'none', 'act' (the default: the activation, which costs next to nothing) or 'fc1' (the first
+                projection as well), as `recompute` of `ops.mlp`. Only MLPs that run as one op follow; see
+                `vitfast.explain`.
+
+        Raises:
+            ValueError: mode is none of these.
+        """
+        if mode not in RECOMPUTE:
+            raise ValueError(f"set_mlp_recompute: mode must be one of {RECOMPUTE}, got {mode!r}")
+        for module in self.modules():
+            if isinstance(module, Mlp):
+                module.recompute = mode
+
+    def set_drop_path_subset(self, rate_from: float | None = 0.1) -> None:
+        """Leave images whose branch stochastic depth drops out of that branch's work: the same results, sooner.
+
+        The distribution is that of dropping afterwards, and on a CPU so are the draws. Blocks that somebody changed,
+        and compiled ones, drop afterwards as before.
+
+        Args:
+            rate_from: the drop path rate of a block from which on that is done: gathering and putting back the other
+                images has to be worth it. None: nowhere.
+
+        Raises:
+            ValueError: a rate that is not from 0 to 1.
+        """
+        if rate_from is not None and not 0.0 <= rate_from <= 1.0:
+            raise ValueError(f"set_drop_path_subset: rate_from must be from 0 to 1 or None, got {rate_from}")
+        for module in self.modules():
+            if isinstance(module, DropPath):
+                module.subset_from = rate_from
 
     def set_distilled_training(self, enable: bool = True) -> None:
         """In training, return both heads' logits for a distillation loss."""
