@@ -9,8 +9,8 @@ from vitfast.layers import DropPath
 
 def model_of(rate=0.5, **config):
     torch.manual_seed(0)
-    config = {"image_size": 16, "patch_size": 4, "dim": 32, "depth": 3, "heads": 2, "mlp_dim": 64, "num_classes": 5} | config
-    model = vitfast.ViT.from_config(vitfast.ViTConfig(drop_path=rate, **config)).train()
+    sizes = {"image_size": 16, "patch_size": 4, "dim": 32, "depth": 3, "heads": 2, "mlp_dim": 64, "num_classes": 5}
+    model = vitfast.ViT.from_config(vitfast.ViTConfig(drop_path=rate, **sizes, **config)).train()
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(std=0.2)
@@ -26,7 +26,9 @@ def step(model, images, dtype=None):
     return out.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("config", [{}, {"layer_scale": 0.3, "register_tokens": 2}, {"pool": "mean", "mlp": "swiglu"}], ids=str)
+@pytest.mark.parametrize(
+    "config", [{}, {"layer_scale": 0.3, "register_tokens": 2}, {"pool": "mean", "mlp": "swiglu"}], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_leaving_images_out_changes_results(config, dtype):
     """Another image's branch, another scale, a gradient that is lost: all numbers as when dropped afterwards."""
@@ -109,6 +111,7 @@ def test_recomputing_the_mlp_changes_results_or_keeps_as_much():
     assert kept["none"] > kept["act"] > kept["fc1"]
     for mode in ("none", "fc1"):
         for name, grad in found["act"].items():
-            torch.testing.assert_close(found[mode][name], grad, rtol=1e-5, atol=1e-6 * max(1.0, grad.abs().max().item()))
+            atol = 1e-6 * max(1.0, grad.abs().max().item())
+            torch.testing.assert_close(found[mode][name], grad, rtol=1e-5, atol=atol)
     with pytest.raises(ValueError, match="set_mlp_recompute: mode must be one of"):
         model.set_mlp_recompute("all")

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vitfast.kernels import gated_rows, layer_norm, linear
-from vitfast.kernels.launch import DTYPES, device_reasons
+from vitfast.kernels import gated_rows, layer_norm, linear, mlp_whole, tuning
+from vitfast.kernels.compilation import Compilation
+from vitfast.kernels.launch import (
+    DTYPES,
+    UNIT,
+    architecture,
+    device_reasons,
+    dot_precision,
+    launch,
+    multiprocessors,
+)
 from vitfast.kernels.linear import After, out_dtype, product, rows_of
 from vitfast.kernels.linear_grads import before_product, column_sums
 from vitfast.kernels.tuning import Product
@@ -28,8 +41,20 @@ def forward(
     row_scale: Tensor | None, saves: str, *, config: Product | None = None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """(out, mean, rstd, pre, branch, hidden) of `ops.mlp`; all but the first None where no backward needs them."""
-    first = config or linear.config_for(x, w1)
     keep = bool(saves)
+    can_be_whole = not gated and saves in ("", "fc1") and not (keep and gamma is not None)
+    first = config or (can_be_whole and whole_choice(x, w1)) or linear.config_for(x, w1)
+    if first.kernel == "whole":
+        reasons = why_not_whole(x, w1, first) + ([] if can_be_whole else ["what its backward keeps, or a gate"])
+        if reasons:
+            raise NotImplementedError(f"mlp: one kernel for all of it cannot run: {'; '.join(reasons)}")
+        mean = rstd = None
+        if keep and norm == "layer":
+            *_, mean, rstd = layer_norm.forward(x, norm_weight, norm_bias, norm_eps, norm, None)
+        out = whole(
+            x, norm_weight, norm_bias, norm_eps, norm, w1, b1, w2, b2, act, gamma, row_scale, first
+        )
+        return out, mean, rstd, None, None, None
     rows, folded, mean, rstd = linear.normed(x, w1, b1, norm, norm_weight, norm_bias, norm_eps, first, keep)
     pre, hidden = _hidden(rows, w1, b1, act, gated, first, folded, keeps_pre=saves in ("none", "act"))
     last = After(
@@ -39,6 +64,118 @@ def forward(
     out, branch, _ = product(hidden, rows_of(w2), last, config or linear.config_for(hidden, w2))
     shaped = lambda t: None if t is None else t.view(*x.shape[:-1], t.shape[-1])  # noqa: E731
     return shaped(out), mean, rstd, shaped(pre), shaped(branch), shaped(hidden) if saves == "none" else None
+
+
+def why_not_whole(x: Tensor, w1: Tensor, config: Product) -> list[str]:
+    """Everything that keeps one kernel from computing all of an MLP; empty where it can."""
+    F, C = w1.shape
+    reasons = []
+    if x.dtype != w1.dtype or x.dtype is torch.float32:
+        reasons.append(f"x of {str(x.dtype)[6:]} and weights of {str(w1.dtype)[6:]} (one half precision only)")
+    if sum(_parts(C)) != C or C < 2 * UNIT:
+        reasons.append(f"width {C} (one or two powers of two from 16 on only)")
+    if F % config.block_n:
+        reasons.append(f"{F} hidden numbers (multiples of {config.block_n} only)")
+    rows = rows_of(x)
+    if rows.stride(0) % UNIT or rows.data_ptr() % 16 or w1.data_ptr() % 16 or not w1.is_contiguous():
+        reasons.append("rows that do not begin at multiples of 16 bytes")
+    return reasons
+
+
+def whole_choice(x: Tensor, w1: Tensor) -> Product | None:
+    """The table's configuration of one kernel for all, where that is the built-in choice and can run."""
+    arch, C = architecture(x.device), x.shape[-1]
+    if not tuning.whole_first(arch, C, x.numel() // max(1, C), multiprocessors(x.device)):
+        return None
+    config = tuning.WHOLE[arch][C]
+    return None if why_not_whole(x, w1, config) else config
+
+
+def _parts(C: int) -> tuple[int, int]:
+    """Columns of a row's two parts: the largest power of two, and the rest, which has to be one or 0."""
+    first = 1 << (C.bit_length() - 1)
+    rest = C - first
+    return (first, rest) if rest & (rest - 1) == 0 and (rest == 0 or rest >= 16) else (first, 0)
+
+
+def whole(
+    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, norm_eps: float, norm: str, w1: Tensor,
+    b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: str, gamma: Tensor | None, row_scale: Tensor | None,
+    config: Product,
+) -> Tensor:  # fmt: skip
+    """`ops.mlp` in one kernel."""
+    rows, w2 = rows_of(x), w2.contiguous()
+    (M, C), F = rows.shape, w1.shape[0]
+    W0, W1 = _parts(C)
+    out = torch.empty(M, C, dtype=out_dtype(w1, gamma, row_scale, x), device=x.device)
+    vectors = [x if t is None else t for t in (norm_weight, norm_bias, b1, b2, gamma, row_scale)]
+    tiles = [rows, rows, w1, w1, w2, w2, out, out]
+    constants = _whole_constants(C, F, config, x.dtype) | {
+        "ACT": act, "RMS": norm == "rms", "WEIGHT": norm_weight is not None, "BIAS": norm_bias is not None,
+        "B1": b1 is not None, "B2": b2 is not None, "GAMMA": gamma is not None, "ROW_SCALE": row_scale is not None,
+    }  # fmt: skip
+    if config.descriptors:
+        tiles = [TensorDescriptor.from_tensor(t, list(box)) for t, box in zip(tiles, _boxes(C, config), strict=True)]
+    numbers = (M, rows.stride(0) // UNIT, layer_norm.tokens_of(x), norm_eps)
+    grid = (-(-M // config.block_m),)
+    launch(x, mlp_whole.mlp_whole, grid, (*tiles, *vectors, *numbers), constants, config.warps, config.stages)
+    return out.view(x.shape)
+
+
+def _whole_constants(C: int, F: int, config: Product, dtype: torch.dtype) -> dict[str, Any]:
+    W0, W1 = _parts(C)
+    return {
+        "C": C, "F": F, "W0": W0, "W1": W1, "BM": config.block_m, "BH": config.block_n, "STAGES": config.stages,
+        "UNIT": UNIT, "DESC": config.descriptors, "PRECISION": dot_precision(dtype),
+    }  # fmt: skip
+
+
+def _boxes(C: int, config: Product) -> list[tuple[int, int]]:
+    """Of x, w1, w2 and the result, each for both parts of a row."""
+    W0, W1 = _parts(C)
+    W1 = W1 or W0
+    rows, hidden = config.block_m, config.block_n
+    return [(rows, W0), (rows, W1), (hidden, W0), (hidden, W1), (W0, hidden), (W1, hidden), (rows, W0), (rows, W1)]
+
+
+def configs(x: Tensor, w1: Tensor) -> list[Product]:
+    """Every configuration that can run the forward of an MLP without a gate, the built-in choice first."""
+    arch, (F, C) = architecture(x.device), w1.shape
+    products = linear.configs(x.device, w1.dtype, x.numel() // max(1, C), F, C)
+    config, choice = tuning.WHOLE[arch].get(C), whole_choice(x, w1)
+    if config is None or why_not_whole(x, w1, config):
+        return products
+    return [config, *products] if choice else [*products, config]
+
+
+def compilations(arch: int) -> Iterator[Compilation]:
+    """One kernel for a whole MLP at the widths of its table, and the gated activation."""
+    for C, config in tuning.WHOLE[arch].items():
+        for scaled in (False, True):
+            constants = _whole_constants(C, 4 * C, config, torch.bfloat16) | {
+                "ACT": "gelu", "RMS": False, "WEIGHT": True, "BIAS": True, "B1": True, "B2": True, "GAMMA": scaled,
+                "ROW_SCALE": scaled,
+            }  # fmt: skip
+            types = {name: "*bf16" for name in mlp_whole.mlp_whole.arg_names if name not in constants}
+            types |= dict.fromkeys(mlp_whole.RUNTIME, "i32") | {"eps": "fp32"}
+            if config.descriptors:
+                tiles = ("x0", "x1", "w10", "w11", "w20", "w21", "out0", "out1")
+                boxes = zip(tiles, _boxes(C, config), strict=True)
+                types |= {name: f"tensordesc<bf16[{rows},{columns}]>" for name, (rows, columns) in boxes}
+            pointers = tuple(name for name, kind in types.items() if kind.startswith("*"))
+            name = f"mlp_whole C{C} {config.block_m}x{config.block_n} w{config.warps} s{config.stages}"
+            name += " desc" * config.descriptors + " scaled" * scaled
+            yield Compilation(
+                name, mlp_whole.mlp_whole, types, constants, pointers, config.warps, config.stages,
+                default=C in tuning.WHOLE_FIRST.get(arch, ()),
+            )  # fmt: skip
+    for kernel in (gated_rows.gated_forward, gated_rows.gated_backward):
+        constants = {"ACT": "silu", "BLOCK": gated_rows.BLOCK, "HIDDEN": True, "UNIT": UNIT}
+        constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+        types = {name: "*bf16" for name in kernel.arg_names if name not in constants}
+        types |= dict.fromkeys(gated_rows.RUNTIME, "i32")
+        pointers = tuple(name for name, kind in types.items() if kind.startswith("*"))
+        yield Compilation(f"{kernel.__name__} bf16", kernel, types, constants, pointers, 4, 2)
 
 
 def _hidden(rows, w1, b1, act, gated, config, folded, keeps_pre):

@@ -160,7 +160,8 @@ class Product:
     """How the product of a linear layer is computed.
 
     Attributes:
-        kernel: "tiles": `linear_product.product`; "blas": cuBLAS, and a kernel for what is around it.
+        kernel: "tiles": `linear_product.product`; "blas": cuBLAS, and a kernel for what is around it; "whole":
+            `mlp_whole.mlp_whole`, whose tiles have all columns and take block_n of the hidden numbers at a time.
         block_m, block_n, block_k: rows, columns and depth of a tile.
         warps, stages: of a program, and of its loop over the depth.
         parts: columns of a tile are finished in so many parts.
@@ -265,3 +266,27 @@ def product_candidates(
     fits = _product_rows(arch, bits, M, N, multiprocessors, aligned)
     others = [row.config for row in PRODUCT[arch] if row.bits == bits and (aligned or not row.config.descriptors)]
     return list(dict.fromkeys([*fits, *others, BLAS]))
+
+
+# both layers of an MLP in one kernel, by width and architecture. Tiles of 32 rows, all that fits on sm_80 and sm_89,
+# read the weights too often to be the built-in choice; `vitfast tune` tries them
+WHOLE: dict[int, dict[int, Product]] = {
+    80: {192: Product("whole", 32, 32, warps=4, stages=2)},
+    90: {
+        192: Product("whole", 128, 64, warps=8, stages=2, descriptors=True),
+        384: Product("whole", 64, 32, warps=8, stages=2, descriptors=True),
+    },
+}
+WHOLE[89] = WHOLE[80]
+WHOLE[100] = WHOLE[90]
+# widths at which that is the built-in choice, on the architectures with wide tiles; at 384 the weights cross the L2
+# cache twice as often as two products take in all
+WHOLE_FIRST = {90: (192,), 100: (192,)}
+# fewer rows leave a device idle
+WHOLE_ROWS = 64
+
+
+def whole_first(arch: int, width: int, M: int, multiprocessors: int) -> bool:
+    """Whether one kernel for the whole MLP is the built-in choice."""
+    enough = WHOLE_ROWS * multiprocessors
+    return width in WHOLE_FIRST.get(arch, ()) and enough <= M
