@@ -13,10 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from vitfast import native, reference
+from vitfast.folded import AddedLinear, FoldedBlock, FoldedLinear
 from vitfast.fusion import PLAIN_TENSORS, any_global_hook, plain
 from vitfast.layers import reasons_of, run_norm
 from vitfast.model import Block
+from vitfast.ops import _launch
 from vitfast.packed import PackedBlock, PackedLinear, PackedStem, frozen, own_product, refuse
+from vitfast.timm_surface import say_mask_is_stock
 from vitfast.vit import ViT
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -43,22 +46,29 @@ def prepare(
     On a CPU with AVX-512 a block runs in C++ kernels: the norm is computed where its product reads it, what follows a
     product is done to its sums, and an MLP's hidden values stay in the cache. Elsewhere, and in bf16 with AMX, oneDNN
     multiplies. LayerScale is multiplied into the weights; with pooling by class token the last block computes nothing
-    else. Every thread that calls kernels keeps up to 32 MiB of scratch memory. The copy has the methods of the model
-    (forward_features, forward_intermediates, ...), runs in eval mode without gradients, and takes images in any float
-    dtype, or in uint8.
+    else. Every thread that calls kernels keeps up to 32 MiB of scratch memory.
+
+    On a GPU the parameters of norms and LayerScale are multiplied into the weights, and a block is five Triton kernels:
+    qkv, attention, proj, fc1, fc2; what a norm has to know of a row, the product that wrote the row has left. In fp32,
+    and where a kernel is not to run, the model's ops compute the same. Calls can be captured in a CUDA graph after a
+    first one, which compiles.
+
+    The copy has the methods of the model (forward_features, forward_intermediates, ...), runs in eval mode without
+    gradients, and takes images in any float dtype, or in uint8.
 
     The original stays as it is and may be dropped. While it lives it must not change: a call raises when a parameter
     or a module of it was replaced, moved or written to, as far as torch can tell. Writing through `.data` or numpy
     leaves no trace, and attributes (eps, scale, hooks registered later) are not watched.
 
     Args:
-        model: a `vitfast.ViT` on the CPU in fp32, fp16 or bf16.
-        dtype: of weights, tokens and result: torch.float32, torch.bfloat16, 'auto' (bfloat16 where the CPU multiplies
-            it, float32 elsewhere), or None for the model's own.
+        model: a `vitfast.ViT` on a CPU or a CUDA device in fp32, fp16 or bf16.
+        dtype: of weights, tokens and result: torch.float32, torch.bfloat16, on a GPU torch.float16, 'auto' (bfloat16 on
+            a GPU and where the CPU multiplies it, float32 elsewhere), or None for the model's own.
         mean, std: per channel, for uint8 images, which become (images / 255 - mean) / std; by default those of
             `model.pretrained_cfg`, where `create_model` made one.
-        threads: for torch in this whole process. 'auto' lowers torch's number to the cores that affinity and container
-            leave to the process, for more threads than cores run at a fraction of the speed; None changes nothing.
+        threads: for torch in this whole process, with a model on a CPU. 'auto' lowers torch's number to the cores that
+            affinity and container leave to the process, for more threads than cores run at a fraction of the speed;
+            None changes nothing.
 
     Returns:
         The prepared model; `packed_bytes`, `dtype` and `str()` tell what it is.
@@ -76,9 +86,13 @@ def prepare(
     if reasons:
         more = f" (and {len(reasons) - 5} more)" if len(reasons) > 5 else ""
         raise NotImplementedError(f"prepare: this model cannot be frozen: {'; '.join(reasons[:5])}{more}")
-    dtype = _dtype(model, dtype)
+    device = _device(model)
+    dtype = _dtype(model, dtype, device)
     normalisation = _normalisation(model, mean, std)
-    _set_threads(threads)
+    if device.type == "cpu":
+        _set_threads(threads)
+    if normalisation is not None:
+        normalisation = tuple(t.to(device) for t in normalisation)
     with torch.no_grad():
         return PreparedViT(model, dtype, normalisation)
 
@@ -118,14 +132,29 @@ def _unusable(p: Tensor) -> list[str]:
         reasons.append(f"is a {type(p).__name__}, a sharded or subclassed tensor")
     elif p.is_inference():
         reasons.append("was made in inference mode, where torch does not count changes")
-    elif p.device.type != "cpu":
-        reasons.append(f"is on {p.device}; prepare works on CPUs only in this release")
+    elif p.device.type not in ("cpu", "cuda"):
+        reasons.append(f"is on {p.device}; models on CPUs and CUDA devices can be prepared")
     elif p.dtype not in native.FLOATS:
         reasons.append(f"is {str(p.dtype)[6:]}; float32, bfloat16 and float16 can be prepared")
     return reasons
 
 
-def _dtype(model: ViT, dtype: torch.dtype | str | None) -> torch.dtype:
+def folds(device: torch.device) -> bool:
+    """Whether a model there is prepared for the Triton kernels, and not for those of a CPU."""
+    return device.type == "cuda" or _launch.INTERPRETED
+
+
+def _device(model: ViT) -> torch.device:
+    devices = {p.device for p in model.parameters()}
+    if len(devices) != 1:
+        where = ", ".join(sorted(map(str, devices)))
+        raise NotImplementedError(f"prepare: the model must be on one device, got {where}")
+    return devices.pop()
+
+
+def _dtype(model: ViT, dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+    if folds(device):
+        return _folded_dtype(model, dtype)
     if not torch.backends.mkldnn.is_available():
         raise NotImplementedError("prepare: this build of torch has no oneDNN (torch.backends.mkldnn)")
     cpu = torch.cpu.get_capabilities()
@@ -139,6 +168,18 @@ def _dtype(model: ViT, dtype: torch.dtype | str | None) -> torch.dtype:
         raise NotImplementedError(f"prepare: dtype must be float32 or bfloat16 on a CPU, got {str(dtype)[6:]}")
     if dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         raise NotImplementedError("prepare: oneDNN has no bfloat16 on this CPU (it wants AVX-512); take float32")
+    return dtype
+
+
+def _folded_dtype(model: ViT, dtype: torch.dtype | str | None) -> torch.dtype:
+    if dtype is None:
+        return next(model.blocks.parameters(), next(model.parameters())).dtype
+    if dtype == "auto":
+        return torch.bfloat16
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"prepare: dtype must be a torch.dtype, 'auto' or None, got {dtype!r}")
+    if dtype not in native.FLOATS:
+        raise NotImplementedError(f"prepare: dtype must be float32, bfloat16 or float16, got {str(dtype)[6:]}")
     return dtype
 
 
@@ -229,12 +270,12 @@ class Source:
         )
 
 
-def _check_place(x: Any) -> None:
-    """The C++ kernels read addresses: anything but a plain CPU tensor would be read from nowhere."""
+def _check_place(x: Any, device: torch.device) -> None:
+    """Kernels read addresses: anything but a plain tensor on the weights' device would be read from nowhere."""
     if not isinstance(x, Tensor):
         return  # said by the model, with the names it has
-    if x.device.type != "cpu":
-        raise ValueError(f"prepared model: images must be on the cpu, as the weights are, got {x.device}")
+    if x.device != device:
+        raise ValueError(f"prepared model: images must be on the {device}, as the weights are, got {x.device}")
     traced = any(torch._C._get_dispatch_mode(mode) is not None for mode in TRACERS)
     if traced or type(x) not in PLAIN_TENSORS or torch._C._functorch.peek_interpreter_stack() is not None:
         raise NotImplementedError(
@@ -250,13 +291,14 @@ class PreparedViT(ViT):
         packed_bytes: bytes of the packed weights; everything else is copied, in `copied_bytes`.
     """
 
-    BLOCKS = (PackedBlock,)
+    BLOCKS = (PackedBlock, FoldedBlock, Block)
 
     def __init__(self, model: ViT, dtype: torch.dtype, normalisation: tuple[Tensor, Tensor] | None):
         nn.Module.__init__(self)
         own = vars(nn.Module())
         self.__dict__.update({name: value for name, value in vars(model).items() if name not in own})
-        self.dtype = dtype
+        self.dtype, self.device = dtype, next(model.parameters()).device
+        self.folded = folds(self.device)
         self.normalisation = normalisation
         self.grad_checkpointing = self.distilled_training = False
         for name in TOKENS:
@@ -271,28 +313,37 @@ class PreparedViT(ViT):
                 self.add_module(name, None if part is None else frozen(part, dtype))
         for name in HEADS:
             head = self._modules.get(name)
-            if plain(head, nn.Linear) and own_product(dtype, head.in_features):
+            if not self.folded and plain(head, nn.Linear) and own_product(dtype, head.in_features):
                 self.add_module(name, PackedLinear(head.weight, head.bias, dtype))
-        self.stem = PackedStem(model.patch_embed, dtype) if PackedStem.takes(model.patch_embed) else None
+        packs_stem = not self.folded and PackedStem.takes(model.patch_embed)
+        self.stem = PackedStem(model.patch_embed, dtype) if packs_stem else None
         self.pos_drop = self.head_drop = nn.Identity()
         self._keep = model._tokens_that_count(dropout_counts=False)
         last = len(model.blocks) - 1
         self.blocks = nn.Sequential(
-            *(PackedBlock(block, dtype, i == last and self._keep is not None) for i, block in enumerate(model.blocks))
+            *(self._prepared(block, i == last and self._keep is not None) for i, block in enumerate(model.blocks))
         )
         self._positions_of: dict[tuple[int, int], Tensor | None] = {}
         self._source = Source(model)
         for module in self.modules():
             module.training = False
 
+    def _prepared(self, block: Block, splits_qkv: bool) -> nn.Module:
+        if not self.folded:
+            return PackedBlock(block, self.dtype, splits_qkv)
+        return FoldedBlock(block, self.dtype) if FoldedBlock.takes(block) else frozen(block, self.dtype)
+
     @property
     def packed_bytes(self) -> int:
-        return sum(m.packed_bytes() for m in self.modules() if isinstance(m, PackedLinear))
+        return sum(m.packed_bytes() for m in self.modules() if isinstance(m, PackedLinear)) + self._folded_bytes()
+
+    def _folded_bytes(self) -> int:
+        return sum(m.weight.nbytes for m in self.modules() if isinstance(m, (FoldedLinear, AddedLinear)))
 
     @property
     def copied_bytes(self) -> int:
         biases = sum(m.bias_bytes() for m in self.modules() if isinstance(m, PackedLinear))
-        return biases + sum(t.nbytes for t in (*self.parameters(), *self.buffers()))
+        return biases + sum(t.nbytes for t in (*self.parameters(), *self.buffers())) - self._folded_bytes()
 
     def extra_repr(self) -> str:
         return (
@@ -332,7 +383,7 @@ class PreparedViT(ViT):
 
     def _run(self, method: Callable, *args: Any, **kwargs: Any) -> Any:
         self._source.check()
-        _check_place(args[0])
+        _check_place(args[0], self.device)
         if isinstance(args[0], Tensor) and args[0].is_neg():
             args = args[0].resolve_neg(), *args[1:]
         if "torch._dynamo" in sys.modules:
@@ -340,9 +391,9 @@ class PreparedViT(ViT):
             method = torch.compiler.disable(method)
         # not inference_mode: what comes out may go into training, for instance of a head
         with torch.no_grad():
-            if not torch.is_autocast_enabled("cpu"):
+            if not torch.is_autocast_enabled(self.device.type):
                 return method(*args, **kwargs)
-            with torch.autocast("cpu", enabled=False):
+            with torch.autocast(self.device.type, enabled=False):
                 return method(*args, **kwargs)
 
     def embed(self, images: Tensor) -> Tensor:
@@ -375,6 +426,21 @@ class PreparedViT(ViT):
 
     def _tokens_that_count(self, dropout_counts: bool = True) -> int | None:
         return self._keep
+
+    def _features(self, x: Tensor, attn_mask: Tensor | None, keep: int | None) -> Tensor:
+        if not self.folded:
+            return super()._features(x, attn_mask, keep)
+        if attn_mask is not None:
+            say_mask_is_stock()
+        x, pieces = self.embed(x), None
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            first = keep if i == last else None
+            if isinstance(block, FoldedBlock):
+                x, pieces = block.step(x, pieces, attn_mask, first)
+            else:
+                x, pieces = block(x, attn_mask, first), None
+        return run_norm(self.norm, x)
 
     def _run_block(self, block: nn.Module, x: Tensor, attn_mask: Tensor | None, keep: int | None = None) -> Tensor:
         return block(x, attn_mask, keep)

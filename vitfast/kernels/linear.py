@@ -51,6 +51,7 @@ class After:
         tokens: rows of an image, for `row_scale`.
         aside: whether the second output is wanted.
         sums: whether the columns' sums over all rows are.
+        pieces: whether statistics of the result's rows are, for a norm that is folded into the next product.
         dtype: of the result.
     """
 
@@ -64,6 +65,7 @@ class After:
     tokens: int = 1
     beside: Tensor | None = None
     sums: bool = False
+    pieces: bool = False
 
     def flags(self) -> dict[str, Any]:
         return {
@@ -75,14 +77,20 @@ class After:
 
 @dataclass
 class Folded:
-    """A norm that is folded into the product: what `fold` makes of the weights, and the rows' statistics."""
+    """A norm that is folded into the product: what `fold` makes of the weights, and the rows' statistics.
+
+    Attributes:
+        pieces: in place of mean and rstd, what the product before has left of them, fp32 [pieces, 2, M], with eps.
+    """
 
     weight: Tensor
     column_sums: Tensor
     bias: Tensor
     kind: str
-    mean: Tensor | None
-    rstd: Tensor
+    mean: Tensor | None = None
+    rstd: Tensor | None = None
+    pieces: Tensor | None = None
+    eps: float = 0.0
 
 
 def out_dtype(weight: Tensor, *others: Tensor | None) -> torch.dtype:
@@ -134,6 +142,8 @@ def product(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """x @ weight.T and what follows: (result [M, N], the second output, the sums of columns in fp32 [N]).
 
+    With `after.pieces` the statistics take the place of the sums; None where this configuration does not make them.
+
     Args:
         x: [M, K], rows at any distance.
         weight: [N, K], or with `across` [K, N]; in x's dtype.
@@ -156,15 +166,24 @@ def product(
     constants = _constants(config, split, unit, K, across, x.dtype) | after.flags()
     if folded is not None:
         constants |= {"NORM": folded.kind, "BIAS": True}
+        if folded.pieces is not None:
+            constants |= {"PIECES": folded.pieces.shape[0], "PIECE": K // folded.pieces.shape[0]}
     new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=x.device)  # noqa: E731
     sums = new(tiles_m, N) if after.sums else None
-    partials = arrived = None
+    partials = arrived = pieces = None
+    width = config.block_n // config.parts
+    if after.pieces and N % width == 0:
+        pieces = new(N // width, 2, M)
+        constants["PIECES_OUT"] = True
     if split > 1:
         partials = new(tiles_m * tiles_n * split * config.block_m * config.block_n)
         arrived = torch.zeros(tiles_m * tiles_n, dtype=torch.int32, device=x.device)
     bias = after.bias if folded is None else folded.bias
-    mean, rstd, columns = (None,) * 3 if folded is None else (folded.mean, folded.rstd, folded.column_sums)
-    rest = [bias, after.gamma, after.row_scale, mean, rstd, columns, sums, partials, arrived]
+    mean = rstd = columns = None
+    if folded is not None:
+        mean, rstd, columns = folded.mean, folded.rstd, folded.column_sums
+        mean = mean if folded.pieces is None else folded.pieces
+    rest = [bias, after.gamma, after.row_scale, mean, rstd, columns, sums, pieces, partials, arrived]
     # a kernel takes no None; what stands in its place is not touched
     rest = [out if t is None else t for t in rest]
     tiles = [x, weight, out, out if aside is None else aside, out if beside is None else beside]
@@ -174,10 +193,12 @@ def product(
     programs = tiles_m * tiles_n * split
     if config.persistent:
         programs = min(programs, multiprocessors(x.device))
-    numbers = (M, N // unit, K // unit, *steps, after.tokens, programs)
+    numbers = (M, N // unit, K // unit, *steps, after.tokens, programs, 0.0 if folded is None else folded.eps)
     arguments = (*tiles, *rest, *numbers)
     if M:
         launch(x, linear_product.product, (programs,), arguments, constants, config.warps, config.stages)
+    if after.pieces:
+        return out, aside, pieces
     return out, aside, None if sums is None else layer_norm.add_up(sums, torch.float32)
 
 
@@ -203,7 +224,7 @@ def _constants(config: Product, split: int, unit: int, K: int, across: bool, dty
         "BM": config.block_m, "BN": config.block_n, "BK": config.block_k, "GROUP": tuning.GROUP,
         "PARTS": config.parts, "STAGES": config.stages, "UNIT": unit, "DESC": config.descriptors, "ACROSS": across,
         "SWAP": config.swap, "EVEN_K": each == K, "PERSISTENT": config.persistent, "SPLIT": split,
-        "PRECISION": dot_precision(dtype), "NORM": "none",
+        "PRECISION": dot_precision(dtype), "NORM": "none", "PIECES_OUT": False, "PIECES": 0, "PIECE": 1,
     }  # fmt: skip
 
 
@@ -219,7 +240,7 @@ def _by_blas(x, weight, after, out, beside, across):
     y = x @ weight if across else F.linear(x, weight, after.bias)
     if across and after.bias is not None:
         y += after.bias
-    rest = replace(after, bias=None)
+    rest = replace(after, bias=None, pieces=False)
     aside = None
     if after.aside and not after.slope:
         # it is what the product gave
@@ -307,6 +328,34 @@ def forward(
     return out.view(shape), mean, rstd, pre, branch
 
 
+def folded_forward(
+    x: Tensor, weight: Tensor, column_sums: Tensor, bias: Tensor, norm: str, eps: float, act: str,
+    pieces: Tensor | None, config: Product | None = None,
+) -> Tensor | None:  # fmt: skip
+    """act(norm(x) @ weight.T + bias) of a norm that is in the weights already; None where it cannot be folded.
+
+    pieces: what the product that wrote x has left of its rows' statistics; without them they are computed here.
+    """
+    config = config or config_for(x, weight)
+    if config.kernel != "tiles" or x.dtype != weight.dtype or x.dtype is torch.float32:
+        return None
+    folded = Folded(weight, column_sums, bias, norm, pieces=pieces, eps=eps)
+    if pieces is None:
+        *_, folded.mean, folded.rstd = layer_norm.forward(x, None, None, eps, norm, None)
+    out, *_ = product(rows_of(x), weight, After(weight.dtype, act=act), config, folded=folded)
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def forward_with_pieces(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, config: Product | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """residual + x @ weight.T + bias, and `After.pieces`, None where this configuration does not make them."""
+    config = config or config_for(x, weight)
+    after = After(out_dtype(weight, residual), bias, beside=residual, pieces=True)
+    out, _, pieces = product(rows_of(x), weight, after, config)
+    return out.view(residual.shape), pieces
+
+
 # around the products of a ViT's block, by name
 AROUND: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -317,6 +366,9 @@ AROUND: dict[str, dict[str, Any]] = {
     "norm gelu aside": {"NORM": "layer", "ACT": "gelu", "ASIDE": True},
     "slope": {"BIAS": False, "ACT": "gelu", "SLOPE": True, "ASIDE": True, "SUMS": True, "ACROSS": True},
     "wide residual": {"RESIDUAL": True},
+    "pieces": {"NORM": "layer", "PIECES": 12, "PIECE": 64},
+    "pieces gelu": {"NORM": "layer", "ACT": "gelu", "PIECES": 12, "PIECE": 64},
+    "residual pieces": {"RESIDUAL": True, "PIECES_OUT": True},
 }
 NO_FLAGS = {
     "NORM": "none", "BIAS": True, "ACT": "none", "SLOPE": False, "ASIDE": False, "GAMMA": False, "ROW_SCALE": False,
@@ -333,7 +385,7 @@ def compilations(arch: int) -> Iterator[Compilation]:
             for split in (1, config.split) if config.split > 1 else (1,):
                 yield _product_compilation(config, name, flags, split)
     for name, flags in AROUND.items():
-        if "norm" not in name:
+        if "norm" not in name and "pieces" not in name:
             yield _finish_compilation(name, flags)
     tile = layer_norm.forward_tile(768)
     yield Compilation(
@@ -379,11 +431,13 @@ def _finish_compilation(name: str, flags: dict[str, Any]) -> Compilation:
 
 
 def _types(names: list[str], constants: dict[str, Any], wide: bool, folded: bool = False) -> dict[str, str]:
-    own = dict.fromkeys(("mean", "rstd", "column_sums", "sums", "partials"), "fp32") | {"arrived": "i32"}
+    own = dict.fromkeys(("mean", "rstd", "column_sums", "sums", "pieces", "partials"), "fp32") | {"arrived": "i32"}
     own |= {"bias": "fp32"} if folded else {}
     own |= {"out": "fp32", "beside": "fp32"} if wide else {}
     types = {}
     for name in names:
         if name not in constants:
             types[name] = "i32" if name in linear_product.RUNTIME else f"*{own.get(name, 'bf16')}"
+    if "eps" in types:
+        types["eps"] = "fp32"
     return types

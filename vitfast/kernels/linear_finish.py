@@ -14,6 +14,11 @@ or, with SLOPE, on the way back through the activation: aside = act(beside), v =
 column over the tile's rows is written as well, for the gradient of a bias.
 
 The tile is cut into PARTS of columns that are finished one after the other: all at once does not fit into registers.
+
+Statistics of rows travel with a residual stream, so that no pass over it is for them alone: with PIECES_OUT each part
+of W columns writes its mean and its sum of squared distances from that, as rounded, to pieces [N / W, 2, M]; a product
+whose norm is folded puts the pieces of a row together (Chan et al., "Updating formulae and a pairwise algorithm for
+computing sample variances", 1979).
 """
 
 import triton
@@ -54,19 +59,49 @@ def load_columns(ptr, columns, N):
 
 
 @triton.jit
+def load_statistics(
+    mean, rstd, row, M, eps, BM: tl.constexpr, NORM: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr
+):
+    """Mean and 1 / standard deviation of the rows; from `mean` [PIECES, 2, M] where there are PIECES of PIECE columns.
+    """
+    rows = row + tl.arange(0, BM)
+    means = tl.zeros((BM,), tl.float32)
+    if PIECES > 0:
+        squares = tl.zeros((BM,), tl.float32)
+        at = mean
+        for _ in tl.range(PIECES):
+            means += tl.load(at + rows, mask=rows < M, other=0.0)
+            squares += tl.load(at + M + rows, mask=rows < M, other=0.0)
+            at += 2 * tl.cast(M, tl.int64)
+        means = means / PIECES
+        at = mean
+        for _ in tl.range(PIECES):
+            away = tl.load(at + rows, mask=rows < M, other=0.0)
+            if NORM == "layer":
+                away = away - means
+            squares += PIECE * (away * away)
+            at += 2 * tl.cast(M, tl.int64)
+        rstds = tl.div_rn(1.0, tl.sqrt_rn(squares / (PIECES * PIECE) + eps))
+    else:
+        if NORM == "layer":
+            means = tl.load(mean + rows, mask=rows < M, other=0.0)
+        rstds = tl.load(rstd + rows, mask=rows < M, other=0.0)
+    return means, rstds
+
+
+@triton.jit
 def finish_part(
-    v, row, column, out, aside, beside, bias, gamma, row_scale, mean, rstd, column_sums, sums,
+    v, row, column, means, rstds, out, aside, beside, bias, gamma, row_scale, column_sums, sums, pieces,
     M, N, n_step, beside_step, tokens,
     BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr, DESC: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
     ACT: tl.constexpr, SLOPE: tl.constexpr, ASIDE: tl.constexpr, GAMMA: tl.constexpr, ROW_SCALE: tl.constexpr,
-    RESIDUAL: tl.constexpr, SUMS: tl.constexpr,
+    RESIDUAL: tl.constexpr, SUMS: tl.constexpr, PIECES_OUT: tl.constexpr,
 ):  # fmt: skip
     rows, columns = row + tl.arange(0, BM), column + tl.arange(0, BN)
     if NORM != "none":
         if NORM == "layer":
-            means = tl.load(mean + rows, mask=rows < M, other=0.0)
             v = v - means[:, None] * load_columns(column_sums, columns, N)[None, :]
-        v = v * tl.load(rstd + rows, mask=rows < M, other=0.0)[:, None]
+        v = v * rstds[:, None]
     if BIAS:
         v = v + load_columns(bias, columns, N)[None, :]
     if SLOPE:
@@ -89,32 +124,40 @@ def finish_part(
         v = tl.where((rows < M)[:, None], v, 0.0)
         at = sums + (row // BM).to(tl.int64) * N + columns
         tl.store(at, tl.sum(v, 0), mask=columns < N)
+    if PIECES_OUT:
+        v = v.to(out.dtype if DESC else out.dtype.element_ty).to(tl.float32)
+        center = tl.sum(v, 1) / BN
+        away = v - center[:, None]
+        at = pieces + (column // BN).to(tl.int64) * 2 * M + rows
+        tl.store(at, center, mask=rows < M)
+        tl.store(at + M, tl.sum(away * away, 1), mask=rows < M)
 
 
 @triton.jit
 def finish(
-    v, row, column, out, aside, beside, bias, gamma, row_scale, mean, rstd, column_sums, sums,
+    v, row, column, means, rstds, out, aside, beside, bias, gamma, row_scale, column_sums, sums, pieces,
     M, N, n_step, beside_step, tokens,
     BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr, DESC: tl.constexpr,
     NORM: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr, ASIDE: tl.constexpr,
     GAMMA: tl.constexpr, ROW_SCALE: tl.constexpr, RESIDUAL: tl.constexpr, SUMS: tl.constexpr,
+    PIECES_OUT: tl.constexpr,
 ):  # fmt: skip
     """Finish the tile v [BM, BN] at (row, column) and write what comes out."""
     if PARTS == 1:
         finish_part(
-            v, row, column, out, aside, beside, bias, gamma, row_scale, mean, rstd, column_sums, sums,
+            v, row, column, means, rstds, out, aside, beside, bias, gamma, row_scale, column_sums, sums, pieces,
             M, N, n_step, beside_step, tokens,
-            BM, BN, UNIT, DESC, NORM, BIAS, ACT, SLOPE, ASIDE, GAMMA, ROW_SCALE, RESIDUAL, SUMS,
+            BM, BN, UNIT, DESC, NORM, BIAS, ACT, SLOPE, ASIDE, GAMMA, ROW_SCALE, RESIDUAL, SUMS, PIECES_OUT,
         )  # fmt: skip
     else:
         first, second = tl.split(tl.permute(tl.reshape(v, (BM, 2, BN // 2)), (0, 2, 1)))
         finish(
-            first, row, column, out, aside, beside, bias, gamma, row_scale, mean, rstd, column_sums, sums,
+            first, row, column, means, rstds, out, aside, beside, bias, gamma, row_scale, column_sums, sums, pieces,
             M, N, n_step, beside_step, tokens, BM, BN // 2, PARTS // 2,
-            UNIT, DESC, NORM, BIAS, ACT, SLOPE, ASIDE, GAMMA, ROW_SCALE, RESIDUAL, SUMS,
+            UNIT, DESC, NORM, BIAS, ACT, SLOPE, ASIDE, GAMMA, ROW_SCALE, RESIDUAL, SUMS, PIECES_OUT,
         )  # fmt: skip
         finish(
-            second, row, column + BN // 2, out, aside, beside, bias, gamma, row_scale, mean, rstd, column_sums, sums,
-            M, N, n_step, beside_step, tokens, BM, BN // 2, PARTS // 2,
-            UNIT, DESC, NORM, BIAS, ACT, SLOPE, ASIDE, GAMMA, ROW_SCALE, RESIDUAL, SUMS,
+            second, row, column + BN // 2, means, rstds, out, aside, beside, bias, gamma, row_scale, column_sums, sums,
+            pieces, M, N, n_step, beside_step, tokens, BM, BN // 2, PARTS // 2,
+            UNIT, DESC, NORM, BIAS, ACT, SLOPE, ASIDE, GAMMA, ROW_SCALE, RESIDUAL, SUMS, PIECES_OUT,
         )  # fmt: skip

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from vitfast.kernels import norm_rows
 from vitfast.kernels.addresses import advance
-from vitfast.kernels.linear_finish import finish, finish_part, load_tile
+from vitfast.kernels.linear_finish import finish, finish_part, load_statistics, load_tile
 
 RUNTIME = ("M", "n_units", "k_units", "x_step", "w_step", "beside_step", "tokens", "programs")
 
@@ -82,15 +82,21 @@ def multiply(
     return acc
 
 
+@triton.jit
+def no_statistics(BM: tl.constexpr):
+    return tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
+
+
 @triton.jit(do_not_specialize=RUNTIME)
 def product(
-    x, w, out, aside, beside, bias, gamma, row_scale, mean, rstd, column_sums, sums, partials, arrived,
-    M, n_units, k_units, x_step, w_step, beside_step, tokens, programs,
+    x, w, out, aside, beside, bias, gamma, row_scale, mean, rstd, column_sums, sums, pieces, partials, arrived,
+    M, n_units, k_units, x_step, w_step, beside_step, tokens, programs, eps,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
     STAGES: tl.constexpr, UNIT: tl.constexpr, DESC: tl.constexpr, ACROSS: tl.constexpr, SWAP: tl.constexpr,
     EVEN_K: tl.constexpr, PERSISTENT: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     NORM: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr, ASIDE: tl.constexpr,
     GAMMA: tl.constexpr, ROW_SCALE: tl.constexpr, RESIDUAL: tl.constexpr, SUMS: tl.constexpr,
+    PIECES_OUT: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """x [M, K] and w [N, K] -> out [M, N]. N, K and steps from row to row come in units of UNIT elements.
 
@@ -105,10 +111,13 @@ def product(
                 x, w, m, n, 0, K, M, N, K, x_step, w_step,
                 BM, BN, BK, STAGES, UNIT, DESC, ACROSS, SWAP, EVEN_K, PRECISION,
             )  # fmt: skip
+            means, rstds = no_statistics(BM)
+            if NORM != "none":
+                means, rstds = load_statistics(mean, rstd, m * BM, M, eps, BM, NORM, PIECES, PIECE)
             finish(
-                acc, m * BM, n * BN, out, aside, beside, bias, gamma, row_scale, mean, rstd, column_sums, sums,
-                M, N, n_units, beside_step, tokens,
-                BM, BN, PARTS, UNIT, DESC, NORM, BIAS, ACT, SLOPE, ASIDE, GAMMA, ROW_SCALE, RESIDUAL, SUMS,
+                acc, m * BM, n * BN, means, rstds, out, aside, beside, bias, gamma, row_scale, column_sums, sums,
+                pieces, M, N, n_units, beside_step, tokens,
+                BM, BN, PARTS, UNIT, DESC, NORM, BIAS, ACT, SLOPE, ASIDE, GAMMA, ROW_SCALE, RESIDUAL, SUMS, PIECES_OUT,
             )  # fmt: skip
     else:
         t, s = tl.program_id(0) // SPLIT, tl.program_id(0) % SPLIT
@@ -135,10 +144,13 @@ def product(
                 acc = tl.zeros((BM, BN), tl.float32)
                 for i in tl.static_range(SPLIT):
                     acc += tl.load(own + i * (BM * BN) + inside, cache_modifier=".cg")
+            means, rstds = no_statistics(BM)
+            if NORM != "none":
+                means, rstds = load_statistics(mean, rstd, m * BM, M, eps, BM, NORM, PIECES, PIECE)
             finish(
-                acc, m * BM, n * BN, out, aside, beside, bias, gamma, row_scale, mean, rstd, column_sums, sums,
-                M, N, n_units, beside_step, tokens,
-                BM, BN, PARTS, UNIT, DESC, NORM, BIAS, ACT, SLOPE, ASIDE, GAMMA, ROW_SCALE, RESIDUAL, SUMS,
+                acc, m * BM, n * BN, means, rstds, out, aside, beside, bias, gamma, row_scale, column_sums, sums,
+                pieces, M, N, n_units, beside_step, tokens,
+                BM, BN, PARTS, UNIT, DESC, NORM, BIAS, ACT, SLOPE, ASIDE, GAMMA, ROW_SCALE, RESIDUAL, SUMS, PIECES_OUT,
             )  # fmt: skip
 
 
@@ -153,10 +165,11 @@ def finish_rows(
     tiles_n = tl.cdiv(N, BN)
     m, n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
     v = load_tile(x, m * BM, n * BN, x_step, M, N, BM, BN, UNIT, False)
+    means, rstds = no_statistics(BM)
     finish_part(
-        v, m * BM, n * BN, out, aside, beside, bias, gamma, row_scale, out, out, out, sums,
+        v, m * BM, n * BN, means, rstds, out, aside, beside, bias, gamma, row_scale, out, sums, out,
         M, N, n_units, beside_step, tokens,
-        BM, BN, UNIT, False, "none", BIAS, ACT, SLOPE, ASIDE, GAMMA, ROW_SCALE, RESIDUAL, SUMS,
+        BM, BN, UNIT, False, "none", BIAS, ACT, SLOPE, ASIDE, GAMMA, ROW_SCALE, RESIDUAL, SUMS, False,
     )  # fmt: skip
 
 
