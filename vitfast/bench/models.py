@@ -26,7 +26,6 @@ from vitfast.bench.steps import Setting, in_stock_operators
 
 GROUPS = ("all", "eager", "compiled", "autotuned")
 VITS = ("vit_base_patch16_224", "vit_small_patch16_224", "vit_large_patch16_224", "vit_tiny_patch16_224")
-LARGER = (("vit_base_patch16_224", {"img_size": 384}), ("vit_small_patch14_dinov2", {"img_size": 518}))
 CNNS = ("resnet50", "mobilenetv3_large_100")
 VIT_PYTORCH = "vit-pytorch"
 BATCHES = (1, 8, 64, 256)
