@@ -83,7 +83,7 @@ def test_a_combination_is_wrong_that_no_other_test_has(values, layout, D, N, dty
     # images that are to differ do not share memory; their heads can, below
     same_heads = layout == "expanded" and values != "normal"
     q, k, v = laid_out("separate" if same_heads else layout, B, N, N, H, D, dtype, device)
-    scale, where = D**-0.5, ("q", "k", "v")[turn % 3]
+    scale, where = D**-0.5, ("q", "k", "v")[(LAYOUTS.index(layout) + LENGTHS.index(N)) % 3]
     if values == "large":
         make_large(q, k)
         scale = 1.0
