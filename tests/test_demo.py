@@ -11,6 +11,8 @@ import torch
 import vitfast
 from vitfast import demo as demo_module
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
