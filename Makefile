@@ -19,7 +19,7 @@ define install
 		-e '/^(Installing|Successfully installed)/s/(.{0,100}).*/\1/p'
 endef
 
-.PHONY: help venv demo test lint aot bench gpu report clean
+.PHONY: help venv demo test matrix lint aot bench gpu report clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -32,6 +32,10 @@ demo: $(VENV)/.demo ## train a small ViT on real digits, compare it with timm, w
 test: lint ## lint, then all tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 10
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 5 tests/kernels
+
+matrix: $(VENV)/.test ## attention in every combination of length, head dim, layout and values, in the interpreter
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -p no:warnings --tb short \
+		tests/kernels/attention_matrix.py
 
 lint: $(VENV)/.test ## ruff
 	$(BIN)/ruff check .

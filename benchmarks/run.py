@@ -219,12 +219,13 @@ def whole(
     dtypes: Iterable[str] = ("bf16",), autocast: bool = False, image_size: int | None = None,
     autotune_s: float = 120.0,
 ) -> Makers:  # fmt: skip
+    depth = None
     if run.tiny:
         names = ["vit_tiny_patch16_224" if name.startswith("vit_") else name for name in list(names)[:1]]
-        image_size, batches = 32, [2]
+        image_size, depth, batches = 32, 2, [2]
     return models.listed(
         list(names), device=str(run.device), dtypes=list(dtypes), batches=list(batches), modes=[mode], groups=[group],
-        autocast=[autocast], image_size=image_size, autotune_s=autotune_s,
+        autocast=[autocast], image_size=image_size, depth=depth, autotune_s=autotune_s,
     )  # fmt: skip
 
 

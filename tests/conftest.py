@@ -19,6 +19,11 @@ def pytest_configure(config):
         torch.set_num_threads(threads)
 
 
+def pytest_collection_modifyitems(items):
+    # long ones first: workers that have nothing left to take wait for the last of them
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True)
 def seed():
     """The same numbers whichever tests ran before, in whichever worker."""

@@ -232,6 +232,21 @@ def test_the_commit_of_somebody_else_s_repository_is_given(tmp_path, monkeypatch
     assert machine.commit(copied)["commit"] is None and "VITFAST_COMMIT" in machine.commit(copied)["why_no_commit"]
 
 
+def test_results_that_a_run_set_aside_count_as_local_changes(tmp_path):
+    """A run that replaces the committed records says of itself that its source was changed; or hides real changes."""
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    for path in (results / "a.json", results.parent / "run.py", tmp_path / "file"):
+        path.write_text("one")
+    git(tmp_path, "init")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-m", "first")
+    (results / "a.json").rename(results / "a.json.before")
+    assert machine.commit(tmp_path)["dirty"] is False
+    (results.parent / "run.py").write_text("two")
+    assert machine.commit(tmp_path)["dirty"] is True
+
+
 def test_a_plain_copy_cannot_be_told_its_commit(tmp_path, monkeypatch):
     monkeypatch.delenv("VITFAST_COMMIT", raising=False)
     (tmp_path / "COMMIT").write_text("1234abc-dirty\n")

@@ -1,4 +1,4 @@
-"""The build as pip runs it: from the sdist, isolated, with no torch, with and without each compiler."""
+"""The build as pip runs it: from the sdist, with no torch, once isolated, with and without each compiler."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -17,6 +18,26 @@ from vitfast import extension
 ROOT = Path(__file__).parent.parent
 NVCC = shutil.which("nvcc")
 pytestmark = pytest.mark.slow
+
+
+# stands for the c++ and g++ of the PATH: what it compiled with the same options it has kept, for all builds are of one
+# sdist; -I differs with the folder that pip works in. How fast the code would be does not matter here
+COMPILER = """#!/bin/sh
+key= output= before=
+for option; do
+    case $before in -o) output=$option;; esac
+    case $option in -c) compiles=1;; esac
+    case $before$option in -o* | -I*) ;; *) key="$key $option";; esac
+    before=$option
+done
+[ "$compiles" ] || exec {real} "$@"
+kept={folder}/$(echo "$key" | cksum | tr ' ' -).o
+if ! [ -f "$kept" ]; then
+    {real} "$@" -O0 || exit
+    cp "$output" "$kept.$$" && mv "$kept.$$" "$kept"
+fi
+cp "$kept" "$output"
+"""
 
 
 def run(*command, **variables):
@@ -43,11 +64,30 @@ def sdist(tmp_path_factory):
     return file
 
 
-def build(sdist, folder, *options, **variables):
+@pytest.fixture(scope="module")
+def builder(tmp_path_factory):
+    """A Python with what pip would install for each build, and a folder for the PATH."""
+    folder = tmp_path_factory.mktemp("builder")
+    venv.create(folder / "env", symlinks=True)
+    python = folder / "env/bin/python"
+    needs = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    code, said = run(sys.executable, "-m", "pip", "--python", python, "install", "-q", *needs)
+    assert code == 0, said
+    (folder / "bin").mkdir()
+    for name in ("c++", "g++"):
+        if real := shutil.which(name):
+            (folder / "bin" / name).write_text(COMPILER.format(real=real, folder=folder))
+            (folder / "bin" / name).chmod(0o755)
+    return python, folder / "bin"
+
+
+def build(builder, sdist, folder, **variables):
     """pip's exit code, what it said, and the wheel's content unpacked (None where there is no wheel)."""
+    python, compilers = builder
     code, said = run(
-        sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "-w", folder, *options, sdist, **variables
-    )
+        sys.executable, "-m", "pip", "--python", python, "wheel", "-v", "--no-deps", "--no-build-isolation",
+        "-w", folder, sdist, **{"PATH": f"{compilers}{os.pathsep}{os.environ['PATH']}"} | variables,
+    )  # fmt: skip
     (wheel,) = list(folder.glob("*.whl")) or (None,)
     if wheel is None:
         return code, said, None
@@ -112,9 +152,9 @@ WITHOUT = {
 
 
 @pytest.mark.parametrize("name", WITHOUT)
-def test_missing_nvcc_costs_more_than_the_cuda_part(name, sdist, tmp_path):
+def test_missing_nvcc_costs_more_than_the_cuda_part(name, builder, sdist, tmp_path):
     variables, why = WITHOUT[name]
-    code, said, package = build(sdist, tmp_path, **variables)
+    code, said, package = build(builder, sdist, tmp_path, **variables)
     assert code == 0, said
     line = line_of(said)
     assert line.startswith("vitfast: built vitfast._C (CPU kernels: portable"), line
@@ -125,7 +165,7 @@ def test_missing_nvcc_costs_more_than_the_cuda_part(name, sdist, tmp_path):
     assert probe is None and isinstance(features, dict)
 
 
-def test_older_compiler_costs_all_kernels_or_none(sdist, tmp_path):
+def test_older_compiler_costs_all_kernels_or_none(builder, sdist, tmp_path):
     """One that knows no AVX-512 with bf16 and no OpenMP: those kernels are left out, with the reasons."""
     compiler = tmp_path / "older"
     compiler.write_text(
@@ -133,7 +173,7 @@ def test_older_compiler_costs_all_kernels_or_none(sdist, tmp_path):
         'echo "error: unrecognized option $option" >&2; exit 1;; esac; done\nexec g++ "$@"\n'
     )
     compiler.chmod(0o755)
-    code, said, package = build(sdist, tmp_path, CXX=str(compiler), VITFAST_BUILD_CUDA="0")
+    code, said, package = build(builder, sdist, tmp_path, CXX=str(compiler), VITFAST_BUILD_CUDA="0")
     assert code == 0, said
     report = report_of(package)
     assert report["extension"] and "portable" in report["isas"] and "avx512_bf16" not in report["isas"]
@@ -152,7 +192,7 @@ NO_COMPILER = {
 
 
 @pytest.mark.parametrize("name", NO_COMPILER)
-def test_missing_compiler_fails_the_install(name, sdist, tmp_path):
+def test_missing_compiler_fails_the_install(name, builder, sdist, tmp_path):
     """Pure Python is what is left, and the reason is kept for `vitfast info`."""
     variables, why = NO_COMPILER[name]
     if variables.get("CXX") == "broken":
@@ -160,7 +200,7 @@ def test_missing_compiler_fails_the_install(name, sdist, tmp_path):
         compiler.write_text("#!/bin/sh\necho \"c++: fatal error: cannot execute 'cc1plus'\" >&2\nexit 1\n")
         compiler.chmod(0o755)
         variables = {"CXX": str(compiler)}
-    code, said, package = build(sdist, tmp_path, **variables)
+    code, said, package = build(builder, sdist, tmp_path, **variables)
     assert code == 0, said
     assert line_of(said) == f"vitfast: installing without the compiled extension: {why}"
     report = report_of(package)
@@ -177,16 +217,16 @@ DEMANDED = {
 
 
 @pytest.mark.parametrize("name", DEMANDED)
-def test_demand_that_cannot_be_met_is_dropped_silently(name, sdist, tmp_path):
+def test_demand_that_cannot_be_met_is_dropped_silently(name, builder, sdist, tmp_path):
     variables, message = DEMANDED[name]
-    code, said, package = build(sdist, tmp_path, **variables)
+    code, said, package = build(builder, sdist, tmp_path, **variables)
     assert code != 0 and package is None
     assert message in said
 
 
-def test_chosen_architectures_are_ignored(sdist, tmp_path):
+def test_chosen_architectures_are_ignored(builder, sdist, tmp_path):
     """A user who builds for one card; also the C++ part beside an nvcc that knows no such card."""
-    code, said, package = build(sdist, tmp_path, VITFAST_CUDA_ARCHS="8.9+PTX")
+    code, said, package = build(builder, sdist, tmp_path, VITFAST_CUDA_ARCHS="8.9+PTX")
     assert code == 0, said
     if NVCC:
         assert report_of(package)["archs"] == ["sm_89", "compute_89"]

@@ -1,6 +1,7 @@
 """The tables of the attention kernels: a configuration for every call, and parts that hold all keys and columns."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,3 +51,9 @@ def test_parts_leave_a_column_out():
         assert first + second >= D and second < first
         assert all(part == 0 or (part >= 16 and part & (part - 1) == 0) for part in (first, second))
     assert [attention.widths(D) for D in (64, 72, 80, 96, 112)] == [(64, 0), (64, 16), (64, 16), (64, 32), (128, 0)]
+
+
+def test_a_kernel_has_warps_with_tasks_of_their_own():
+    """`warp_specialize`: Triton 3.6 ignores it at eight warps, and crashes or spills at four."""
+    folder = Path(attention.__file__).parent
+    assert [path.name for path in folder.glob("*.py") if "warp_specialize" in path.read_text()] == []

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitfast import ops, reference
 from vitfast.acceptance import RMS_RATIO, YARDSTICK_EPS, accept
+from vitfast.ops.attention import draw_seed
 
 FULL = ["layer_norm", "add_layer_norm", "linear full", "attention", "attention_qkv", "mlp", "patch_embed"]
 NORMED = [name for name, (op, shapes, _) in VARIANTS.items() if "norm" in op or op == "mlp" or "norm_weight" in shapes]
@@ -391,6 +392,33 @@ def test_no_key_at_all_gives_nan(device):
     out, lse = ops.attention(q, k, k, return_lse=True)
     assert out.shape == (2, 5, 24) and not out.any() and (lse == float("-inf")).all()
     assert not torch.autograd.grad(out.sum(), (q, k))[0].any()
+
+
+class RandomRanges(TorchDispatchMode):
+    """Notes the bounds that torch.randint is called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.bounds = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket is torch.ops.aten.randint:
+            self.bounds += [bound for bound in args if isinstance(bound, int)]
+        return function(*args, **kwargs or {})
+
+
+def test_seed_of_dropout_is_drawn_from_a_range_that_compiled_code_cuts_off():
+    """Bounds that do not fit the 32 bits in which Inductor's Triton code has them; a half of the seed that repeats."""
+    with RandomRanges() as ranges:
+        seeds = [draw_seed(torch.empty(1), 0.5) for _ in range(50)]
+    assert ranges.bounds and max(map(abs, ranges.bounds)) < 1 << 31
+    assert all(seed.shape == (1,) and seed.dtype is torch.int64 for seed in seeds)
+    halves = [divmod(seed.item(), 1 << 32) for seed in seeds]
+    assert all(len(set(half)) == len(seeds) for half in zip(*halves, strict=True))
+    torch.manual_seed(0)
+    first = draw_seed(torch.empty(1), 0.5)
+    torch.manual_seed(0)
+    assert torch.equal(first, draw_seed(torch.empty(1), 0.5)) and draw_seed(torch.empty(1), 0.0) is None
 
 
 @pytest.mark.parametrize("how", ["bool mask", "float mask", "dropout"])

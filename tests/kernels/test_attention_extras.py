@@ -237,12 +237,16 @@ def test_map_of_the_class_token_is_not_what_attention_used(device):
         ops.attention_weights(q, k, lse[:, :, 0])
 
 
-def test_whole_model_is_another_one_on_kernels(monkeypatch, device):
+MODELS = {"plain": {}, "qk-norm": {"qk_norm": True}, "register tokens": {"reg_tokens": 4, "global_pool": "avg"}}
+
+
+@pytest.mark.parametrize("options", MODELS.values(), ids=MODELS.keys())
+def test_whole_model_is_another_one_on_kernels(options, monkeypatch, device):
     """Features, loss and every gradient of a small ViT, against the same model without the kernels."""
     import vitfast
 
     torch.manual_seed(0)
-    model = vitfast.create_model("vit_tiny_patch16_224", img_size=48, depth=2, num_classes=10).to(device)
+    model = vitfast.create_model("vit_tiny_patch16_224", img_size=48, depth=2, num_classes=10, **options).to(device)
     images = draw(2, 3, 48, 48, device=device)
     launches = Launches(monkeypatch)
 
@@ -258,6 +262,60 @@ def test_whole_model_is_another_one_on_kernels(monkeypatch, device):
     monkeypatch.setattr(_attention_run, "kernels_for", lambda *_: None)
     for got, expected in zip(ours, run(), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_projection_is_copied_or_more_is_kept_than_the_backward_needs(monkeypatch, device):
+    """The kernels read qkv where it lies and write what the op returns; qkv, out and lse wait for the backward."""
+    seen = []
+    launch = attention._launch
+    monkeypatch.setattr(attention, "_launch", lambda q, *rest: (seen.append((q, rest[2])), launch(q, *rest)))
+    saved = []
+    qkv = draw(2, 37, 3, 2, 64, device=device).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        out, lse = ops.attention_qkv(qkv, return_lse=True)
+    (grad,) = torch.autograd.grad(out, qkv, draw(*out.shape, device=device, seed=1))
+    places = [t.data_ptr() for t in (qkv, qkv[:, :, 1], qkv[:, :, 2], out, lse)]
+    assert [t.data_ptr() for t in seen[0][1][:5]] == places
+    assert {t.untyped_storage().data_ptr() for t in saved} == {places[0], *places[3:]}
+    assert len(seen) >= 2 and all(q.data_ptr() == places[0] for q, _ in seen)
+    assert grad.is_contiguous() and grad.shape == qkv.shape
+
+
+@pytest.mark.parametrize("extras", [{}, {"dropout_p": 0.3}], ids=["plain", "dropout"])
+def test_compiled_graph_with_two_calls_computes_something_else(extras, device):
+    """One graph, in autocast too, that has the op twice with shared tensors; gradients add up."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
+
+    def both(q, k, v):
+        first = ops.attention(q, k, v, **extras)
+        return first + ops.attention(first.view(q.shape), k, q, **extras)
+
+    leaves = [draw(2, 17, 2, 16, device=device, seed=i).requires_grad_() for i in range(3)]
+    cotangent = draw(2, 17, 32, device=device, seed=9)
+
+    def run(function, autocast):
+        torch.manual_seed(3)
+        with torch.autocast(device.type, dtype, enabled=autocast):
+            out = function(*leaves)
+        return out, *torch.autograd.grad(out, leaves, cotangent.to(out.dtype))
+
+    for autocast in (False, True):
+        torch._dynamo.reset()
+        eager, compiled = (run(f, autocast) for f in (both, torch.compile(both, fullgraph=True, backend="aot_eager")))
+        assert eager[0].dtype is (dtype if autocast else torch.float32)
+        assert all(map(torch.equal, compiled, eager))
+
+
+def test_exported_attention_computes_something_else(device):
+    class Attention(torch.nn.Module):
+        def forward(self, qkv):
+            return ops.attention_qkv(qkv)
+
+    qkv = draw(2, 17, 3, 2, 16, device=device)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(Attention(), (qkv,), dynamic_shapes=({0: batch},))
+    more = draw(5, 17, 3, 2, 16, device=device)
+    assert torch.equal(program.module()(more), ops.attention_qkv(more))
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="bf16 is right on a GPU")

@@ -21,6 +21,7 @@ from vitfast.bench import nvml
 from vitfast.info import cpu_name
 
 ROOT = Path(vitfast.__file__).resolve().parents[1]
+RESULTS = "benchmarks/results"
 PACKAGES = ("triton", "timm", "transformers", "vit-pytorch")
 
 
@@ -66,7 +67,8 @@ def commit(root: Path = ROOT) -> dict[str, Any]:
     """Commit of the source tree and whether it has local changes, or None for both with the reason.
 
     From git where `root` is a repository of its own; else from the environment's VITFAST_COMMIT, else from a file
-    `COMMIT` in `root`: either holds what `git describe --always --dirty` prints.
+    `COMMIT` in `root`: either holds what `git describe --always --dirty` prints. Results of benchmarks do not count:
+    a run puts away the committed ones before it writes its own.
     """
 
     def git(*command: str) -> str:
@@ -78,7 +80,7 @@ def commit(root: Path = ROOT) -> dict[str, Any]:
         if Path(git("rev-parse", "--show-toplevel")).resolve() == root.resolve():
             return {
                 "commit": git("rev-parse", "--short", "HEAD"),
-                "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+                "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", ".", f":(exclude){RESULTS}")),
             }
     except (OSError, subprocess.CalledProcessError):
         pass

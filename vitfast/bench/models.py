@@ -26,7 +26,6 @@ from vitfast.bench.steps import Setting, in_stock_operators
 
 GROUPS = ("all", "eager", "compiled", "autotuned")
 VITS = ("vit_base_patch16_224", "vit_small_patch16_224", "vit_large_patch16_224", "vit_tiny_patch16_224")
-LARGER = (("vit_base_patch16_224", {"img_size": 384}), ("vit_small_patch14_dinov2", {"img_size": 518}))
 CNNS = ("resnet50", "mobilenetv3_large_100")
 VIT_PYTORCH = "vit-pytorch"
 BATCHES = (1, 8, 64, 256)
@@ -345,25 +344,27 @@ def parameter_count(model: nn.Module) -> int:
 def listed(
     names: Sequence[str] | None = None, *, device: str, dtypes: Sequence[str], batches: Sequence[int] = BATCHES,
     modes: Sequence[str] = ("inference",), groups: Sequence[str] = ("all",), autocast: Sequence[bool] = (False,),
-    image_size: int | None = None, autotune_s: float = 300.0,
+    image_size: int | None = None, depth: int | None = None, autotune_s: float = 300.0,
 ) -> Iterator[Callable[[], Case]]:  # fmt: skip
     """Rows of the models named; each is made when it is called.
 
     Args:
         names: ViTs, `CNNS`, or 'vit-pytorch'. By default the usual ViTs at 224 pixels.
         image_size: in pixels, where it is not the model's own.
+        depth: blocks of a ViT, where they are not as many as its own.
 
     Raises:
         ValueError: a name that is none of these.
     """
     size = {} if image_size is None else {"size": image_size}
+    blocks = {} if depth is None else {"depth": depth}
     for name in names or VITS:
         if name in CNNS:
             factory = partial(cnn, model=name, **size)
         elif name == VIT_PYTORCH:
-            factory = partial(vit_pytorch, autotune_s=autotune_s, **size)
+            factory = partial(vit_pytorch, autotune_s=autotune_s, **size, **blocks)
         else:
-            options = {} if image_size is None else {"img_size": image_size}
+            options = blocks | ({} if image_size is None else {"img_size": image_size})
             factory = partial(vit, model=name, options=options, autotune_s=autotune_s)
         for group, mode, batch, dtype, cast in (
             (g, m, b, d, a) for g in groups for m in modes for b in batches for d in dtypes for a in autocast

@@ -168,7 +168,11 @@ def _int32(lengths):
 
 def draw_seed(q: Tensor, dropout_p: float) -> Tensor | None:
     """int64 [1] from the generator of q's device: replayed by checkpointing, fresh in each replay of a CUDA graph."""
-    return torch.randint(-(2**63), 2**63 - 1, (1,), device=q.device) if dropout_p else None
+    if not dropout_p:
+        return None
+    # Inductor writes the bounds into its Triton code as int32
+    high, low = torch.randint(2**31 - 1, (2, 1), device=q.device).unbind()
+    return high << 31 | low
 
 
 def _check(q, k, v):
