@@ -47,8 +47,8 @@ bench: $(VENV)/.bench ## time models and ops on this CPU against timm, torch.com
 	$(BIN)/python benchmarks/run.py cpu $(if $(RESUME),--resume) $(if $(OUT),--out $(OUT))
 	$(BIN)/python benchmarks/bench_cpu.py --out $(or $(OUT),benchmarks/results)
 
-gpu: ## RUN=a|b|c: test and time on a GPU within nine minutes, with the PYTHON that has torch; RESUME=1 goes on
-	$(PYTHON) benchmarks/run.py $(or $(RUN),$(error RUN must be a, b or c)) $(if $(RESUME),--resume) $(if $(OUT),--out $(OUT))
+gpu: ## RUN=a|b|c|d: test and time on a GPU within nine minutes, with the PYTHON that has torch; RESUME=1 goes on
+	$(PYTHON) benchmarks/run.py $(or $(RUN),$(error RUN must be a, b, c or d)) $(if $(RESUME),--resume) $(if $(OUT),--out $(OUT))
 
 report: $(VENV)/.bench ## write the README's tables and pictures from benchmarks/results
 	$(BIN)/python benchmarks/make_report.py

@@ -197,7 +197,11 @@ def rival(row: Row) -> str | None:
 
 
 def _fastest(row: Row, mine: bool) -> str | None:
-    found = {name: v["ms"] for name, v in row["variants"].items() if timed(v) and bool(v.get("ours")) is mine}
+    found = {
+        name: v["ms"]
+        for name, v in row["variants"].items()
+        if timed(v) and bool(v.get("ours")) is mine and not v.get("part")
+    }
     return min(found, key=found.get) if found else None
 
 

@@ -158,7 +158,7 @@ def ops(device: Device) -> str | None:
 
 
 def all_ops(device: Device) -> str | None:
-    return _ops(device, largest_batch(r for r in device.rows if r["kind"] == "op"))
+    return _ops(device, [r for r in device.rows if r["kind"] == "op"])
 
 
 def base_ops(device: Device) -> list[Row]:
@@ -181,7 +181,11 @@ def _ops(device: Device, rows: list[Row]) -> str | None:
         found = None if name is None else row["variants"][name].get("percent")
         return "-" if found is None else f"{found:.0f} %" if found >= 10 else f"{found:.1f} %"
 
-    lines = []
+    def product(row: Row) -> str:
+        alone, mine = row["variants"].get("product", {}).get("ms"), ours(row)
+        return "-" if alone is None or mine is None else f"{100 * alone / row['variants'][mine]['ms']:.0f} %"
+
+    has_product, lines = any("product" in row["variants"] for row in rows), []
     for row in rows:
         mine, other = ours(row) or next((n for n, v in row["variants"].items() if v.get("ours")), None), rival(row)
         limit = next((v["limit"] for v in row["variants"].values() if v.get("limit")), "-")
@@ -189,16 +193,18 @@ def _ops(device: Device, rows: list[Row]) -> str | None:
         lines.append([
             row["name"], row["mode"], shape, str(row["batch"]), dtype(row),
             ms(row, row["baseline"] if row["baseline"] in row["variants"] else None), ms(row, mine),
-            other or "-", ms(row, other), percent(row, ours(row)), percent(row, other), limit,
+            other or "-", ms(row, other), percent(row, ours(row)), percent(row, other), limit, *([product(row)] if has_product else []),
         ])  # fmt: skip
     head = (
         "op", "mode", "shape", "batch", "dtype", "baseline ms", "vitfast ms", "fastest other", "ms",
-        "vitfast of roofline", "fastest other of roofline", "limit",
+        "vitfast of roofline", "fastest other of roofline", "limit", *(["product alone"] if has_product else []),
     )  # fmt: skip
     explained = (
         "In brackets how many times as fast as the baseline, pair by pair, ≈ within noise. The roofline is the time "
         "that the op's products or bytes need at this device's measured ceilings."
     )
+    if has_product:
+        explained += " Product alone: the time of `F.linear` without anything around it as a share of vitfast's."
     return _complete(device, rows, table(head, lines), notes, explained)
 
 

@@ -1,10 +1,11 @@
-"""Run a plan of benchmarks: a, b and c for a GPU, each over within nine minutes by itself, and cpu.
+"""Run a plan of benchmarks: a, b, c and d for a GPU, each over within nine minutes by itself, and cpu.
 
-    python benchmarks/run.py a|b|c|cpu [--out FOLDER] [--resume] [--device DEVICE] [--limit SECONDS] [--tiny]
+    python benchmarks/run.py a|b|c|d|cpu [--out FOLDER] [--resume] [--device DEVICE] [--limit SECONDS] [--tiny]
 
 a    the extension, the ceilings, the tests that need a GPU, ops
 b    whole models: everybody's eager, then compiled ones
 c    the rest: larger images, autocast, remaining compiled models
+d    the linear layers and MLPs of a block against what a compiler finds that tries everything
 cpu  ceilings, models and ops against what people would use instead
 
 Needs nothing but this source tree and a python with torch: no network, nothing installed. Stages come in order of
@@ -48,17 +49,20 @@ from vitfast.bench.case import Case  # noqa: E402
 from vitfast.info import cpu_name  # noqa: E402
 
 # of nine minutes, less what it takes until this line and to write the last files
-LIMITS_S = {"a": 515.0, "b": 515.0, "c": 515.0, "cpu": 2400.0}
+LIMITS_S = {"a": 515.0, "b": 515.0, "c": 515.0, "d": 515.0, "cpu": 2400.0}
 # for what cannot be interrupted when the time is up
 GRACE_S = 8.0
 LEAST_S = 2.0
 LOG_BYTES = 4 << 20
 # images of a row of ops, and of a training step
 BATCH = 64
+# of the ops that a block is made of, whose kernels are meant for many rows
+BLOCK_BATCH = 256
 SMALL_AND_BASE = ("vit_small_patch16_224", "vit_base_patch16_224")
 TINY_AND_LARGE = ("vit_tiny_patch16_224", "vit_large_patch16_224")
 # measured first: what the package is about, then what may become a kernel's next width
 OPS = ("attention", "mlp", "linear", "layer_norm", "add_layer_norm", "patch_embed")
+BLOCK, BLOCK_WIDTHS = ("linear", "mlp", "layer_norm"), (768, 384, 1024)
 
 # the files with tests that take every device; others may import what is not there
 GPU_TESTS = ("kernels", "test_ops.py", "test_devices.py")
@@ -181,9 +185,12 @@ def started(command: list[str], limit_s: float, run: Run) -> tuple[int | None, f
 
 # rows
 
+# what names of variants end in that take most of the time of a row to get ready
+COMPILERS = ("compiled", "max-autotune")
+
 
 def without(maker: Callable[[], Case], *endings: str) -> Callable[[], Case]:
-    """The case without variants whose names end so: compilers take most of the time of a row."""
+    """The case without variants whose names end so."""
 
     def make() -> Case:
         case = maker()
@@ -193,8 +200,33 @@ def without(maker: Callable[[], Case], *endings: str) -> Callable[[], Case]:
     return make
 
 
+def block(run: Run) -> Iterator[Callable[[], Case]]:
+    """What a block is made of, at the widths of ViT-B, S and L: many images, then one. A compiler at the first only."""
+    listed = partial(op_rows.listed, device=str(run.device), dtypes=["bf16"], tokens=(197,))
+    if run.tiny:
+        yield from op_rows.tiny(BLOCK[:1], device=str(run.device), dtypes=["fp32"], batches=[1], modes=["forward"])
+        return
+    for batches, modes in (([BLOCK_BATCH], op_rows.MODES), ([1], op_rows.MODES[:1])):
+        for width, mode in ((w, m) for m in modes for w in BLOCK_WIDTHS):
+            with_compiler = width == BLOCK_WIDTHS[0] and mode == "forward" and batches != [1]
+            for maker in listed(BLOCK, batches=batches, modes=[mode], widths=[width]):
+                yield without(maker, *(COMPILERS[1:] if with_compiler else COMPILERS))
+
+
+def autotuned(run: Run, batch: int, mode: str = "forward") -> Iterator[Callable[[], Case]]:
+    """The products of a block, with compilers."""
+    if run.tiny:
+        # any shape that the other stages do not have
+        yield from op_rows.tiny(BLOCK[:1], device=str(run.device), dtypes=["fp32"], batches=[2 + batch], modes=[mode])
+        return
+    yield from op_rows.listed(
+        BLOCK[:2], device=str(run.device), dtypes=["bf16"], batches=[batch], modes=[mode], tokens=(197,),
+        widths=BLOCK_WIDTHS,
+    )  # fmt: skip
+
+
 def ops(run: Run, *, first: bool) -> Iterator[Callable[[], Case]]:
-    """Short sequences at all widths, or with `first` False the longer ones. Compilers at the width of a ViT-B only."""
+    """Short sequences at all widths, or with `first` False the longer ones; what `block` has not."""
     listed = partial(op_rows.listed, device=str(run.device), dtypes=["bf16"], batches=[BATCH])
     if run.tiny:
         names, mode = (OPS, "forward") if first else (OPS[:1], "forward+backward")
@@ -203,15 +235,16 @@ def ops(run: Run, *, first: bool) -> Iterator[Callable[[], Case]]:
     if not first:
         yield from listed(("attention",), tokens=(577, 1025, 1370))
         for maker in listed(OPS[1:], tokens=(577, 1025, 1370), widths=(768,)):
-            yield without(maker, "compiled")
+            yield without(maker, *COMPILERS)
         return
     yield from listed(("attention",), tokens=(197, 257))
     for mode in op_rows.MODES:
-        for maker in listed(OPS[1:], tokens=(197,), widths=(768,), modes=[mode]):
-            yield maker if mode == "forward" else without(maker, "compiled")
-        for tokens, widths in ((197, (384, 1024, 192, 1280)), (257, (768, 1280))):
-            for maker in listed(OPS[1:], tokens=(tokens,), widths=widths, modes=[mode]):
-                yield without(maker, "compiled")
+        for maker in listed(OPS[4:], tokens=(197,), widths=(768,), modes=[mode]):
+            yield maker if mode == "forward" else without(maker, *COMPILERS)
+        others = (OPS[1:], 197, (192, 1280)), (OPS[4:], 197, (384, 1024)), (OPS[1:], 257, (1280,))
+        for names, tokens, widths in others:
+            for maker in listed(names, tokens=(tokens,), widths=widths, modes=[mode]):
+                yield without(maker, *COMPILERS)
 
 
 def whole(
@@ -275,8 +308,9 @@ PLANS: dict[str, tuple[Stage, ...]] = {
         EXTENSION,
         CEILINGS,
         Stage("tests", 190, gpu_tests),
-        models_stage("ops, short", 150, partial(ops, first=True)),
-        models_stage("ops, long", 75, partial(ops, first=False)),
+        models_stage("ops of a block", 85, block),
+        models_stage("ops, short", 90, partial(ops, first=True)),
+        models_stage("ops, long", 50, partial(ops, first=False)),
     ),
     "b": (
         CEILINGS,
@@ -297,6 +331,14 @@ PLANS: dict[str, tuple[Stage, ...]] = {
         models_stage("compiled, the rest", 100, rest_compiled),
         models_stage("larger images, compiled", 60, partial(larger, group="compiled")),
         models_stage("vit-pytorch", 40, lambda run: whole(run, (models.VIT_PYTORCH,), (64, 1))),
+    ),
+    "d": (
+        CEILINGS,
+        models_stage("ops of a block, autotuned", 210, partial(autotuned, batch=BLOCK_BATCH)),
+        models_stage("ops of a block, autotuned, one image", 90, partial(autotuned, batch=1)),
+        models_stage(
+            "ops of a block, autotuned, backward", 175, partial(autotuned, batch=BLOCK_BATCH, mode="forward+backward")
+        ),
     ),
     "cpu": (
         CEILINGS,

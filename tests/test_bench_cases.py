@@ -26,7 +26,7 @@ MODELS = {
 }
 PRECISIONS = [("fp32", False), ("bf16", False), ("bf16", True)]
 # elsewhere a CPU has none of these
-ON_A_GPU = {"SDPA cuDNN", "SDPA efficient", "SDPA packed cuDNN"}
+ON_A_GPU = {"SDPA cuDNN", "SDPA efficient", "SDPA packed cuDNN", "compiled max-autotune"}
 
 
 TORCH_COMPILE = torch.compile
@@ -94,6 +94,8 @@ def test_a_way_to_compute_an_op_is_another_op_or_changes_its_inputs(mode, dtype)
         found, why_not = results_of(case, given)
         ref = truth_of(case, given)
         for name, results in found.items():
+            if case.variants[name].part:
+                continue
             assert len(results) == len(case.per_image) == len(ref), (case.key, name)
             for out, exact, low in zip(results, ref, found[case.yardstick], strict=True):
                 what = f"{case.key} {name}"
@@ -101,6 +103,7 @@ def test_a_way_to_compute_an_op_is_another_op_or_changes_its_inputs(mode, dtype)
         assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True)), case.key
         installed = {name for name in case.variants if not case.variants[name].missing()}
         assert installed - found.keys() <= ON_A_GPU, (case.key, why_not)
+        assert all(case.variants[name].part == (name == "product") for name in case.variants)
         assert [name for name, v in case.variants.items() if v.ours] == ["vitfast"]
 
 
@@ -349,7 +352,8 @@ def test_a_shape_is_not_among_the_rows_that_were_asked_for():
     for n, mode in itertools.product((197, 257, 577, 1025, 1370), ops.MODES):
         assert {("attention", mode, n, heads, dim) for dim, heads in ((64, 12), (72, 16), (80, 16))} <= set(shapes)
         widths = (192, 384, 768, 1024, 1280) if n <= 257 else (768,)
-        names = ("layer_norm", "add_layer_norm", "linear qkv", "linear proj", "linear fc1", "mlp")
+        linears = ("linear norm qkv", "linear proj", "linear norm fc1", "linear fc2")
+        names = ("layer_norm", "add_layer_norm", *linears, "mlp")
         assert {(name, mode, n, width) for name in names for width in widths} <= set(shapes)
         for width, images in itertools.product(widths, ("float", "uint8")):
             assert (f"patch_embed {images}", mode, *op_rows.IMAGES[n], width) in shapes

@@ -19,7 +19,7 @@ from vitfast.bench import harness
 from vitfast.bench.case import DTYPES, Case, Variant, Work
 from vitfast.calls import NAMES, Call
 from vitfast.config import ViTConfig
-from vitfast.families import FAMILIES, Family
+from vitfast.families import FAMILIES, Family, present
 from vitfast.tuning_cache import Choice
 from vitfast.variants import config_for
 from vitfast.warm_up import SEED, batches_of, check_dtype, kernel_calls, models_in
@@ -31,7 +31,7 @@ SECONDS, LEAST_S = 2.0, 0.1
 BUDGET_S = 300.0
 # the truth of more would take more time than all the rest
 CHECK_IMAGES = 2
-STOCK = "stock"
+STOCK, BUILT_IN = "stock", "built-in"
 # a kernel that is not made for a call, or had no memory or time, was neither slower nor wrong
 UNDECIDED = ("NotImplementedError", "out of memory", harness.NO_TIME_LEFT)
 
@@ -43,7 +43,7 @@ class Row(NamedTuple):
         call: op, shapes and dtype.
         use: "kernel", "stock", or "" where nothing could be decided.
         stock_ms, kernel_ms: time of one call, the kernel's with its fastest configuration; None where not timed.
-        config: the fastest configuration.
+        config: the fastest configuration; None where that is the built-in choice, or nothing was timed.
         why: what decided.
         wrong: configurations with a wrong result.
     """
@@ -134,14 +134,14 @@ def tune_calls(calls: Sequence[Call], place: Place, budget_s: float, say: Callab
         if left < LEAST_S:
             report.rows.append(Row(family.kernel, str(call), "", why=harness.NO_TIME_LEFT))
             continue
-        asked, results = _asked(family, call, place)
+        asked, by_image = _asked(family, call, place)
         if asked is None:
             report.rows.append(Row(family.kernel, str(call), "", why="the op does not choose here"))
             continue
         name = asked.kernel, asked.shape
         if name in done:
             continue
-        row = _tune_one(family, call, results, place, left, max(LEAST_S, min(SECONDS, left / (len(calls) - i))))
+        row = _tune_one(family, call, by_image, place, left, max(LEAST_S, min(SECONDS, left / (len(calls) - i))))
         report.rows.append(row)
         if row.use:
             done.add(name)
@@ -152,14 +152,14 @@ def tune_calls(calls: Sequence[Call], place: Place, budget_s: float, say: Callab
     return report
 
 
-def _asked(family: Family, call: Call, place: Place) -> tuple[dispatch.Seen | None, int]:
-    """What the op asks `dispatch` for this call, None where it does not ask; and how many results it has."""
+def _asked(family: Family, call: Call, place: Place) -> tuple[dispatch.Seen | None, tuple[bool, ...]]:
+    """What the op asks `dispatch` for this call, None where it does not ask; and which results come by image."""
     generator = torch.Generator(place.device).manual_seed(SEED)
     with place.current(), dispatch.watching() as seen:
         results = family.stock(family.draw(call, generator))
         place.synchronize()
     asked = [each for each in seen if each.kernel == family.kernel]
-    return (asked[-1] if asked else None), len(results)
+    return (asked[-1] if asked else None), family.by_image(results)
 
 
 def _keep(device: Any, choices: tuning_cache.Table) -> Path | None:
@@ -176,34 +176,41 @@ def _keep(device: Any, choices: tuning_cache.Table) -> Path | None:
         return None
 
 
-def _tune_one(family: Family, call: Call, results: int, place: Place, left: float, seconds: float) -> Row:
-    configs = {words(config): config for config in family.configs(call, place.device)}
-    case = _case(family, call, results, configs, place)
+def _tune_one(
+    family: Family, call: Call, by_image: tuple[bool, ...], place: Place, left: float, seconds: float
+) -> Row:
+    configs = {words(config) or BUILT_IN: config for config in family.configs(call, place.device)}
+    case = _case(family, call, by_image, configs, place)
     row = harness.run_case(case, seconds=seconds, place=place, deadline=place.clock() + left)
     return _decided(family.kernel, call, row["variants"], configs)
 
 
-def _case(family: Family, call: Call, results: int, configs: Mapping[str, dispatch.Config], place: Place) -> Case:
+def _case(
+    family: Family, call: Call, by_image: tuple[bool, ...], configs: Mapping[str, dispatch.Config | None], place: Place
+) -> Case:
     def inputs(generator: torch.Generator) -> tuple[Tensor, ...]:
         return tuple(arg for arg in family.draw(call, generator) if isinstance(arg, Tensor))
 
-    def way(run: Callable[[Sequence[Any]], tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-        return lambda *tensors: run(call.fill(tensors))
+    def way(run: Callable[[Sequence[Any]], tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+        return lambda *tensors: present(run(call.fill(tensors)))
 
-    def kernel(config: dispatch.Config) -> Variant:
+    def kernel(config: dispatch.Config | None) -> Variant:
         return Variant(lambda: way(lambda args: family.with_config(args, config)), ours=True)
 
     first = call.likes()[0].shape
     return Case(
         kind="op", name=call.op, mode="forward+backward" if family.grad else "forward",
         shape={f"dim {i}": n for i, n in enumerate(first[1:], 1)}, batch=first[0], dtype=NAMES[call.dtype],
-        device=place.device, inputs=inputs, reference=way(family.true), cut=family.cut, per_image=(True,) * results,
+        device=place.device, inputs=inputs, reference=way(family.true),
+        cut=lambda tensors, n: family.cut(call, tensors, n), per_image=by_image,
         variants={STOCK: Variant(lambda: way(family.stock)), **{name: kernel(each) for name, each in configs.items()}},
         baseline=STOCK, yardstick=STOCK, work=Work(0, 0), check_images=CHECK_IMAGES,
     )  # fmt: skip
 
 
-def _decided(kernel: str, call: Call, variants: Mapping[str, Any], configs: Mapping[str, dispatch.Config]) -> Row:
+def _decided(
+    kernel: str, call: Call, variants: Mapping[str, Any], configs: Mapping[str, dispatch.Config | None]
+) -> Row:
     stock, wrong = variants[STOCK], tuple(name for name in configs if variants[name].get("accepted") is False)
     if "ms" not in stock or not stock["accepted"]:
         why = stock.get("not_timed") or stock.get("why_not_accepted")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 import warnings
@@ -186,9 +187,9 @@ def _warm_one(call: Call, place: Place, checked: dict[tuple, str]) -> tuple[str,
         return STOCK, dispatch.state(family.kernel)
     config = dispatch.tuned_config(family.kernel, answer.shape, answer.device)
     tuned = "tuned, " if config is not None else ""
-    config = next(iter(family.configs(call, place.device)), None) if config is None else config
+    configs = family.to_check(call, place.device) if config is None else [config]
     said = set()
-    for small in distinct(family.smaller(call)):
+    for small, config in itertools.product(distinct(family.smaller(call)), configs):
         name = (small, None if config is None else tuple(sorted(config.items())))
         if name not in checked:
             try:
@@ -246,6 +247,14 @@ def check(family: Family, call: Call, config: dispatch.Config | None, place: Pla
     dtype = dtype_to_judge_by(call.dtype)
     for i, (out, ref, low) in enumerate(zip(outs, refs, lows, strict=True)):
         what = f"{call}, result {i}"
+        if low is None and ref is None:
+            if out is not None:
+                raise NotAccepted(f"{what}: it is there, expected none")
+            continue
+        if low is None or ref is None:
+            raise NoYardstick(f"{what}: stock operators and what is true differ in whether it is there")
+        if out is None:
+            raise NotAccepted(f"{what}: there is none")
         try:
             accept(low, ref, low, dtype=dtype, grad=family.grad, what=what)
         except NotAccepted as fault:

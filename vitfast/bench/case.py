@@ -40,6 +40,8 @@ class Variant:
         needs: modules without which it is listed as absent.
         graph: whether replaying it from a CUDA graph is fair; False where it brings graphs of its own.
         apart: run in a process of its own with this many seconds, for compilers that may take minutes.
+        part: whether it computes a part of the case only, which shows what the rest costs: timed, neither judged nor
+            taken for a rival.
     """
 
     build: Callable[[], Function]
@@ -47,6 +49,7 @@ class Variant:
     needs: tuple[str, ...] = ()
     graph: bool = True
     apart: float | None = None
+    part: bool = False
 
     def missing(self) -> list[str]:
         return [name for name in self.needs if importlib.util.find_spec(name) is None]

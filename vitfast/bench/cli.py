@@ -251,7 +251,8 @@ def _cells(row: Row, name: str, found: Row) -> list[str]:
     error = "" if found.get("error_ratio") is None else f"{found['error_ratio']:.2f}"
     marks = {
         "not accepted": found.get("accepted") is False,
-        "not checked": found.get("accepted") is None,
+        "not checked": found.get("accepted") is None and not found.get("part"),
+        "a part of it": found.get("part"),
         "graph": found.get("graph"),
         "bound by the host": found.get("host_bound"),
         f"ready after {found.get('compile_s', 0):.0f} s": found.get("compile_s", 0) >= 1,

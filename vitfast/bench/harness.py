@@ -116,7 +116,7 @@ class _Run:
         for name, variant in case.variants.items():
             missing = variant.missing()
             verb = "are" if len(missing) > 1 else "is"
-            self.variants[name] = {"ours": variant.ours}
+            self.variants[name] = {"ours": variant.ours} | ({"part": True} if variant.part else {})
             if missing:
                 self.variants[name]["absent"] = f"{' and '.join(missing)} {verb} not installed"
         self.calls: dict[str, Callable[[], Any]] = {}
@@ -190,14 +190,14 @@ class _Run:
         results = function(*self.sets[0])
         self.place.synchronize()
         found["compile_s"] = TOOK_S[name] = self.place.clock() - began
-        results = self.judge.judged(function, results)
+        results = [] if variant.part else self.judge.judged(function, results)
         if self.judge.is_changed(self.sets[0]):
             self.sets[0] = self.case.inputs(torch.Generator(self.case.device).manual_seed(SEED))
             found["not_timed"] = "it changes its inputs"
             return
         if name == self.case.yardstick:
             self.judge.low = results
-        verdict, fault = self.judge.judge(results, variant.ours)
+        verdict, fault = ({}, "") if variant.part else self.judge.judge(results, variant.ours)
         found |= verdict
         if fault and variant.ours:
             found["not_timed"] = fault
@@ -413,7 +413,7 @@ def summary(row: Row) -> str:
         if "ms" in found:
             ratio = f" ({found['ratio']:.2f}x)" if "ratio" in found else ""
             marks = [mark for mark in ("graph", "host_bound", "within_noise", "apart") if found.get(mark)]
-            marks += ["not accepted"] * (found.get("accepted") is False)
+            marks += ["not accepted"] * (found.get("accepted") is False) + ["a part"] * bool(found.get("part"))
             parts.append(f"{name} {found['ms']:.4g} ms{ratio}" + "".join(f" [{m.replace('_', ' ')}]" for m in marks))
         else:
             parts.append(f"{name}: {found.get('absent') or found.get('not_timed')}")

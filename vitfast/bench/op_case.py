@@ -23,11 +23,13 @@ class Way:
         build: returns the forward, a function of the op's inputs.
         needs: as in `Variant`.
         leaves: which inputs get gradients, where it reads others than everybody.
+        part: as in `Variant`.
     """
 
     build: Callable[[], Function]
     needs: tuple[str, ...] = ()
     leaves: tuple[int, ...] | None = None
+    part: bool = False
 
 
 class Draw:
@@ -98,8 +100,9 @@ def op_case(
 
     def variant(name: str, way: Way) -> Variant:
         return Variant(
-            lambda: both_ways(way.build(), way.leaves or leaves), ours=name.startswith("vitfast"), needs=way.needs
-        )
+            lambda: both_ways(way.build(), way.leaves or leaves), ours=name.startswith("vitfast"), needs=way.needs,
+            part=way.part,
+        )  # fmt: skip
 
     first = next(iter(ways))
     return Case(

@@ -15,7 +15,8 @@ IMAGES = {197: (224, 16), 257: (224, 14), 577: (384, 16), 1025: (512, 16), 1370:
 # head dim: heads of a ViT that has it
 HEADS = {64: 12, 72: 16, 80: 16}
 WIDTHS = (768, 384, 1024, 192, 1280)
-PROJECTIONS = ("qkv", "proj", "fc1")
+# as a block has them
+PROJECTIONS = ("norm qkv", "proj", "norm fc1", "fc2")
 
 
 def listed(

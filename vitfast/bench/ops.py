@@ -24,12 +24,14 @@ from vitfast.bench.factory import dtype_of, one_of, positive, recorded
 from vitfast.bench.op_case import MODES, Draw, Way, op_case
 
 EPS = 1e-6
-# K and outputs in widths, activation, residual
+# K and outputs in widths, norm, activation, residual
 LINEARS = {
-    "qkv": (1, 3, "none", False),
-    "proj": (1, 1, "none", True),
-    "fc1": (1, 4, "gelu", False),
-    "fc2": (4, 1, "none", True),
+    "qkv": (1, 3, "none", "none", False),
+    "proj": (1, 1, "none", "none", True),
+    "fc1": (1, 4, "none", "gelu", False),
+    "fc2": (4, 1, "none", "none", True),
+    "norm qkv": (1, 3, "layer", "none", False),
+    "norm fc1": (1, 4, "layer", "gelu", False),
 }
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -243,37 +245,60 @@ def add_layer_norm(
 def linear(
     *, batch: int, tokens: int, width: int, kind: str, mode: str = "forward", dtype: str = "bf16", device: str = "cpu"
 ) -> Case:
-    """A projection of a block with what follows it: qkv (bias), proj and fc2 (bias, residual), fc1 (bias, GELU)."""
+    """A projection of a block with what is around it: qkv (bias), proj and fc2 (bias, residual), fc1 (bias, GELU).
+
+    "norm qkv" and "norm fc1" have the norm before them as well.
+    """
     positive(batch=batch, tokens=tokens, width=width)
-    inside, outside, act, residual = LINEARS[one_of("kind", kind, LINEARS)]
-    K, D = inside * width, outside * width
+    inside, outside, norm, act, residual = LINEARS[one_of("kind", kind, LINEARS)]
+    K, D, normed = inside * width, outside * width, norm != "none"
 
     def draw_inputs(draw: Draw) -> Tensors:
         given = draw(batch, tokens, K), draw(D, K, scale=K**-0.5), draw(D, scale=0.1)
+        if normed:
+            return *given, 1 + draw(K, scale=0.1), draw(K, scale=0.1)
         return (*given, draw(batch, tokens, D)) if residual else given
 
-    def stock(x: Tensor, weight: Tensor, bias: Tensor, added: Tensor | None = None) -> Tensor:
+    def stock(x: Tensor, weight: Tensor, bias: Tensor, *rest: Tensor) -> Tensor:
+        if normed:
+            x = F.layer_norm(x, rest[0].shape, *rest, EPS)
         y = F.linear(x, weight, bias)
         if act == "gelu":
             y = F.gelu(y)
-        return y if added is None else added + y
+        return rest[0] + y if residual else y
 
-    def ours(x: Tensor, weight: Tensor, bias: Tensor, added: Tensor | None = None) -> Tensor:
-        return ops.linear(x, weight, bias, act=act, residual=added)
+    def ours(x: Tensor, weight: Tensor, bias: Tensor, *rest: Tensor) -> Tensor:
+        if normed:
+            return ops.linear(
+                x, weight, bias, norm=norm, norm_weight=rest[0], norm_bias=rest[1], norm_eps=EPS, act=act
+            )
+        return ops.linear(x, weight, bias, act=act, residual=rest[0] if residual else None)
 
-    def truth(x: Tensor, weight: Tensor, bias: Tensor, added: Tensor | None = None) -> Tensor:
-        return reference.linear(x, weight, bias, act=act, residual=added)
+    def truth(x: Tensor, weight: Tensor, bias: Tensor, *rest: Tensor) -> Tensor:
+        norm_weight, norm_bias = rest if normed else (None, None)
+        added = rest[0] if residual else None
+        return reference.linear(x, weight, bias, norm_weight, norm_bias, EPS, norm, act, residual=added)
 
     return op_case(
         f"linear {kind}", {"tokens": tokens, "width": width}, batch, mode, dtype, device, draw_inputs,
-        images=(True, False, False) + (True,) * residual, results=((batch, tokens, D),), truth=truth,
+        images=(True, False, False) + (False,) * (2 * normed) + (True,) * residual, results=((batch, tokens, D),),
+        truth=truth,
         ways={
             "F.linear": Way(lambda: stock),
             "vitfast": Way(lambda: ours),
+            "product": Way(lambda: lambda x, weight, *rest: F.linear(x, weight), leaves=(0, 1), part=True),
             "compiled": Way(lambda: compiled(stock)),
+            "compiled max-autotune": Way(lambda: _autotuned(stock, device)),
         },
-        count=partial(work.linear, batch * tokens, K, D, dtype, act=act != "none", residual=residual),
+        count=partial(work.linear, batch * tokens, K, D, dtype, norm=normed, act=act != "none", residual=residual),
     )  # fmt: skip
+
+
+def _autotuned(function: Function, device: str) -> Function:
+    """torch.compile's best; without graphs of its own, since every variant here is replayed from one."""
+    if torch.device(device).type != "cuda":
+        raise NotImplementedError("on a GPU only")
+    return compiled(function, "max-autotune-no-cudagraphs")
 
 
 @recorded
@@ -298,13 +323,18 @@ def mlp(
     def truth(x: Tensor, nw: Tensor, nb: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
         return reference.mlp(x, nw, nb, EPS, "layer", w1, b1, w2, b2)
 
+    def products(x: Tensor, nw: Tensor, nb: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        return F.linear(F.linear(x, w1), w2)
+
     return op_case(
         "mlp", {"tokens": tokens, "width": width}, batch, mode, dtype, device, draw_inputs,
         images=(True,) + (False,) * 6, results=((batch, tokens, width),), truth=truth,
         ways={
             "eager": Way(lambda: stock),
             "vitfast": Way(lambda: partial(ops.mlp, norm_eps=EPS)),
+            "product": Way(lambda: products, leaves=(0, 3, 5), part=True),
             "compiled": Way(lambda: compiled(stock)),
+            "compiled max-autotune": Way(lambda: _autotuned(stock, device)),
         },
         count=partial(work.mlp, batch * tokens, width, hidden, dtype),
     )  # fmt: skip

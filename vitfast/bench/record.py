@@ -32,6 +32,7 @@ result of ours, an exception, no memory, no time left), or times. Of these only 
     accepted, error_ratio   by the acceptance rule; rms error over the yardstick's, the worst of the results; null where
                             it has no finite error, or the yardstick failed. A rival that is not accepted is timed all
                             the same and has `why_not_accepted`
+    part                    true where it computes a part of the case only: not judged, and no rival
     ms, ms_20, ms_80        of one call: median, and what 20 and 80 % of the rounds stayed below
     ratio, ratio_25, ratio_75   the baseline's time over this one's, pair by pair: above 1 it is faster
     within_noise            the quartiles of ratio and noise overlap: no difference was measured

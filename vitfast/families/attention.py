@@ -1,84 +1,20 @@
-"""What has to be known of an op to check, compile and tune its kernel: one entry of a table.
+"""Attention's entries.
 
-`vitfast.warmup` and `vitfast tune` know no kernel by name. A new one joins both by an entry in `dispatch.KERNELS` and
-one here for each torch op that may run it.
+q [B, Nq, H, D], k and v [B, Nk, H, D] or all of them as qkv [B, N, 3, H, D]; out [B, Nq, H * D], lse [B, H, Nq].
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vitfast import dispatch, reference
+from vitfast import reference
 from vitfast.calls import Call, Like, contiguous
 from vitfast.dispatch import Config
-
-Tensors = tuple[Tensor, ...]
-
-
-@dataclass(frozen=True)
-class Family:
-    """A torch op and the kernel that may run it.
-
-    Attributes:
-        kernel: its name in `dispatch.KERNELS`.
-        run: the op. It asks `dispatch.choose` with that name, and `dispatch.tuned_config`.
-        truth: the op's results in fp64, from fp64 arguments.
-        smaller: a few small calls, odd sizes among them, that any configuration of the given call can run.
-        configs: what may run a call on a device, the built-in choice first.
-        draw: arguments of a call.
-        grad: whether the results are gradients.
-        cut: the tensors among the arguments for the first n images only.
-    """
-
-    kernel: str
-    run: Callable[..., Any]
-    truth: Callable[..., Any]
-    smaller: Callable[[Call], Sequence[Call]]
-    configs: Callable[[Call, torch.device], Sequence[Config]]
-    draw: Callable[[Call, torch.Generator], tuple[Any, ...]]
-    grad: bool = False
-    cut: Callable[[Tensors, int], Tensors] = lambda tensors, n: tuple(t[:n] for t in tensors)
-
-    def results(self, args: Sequence[Any]) -> Tensors:
-        """What the op returns, as a tuple."""
-        with torch.no_grad():
-            return as_tuple(self.run(*args))
-
-    def stock(self, args: Sequence[Any]) -> Tensors:
-        """What stock operators return."""
-        with dispatch.trying(self.kernel, "stock"):
-            return self.results(args)
-
-    def with_config(self, args: Sequence[Any], config: Config | None) -> Tensors:
-        """What the kernel returns.
-
-        Raises:
-            NotImplementedError: it cannot run; with all the reasons.
-        """
-        with dispatch.trying(self.kernel, "kernel", config):
-            return self.results(args)
-
-    def true(self, args: Sequence[Any]) -> Tensors:
-        """What is right, in fp64."""
-        return as_tuple(self.truth(*(t.double() if isinstance(t, Tensor) else t for t in args)))
-
-
-def as_tuple(results: Any) -> Tensors:
-    return tuple(results) if isinstance(results, (tuple, list)) else (results,)
-
-
-def draw_all(call: Call, generator: torch.Generator) -> tuple[Any, ...]:
-    """Random normal numbers for every tensor."""
-    return call.fill([like.draw(generator) for like in call.likes()])
-
-
-# attention: q [B, Nq, H, D], k and v [B, Nk, H, D] or all of them as qkv [B, N, 3, H, D]; out [B, Nq, H * D],
-# lse [B, H, Nq]
+from vitfast.families.family import Family, Tensors, draw_all
 
 
 def _attention_truth(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensors:
@@ -109,7 +45,7 @@ def _draw_backward(call: Call, generator: torch.Generator) -> tuple[Any, ...]:
     """Random ones, and out and lse as stock operators make them of these: nothing else has a backward."""
     args = list(draw_all(call, generator))
     forward = "attention_qkv" if call.op == "attention_qkv_backward" else "attention"
-    args[-3:-1] = FAMILIES[forward].stock([*args[1:-3], args[-1]])
+    args[-3:-1] = ATTENTION[forward].stock([*args[1:-3], args[-1]])
     return tuple(args)
 
 
@@ -177,7 +113,7 @@ def _attention(op: str, truth: Callable[..., Any], grad: bool = False) -> Family
 
 
 # by the name of the torch op
-FAMILIES: dict[str, Family] = {
+ATTENTION: dict[str, Family] = {
     "attention": _attention("attention", _attention_truth),
     "attention_qkv": _attention(
         "attention_qkv", lambda qkv, scale: _attention_truth(*qkv.unbind(2), scale)
