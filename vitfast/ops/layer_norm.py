@@ -225,9 +225,10 @@ def _add_layer_norm_backward_kernel(
         "layer_norm_backward", total, (grad_total, grad_normed, weight, bias, gamma, row_scale), f"{kind} of a sum",
         lambda kernels: kernels.backward_of_sum(
             grad_normed, total, weight, bias, eps, kind, need_x=need_residual,
-            need_weight=need_weight and weight is not None, need_bias=need_bias and bias is not None,
-            total_grad=grad_total, branch=branch, branch_dtype=getattr(torch, branch_dtype) if need_branch else None,
-            gamma=gamma, row_scale=row_scale, need_gamma=need_gamma,
+            need_weight=need_weight and weight is not None and grad_normed is not None,
+            need_bias=need_bias and bias is not None and grad_normed is not None, total_grad=grad_total,
+            branch=branch, branch_dtype=getattr(torch, branch_dtype) if need_branch else None, gamma=gamma,
+            row_scale=row_scale, need_gamma=need_gamma,
         ),
     )  # fmt: skip
     return found or _add_layer_norm_backward_stock(

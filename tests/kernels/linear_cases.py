@@ -1,0 +1,248 @@
+"""Inputs for the kernels of norms, linear layers and MLPs, what is true of them, and what they are judged by."""
+
+import itertools
+from dataclasses import replace
+from unittest import mock
+
+import torch
+from attention_cases import draw
+
+from vitfast import reference
+from vitfast.acceptance import YARDSTICK_EPS, accept, rms_ratio_of_few
+from vitfast.kernels import gated_rows, layer_norm, linear
+from vitfast.kernels.tuning import BLAS, Product
+
+# one of each way to share a product's work, with tiles that a small test fills more than once
+MECHANISMS = {
+    "pointers": Product("tiles", 32, 64, 32, parts=2),
+    "persistent": Product("tiles", 64, 64, 32, parts=2, descriptors=True, persistent=True),
+    "descriptors": Product("tiles", 32, 32, 64, stages=2, descriptors=True),
+    "swap": Product("tiles", 16, 64, 32, descriptors=True, swap=True, split=2),
+    "split": Product("tiles", 32, 32, 16, parts=2, split=4),
+    "blas": BLAS,
+}
+ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu", "silu")
+
+
+def wide(config):
+    """The same with tiles that many columns and a long sum take no minutes with in the interpreter."""
+    return config if config.kernel == "blas" else replace(config, block_n=128, block_k=128)
+
+
+def multiprocessors(number):
+    """As on a device of so many: few have persistent programs take several tiles, many have sums be split."""
+    return mock.patch.multiple(linear, multiprocessors=lambda device: number)
+
+
+def shared(config, call, *args, **kwargs):
+    """`call` with `config`, on a device on which its way to share the work is taken."""
+    with multiprocessors(3 if config.persistent else 64):
+        return call(*args, config=config, **kwargs)
+
+
+def few_programs():
+    """As on a device of one multiprocessor: a program of the norms' backward takes several tiles in turn."""
+    return mock.patch.object(layer_norm, "multiprocessors", lambda device: 1)
+
+
+class Launches:
+    """Counts the kernels that run."""
+
+    def __init__(self, monkeypatch):
+        self.names = []
+        for module in (layer_norm, linear, gated_rows):
+            monkeypatch.setattr(module, "launch", self.counting(module.launch))
+
+    def counting(self, launch):
+        def counted(like, kernel, *rest):
+            self.names.append(kernel.fn.__name__)
+            launch(like, kernel, *rest)
+
+        return counted
+
+
+def judge(out, ref, low, *, tight=None, dtype=None, grad=False, what=""):
+    """`accept`, with the room for luck that few numbers have.
+
+    tight: the yardstick where `low` is none: stock operators in fp32, rounded once. Stock gradients of norms in fp16
+        on CPUs add up in fp16.
+    """
+    out, ref, low = (t.detach() for t in (out, ref, low))
+    dtype = dtype or out.dtype
+    error, scale = ((t.double().square().mean().sqrt()) for t in (low - ref, ref))
+    if tight is not None and error > YARDSTICK_EPS[dtype] * torch.finfo(dtype).eps * scale:
+        low = tight.detach().to(low.dtype)
+    accept(out, ref, low, dtype=dtype, grad=grad, k=rms_ratio_of_few(out.numel(), dtype), what=what)
+
+
+def judge_all(names, outs, refs, lows, tights=None, *, grad=True, dtype=None):
+    tights = tights or [None] * len(lows)
+    for name, out, ref, low, tight in zip(names, outs, refs, lows, tights, strict=True):
+        assert (out is None) == (ref is None), name
+        if out is not None:
+            judge(out, ref, low, tight=tight, grad=grad, dtype=dtype, what=name)
+
+
+def differentiated(call, tensors, cotangents, convert=lambda t: t):
+    """(results of `call(**tensors)`, the gradient of each tensor or None), converted before.
+
+    cotangents: one a result; None where nothing depends on it.
+    """
+    leaves = {name: None if t is None else convert(t.detach()).requires_grad_() for name, t in tensors.items()}
+    results = call(**leaves)
+    results = results if isinstance(results, tuple) else (results,)
+    pairs = [(r, c.to(r.dtype)) for r, c in zip(results, cotangents, strict=True) if c is not None]
+    given = [t for t in leaves.values() if t is not None]
+    outs, grads = zip(*pairs, strict=True)
+    found = iter(torch.autograd.grad(outs, given, grads, allow_unused=True))
+    return [r.detach() for r in results], [None if t is None else next(found) for t in leaves.values()]
+
+
+def yardsticks(call, tensors, cotangents, in_fp32=None):
+    """`differentiated` in fp64, in the tensors' own dtypes, and in fp32 (by `in_fp32`)."""
+    return (
+        differentiated(call, tensors, cotangents, lambda t: t.double()),
+        differentiated(call, tensors, cotangents, lambda t: t.clone()),
+        differentiated(in_fp32 or call, tensors, cotangents, lambda t: t.clone().float()),
+    )
+
+
+def padded_by_nan(t, *, before=0, after=0, rows=0):
+    """t's numbers in memory that is NaN around each row and image."""
+    B, *shape = t.shape
+    C = shape.pop()
+    tokens = shape.pop() if shape else 1
+    whole = torch.full((B, tokens + rows, C + before + after), float("nan"), dtype=t.dtype, device=t.device)
+    part = whole[:, :tokens, before : before + C]
+    part.copy_(t.reshape(B, tokens, C))
+    return part.view(t.shape) if t.dim() != 2 else part[:, 0]
+
+
+# how rows [B, T, C] come, by name; whether rows begin at multiples of 16 bytes where C is a multiple of 8
+LAYOUTS = {
+    "sliced": (lambda t: padded_by_nan(t, rows=2), True),
+    "wide rows": (lambda t: padded_by_nan(t, before=8, after=16), True),
+    "shifted": (lambda t: padded_by_nan(t, before=1, after=7), False),
+    "odd rows": (lambda t: padded_by_nan(t, after=3, rows=1), False),
+    "channels first": (lambda t: t.transpose(1, 2).contiguous().transpose(1, 2), True),
+    "tokens first": (lambda t: t.transpose(0, 1).contiguous().transpose(0, 1), True),
+}
+
+
+def far_apart(rows, C, dtype, device):
+    """[rows, C] whose last rows lie past 2**31 numbers; the memory between is never touched."""
+    step = (1 << 23) - 8
+    assert rows * step > 1 << 31 and layer_norm.wide_rows(torch.empty(1, C, device="meta")) is False
+    memory = torch.empty((rows - 1) * step + C, dtype=dtype, device=device)
+    far = memory.as_strided((rows, C), (step, 1))
+    far.copy_(draw(rows, C, dtype=dtype, device=device))
+    assert not layer_norm.wide_rows(far)
+    return far
+
+
+# linear layers
+
+
+def layer(
+    B, T, K, N, dtype, device, *, norm="none", act="none", gamma=False, row_scale=False, residual="none", bias=True,
+    wide_x=False,
+):  # fmt: skip
+    """Arguments of `reference.linear` by name.
+
+    residual: "none", "same" or "wide": in fp32. wide_x: x and the norm's parameters in fp32, as under autocast.
+    """
+    new = lambda *shape, seed, scale=1.0, to=dtype: draw(  # noqa: E731
+        *shape, dtype=to, device=device, scale=scale, seed=seed
+    )
+    high = torch.float32 if wide_x else dtype
+    factors = torch.tensor([2.0, 0.0, 1.25]).repeat(-(-B // 3))[:B].to(dtype).to(device)
+    return {
+        "x": new(B, T, K, seed=1, to=high),
+        "weight": new(N, K, seed=2, scale=K**-0.5),
+        "bias": new(N, seed=3) if bias else None,
+        "norm_weight": 1 + new(K, seed=4, scale=0.3, to=high) if norm != "none" else None,
+        "norm_bias": new(K, seed=5, to=high) if norm == "layer" else None,
+        "norm_eps": 1e-6,
+        "norm": norm,
+        "act": act,
+        "gamma": new(N, seed=6) if gamma else None,
+        "row_scale": factors if row_scale else None,
+        "residual": None if residual == "none" else new(
+            B, T, N, seed=7, to=torch.float32 if residual == "wide" else dtype
+        ),
+    }  # fmt: skip
+
+
+def as_double(given):
+    return {name: t.double() if isinstance(t, torch.Tensor) else t for name, t in given.items()}
+
+
+def before_activation(given):
+    return {**given, "act": "none", "gamma": None, "row_scale": None, "residual": None}
+
+
+def check_forward(config, given, saves=False, what=""):
+    """One forward by the kernels, held to the rule with all that it keeps for a backward; its results."""
+    found = shared(config, linear.forward, *given.values(), saves)
+    out, mean, rstd, pre, branch = found
+    dtype = given["weight"].dtype
+    judge(out, reference.linear(**as_double(given)), reference.linear(**given), dtype=dtype, what=f"{what} out")
+    kept = [("pre", pre, before_activation(given)), ("branch", branch, {**before_activation(given)})]
+    for name, t, how in kept:
+        if t is not None:
+            judge(t, reference.linear(**as_double(how)), reference.linear(**how), what=f"{what} {name}")
+    assert (pre is not None) == (saves and given["act"] != "none")
+    assert (branch is not None) == (saves and given["act"] == "none" and given["gamma"] is not None)
+    assert (mean is not None) == (rstd is not None) == (saves and given["norm"] == "layer")
+    if mean is not None:
+        x = given["x"].double()
+        torch.testing.assert_close(mean.double(), x.mean(-1, keepdim=True), rtol=1e-5, atol=1e-5)
+        expected = (x.var(-1, correction=0, keepdim=True) + given["norm_eps"]).rsqrt()
+        torch.testing.assert_close(rstd.double(), expected, rtol=1e-5, atol=0)
+    return found
+
+
+def pairwise(factors, allowed=lambda case: True):
+    """Few cases in which every allowed pair of two factors' values occurs: the one with most new pairs in turn.
+
+    Args:
+        factors: by name, the values.
+        allowed: whether a whole case makes sense.
+    """
+    names = list(factors)
+    cases = [dict(zip(names, values, strict=True)) for values in itertools.product(*factors.values())]
+    pairs_of = lambda case: {  # noqa: E731
+        (a, case[a], b, case[b]) for a, b in itertools.combinations(names, 2)
+    }
+    cases = [(case, pairs_of(case)) for case in cases if allowed(case)]
+    missing = set().union(*(pairs for _, pairs in cases))
+    chosen = []
+    while missing:
+        case, pairs = max(cases, key=lambda each: len(each[1] & missing))
+        chosen.append(case)
+        missing -= pairs
+    return chosen
+
+
+# MLPs
+
+
+def mlp_layer(B, T, D, F, dtype, device, *, norm="layer", act="gelu", gated=False, gamma=False, row_scale=False):
+    """Arguments of `reference.mlp` by name: (tensors that have gradients, the others)."""
+    new = lambda *shape, seed, scale=1.0: draw(  # noqa: E731
+        *shape, dtype=dtype, device=device, scale=scale, seed=seed
+    )
+    inner = F // 2 if gated else F
+    tensors = {
+        "x": new(B, T, D, seed=1),
+        "norm_weight": 1 + new(D, seed=2, scale=0.3),
+        "norm_bias": new(D, seed=3) if norm == "layer" else None,
+        "w1": new(F, D, seed=4, scale=D**-0.5),
+        "b1": new(F, seed=5),
+        "w2": new(D, inner, seed=6, scale=inner**-0.5),
+        "b2": new(D, seed=7),
+        "gamma": new(D, seed=8) if gamma else None,
+    }
+    factors = torch.tensor([2.0, 0.0, 1.25]).repeat(-(-B // 3))[:B].to(dtype).to(device)
+    others = {"norm_eps": 1e-6, "norm": norm, "act": act, "gated": gated, "row_scale": factors if row_scale else None}
+    return tensors, others
