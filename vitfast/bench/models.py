@@ -211,9 +211,6 @@ def _case(
 
 def _ours(setting: Setting, make: Make) -> dict[str, Variant]:
     def prepared() -> Function:
-        if setting.device.type != "cpu":
-            # before a whole model is made for it
-            raise NotImplementedError("prepare works on CPUs only in this release")
         module = setting.place(make()).module
         fast = vitfast.prepare(module, dtype=DTYPES[setting.dtype], threads=None)
         return lambda images: fast(images)
