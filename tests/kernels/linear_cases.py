@@ -5,6 +5,7 @@ from dataclasses import replace
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from attention_cases import draw
 
 from vitfast import reference
@@ -64,8 +65,7 @@ class Launches:
 def judge(out, ref, low, *, tight=None, dtype=None, grad=False, what=""):
     """`accept`, with the room for luck that few numbers have.
 
-    tight: the yardstick where `low` is none: stock operators in fp32, rounded once. Stock gradients of norms in fp16
-        on CPUs add up in fp16.
+    tight: the yardstick where `low` is none, see `Steps`. Stock gradients of norms in fp16 on CPUs add up in fp16.
     """
     out, ref, low = (t.detach() for t in (out, ref, low))
     dtype = dtype or out.dtype
@@ -98,13 +98,57 @@ def differentiated(call, tensors, cotangents, convert=lambda t: t):
     return [r.detach() for r in results], [None if t is None else next(found) for t in leaves.values()]
 
 
-def yardsticks(call, tensors, cotangents, in_fp32=None):
-    """`differentiated` in fp64, in the tensors' own dtypes, and in fp32 (by `in_fp32`)."""
+def yardsticks(call, tensors, cotangents, in_steps=None):
+    """`differentiated` in fp64, in the tensors' own dtypes, and in fp32 by `in_steps`."""
     return (
         differentiated(call, tensors, cotangents, lambda t: t.double()),
         differentiated(call, tensors, cotangents, lambda t: t.clone()),
-        differentiated(in_fp32 or call, tensors, cotangents, lambda t: t.clone().float()),
+        differentiated(in_steps or call, tensors, cotangents, lambda t: t.clone().float()),
     )
+
+
+class _Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, t, dtype):
+        ctx.dtype = dtype
+        return t.to(dtype).to(t.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.to(ctx.dtype).to(grad.dtype), None
+
+
+class Steps:
+    """The formulas in fp32, rounded to `dtype` where stock operators write a result or a gradient."""
+
+    def __init__(self, dtype):
+        self.dtype = dtype
+
+    def rounded(self, t):
+        return _Rounded.apply(t, self.dtype)
+
+    def scaled(self, y, gamma, row_scale):
+        y = y if gamma is None else self.rounded(y * gamma)
+        return y if row_scale is None else self.rounded(reference.scale_branch(y, None, row_scale.to(y.dtype)))
+
+    def product(self, h, weight, bias):
+        return self.rounded(F.linear(h, weight, bias))
+
+    def linear(
+        self, x, weight, bias, norm_weight, norm_bias, norm_eps, norm, act, gamma, row_scale, residual
+    ):  # fmt: skip
+        if norm != "none":
+            x = self.rounded(reference.layer_norm(x, norm_weight, norm_bias, norm_eps, norm))
+        y = self.scaled(self.rounded(reference.activation(self.product(x, weight, bias), act)), gamma, row_scale)
+        return y if residual is None else residual + y
+
+    def mlp(self, x, norm_weight, norm_bias, w1, b1, w2, b2, gamma, norm_eps, norm, act, gated, row_scale):
+        h = self.rounded(reference.layer_norm(x, norm_weight, norm_bias, norm_eps, norm))
+        h = self.product(h, w1, b1)
+        gate, value = h.chunk(2, dim=-1) if gated else (h, None)
+        h = self.rounded(reference.activation(gate, act))
+        h = self.rounded(h * value) if gated else h
+        return x + self.scaled(self.product(h, w2, b2), gamma, row_scale)
 
 
 def padded_by_nan(t, *, before=0, after=0, rows=0):

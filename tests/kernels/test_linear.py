@@ -10,6 +10,7 @@ from linear_cases import (
     LAYOUTS,
     MECHANISMS,
     Launches,
+    Steps,
     as_double,
     check_forward,
     far_apart,
@@ -117,18 +118,25 @@ def test_work_is_not_shared_as_the_tests_believe():
     assert count("descriptors", 69, 72, 192)[0] == 9
 
 
-@pytest.mark.parametrize("arch", tuning.ARCHITECTURES)
-def test_configuration_of_a_table_is_wrong(arch, device):
-    """Every one of them, a tile or two: on a GPU those of its own architecture, which alone are sure to fit into it."""
-    if not INTERPRETED and arch != architecture(device):
+def configurations(arch):
+    return [row.config for row in tuning.PRODUCT[arch] if row.config.kernel == "tiles"]
+
+
+OF_TABLES = list(dict.fromkeys(config for arch in tuning.ARCHITECTURES for config in configurations(arch)))
+
+
+@pytest.mark.parametrize("config", OF_TABLES, ids=lambda config: "-".join(map(str, config.as_dict().values())))
+def test_configuration_of_a_table_is_wrong(config, device):
+    """A tile and a part of the next one each way; on a GPU where it is of its architecture, and so sure to fit."""
+    if not INTERPRETED and config not in configurations(architecture(device)):
         return
-    for i, config in enumerate(tuning.product_candidates(arch, 16, 17, 320, 448, 132, True)):
-        given = layer(2, 70, 448, 320, torch.float16, device, norm="layer", act="gelu" if i % 2 else "none")
-        check_forward(config, given, saves=True, what=f"{config}")
-        across = layer(2, 70, 448, 320, torch.float16, device, bias=False)
-        rows, w = across["x"].flatten(0, 1), across["weight"].t().contiguous()
-        out, *_ = shared(config, linear.product, rows, w, After(torch.float16), across=True)
-        judge(out, rows.double() @ w.double(), rows @ w, what=f"{config} across")
+    # so long a sum that it is split
+    M, N, K = config.block_m + 9, config.block_n + 40, 2 * config.block_k * min(config.split, 2) + 24
+    given = layer(1, M, K, N, torch.float16, device, norm="layer", act="gelu")
+    check_forward(config, given, saves=True)
+    rows, w = given["x"].flatten(0, 1), given["weight"].t().contiguous()
+    out, *_ = shared(config, linear.product, rows, w, After(torch.float16), across=True)
+    judge(out, rows.double() @ w.double(), rows @ w, what="across")
 
 
 @every_mechanism
@@ -221,9 +229,9 @@ def test_activation_overflows_or_its_slope_does(act, dtype, device):
     # erf to 1.5e-7, as far as fp32 has it; nothing at all where x is tiny
     near = eps * (2 * ref.abs() + torch.where(y.abs() > 1e-20, 4 * 2.0**-23 / eps, 0.0)) + 1e-45
     out, *_ = linear.finish(y, After(dtype, act=act))
-    assert ((out.double() - ref).abs() <= near * (1 + y.abs().double().clamp(max=8))).all(), (out, ref)
-    back, aside, _ = linear.finish(torch.ones_like(y), After(dtype, act=act, slope=True, beside=y, aside=True))
-    assert torch.equal(aside, out)
+    back, again, _ = linear.finish(torch.ones_like(y), After(dtype, act=act, slope=True, beside=y, aside=True))
+    for values in (out, again):
+        assert ((values.double() - ref).abs() <= near * (1 + y.abs().double().clamp(max=8))).all(), (values, ref)
     assert ((back.double() - slope).abs() <= 2 * eps * slope.abs() + 8 * 2.0**-23).all(), (back, slope)
 
 
@@ -236,10 +244,10 @@ def test_activation_is_of_another_flavour(act, dtype, device):
     call = lambda y: reference.activation(y, act)  # noqa: E731
     (ref, slope), (low, low_slope), (tight, tight_slope) = yardsticks(call, {"y": y}, [grad])
     out, *_ = linear.finish(y, After(dtype, act=act))
-    back, aside, sums = linear.finish(grad, After(dtype, act=act, slope=True, beside=y, aside=True, sums=True))
+    back, again, sums = linear.finish(grad, After(dtype, act=act, slope=True, beside=y, aside=True, sums=True))
     judge(out, ref[0], low[0], tight=tight[0], what="value")
+    judge(again, ref[0], low[0], tight=tight[0], what="value, again in the backward")
     judge(back, slope[0], low_slope[0], tight=tight_slope[0], grad=True, what="slope")
-    assert torch.equal(aside, out)
     torch.testing.assert_close(sums.double(), slope[0].sum(0), rtol=1e-5, atol=41 * torch.finfo(dtype).eps)
     bad = torch.tensor([[float("nan"), float("inf"), float("-inf")]], device=device).to(dtype)
     for_bad, *_ = linear.finish(bad, After(dtype, act=act))
@@ -331,7 +339,9 @@ def test_gradient_of_a_layer_is_wrong(case, dtype, device):
                 for name, t in others.items()}  # fmt: skip
         return reference.linear(**tensors, **high)
 
-    beside = yardsticks(call, {name: given[name] for name in LINEAR_NAMES}, [grad])
+    steps = Steps(dtype)
+    tensors = {name: given[name] for name in LINEAR_NAMES}
+    beside = yardsticks(call, tensors, [grad], lambda **tensors: steps.linear(**tensors, **others))
     judge_all(LINEAR_NAMES, linear_gradients(given, grad), *(grads for _, grads in beside))
 
 
@@ -395,7 +405,8 @@ def check_mlp(config, dtype, device, recompute, size=(3, 23, 72, 160), **how):
         row_scale = row_scale if row_scale is None else row_scale.to(tensors["x"].dtype)
         return reference.mlp(**tensors, **others | {"row_scale": row_scale})
 
-    beside = yardsticks(call, tensors, [grad])
+    steps = Steps(dtype)
+    beside = yardsticks(call, tensors, [grad], lambda **tensors: steps.mlp(**tensors, **others))
     out, grads = mlp_by_kernels(config, tensors, others, grad, recompute)
     judge(out, *(results[0] for results, _ in beside[:2]), what="out")
     judge_all(tensors, grads, *(grads for _, grads in beside))
@@ -461,7 +472,8 @@ def test_op_runs_something_else(monkeypatch, device):
     assert not launches.names
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
+# in half precision stock norms on CPUs have statistics in half precision, kernels in fp32, as on GPUs
+@pytest.mark.parametrize("dtype", [t for t in DTYPES.values() if not INTERPRETED or t is torch.float32], ids=str)
 def test_torch_sees_another_op_than_there_is(dtype, device):
     given = layer(2, 5, 32, 40, dtype, device, norm="layer", act="gelu", residual="same")
     for t in (given["x"], given["weight"], given["norm_weight"], given["residual"]):
@@ -501,10 +513,11 @@ def test_reason_against_the_kernels_is_forgotten(device):
 
 
 BY_TILES = [ProductRow(Product("tiles", 64, 64, 32, parts=2), bits=32)]
+SMALL = {"image_size": 48, "dim": 64, "depth": 2, "heads": 2, "num_classes": 10}
 MODELS = {
     "plain": {},
-    "scaled and dropped, registers": {"init_values": 0.3, "drop_path_rate": 0.4, "reg_tokens": 2},
-    "gated, rms": {"gated_mlp": True, "norm": "rms"},
+    "scaled and dropped, registers": {"layer_scale": 0.3, "drop_path": 0.4, "register_tokens": 2},
+    "gated, rms": {"mlp": "swiglu_packed", "norm": "rms", "activation": "silu"},
 }
 
 
@@ -516,8 +529,7 @@ def test_whole_model_is_another_one_on_kernels(changes, products, monkeypatch, d
         # in fp32, where a difference is a bug; the table has cuBLAS multiply
         monkeypatch.setitem(tuning.PRODUCT, architecture(device), BY_TILES)
     torch.manual_seed(0)
-    small = {"img_size": 48, "depth": 2, "num_classes": 10, "embed_dim": 64, "num_heads": 2}
-    model = vitfast.create_model("vit_tiny_patch16_224", **small, **MODELS[changes]).to(device).train()
+    model = vitfast.ViT.from_config(vitfast.ViTConfig(**SMALL, **MODELS[changes])).to(device).train()
     with torch.no_grad():
         for parameter in model.parameters():
             # nothing is left at the 0 or 1 of initialisation, which would hide it

@@ -6,6 +6,7 @@ from attention_cases import DTYPES, INTERPRETED, draw, every_dtype
 from linear_cases import (
     LAYOUTS,
     Launches,
+    Steps,
     differentiated,
     far_apart,
     few_programs,
@@ -48,14 +49,14 @@ def factors(B, dtype, device):
     return torch.tensor([2.0, 0.0, 1.25]).repeat(B)[:B].to(dtype).to(device)
 
 
-def normed(x, branch, gamma, weight, bias, *, kind, row_scale=None, rounded=None):
-    """What is true: the norm, or the sum and its norm. rounded: the dtype in which the sum is written."""
+def normed(x, branch, gamma, weight, bias, *, kind, row_scale=None, steps=None):
+    """What is true: the norm, or the sum and its norm. steps: `Steps` of the dtype in which the sum is written."""
     if branch is None:
         return reference.layer_norm(x, weight, bias, EPS, kind)
     row_scale = None if row_scale is None else row_scale.to(branch.dtype)
     total = x + reference.scale_branch(branch, gamma, row_scale)
-    if rounded is not None:
-        total = total + (total.to(rounded).to(total.dtype) - total).detach()
+    if steps is not None:
+        total = steps.rounded(total)
     # as wide as the inputs are in fp64, else the branch's
     out_dtype = None if branch.dtype is torch.float64 else branch.dtype
     return total, reference.layer_norm(total, weight, bias, EPS, kind, out_dtype)
@@ -87,7 +88,7 @@ def check(given, kind, *, row_scale=None, scale=1.0):
     how = {"kind": kind, "row_scale": row_scale}
     beside = yardsticks(
         lambda **given: normed(**given, **how), given, cotangents,
-        lambda **leaves: normed(**leaves, **how, rounded=given["x"].dtype),
+        lambda **leaves: normed(**leaves, **how, steps=Steps(given["x"].dtype)),
     )  # fmt: skip
     outs, grads = zip(*beside, strict=True)
     out, out_grads = by_kernels(given, kind, cotangents, row_scale)
