@@ -193,7 +193,8 @@ def _ops(device: Device, rows: list[Row]) -> str | None:
         lines.append([
             row["name"], row["mode"], shape, str(row["batch"]), dtype(row),
             ms(row, row["baseline"] if row["baseline"] in row["variants"] else None), ms(row, mine),
-            other or "-", ms(row, other), percent(row, ours(row)), percent(row, other), limit, *([product(row)] if has_product else []),
+            other or "-", ms(row, other), percent(row, ours(row)), percent(row, other), limit,
+            *([product(row)] if has_product else []),
         ])  # fmt: skip
     head = (
         "op", "mode", "shape", "batch", "dtype", "baseline ms", "vitfast ms", "fastest other", "ms",

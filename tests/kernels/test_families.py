@@ -1,0 +1,152 @@
+"""What warm-up and tuning know of each op, against the real kernels: right ones pass its check, wrong ones do not."""
+
+import functools
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vitfast import config_for, warm_up
+from vitfast.acceptance import NotAccepted
+from vitfast.bench import device as devices
+from vitfast.calls import Call, contiguous
+from vitfast.dispatch import KERNELS
+from vitfast.families import FAMILIES
+from vitfast.kernels import layer_norm, linear, linear_grads, mlp
+from vitfast.kernels.tuning import Product
+from vitfast.ops import _stock
+from vitfast.ops._launch import INTERPRETED
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16} | ({} if INTERPRETED else {"bf16": torch.bfloat16})
+every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+OPS = [op for op, family in FAMILIES.items() if "attention" not in family.kernel]
+TINY = {"img_size": 32, "embed_dim": 64, "num_heads": 1}
+MODELS = [
+    ("vit_tiny_patch16_224", TINY),
+    ("vit_tiny_patch16_224", {**TINY, "init_values": 0.1, "drop_path_rate": 0.1}),
+    # gated
+    ("vit_giant_patch14_dinov2", {"img_size": 28, "embed_dim": 72, "num_heads": 1}),
+]
+# for fp32, whose table has nothing but cuBLAS
+TILES = [Product("tiles", 32, 32, 32).as_dict(), Product("tiles", 64, 32, 16, persistent=True, parts=2).as_dict()]
+
+
+@pytest.fixture(autouse=True)
+def stock_norms_of_a_gpu(monkeypatch):
+    """On a CPU they add up weights' gradients in half precision, and keep statistics in it."""
+    if not INTERPRETED:
+        return
+    forward, backward = _stock.norm_forward, _stock.norm_backward
+
+    def wide(t):
+        return t.float() if isinstance(t, torch.Tensor) and t.dtype == torch.float16 else t
+
+    def norm_forward(x, weight, bias, *rest):
+        return forward(wide(x), wide(weight), wide(bias), *rest)
+
+    def norm_backward(grad, x, mean, rstd, weight, bias, *rest):
+        found = backward(*map(wide, (grad, x, mean, rstd, weight, bias)), *rest)
+        return tuple(None if t is None else t.to(like.dtype) for t, like in zip(found, (x, weight, bias), strict=True))
+
+    monkeypatch.setattr(_stock, "norm_forward", norm_forward)
+    monkeypatch.setattr(_stock, "norm_backward", norm_backward)
+
+
+@functools.cache
+def calls_of_models(dtype):
+    """The calls of tiny models, and those of norms of sums, which no model has."""
+    configs = [config_for(name, **options) for name, options in MODELS]
+    found = [call for training in (False, True) for call in warm_up.kernel_calls(configs, (2,), dtype, training)]
+    rows, vector = contiguous(2, 5, 64, dtype=dtype), contiguous(64, dtype=dtype)
+    images, statistic = contiguous(2, dtype=dtype), contiguous(2, 5, 1, dtype=torch.float32)
+    name = str(dtype)[6:]
+    for scaled in (False, True):
+        scales = (vector, images) if scaled else (None, None)
+        found.append(Call("add_layer_norm", (rows, rows, vector, vector, 1e-6, "layer", *scales)))
+        saved = (rows, rows, rows, rows if scaled else None, statistic, statistic, vector, vector, *scales)
+        mask = (True, True, True, True, scaled)
+        found.append(Call("add_layer_norm_backward", (*saved, 1e-6, "layer", name, mask)))
+    return list(dict.fromkeys(found))
+
+
+def calls_of(op, dtype):
+    found = [call for call in calls_of_models(dtype) if call.op == op]
+    assert found
+    return found
+
+
+def test_an_op_has_no_test_here():
+    assert {FAMILIES[op].kernel for op in OPS} == {name for name in KERNELS if "attention" not in name}
+    assert set(OPS) <= {call.op for call in calls_of_models(torch.float32)}
+
+
+@every_dtype
+@pytest.mark.parametrize("op", OPS)
+def test_a_right_kernel_is_not_accepted(op, dtype, device):
+    """Every call by what it runs with, and by the other configurations in turn."""
+    family, turn, seen = FAMILIES[op], itertools.count(), set()
+    for call in calls_of(op, dtype):
+        configs = list(family.configs(call, device))
+        if dtype == torch.float32 and configs != [None]:
+            configs += TILES
+        for small in family.smaller(call):
+            assert small != call
+            for config in [*family.to_check(call, device), configs[next(turn) % len(configs)]]:
+                key = small, str(config)
+                if key not in seen:
+                    seen.add(key)
+                    assert warm_up.check(family, small, config, devices.of(device)) == "right"
+
+
+# the launchers that an op calls
+LAUNCHERS = {
+    "layer_norm": (layer_norm, "forward"), "add_layer_norm": (layer_norm, "forward"),
+    "layer_norm_backward": (layer_norm, "backward"), "add_layer_norm_backward": (layer_norm, "backward_of_sum"),
+    "linear": (linear, "forward"), "linear_backward": (linear_grads, "backward"),
+    "mlp": (mlp, "forward"), "mlp_backward": (mlp, "backward"),
+}  # fmt: skip
+
+
+def number(t):
+    """One number is off by a hundredth of the largest."""
+    t = t.clone()
+    t.view(-1)[-1] += 0.01 * t.abs().max() + 1e-3
+    return t
+
+
+@pytest.mark.parametrize("wrong", [number, lambda t: None], ids=["a number", "nothing"])
+@pytest.mark.parametrize("op", OPS)
+def test_a_wrong_result_passes(op, wrong, device, monkeypatch):
+    """Each result of the call with the most of them, one after the other."""
+    module, name = LAUNCHERS[op]
+    launcher, family = getattr(module, name), FAMILIES[op]
+    call = max(calls_of(op, torch.float32), key=lambda call: (len(call.likes()), bool(call.args[-1])))
+    small = family.smaller(call)[1]
+    there = family.stock(family.draw(small, torch.Generator(device).manual_seed(0)))
+    # the launcher of the norm alone has a place for the sum in front
+    before = 1 if op == "layer_norm" else 0
+    assert sum(t is not None for t in there) >= 2
+    for i in (i for i, t in enumerate(there) if t is not None):
+
+        def broken(*args, i=i, **options):
+            found = list(launcher(*args, **options))
+            found[i + before] = wrong(found[i + before])
+            return tuple(found)
+
+        monkeypatch.setattr(module, name, broken)
+        with pytest.raises(NotAccepted, match=f"result {i}"):
+            warm_up.check(family, small, None, devices.of(device))
+
+
+def test_a_result_that_nobody_asked_for_passes(device):
+    call = next(call for call in calls_of("linear", torch.float32) if not call.args[-1])
+    family, small = FAMILIES["linear"], FAMILIES["linear"].smaller(call)[1]
+
+    def more(*args):
+        out, *rest = family.run(*args)
+        return (out, out, *rest[1:]) if calls.append(args) or len(calls) > 1 else (out, *rest)
+
+    calls = []
+    with pytest.raises(NotAccepted, match="result 1: it is there, expected none"):
+        warm_up.check(replace(family, run=more), small, None, devices.of(device))
