@@ -336,6 +336,5 @@ def _compilation(kernel, call, constants, warps, stages, seen, variant) -> Itera
         if argument not in constants
     }
     pointers = tuple(argument for argument, kind in types.items() if kind.startswith("*"))
-    wgmma = call.bits == 16 and min(constants.get("BN") or 64, constants["BM"]) >= 64
     ieee = call.dtype is torch.float32 and constants["PRECISION"] == "ieee"
-    yield Compilation(name, kernel, types, constants, pointers, warps, stages, ieee=ieee, wgmma=wgmma)
+    yield Compilation(name, kernel, types, constants, pointers, warps, stages, ieee=ieee)

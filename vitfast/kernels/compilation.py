@@ -17,7 +17,6 @@ class Compilation(NamedTuple):
         warps, stages: as in `triton.Config`.
         default: whether some shape runs it where nobody tuned anything. Such a one must not spill.
         ieee: whether it promises fp32 products without TF32.
-        wgmma: whether Hopper's matrix instructions are expected on sm_90.
     """
 
     name: str
@@ -29,4 +28,3 @@ class Compilation(NamedTuple):
     stages: int
     default: bool = True
     ieee: bool = False
-    wgmma: bool = True
