@@ -255,3 +255,9 @@ def test_time_goes_on_being_spent_after_the_deadline():
     row = run_case(case, seconds=5.0, deadline=time.perf_counter() + 0.02)
     assert built == ["torch"] and row["variants"]["torch"]["ms"] > 0
     assert row["variants"]["vitfast"]["not_timed"] == row["variants"]["apart"]["not_timed"] == harness.NO_TIME_LEFT
+
+
+def test_a_part_of_a_case_is_judged_or_counts_as_a_rival():
+    """Another result than the case's, and another number of them."""
+    found = run({"product": variant(lambda x, weight, bias: (x + 1, x), part=True)})["variants"]["product"]
+    assert found["ms"] > 0 and found["part"] and "accepted" not in found and "why_not_accepted" not in found

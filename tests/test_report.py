@@ -200,6 +200,20 @@ def test_a_difference_within_noise_reads_as_one(within, shown, site):
     assert ("1.01" in body) is not within
 
 
+def test_the_product_alone_is_a_rival_or_not_set_against_ours(site):
+    done = fake_record.work.linear(64 * 197, 768, 768, "bf16")
+    shape, names = {"tokens": 197, "width": 768}, ("F.linear", "vitfast", "product")
+    row = fake_record.row(random.Random(0), "op", "linear proj", "forward", shape, 64, done, names, 1.0)
+    for name, ms in zip(names, (1.0, 0.5, 0.4), strict=True):
+        row["variants"][name]["ms"] = ms
+    row["variants"]["product"]["part"] = True
+    fake_record.write(site / "results" / "run.json", [row])
+    report(site)
+    (line,) = [line for line in blocks(site)["gpu ops"].splitlines() if line.startswith("| linear proj")]
+    cells = line.split(" | ")
+    assert cells[7] == "F.linear" and cells[-1] == "80 % |"
+
+
 def test_absent_and_failed_rivals_are_not_told_apart(site):
     absent, failed = {"ours": False, "absent": "it is not installed"}, {"ours": False, "not_timed": "out of memory"}
     row = one_row(site)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from simulated_device import SimulatedDevice
 import vitfast
 from vitfast import cli, dispatch, info, tuning, tuning_cache
 from vitfast.bench import harness
+from vitfast.families import FAMILIES
+from vitfast.warm_up import kernel_calls
 
 fake_fixture = pytest.fixture(prepared, name="fake")
 
@@ -121,6 +124,39 @@ def test_what_was_not_measured_decides(fake, place, change, why):
     assert row.use == "" and why in row.why and why in line and report.path is None
     assert "as before" in str(report)
     assert dispatch.tuned("fake", DEVICE) == {} and not list(tuning_cache.folder().glob("*"))
+
+
+def test_a_kernel_that_takes_no_configuration_is_not_measured(fake, place):
+    fake.configs = [None]
+    fake.kernel = fake.timed(lambda config: 2, right)
+    report, _ = tune(place)
+    (row,) = report.rows
+    assert row.use == "kernel" and row.config is None and row.kernel_ms < row.stock_ms
+    assert fake.who(8, 64) == "kernel" and fake.ran[-1][1] is None
+    assert tuning_cache.load(DEVICE)["fake", ("rows", 8, 64)].config is None
+    fake.kernel = fake.timed(lambda config: 2, lambda x, config: right(x).flip(-1))
+    assert "wrong and not timed: built-in" in str(tune(place)[0])
+
+
+def test_gradients_of_weights_are_cut_to_images_or_absent_results_counted(place, monkeypatch):
+    """A real op of the package, which has a row for each image beside sums over all of them."""
+    config = vitfast.config_for("vit_tiny_patch16_224", img_size=64, depth=1)
+    call = next(c for c in kernel_calls([config], (5,), torch.float32, True) if c.op == "linear_backward")
+    family, seen = FAMILIES["linear_backward"], []
+
+    def run(*args):
+        # on a CPU the op does not ask
+        dispatch.choose("fake", ("rows",), DEVICE, [], True)
+        place.work(5e-6, 1e-3)
+        seen.append([tuple(arg.shape) for arg in args if isinstance(arg, torch.Tensor)])
+        return family.run(*args)
+
+    monkeypatch.setitem(FAMILIES, "linear_backward", replace(family, run=run, kernel="fake"))
+    (row,) = tuning.tune_calls([call], place, 10.0, lambda text: None).rows
+    assert row.stock_ms and row.kernel_ms and not row.wrong, row
+    # whole, and the first two images with the weights as they are
+    assert {shapes[0][0] for shapes in seen} == {5, 2}
+    assert {shapes[2] for shapes in seen} == {call.likes()[2].shape}
 
 
 def test_a_kernel_that_is_switched_off_cannot_be_measured(fake, place):

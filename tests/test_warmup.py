@@ -14,6 +14,8 @@ from vitfast import dispatch, warm_up
 from vitfast.bench import device as devices
 from vitfast.calls import Call, Like, calls_of
 from vitfast.families import FAMILIES
+from vitfast.families.family import arguments
+from vitfast.kernels import linear
 from vitfast.tuning_cache import Choice
 
 fake_fixture = pytest.fixture(prepared, name="fake")
@@ -364,6 +366,74 @@ def test_attention_is_asked_for_configurations_of_another_shape(monkeypatch):
     assert asked == [
         ("forward", *same, 16, 16), ("forward", *same, 1, 16), ("backward", *same, 1, 16), ("backward", *same, 16, 16),
     ]  # fmt: skip
+
+
+# entries of norms, linear layers and the MLP; tests/kernels/test_families.py has them against the kernels
+
+LAYER_OPS = [op for op in FAMILIES if "attention" not in op and "add_layer_norm" not in op]
+
+
+def layer_calls(op, dtype, **options):
+    options = {"init_values": 0.1, "drop_path_rate": 0.1, **options}
+    config = vitfast.config_for("vit_tiny_patch16_224", img_size=64, **options)
+    return [call for call in warm_up.kernel_calls([config], (2,), dtype, True) if call.op == op]
+
+
+# on CPUs stock norms add up gradients of weights in half precision
+@pytest.mark.parametrize(
+    "op, dtype",
+    [(op, dtype) for op in LAYER_OPS for dtype in (torch.float32, torch.bfloat16)
+     if dtype == torch.float32 or not op.endswith("_backward")],
+)  # fmt: skip
+def test_stock_layers_are_not_accepted(op, dtype):
+    for call in layer_calls(op, dtype):
+        for small in FAMILIES[op].smaller(call):
+            assert warm_up.check(FAMILIES[op], small, None, SimulatedDevice()) == "right"
+
+
+@pytest.mark.parametrize("op", LAYER_OPS)
+def test_small_calls_have_the_rows_of_the_call_or_other_weights(op):
+    for call in layer_calls(op, torch.bfloat16):
+        for small in FAMILIES[op].smaller(call):
+            assert len(small.args) == len(call.args)
+            for mine, theirs in zip(small.args, call.args, strict=True):
+                if not isinstance(theirs, Like):
+                    assert mine == theirs
+                elif theirs.shape[0] == 2:
+                    rows = mine.shape[0] * (mine.shape[1] if len(mine.shape) == 3 else 1)
+                    assert mine.dtype == theirs.dtype and (len(mine.shape) == 1 or rows in (197, 17, 394, 51))
+                else:
+                    assert mine == theirs
+
+
+def test_a_backward_gets_what_no_forward_kept():
+    """From numbers that do not belong together come gradients of nothing."""
+    call = layer_calls("mlp_backward", torch.float32)[-1]
+    args = dict(zip(arguments("mlp_backward"), FAMILIES["mlp_backward"].draw(call, torch.Generator()), strict=True))
+    h = torch.nn.functional.layer_norm(args["x"], args["x"].shape[-1:], args["norm_weight"], args["norm_bias"], 1e-6)
+    torch.testing.assert_close(args["pre"], h @ args["w1"].T + args["b1"])
+    torch.testing.assert_close(args["branch"], torch.nn.functional.gelu(args["pre"]) @ args["w2"].T + args["b2"])
+    assert args["hidden"] is None and 0.5 < args["pre"].std() < 2 and 0.1 < args["branch"].std() < 2
+    dropping = layer_calls("mlp_backward", torch.float32)[0]
+    dropped = FAMILIES["mlp_backward"].draw(dropping, torch.Generator())
+    assert any(torch.equal(arg, torch.tensor([1.25, 0.0])) for arg in dropped if isinstance(arg, torch.Tensor))
+
+
+@pytest.mark.parametrize("op", ["mlp", "linear"])
+def test_a_layer_is_checked_with_another_configuration_than_runs(op, monkeypatch):
+    """An MLP's second product has fewer tiles, and so a configuration of its own."""
+    monkeypatch.setattr(linear, "multiprocessors", lambda device: 132)
+    config = vitfast.config_for("vit_base_patch16_224")
+    calls = warm_up.kernel_calls([config], (8,), torch.bfloat16, False)
+    first = next(call for call in calls if call.op == op)
+    x = torch.empty(8, 197, 768, dtype=torch.bfloat16, device="meta")
+    matrices = [like for like in first.likes() if len(like.shape) == 2]
+    weights = [torch.empty(like.shape, dtype=like.dtype, device="meta") for like in matrices]
+    hidden = torch.empty(8, 197, weights[-1].shape[1], dtype=torch.bfloat16, device="meta")
+    runs = [linear.config_for(t, w).as_dict() for t, w in zip((x, hidden), weights, strict=False)]
+    assert FAMILIES[op].to_check(first, torch.device("cpu")) == runs
+    assert (runs[0] != runs[-1]) is (op == "mlp")
+    assert (None in FAMILIES[op].configs(first, torch.device("cpu"))) is (op == "mlp")
 
 
 def test_a_restart_keeps_a_kernel_off(fake, monkeypatch):

@@ -47,10 +47,10 @@ KERNELS: dict[str, Kernel] = {
     "attention_backward": Kernel("kernels/attention_backward.py"),
     "layer_norm": Kernel("kernels/norm_rows.py"),
     "layer_norm_backward": Kernel("kernels/norm_rows.py"),
-    "linear": Kernel("kernels/linear_product.py", "no norm, activation, scale or residual beside the product"),
-    "linear_backward": Kernel("kernels/linear_product.py", "the same; products without anything beside them: cuBLAS"),
+    "linear": Kernel("kernels/linear_product.py", "for products with nothing around them but a bias"),
+    "linear_backward": Kernel("kernels/linear_product.py", "for products with nothing around them but a bias"),
     "mlp": Kernel("kernels/linear_product.py"),
-    "mlp_backward": Kernel("kernels/linear_product.py", "products without anything beside them: cuBLAS"),
+    "mlp_backward": Kernel("kernels/linear_product.py"),
 }
 
 
