@@ -39,7 +39,8 @@ from vitfast.bench import machine, record  # noqa: E402
 RECORD = ROOT / "benchmarks" / "aot.json"
 SCHEMA = 1
 # each has `compilations(arch)`
-KERNEL_MODULES: tuple[str, ...] = tuple(f"vitfast.kernels.{name}" for name in ("attention", "layer_norm", "linear"))
+KERNELS = ("attention", "layer_norm", "linear", "mlp")
+KERNEL_MODULES: tuple[str, ...] = tuple(f"vitfast.kernels.{name}" for name in KERNELS)
 CUDA_SOURCES = tuple(sorted(str(path) for path in (ROOT / "csrc").glob("*.cu")))
 CRASHED = {"refused": ["does not compile: the compiler took its process down"]}
 

@@ -244,12 +244,27 @@ def _linear_configs(call: Call, device: torch.device) -> list[Config]:
     return _products(call, device, *_arguments(call)["weight"].shape)
 
 
+def _whole(call: Call, device: torch.device) -> tuple[list[Config], bool]:
+    """One kernel for all of an MLP, where there is one, and whether it is the built-in choice."""
+    from vitfast.kernels import mlp
+
+    of = _arguments(call)
+    if of["gated"] or of["saves"] not in ("", "fc1") or (of["saves"] and of["gamma"] is not None):
+        return [], False
+    M, w1 = math.prod(of["x"].shape[:-1]), of["w1"]
+    found, first = mlp.whole_configs(device, of["x"].dtype, w1.dtype, M, *w1.shape)
+    return [config.as_dict() for config in found], first
+
+
 def _mlp_configs(call: Call, device: torch.device) -> list[Config | None]:
-    """One for both products, or by None each its own."""
-    return [None, *_products(call, device, *_arguments(call)["w1"].shape)]
+    """One for both products or for all at once, or by None the built-in choice of each."""
+    return [None, *_products(call, device, *_arguments(call)["w1"].shape), *_whole(call, device)[0]]
 
 
 def _mlp_builtin(call: Call, device: torch.device) -> list[Config]:
+    whole, first = _whole(call, device)
+    if first:
+        return whole
     of = _arguments(call)
     found = [_products(call, device, *of[weight].shape)[0] for weight in ("w1", "w2")]
     return found[: 1 if found[0] == found[1] else 2]

@@ -138,14 +138,15 @@ def _boxes(C: int, config: Product) -> list[tuple[int, int]]:
     return [(rows, W0), (rows, W1), (hidden, W0), (hidden, W1), (W0, hidden), (W1, hidden), (rows, W0), (rows, W1)]
 
 
-def configs(x: Tensor, w1: Tensor) -> list[Product]:
-    """Every configuration that can run the forward of an MLP without a gate, the built-in choice first."""
-    arch, (F, C) = architecture(x.device), w1.shape
-    products = linear.configs(x.device, w1.dtype, x.numel() // max(1, C), F, C)
-    config, choice = tuning.WHOLE[arch].get(C), whole_choice(x, w1)
+def whole_configs(
+    device: torch.device, dtype: torch.dtype, weight_dtype: torch.dtype, M: int, F: int, C: int
+) -> tuple[list[Product], bool]:
+    """What computes an MLP without a gate in one kernel, and whether that is the built-in choice for contiguous rows."""
+    config = tuning.WHOLE[architecture(device)].get(C)
+    x, w1 = (torch.empty(n, C, dtype=t, device="meta") for n, t in ((1, dtype), (F, weight_dtype)))
     if config is None or why_not_whole(x, w1, config):
-        return products
-    return [config, *products] if choice else [*products, config]
+        return [], False
+    return [config], tuning.whole_first(architecture(device), C, M, multiprocessors(device))
 
 
 def compilations(arch: int) -> Iterator[Compilation]:
