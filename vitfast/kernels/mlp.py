@@ -141,7 +141,7 @@ def _boxes(C: int, config: Product) -> list[tuple[int, int]]:
 def whole_configs(
     device: torch.device, dtype: torch.dtype, weight_dtype: torch.dtype, M: int, F: int, C: int
 ) -> tuple[list[Product], bool]:
-    """What computes an MLP without a gate in one kernel, and whether that is the built-in choice for contiguous rows."""
+    """What computes an MLP without a gate in one kernel, and whether that is the built-in choice."""
     config = tuning.WHOLE[architecture(device)].get(C)
     x, w1 = (torch.empty(n, C, dtype=t, device="meta") for n, t in ((1, dtype), (F, weight_dtype)))
     if config is None or why_not_whole(x, w1, config):
