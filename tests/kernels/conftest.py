@@ -10,7 +10,7 @@ import pytest
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-collect_ignore = ["test_attention_gpu.py"] if INTERPRETED else []
+collect_ignore = ["test_attention_gpu.py", "test_linear_gpu.py"] if INTERPRETED else []
 if not INTERPRETED and not torch.cuda.is_available():
     raise pytest.UsageError("tests/kernels need a GPU, or TRITON_INTERPRET=1 in a process of their own")
 
