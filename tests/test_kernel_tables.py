@@ -1,4 +1,4 @@
-"""The tables of the attention kernels: a configuration for every call, and parts that hold all keys and columns."""
+"""The kernels' tables: a configuration for every call, and parts that hold all keys and columns."""
 
 import itertools
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitfast.kernels import attention, tuning
+from vitfast.kernels import attention, linear, tuning
+from vitfast.kernels.launch import TILE
 
 TABLES = {"forward": tuning.FORWARD, "backward": tuning.BACKWARD}
 
@@ -57,3 +58,55 @@ def test_a_kernel_has_warps_with_tasks_of_their_own():
     """`warp_specialize`: Triton 3.6 ignores it at eight warps, and crashes or spills at four."""
     folder = Path(attention.__file__).parent
     assert [path.name for path in folder.glob("*.py") if "warp_specialize" in path.read_text()] == []
+
+
+PRODUCTS = [(arch, row) for arch in tuning.ARCHITECTURES for row in tuning.PRODUCT[arch]]
+
+
+@pytest.mark.parametrize("arch", tuning.ARCHITECTURES)
+def test_a_product_has_no_configuration_or_one_that_cannot_run_it(arch):
+    rows, widths = (1, 2, 16, 17, 64, 197, 256 * 197, 1 << 31), (64, 72, 192, 197, 1000, 1024, 4096)
+    for bits, M, N, aligned in itertools.product((16, 32), rows, widths, (True, False)):
+        for multiprocessors in (1, 16, 132):
+            sizes = (arch, bits, M, N, 768, multiprocessors, aligned)
+            config, listed = tuning.product_config(*sizes), tuning.product_candidates(*sizes)
+            assert listed[0] == config and len(listed) == len(set(listed)) and tuning.BLAS in listed
+            assert aligned or not any(each.descriptors for each in listed)
+            # a folded norm is for tiles only, and rows that turn out not to be aligned leave it to another row
+            assert bits == 32 or config.kernel == "tiles"
+
+
+@pytest.mark.parametrize("arch, row", PRODUCTS, ids=str)
+def test_a_product_is_shared_in_a_way_that_its_kernel_does_not_know(arch, row):
+    config = row.config
+    if config.kernel == "blas":
+        return
+    sizes = (config.block_m, config.block_n, config.block_k, config.split, config.parts, config.warps)
+    assert all(size > 0 and size & (size - 1) == 0 for size in sizes)
+    assert min(config.block_m, config.block_n // config.parts, config.block_k) >= 16
+    # persistent programs neither share a tile nor turn it over
+    assert not config.persistent or (config.split == 1 and not config.swap)
+    assert config.block_m <= TILE and config.block_n <= TILE
+    # two operands in each stage, of what the architecture's shared memory holds
+    held = config.stages * (config.block_m + config.block_n) * config.block_k * row.bits // 8
+    assert held <= {80: 163, 89: 99, 90: 227, 100: 227}[arch] * 1024
+
+
+def test_a_sum_is_split_into_parts_that_are_empty_or_not_a_power_of_two():
+    for config, tiles, K in itertools.product(
+        dict.fromkeys(row.config for _, row in PRODUCTS), (0, 1, 3, 12, 132, 4000), (8, 64, 72, 192, 768, 1000, 4096)
+    ):
+        if config.kernel == "tiles":
+            split = linear._split(config, tiles, K, 132)
+            assert 1 <= split <= config.split and split & (split - 1) == 0
+            assert split == 1 or (2 * config.block_k * split <= K and tiles * split <= 132)
+
+
+def test_warm_up_checks_another_product_than_runs():
+    for M, dtype, (K, N) in itertools.product(
+        (1, 197, 50_432), (torch.bfloat16, torch.float32), ((768, 3072), (192, 197), (197, 192))
+    ):
+        x = torch.empty(1, M, K, dtype=dtype, device="meta")
+        weight = torch.empty(N, K, dtype=dtype, device="meta")
+        assert linear.configs(x.device, dtype, M, N, K)[0] == linear.config_for(x, weight)
+        assert linear.config_for(x, weight.t(), across=True) == linear.config_for(x, weight)

@@ -63,6 +63,74 @@ MUTANTS = {
         "        total += 0\n",
         "test_head_dim_is_padded_wrongly and fp32",
     ),
+    "eps ten times as large": (
+        "norm_rows.py", "tl.sqrt_rn(variance + eps)", "tl.sqrt_rn(variance + 10.0 * eps)",
+        "test_width_is_padded_wrongly and fp32",
+    ),
+    "variance over padded lanes": (
+        "norm_rows.py", "centered = tl.where((columns < C)[None, :], tile - mean[:, None], 0.0)",
+        "centered = tile - mean[:, None]", "test_width_is_padded_wrongly and fp32",
+    ),
+    "variance as a difference of squares": (
+        "norm_rows.py", "variance = tl.sum(centered * centered, 1) / C",
+        "variance = tl.sum(tile * tile, 1) / C - mean * mean", "test_variance_is_a_difference",
+    ),
+    "GELU of tanh": (
+        "activations.py", '    if ACT == "gelu":\n        cdf, _ = normal_cdf(x)\n        x = x * cdf\n',
+        '    if ACT == "gelu":\n        x = x * sigmoid(TANH_SCALE * (x + TANH_CUBE * x * x * x))\n',
+        "test_activation_is_of_another_flavour and fp32",
+    ),
+    "slope of another GELU": (
+        "activations.py", "slope = cdf + x * bell * 0.3989422804014327", "slope = cdf + x * bell * 0.4",
+        "test_activation_is_of_another_flavour and fp32",
+    ),
+    "cube that overflows": (
+        "activations.py", "near = tl.minimum(tl.maximum(x, -TANH_ENDS, tl.PropagateNan.ALL), TANH_ENDS, "
+        "tl.PropagateNan.ALL)", "near = x", "test_activation_overflows and fp32",
+    ),
+    "last rows dropped": (
+        "linear.py", "tiles_m, tiles_n = -(-M // config.block_m),", "tiles_m, tiles_n = max(1, M // config.block_m),",
+        "test_size_leaves_a_tail_out",
+    ),
+    "K tail not masked": (
+        "linear_product.py", "tl.load(a_at + k, mask=(k + inner < K)[None, :], other=0.0)", "tl.load(a_at + k)",
+        "test_stride_is_ignored and pointers",
+    ),
+    "partial sum lost": (
+        "linear_product.py", "for i in tl.static_range(SPLIT):", "for i in tl.static_range(SPLIT - 1):",
+        "test_residual_and_scales_are_forgotten",
+    ),
+    "residual added twice": (
+        "linear_finish.py", "    if RESIDUAL:\n        v = v + ", "    if RESIDUAL:\n        v = v + 2.0 * ",
+        "test_residual_and_scales_are_forgotten",
+    ),
+    "residual of the MLP without a gradient": (
+        "linear_grads.py", "total_grad=residual_grad,", "total_grad=None,", "test_gradient_of_an_mlp_is_wrong",
+    ),
+    "drop path forgotten in the backward": (
+        "norm_rows.py", "                d = d * load_row_scale(row_scale, first, left, tokens, BM)[:, None]\n",
+        "                d = d\n", "test_gradient_of_an_mlp_is_wrong and scaled",
+    ),
+    "drop path of another image": (
+        "linear_finish.py", "tl.load(row_scale + rows // tokens", "tl.load(row_scale + rows % tokens * 0",
+        "test_residual_and_scales_are_forgotten",
+    ),
+    "fold without the mean": (
+        "linear_finish.py", "v = v - means[:, None] * load_columns(column_sums, columns, N)[None, :]", "v = v",
+        "test_size_leaves_a_tail_out",
+    ),
+    "32-bit offset of rows": (
+        "addresses.py", "tl.cast(index, tl.int64) * (tl.cast(stride, tl.int64) * UNIT)", "index * (stride * UNIT)",
+        "test_row_past_two_to_the_31",
+    ),
+    "one program's sums of columns lost": (
+        "norm_rows.py", "(first + rows < programs)[:, None]", "(first + rows < programs - 1)[:, None]",
+        "test_width_is_padded_wrongly and fp32",
+    ),
+    "rows past the end in a bias's gradient": (
+        "linear_finish.py", "        v = tl.where((rows < M)[:, None], v, 0.0)\n", "",
+        "test_mlp_is_wrong_in_one_way or test_gradient_of_an_mlp",
+    ),
 }  # fmt: skip
 
 

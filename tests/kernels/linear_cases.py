@@ -8,18 +8,18 @@ import torch
 import torch.nn.functional as F
 from attention_cases import draw
 
-from vitfast import reference
+from vitfast import ops, reference
 from vitfast.acceptance import YARDSTICK_EPS, accept, rms_ratio_of_few
-from vitfast.kernels import gated_rows, layer_norm, linear
+from vitfast.kernels import gated_rows, layer_norm, linear, mlp
 from vitfast.kernels.tuning import BLAS, Product
 
 # one of each way to share a product's work, with tiles that a small test fills more than once
 MECHANISMS = {
-    "pointers": Product("tiles", 32, 64, 32, parts=2),
+    "pointers": Product("tiles", 64, 64, 32, parts=2),
     "persistent": Product("tiles", 64, 64, 32, parts=2, descriptors=True, persistent=True),
     "descriptors": Product("tiles", 32, 32, 64, stages=2, descriptors=True),
     "swap": Product("tiles", 16, 64, 32, descriptors=True, swap=True, split=2),
-    "split": Product("tiles", 32, 32, 16, parts=2, split=4),
+    "split": Product("tiles", 64, 64, 16, parts=2, split=4),
     "blas": BLAS,
 }
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu", "silu")
@@ -36,7 +36,9 @@ def multiprocessors(number):
 
 
 def shared(config, call, *args, **kwargs):
-    """`call` with `config`, on a device on which its way to share the work is taken."""
+    """`call` with `config`, on a device on which its way to share the work is taken; None: as the table says."""
+    if config is None:
+        return call(*args, **kwargs)
     with multiprocessors(3 if config.persistent else 64):
         return call(*args, config=config, **kwargs)
 
@@ -225,9 +227,15 @@ def before_activation(given):
     return {**given, "act": "none", "gamma": None, "row_scale": None, "residual": None}
 
 
-def check_forward(config, given, saves=False, what=""):
-    """One forward by the kernels, held to the rule with all that it keeps for a backward; its results."""
-    found = shared(config, linear.forward, *given.values(), saves)
+def check_forward(config, given, saves=False, what="", as_it_is=False):
+    """One forward by the kernels, held to the rule with all that it keeps for a backward; its results.
+
+    as_it_is: on the device as it is, and not on one where the work is shared as `config` says.
+    """
+    if as_it_is:
+        found = linear.forward(*given.values(), saves, config=config)
+    else:
+        found = shared(config, linear.forward, *given.values(), saves)
     out, mean, rstd, pre, branch = found
     dtype = given["weight"].dtype
     judge(out, reference.linear(**as_double(given)), reference.linear(**given), dtype=dtype, what=f"{what} out")
@@ -290,3 +298,92 @@ def mlp_layer(B, T, D, F, dtype, device, *, norm="layer", act="gelu", gated=Fals
     factors = torch.tensor([2.0, 0.0, 1.25]).repeat(-(-B // 3))[:B].to(dtype).to(device)
     others = {"norm_eps": 1e-6, "norm": norm, "act": act, "gated": gated, "row_scale": factors if row_scale else None}
     return tensors, others
+
+
+def mlp_by_kernels(config, tensors, others, recompute):
+    """(out, a function from the gradient and who needs one to gradients in the order of the tensors)."""
+    x, norm_weight, norm_bias, w1, b1, w2, b2, gamma = tensors.values()
+    eps, norm, act, gated, row_scale = others.values()
+    out, _, _, pre, branch, hidden = shared(
+        config, mlp.forward, x, norm_weight, norm_bias, eps, norm, w1, b1, w2, b2, act, gated, gamma, row_scale,
+        recompute,
+    )  # fmt: skip
+    assert (pre is None) == (recompute == "fc1") and (hidden is not None) == (recompute == "none")
+
+    def backward(grad, mask=(True,) * 8):
+        mask = [m and t is not None for m, t in zip(mask, tensors.values(), strict=True)]
+        with few_programs():
+            return shared(
+                config, mlp.backward, grad, x, norm_weight, norm_bias, w1, b1, w2, b2, pre, branch, hidden, gamma,
+                row_scale, eps, norm, act, gated, mask,
+            )  # fmt: skip
+
+    return out, backward
+
+
+def check_mlp(config, dtype, device, recompute, size=(2, 17, 40, 80), **how):
+    tensors, others = mlp_layer(*size, dtype, device, **how)
+    grad = draw(*tensors["x"].shape, dtype=dtype, device=device, seed=12)
+
+    def call(**tensors):
+        row_scale = others["row_scale"]
+        row_scale = row_scale if row_scale is None else row_scale.to(tensors["x"].dtype)
+        return reference.mlp(**tensors, **others | {"row_scale": row_scale})
+
+    steps = Steps(dtype)
+    beside = yardsticks(call, tensors, [grad], lambda **tensors: steps.mlp(**tensors, **others))
+    out, backward = mlp_by_kernels(config, tensors, others, recompute)
+    judge(out, *(results[0] for results, _ in beside[:2]), what="out")
+    judge_all(tensors, backward(grad), *(grads for _, grads in beside))
+
+
+# what tests on a GPU run at real sizes
+
+
+def all_of_a_block(B, T, D, dtype, device, x=None):
+    """A function that runs every op of a block but attention, forward and backward, and returns all that comes out."""
+    x = draw(B, T, D, dtype=dtype, device=device) if x is None else x
+    tensors, others = mlp_layer(B, T, D, 4 * D, dtype, device, gamma=True, row_scale=True)
+    del tensors["x"]
+    qkv = layer(B, T, D, 3 * D, dtype, device, norm="layer")
+    proj = layer(B, T, D, D, dtype, device, gamma=True, row_scale=True)
+    for t in (qkv, proj):
+        del t["x"], t["residual"]
+    leaves = [t for given in (tensors, qkv, proj) for name, t in given.items()
+              if isinstance(t, torch.Tensor) and name != "row_scale"]  # fmt: skip
+    leaves = [t.requires_grad_() for t in leaves]
+    grad = draw(B, T, D, dtype=dtype, device=device, seed=9)
+
+    def step():
+        rows = x.detach().requires_grad_()
+        y = ops.linear(rows, **qkv)[..., D : 2 * D]
+        y = ops.linear(y, **proj, residual=rows)
+        out = ops.mlp(y, **tensors, **others)
+        total, normed = ops.add_layer_norm(out, y, qkv["norm_weight"], None, 1e-6)
+        return total.detach(), normed.detach(), *torch.autograd.grad((total, normed), [rows, *leaves], (grad, grad))
+
+    return step
+
+
+def last_rows_alone(rows, D, dtype, device, alone):
+    """An MLP's forward and backward on so many rows; the last ones are the same as alone.
+
+    To the bit, but for the gradient: cuBLAS multiplies more rows in another way.
+    """
+    x = draw(1, 1, D, device=device).to(dtype).expand(1, rows, D).contiguous()
+    last = slice(rows - alone, rows)
+    x[:, last] = draw(1, alone, D, device=device, seed=3).to(dtype)
+    tensors, others = mlp_layer(1, 1, D, D, dtype, device)
+    del tensors["x"]
+    grad = torch.ones(1, 1, 1, dtype=dtype, device=device).expand(x.shape)
+    found = []
+    for part in (x, x[:, last].clone()):
+        leaf = part.requires_grad_()
+        out = ops.mlp(leaf, **tensors, **others)
+        (dx,) = torch.autograd.grad(out, leaf, grad[:, : part.shape[1]])
+        normed = ops.layer_norm(part.detach(), tensors["norm_weight"], tensors["norm_bias"], 1e-6)
+        found.append([t.detach()[:, -alone:].clone() for t in (out, dx, normed)])
+        del out, dx, normed
+    (out, dx, normed), (out_alone, dx_alone, normed_alone) = found
+    assert torch.equal(out, out_alone) and torch.equal(normed, normed_alone)
+    torch.testing.assert_close(dx, dx_alone)
