@@ -267,8 +267,8 @@ def test_whole_model_is_another_one_on_kernels(options, monkeypatch, device):
 def test_projection_is_copied_or_more_is_kept_than_the_backward_needs(monkeypatch, device):
     """The kernels read qkv where it lies and write what the op returns; qkv, out and lse wait for the backward."""
     seen = []
-    launch = attention._launch
-    monkeypatch.setattr(attention, "_launch", lambda q, *rest: (seen.append((q, rest[2])), launch(q, *rest)))
+    launch = attention.launch
+    monkeypatch.setattr(attention, "launch", lambda q, *rest: (seen.append((q, rest[2])), launch(q, *rest)))
     saved = []
     qkv = draw(2, 37, 3, 2, 64, device=device).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):

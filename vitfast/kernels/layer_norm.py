@@ -218,7 +218,8 @@ def tokens_of(x: Tensor) -> int:
 def compilations(arch: int) -> Iterator[Compilation]:
     """What ViTs' norms are compiled to: their widths, alone, of sums, and for statistics only."""
     for C in (192, 384, 768, 1024, 1152, 1280, 4096, 8192):
-        for dtype, wide in (("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32")):
+        others = (("bf16", "fp32"), ("fp32", "fp32")) if C in (768, WIDEST_SUM_BACKWARD, WIDEST) else ()
+        for dtype, wide in (("bf16", "bf16"), *others):
             for branch in (False, True):
                 yield _forward_compilation(C, wide, dtype, branch, statistics=True, out=True)
                 if not branch or C <= WIDEST_SUM_BACKWARD:
