@@ -204,7 +204,8 @@ def block(run: Run) -> Iterator[Callable[[], Case]]:
     """What a block is made of, at the widths of ViT-B, S and L: many images, then one. A compiler at the first only."""
     listed = partial(op_rows.listed, device=str(run.device), dtypes=["bf16"], tokens=(197,))
     if run.tiny:
-        yield from op_rows.tiny(BLOCK[:1], device=str(run.device), dtypes=["fp32"], batches=[1], modes=["forward"])
+        for maker in op_rows.tiny(BLOCK[:1], device=str(run.device), dtypes=["fp32"], batches=[1], modes=["forward"]):
+            yield without(maker, *COMPILERS)
         return
     for batches, modes in (([BLOCK_BATCH], op_rows.MODES), ([1], op_rows.MODES[:1])):
         for width, mode in ((w, m) for m in modes for w in BLOCK_WIDTHS):

@@ -17,11 +17,11 @@ from vitfast import dispatch
 from vitfast.acceptance import RMS_RATIO, NotAccepted, accept, rms_ratio_of_few
 from vitfast.calls import Call, calls_of, distinct
 from vitfast.config import ViTConfig
-from vitfast.families import FAMILIES, Family
 from vitfast.vit import ViT
 
 if TYPE_CHECKING:
     from vitfast.bench.device import Cpu, Cuda
+    from vitfast.families import Family
 
     Place = Cpu | Cuda
 
@@ -143,6 +143,9 @@ def kernel_calls(
     configs: Iterable[ViTConfig], batches: Sequence[int], dtype: torch.dtype, training: bool
 ) -> list[Call]:
     """The distinct calls of these models that a kernel may run."""
+    # not with the package: `import vitfast` has a limit
+    from vitfast.families import FAMILIES
+
     found = [call for config in configs for n in batches for call in calls_of(config, n, dtype, training)]
     return distinct(call for call in found if call.op in FAMILIES)
 
@@ -153,6 +156,8 @@ def warm(calls: Sequence[Call], place: Place, say: Callable[[str], None]) -> Rep
     As it is, at its own batch: a smaller one may get another configuration, or another compilation of the same one.
     That takes less memory than a single block of the model does at that batch.
     """
+    from vitfast.families import FAMILIES
+
     report, checked = Report(), {}
     began = time.perf_counter()
     for i, call in enumerate(calls):
@@ -166,6 +171,7 @@ def warm(calls: Sequence[Call], place: Place, say: Callable[[str], None]) -> Rep
 
 def _warm_one(call: Call, place: Place, checked: dict[tuple, str]) -> tuple[str, str]:
     from vitfast.bench.device import first_line
+    from vitfast.families import FAMILIES
 
     family = FAMILIES[call.op]
     generator = torch.Generator(place.device).manual_seed(SEED)
