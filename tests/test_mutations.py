@@ -34,10 +34,13 @@ MUTANTS = {
         "attention_forward.py", "v = advance(advance(v, b, v_batch, UNIT), h, v_head, UNIT)",
         "v = advance(advance(v, b, k_batch, UNIT), h, k_head, UNIT)", "test_stride_is_ignored and fp32",
     ),
-    "32-bit row offset": (
-        "attention_tiles.py", "tl.cast(index, tl.int64) * (tl.cast(stride, tl.int64) * UNIT)",
-        "index * (stride * UNIT)", "test_row_past_two_to_the_31",
-    ),
+    **{
+        f"32-bit row offset in {kernels}": (
+            "addresses.py", "tl.cast(index, tl.int64) * (tl.cast(stride, tl.int64) * UNIT)",
+            "index * (stride * UNIT)", f"test_row_past_two_to_the_31 and test_{kernels}",
+        )
+        for kernels in ("attention", "norm", "linear")
+    },
     "lse of base 2": (
         "attention_forward.py", "top * scale + tl.log2(total) * LN2", "top * scale_log2 + tl.log2(total)",
         "test_forward_kernel_is_wrong_at_a_length and fp32",
@@ -118,10 +121,6 @@ MUTANTS = {
     "fold without the mean": (
         "linear_finish.py", "v = v - means[:, None] * load_columns(column_sums, columns, N)[None, :]", "v = v",
         "test_size_leaves_a_tail_out",
-    ),
-    "32-bit offset of rows": (
-        "addresses.py", "tl.cast(index, tl.int64) * (tl.cast(stride, tl.int64) * UNIT)", "index * (stride * UNIT)",
-        "test_row_past_two_to_the_31",
     ),
     "one program's sums of columns lost": (
         "norm_rows.py", "(first + rows < programs)[:, None]", "(first + rows < programs - 1)[:, None]",

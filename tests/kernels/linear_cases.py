@@ -1,6 +1,8 @@
 """Inputs for the kernels of norms, linear layers and MLPs, what is true of them, and what they are judged by."""
 
+import functools
 import itertools
+import operator
 from dataclasses import replace
 from unittest import mock
 
@@ -261,18 +263,22 @@ def pairwise(factors, allowed=lambda case: True):
         factors: by name, the values.
         allowed: whether a whole case makes sense.
     """
-    names = list(factors)
-    cases = [dict(zip(names, values, strict=True)) for values in itertools.product(*factors.values())]
-    pairs_of = lambda case: {  # noqa: E731
-        (a, case[a], b, case[b]) for a, b in itertools.combinations(names, 2)
+    numbers = itertools.count()
+    bits = {
+        pair: 1 << next(numbers)
+        for one, other in itertools.combinations(factors, 2)
+        for pair in itertools.product(((one, v) for v in factors[one]), ((other, v) for v in factors[other]))
     }
-    cases = [(case, pairs_of(case)) for case in cases if allowed(case)]
-    missing = set().union(*(pairs for _, pairs in cases))
+    cases = []
+    for values in itertools.product(*([(name, v) for v in factors[name]] for name in factors)):
+        if allowed(dict(values)):
+            cases.append((dict(values), sum(map(bits.__getitem__, itertools.combinations(values, 2)))))
+    missing = functools.reduce(operator.or_, (pairs for _, pairs in cases))
     chosen = []
     while missing:
-        case, pairs = max(cases, key=lambda each: len(each[1] & missing))
+        case, pairs = max(cases, key=lambda each: (each[1] & missing).bit_count())
         chosen.append(case)
-        missing -= pairs
+        missing &= ~pairs
     return chosen
 
 
