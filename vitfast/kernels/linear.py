@@ -26,9 +26,6 @@ from vitfast.kernels.launch import (
 )
 from vitfast.kernels.tuning import Product
 
-# a dot takes at least that many numbers of each operand's row
-SMALLEST = 16
-
 
 def why_not(x: Tensor, weight: Tensor, norm: str, gamma: Tensor | None, act: str, saves: bool) -> list[str]:
     """Everything that keeps the kernels from computing this layer; empty where they can."""

@@ -191,7 +191,7 @@ def fold_norm(
         added += tl.load(bias + first + rows, mask=rows < left, other=0.0).to(tl.float32)
     if WEIGHT:
         tile = tile * norm_rows.load_vector(norm_weight, columns, K)[None, :]
-    norm_rows.store_tile(folded, first, left, columns, tile, K, BM)
+        norm_rows.store_tile(folded, first, left, columns, tile, K, BM)
     sums = tl.sum(tile.to(folded.dtype.element_ty).to(tl.float32), 1)
     tl.store(column_sums + first + rows, sums, mask=rows < left)
     tl.store(folded_bias + first + rows, added, mask=rows < left)
