@@ -251,8 +251,8 @@ def test_empty_batch_is_refused_or_leaves_garbage(shape, device):
 
 
 def test_row_past_two_to_the_31_is_read_elsewhere(device):
-    C = 16
-    far = far_apart(300, C, torch.float16, device)
+    C = 64
+    far = far_apart(C, torch.float16, device)
     near, weight = far.contiguous(), draw(C, dtype=torch.float16, device=device)
     assert torch.equal(*(layer_norm.forward(t, weight, None, EPS, "layer", torch.float16)[1] for t in (far, near)))
     with few_programs():
