@@ -284,16 +284,22 @@ def pairwise(factors, allowed=lambda case: True):
 # MLPs
 
 
-def mlp_layer(B, T, D, F, dtype, device, *, norm="layer", act="gelu", gated=False, gamma=False, row_scale=False):
-    """Arguments of `reference.mlp` by name: (tensors that have gradients, the others)."""
-    new = lambda *shape, seed, scale=1.0: draw(  # noqa: E731
-        *shape, dtype=dtype, device=device, scale=scale, seed=seed
+def mlp_layer(
+    B, T, D, F, dtype, device, *, norm="layer", act="gelu", gated=False, gamma=False, row_scale=False, wide_x=False
+):  # fmt: skip
+    """Arguments of `reference.mlp` by name: (tensors that have gradients, the others).
+
+    wide_x: x and the norm's parameters in fp32, as under autocast.
+    """
+    new = lambda *shape, seed, scale=1.0, to=dtype: draw(  # noqa: E731
+        *shape, dtype=to, device=device, scale=scale, seed=seed
     )
+    high = torch.float32 if wide_x else dtype
     inner = F // 2 if gated else F
     tensors = {
-        "x": new(B, T, D, seed=1),
-        "norm_weight": 1 + new(D, seed=2, scale=0.3),
-        "norm_bias": new(D, seed=3) if norm == "layer" else None,
+        "x": new(B, T, D, seed=1, to=high),
+        "norm_weight": 1 + new(D, seed=2, scale=0.3, to=high),
+        "norm_bias": new(D, seed=3, to=high) if norm == "layer" else None,
         "w1": new(F, D, seed=4, scale=D**-0.5),
         "b1": new(F, seed=5),
         "w2": new(D, inner, seed=6, scale=inner**-0.5),
@@ -328,18 +334,18 @@ def mlp_by_kernels(config, tensors, others, recompute):
 
 def check_mlp(config, dtype, device, recompute, size=(2, 17, 40, 80), **how):
     tensors, others = mlp_layer(*size, dtype, device, **how)
-    grad = draw(*tensors["x"].shape, dtype=dtype, device=device, seed=12)
+    grad = draw(*tensors["x"].shape, dtype=tensors["x"].dtype, device=device, seed=12)
 
     def call(**tensors):
         row_scale = others["row_scale"]
-        row_scale = row_scale if row_scale is None else row_scale.to(tensors["x"].dtype)
+        row_scale = row_scale if row_scale is None else row_scale.to(tensors["w1"].dtype)
         return reference.mlp(**tensors, **others | {"row_scale": row_scale})
 
     steps = Steps(dtype)
     beside = yardsticks(call, tensors, [grad], lambda **tensors: steps.mlp(**tensors, **others))
     out, backward = mlp_by_kernels(config, tensors, others, recompute)
-    judge(out, *(results[0] for results, _ in beside[:2]), what="out")
-    judge_all(tensors, backward(grad), *(grads for _, grads in beside))
+    judge(out, *(results[0] for results, _ in beside[:2]), dtype=dtype, what="out")
+    judge_all(tensors, backward(grad), *(grads for _, grads in beside), dtype=dtype)
 
 
 # what tests on a GPU run at real sizes

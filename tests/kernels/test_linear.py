@@ -316,6 +316,7 @@ LINEAR_CASES = {
     "gamma": {"gamma": True},
     "row_scale": {"row_scale": True, "act": "gelu_tanh"},
     "all": {"gamma": True, "row_scale": True, "norm": "layer", "residual": "same"},
+    "autocast": {"norm": "layer", "wide_x": True, "act": "gelu"},
 }
 
 
@@ -345,7 +346,7 @@ def test_gradient_of_a_layer_is_wrong(case, dtype, device):
     steps = Steps(dtype)
     tensors = {name: given[name] for name in LINEAR_NAMES}
     beside = yardsticks(call, tensors, [grad], lambda **tensors: steps.linear(**tensors, **others))
-    judge_all(LINEAR_NAMES, linear_gradients(given, grad), *(grads for _, grads in beside))
+    judge_all(LINEAR_NAMES, linear_gradients(given, grad), *(grads for _, grads in beside), dtype=dtype)
 
 
 def test_gradient_that_nobody_needs_is_made_or_one_that_is_needed_is_not(device):
@@ -366,6 +367,7 @@ MLP_CASES = {
     "dropped": {"row_scale": True, "act": "gelu_tanh"},
     "quick": {"act": "quick_gelu", "norm": "rms"},
     "gated": {"act": "silu", "gated": True, "norm": "rms"},
+    "autocast": {"gamma": True, "wide_x": True},
     "gated scaled": {"act": "gelu", "gated": True, "gamma": True, "row_scale": True},
 }
 
