@@ -85,6 +85,16 @@ def relative(out, ref):
     return ((out.double() - ref).norm() / ref.norm()).item()
 
 
+def judge(out, exact, low, dtype, grad, what):
+    """`accept`; where stock is no yardstick (on CPUs it adds up norms' gradients in bf16), no further off than stock."""
+    limit = acceptance.YARDSTICK_EPS[dtype] * torch.finfo(dtype).eps
+    if relative(low, exact) <= limit:
+        acceptance.accept(out, exact, low, dtype=dtype, grad=grad, what=what)
+    else:
+        assert out.dtype == low.dtype and out.shape == low.shape, what
+        assert relative(out, exact) <= acceptance.RMS_RATIO[dtype] * relative(low, exact), what
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("mode", ops.MODES)
 def test_a_way_to_compute_an_op_is_another_op_or_changes_its_inputs(mode, dtype):
@@ -99,7 +109,7 @@ def test_a_way_to_compute_an_op_is_another_op_or_changes_its_inputs(mode, dtype)
             assert len(results) == len(case.per_image) == len(ref), (case.key, name)
             for out, exact, low in zip(results, ref, found[case.yardstick], strict=True):
                 what = f"{case.key} {name}"
-                acceptance.accept(out, exact, low, dtype=DTYPES[dtype], grad=mode != "forward", what=what)
+                judge(out, exact, low, DTYPES[dtype], mode != "forward", what)
         assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True)), case.key
         installed = {name for name in case.variants if not case.variants[name].missing()}
         assert installed - found.keys() <= ON_A_GPU, (case.key, why_not)
