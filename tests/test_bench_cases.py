@@ -86,7 +86,7 @@ def relative(out, ref):
 
 
 def judge(out, exact, low, dtype, grad, what):
-    """`accept`; where stock is no yardstick (on CPUs it adds up norms' gradients in bf16), no further off than stock."""
+    """`accept`; where stock is no yardstick (on CPUs it adds up norms in bf16), no further off than stock."""
     limit = acceptance.YARDSTICK_EPS[dtype] * torch.finfo(dtype).eps
     if relative(low, exact) <= limit:
         acceptance.accept(out, exact, low, dtype=dtype, grad=grad, what=what)
