@@ -115,3 +115,20 @@ def test_recomputing_the_mlp_changes_results_or_keeps_as_much():
             torch.testing.assert_close(found[mode][name], grad, rtol=1e-5, atol=atol)
     with pytest.raises(ValueError, match="set_mlp_recompute: mode must be one of"):
         model.set_mlp_recompute("all")
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_part_in_the_place_of_stochastic_depth_breaks_the_block(mode):
+    """Fine-tuning code puts nn.Identity there, or a drop path of another library."""
+    model, images = model_of(), torch.randn(2, 3, 16, 16)
+    model.set_drop_path_subset(0.0)
+    model.blocks[0].drop_path1 = torch.nn.Identity()
+    model.blocks[2].drop_path2 = torch.nn.Identity()
+    assert getattr(model, mode)()(images).shape == (2, 5)
+
+
+def test_prepared_model_takes_settings_that_do_nothing():
+    prepared = vitfast.prepare(model_of().eval())
+    for name, value in (("set_mlp_recompute", "fc1"), ("set_drop_path_subset", 0.2)):
+        with pytest.raises(NotImplementedError, match=name):
+            getattr(prepared, name)(value)

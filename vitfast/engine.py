@@ -462,6 +462,8 @@ class PreparedViT(ViT):
     set_input_size = refuse("set_input_size")
     set_grad_checkpointing = refuse("set_grad_checkpointing")
     set_distilled_training = refuse("set_distilled_training")
+    set_mlp_recompute = refuse("set_mlp_recompute")
+    set_drop_path_subset = refuse("set_drop_path_subset")
     init_weights = refuse("init_weights")
     __reduce_ex__ = refuse("copying or pickling")
     __deepcopy__ = refuse("copying or pickling")

@@ -253,9 +253,13 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, keep: int | None = None) -> Tensor:
         """Tokens [B, N, D] -> [B, N, D]; an untouched block computes only the first `keep` if asked."""
-        if attn_mask is None and (self.drop_path1.leaves_out() or self.drop_path2.leaves_out()) and self.untouched():
+        if attn_mask is None and self.training and self._leaves_images_out():
             return self._without_dropped(x, keep)
         return self.mlp_branch(self.attention_branch(x, attn_mask, keep))
+
+    def _leaves_images_out(self) -> bool:
+        parts = self._modules["drop_path1"], self._modules["drop_path2"]
+        return any(type(part) is DropPath and part.leaves_out() for part in parts) and self.untouched()
 
     def _without_dropped(self, x: Tensor, keep: int | None) -> Tensor:
         """`forward`, each branch for the images only that stochastic depth leaves it."""

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from attention_cases import BACKWARD, FORWARD, INTERPRETED, draw, every_dtype, every_pair, judge, stock
+from launches import Launches
 from torch.utils.checkpoint import checkpoint
 
 from vitfast import ops, reference
@@ -156,22 +157,8 @@ def test_rows_behind_the_last_packed_image_are_garbage(device):
         ops.attention_varlen(q[0, :17], k[0, :17], v[0, :17], starts, None, 0, 12)
 
 
-class Launches:
-    """Counts the kernels that run."""
-
-    def __init__(self, monkeypatch):
-        self.names = []
-        launch = attention.launch
-
-        def counted(q, kernel, *rest):
-            self.names.append(kernel.fn.__name__)
-            launch(q, kernel, *rest)
-
-        monkeypatch.setattr(attention, "launch", counted)
-
-
 def test_op_runs_something_else(monkeypatch, device):
-    launches = Launches(monkeypatch)
+    launches = Launches(monkeypatch, attention)
     qkv = draw(2, 37, 3, 2, 64, device=device).requires_grad_()
     out = ops.attention_qkv(qkv)
     assert len(launches.names) == 1
@@ -248,7 +235,7 @@ def test_whole_model_is_another_one_on_kernels(options, monkeypatch, device):
     torch.manual_seed(0)
     model = vitfast.create_model("vit_tiny_patch16_224", img_size=48, depth=2, num_classes=10, **options).to(device)
     images = draw(2, 3, 48, 48, device=device)
-    launches = Launches(monkeypatch)
+    launches = Launches(monkeypatch, attention)
 
     def run():
         logits = model(images)

@@ -1,19 +1,12 @@
 """What only a GPU shows of the attention kernels: streams, graphs, devices, grids, sizes, and faults in memory."""
 
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from attention_cases import BACKWARD, check, draw, laid_out
+from launches import SANITIZER, sanitized
 
 from vitfast import ops
 from vitfast.kernels import attention
-
-SANITIZER = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
 
 
 def both(q, k, v, grad):
@@ -120,11 +113,4 @@ for D in (64, 72):
 @pytest.mark.skipif(SANITIZER is None, reason="there is no compute-sanitizer")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_kernel_reads_beside_its_tensors_or_races(tool):
-    here = Path(__file__).parent
-    path = os.pathsep.join([str(here), str(here.parents[1]), os.environ.get("PYTHONPATH", "")])
-    # a block of its own for every tensor, with space around it
-    environment = os.environ | {"PYTHONPATH": path, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    more = ["--padding=4096"] if tool == "memcheck" else []
-    command = [SANITIZER, f"--tool={tool}", *more, "--error-exitcode=9", sys.executable, "-c", SANITIZED]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    sanitized(tool, SANITIZED)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from attention_cases import every_dtype
+from launches import Launches
 
 import vitfast
 from vitfast import dispatch
@@ -32,20 +33,6 @@ def model_of(dtype, device, **config):
     return model.to(device, dtype)
 
 
-class Launches:
-    def __init__(self, monkeypatch):
-        self.names = []
-        for module in (attention, layer_norm, linear):
-            monkeypatch.setattr(module, "launch", self._counted(module.launch))
-
-    def _counted(self, launch):
-        def counted(like, kernel, *rest):
-            self.names.append(kernel.fn.__name__)
-            launch(like, kernel, *rest)
-
-        return counted
-
-
 @every_dtype
 @pytest.mark.parametrize("config", CONFIGS)
 def test_prepared_model_is_less_exact_than_the_model(config, dtype, device):
@@ -69,7 +56,7 @@ def test_a_block_is_more_than_five_kernels(monkeypatch, device):
     """After the first norm, whose rows no product wrote."""
     prepared = vitfast.prepare(model_of(torch.float16, device, depth=2, pool="mean"))
     images = torch.randn(2, 3, 24, 24, device=device).to(torch.float16)
-    launches = Launches(monkeypatch)
+    launches = Launches(monkeypatch, attention, layer_norm, linear)
     prepared.forward_features(images)
     kernels = ["attention" if name.startswith("forward_") else name for name in launches.names]
     assert kernels == ["norm_forward", *["product", "attention", "product", "product", "product"] * 2]

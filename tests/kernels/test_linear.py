@@ -5,11 +5,11 @@ import itertools
 import pytest
 import torch
 from attention_cases import DTYPES, INTERPRETED, draw, every_dtype
+from launches import Launches
 from linear_cases import (
     ACTIVATIONS,
     LAYOUTS,
     MECHANISMS,
-    Launches,
     Steps,
     all_of_a_block,
     as_double,
@@ -33,7 +33,7 @@ from linear_cases import (
 
 import vitfast
 from vitfast import dispatch, ops, reference
-from vitfast.kernels import layer_norm, linear, linear_grads, mlp, tuning
+from vitfast.kernels import gated_rows, layer_norm, linear, linear_grads, mlp, tuning
 from vitfast.kernels.launch import architecture, device_reasons
 from vitfast.kernels.linear import After
 from vitfast.kernels.tuning import Product, ProductRow
@@ -405,7 +405,7 @@ def test_gradient_of_an_mlp_that_nobody_needs(device):
 
 
 def test_op_runs_something_else(monkeypatch, device):
-    launches = Launches(monkeypatch)
+    launches = Launches(monkeypatch, layer_norm, linear, gated_rows)
     dtype = torch.float16
     given = layer(2, 9, 64, 72, dtype, device, norm="layer", act="gelu")
     tensors, others = mlp_layer(2, 9, 64, 128, dtype, device, gamma=True, row_scale=True)
@@ -510,7 +510,7 @@ def test_whole_model_is_another_one_on_kernels(changes, products, monkeypatch, d
             # nothing is left at the 0 or 1 of initialisation, which would hide it
             parameter.add_(0.02 * torch.randn_like(parameter))
     images = draw(4, 3, 32, 32, device=device)
-    launches = Launches(monkeypatch)
+    launches = Launches(monkeypatch, layer_norm, linear, gated_rows)
 
     def run():
         torch.manual_seed(3)
@@ -530,3 +530,13 @@ def test_whole_model_is_another_one_on_kernels(changes, products, monkeypatch, d
     for name, got, true in zip(names, ours, expected, strict=True):
         near = 2e-5 * true.abs().max().item() + 1e-7
         torch.testing.assert_close(got, true, rtol=1e-4, atol=near, msg=lambda text: f"{name}: {text}")  # noqa: B023
+
+
+def test_nothing_around_a_product_of_cublas_takes_a_pass_of_its_own(monkeypatch, device):
+    """The projection of fp32 models: a norm, and cuBLAS with the bias."""
+    x, w, b, n = (draw(*shape, device=device) for shape in ((2, 5, 64), (96, 64), (96,), (64,)))
+    launches = Launches(monkeypatch, layer_norm, linear, gated_rows)
+    ops.linear(x, w, b, norm="layer", norm_weight=n, norm_bias=n)
+    assert launches.names == ["norm_forward"]
+    ops.linear(x, w, b, act="gelu")
+    assert launches.names == ["norm_forward", "finish_rows"]

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from attention_cases import DTYPES, INTERPRETED, draw, every_dtype
+from launches import Launches
 from linear_cases import (
     LAYOUTS,
-    Launches,
     Steps,
     differentiated,
     far_apart,
@@ -310,7 +310,7 @@ def test_gradient_of_a_result_that_nobody_uses(unused, device):
 
 
 def test_op_runs_something_else(monkeypatch, device):
-    launches = Launches(monkeypatch)
+    launches = Launches(monkeypatch, layer_norm)
     given = parts(72, torch.float32, device, "layer", of_sum=True)
     x, branch, gamma, weight, bias = (t.requires_grad_() for t in given.values())
     alone = lambda: ops.layer_norm(x, weight, bias, EPS)  # noqa: E731

@@ -24,8 +24,8 @@ def interpreted() -> bool:
     return not isinstance(addresses.advance, triton.JITFunction)
 
 
-def device_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
-    """What of device and dtype keeps kernels from running; empty where nothing does."""
+@functools.cache
+def _device_reasons(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
     reasons = []
     if dtype not in DTYPES:
         reasons.append(f"dtype {str(dtype)[6:]} (fp16, bf16 and fp32 only)")
@@ -37,7 +37,22 @@ def device_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
         reasons.append(f"tensors on {device.type} (CUDA only, or any in Triton's interpreter)")
     elif dtype is torch.bfloat16:
         reasons.append("bf16 in Triton's interpreter, which computes it wrongly")
-    return reasons
+    return tuple(reasons)
+
+
+def device_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """What of device and dtype keeps kernels from running; empty where nothing does."""
+    return list(_device_reasons(device, dtype))
+
+
+def rows_of(t: Tensor | None) -> Tensor | None:
+    """[..., C] as rows [M, C] whose numbers lie side by side: a view where the strides allow that."""
+    if t is None:
+        return None
+    rows = t.reshape(-1, t.shape[-1])
+    # offsets within a tile are 32-bit
+    near = TILE * abs(rows.stride(0)) < 1 << 31
+    return rows if rows.stride(-1) == 1 and near else rows.contiguous()
 
 
 def launch(
@@ -52,11 +67,6 @@ def launch(
             kernel[tuple(grid)](*arguments, **constants, num_warps=warps, num_stages=stages)
     else:
         kernel[tuple(grid)](*arguments, **constants, num_warps=warps, num_stages=stages)
-
-
-def wide_rows(rows: Tensor) -> bool:
-    """Whether offsets within a tile of these rows do not fit into 32 bits."""
-    return TILE * abs(rows.stride(0)) >= 1 << 31
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vitfast.kernels import norm_rows
 from vitfast.kernels.compilation import Compilation
-from vitfast.kernels.launch import DTYPES, UNIT, device_reasons, launch, multiprocessors, wide_rows
+from vitfast.kernels.launch import DTYPES, UNIT, device_reasons, launch, multiprocessors, rows_of
 
 WIDEST = 8192
 # with branch and gamma beside it a wider row does not fit into registers
@@ -54,11 +54,9 @@ class _Rows:
     """A tensor as rows at one distance: itself where its strides allow that, else a copy."""
 
     def __init__(self, t: Tensor | None):
-        self.tensor = t
+        self.tensor = rows_of(t)
         self.step = 0
         if t is not None:
-            rows = t.reshape(-1, t.shape[-1])
-            self.tensor = rows if rows.stride(-1) == 1 and not wide_rows(rows) else rows.contiguous()
             self.step = self.tensor.stride(0)
 
     @property
@@ -174,9 +172,10 @@ def backward(
     return dx, dweight, dbias, dbranch, dgamma
 
 
-def backward_of_sum(grad: Tensor | None, total: Tensor, *norm: Any, branch: Tensor | None, gamma: Tensor | None,
-                    row_scale: Tensor | None, branch_dtype: torch.dtype | None, need_gamma: bool, need_x: bool,
-                    **others: Any) -> tuple[Tensor | None, ...]:
+def backward_of_sum(
+    grad: Tensor | None, total: Tensor, *norm: Any, branch: Tensor | None, gamma: Tensor | None,
+    row_scale: Tensor | None, branch_dtype: torch.dtype | None, need_gamma: bool, need_x: bool, **others: Any,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """`backward`; where the rows are too wide for all of it at once, the branch's part in a kernel of its own."""
     more = {"branch": branch, "gamma": gamma, "row_scale": row_scale, "need_gamma": need_gamma}
     more |= {"branch_dtype": branch_dtype}

@@ -22,7 +22,7 @@ from vitfast.kernels.launch import (
     dot_precision,
     launch,
     multiprocessors,
-    wide_rows,
+    rows_of,
 )
 from vitfast.kernels.tuning import Product
 
@@ -71,6 +71,11 @@ class After:
             "RESIDUAL": self.beside is not None and not self.slope, "SUMS": self.sums,
         }  # fmt: skip
 
+    def is_nothing(self, dtype: torch.dtype) -> bool:
+        """Whether a product in `dtype` is the result already."""
+        flags = self.flags()
+        return self.dtype == dtype and flags.pop("ACT") == "none" and not any(flags.values())
+
 
 @dataclass
 class Folded:
@@ -96,14 +101,6 @@ def out_dtype(weight: Tensor, *others: Tensor | None) -> torch.dtype:
     for t in others:
         dtype = dtype if t is None else torch.promote_types(dtype, t.dtype)
     return dtype
-
-
-def rows_of(t: Tensor | None) -> Tensor | None:
-    """[..., C] as rows [M, C] whose numbers lie side by side: a view where the strides allow that."""
-    if t is None:
-        return None
-    rows = t.reshape(-1, t.shape[-1])
-    return rows if rows.stride(-1) == 1 and not wide_rows(rows) else rows.contiguous()
 
 
 def fold(
@@ -242,7 +239,7 @@ def _by_blas(x, weight, after, out, beside, across):
     if after.aside and not after.slope:
         # it is what the product gave
         aside, rest = y, replace(rest, aside=False)
-    if rest == After(y.dtype):
+    if rest.is_nothing(y.dtype):
         return y, aside, None
     out, second, sums = finish(y, rest, out)
     return out, second if aside is None else aside, sums

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from vitfast.kernels import layer_norm, linear
-from vitfast.kernels.linear import After, finish, rows_of
+from vitfast.kernels.launch import rows_of
+from vitfast.kernels.linear import After, finish
 
 
 def why_not(x: Tensor, weight: Tensor, norm: str) -> list[str]:

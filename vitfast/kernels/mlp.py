@@ -19,8 +19,9 @@ from vitfast.kernels.launch import (
     dot_precision,
     launch,
     multiprocessors,
+    rows_of,
 )
-from vitfast.kernels.linear import After, out_dtype, product, rows_of
+from vitfast.kernels.linear import After, out_dtype, product
 from vitfast.kernels.linear_grads import before_product, column_sums
 from vitfast.kernels.tuning import Product
 
