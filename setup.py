@@ -30,7 +30,8 @@ SOURCES = ["bindings.cpp", "cpu_features.cpp"]
 KERNELS = "cpu_kernels.cpp"
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
 X86_FLAGS = {"avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
-CUDA_SOURCES = ["cuda_probe.cu"]
+CUDA_SOURCES = ["patch_embed.cu", "cuda_probe.cu"]
+CUDA_BINDINGS = "bindings_cuda.cpp"
 # sm_80 runs on 8.6 and 8.9 too; PTX of 90a would not run on anything newer, so compute_80 and compute_100 are kept
 ARCHS = "80+PTX;90a;100+PTX"
 
@@ -122,11 +123,7 @@ class BuildWhatIsPossible(build_ext):
             libraries = re.search(r"^#\$ LIBRARIES=(.*)$", dry, re.MULTILINE)
             if libraries is None:
                 raise Missing("nvcc --dryrun did not name its libraries")
-            objects = []
-            for source in CUDA_SOURCES:
-                objects.append(str(self.object_dir() / f"{source}.o"))
-                run([nvcc, "-c", str(CSRC / source), "-o", objects[-1], "-O3", "-std=c++17", "-Xcompiler", "-fPIC",
-                     "-Xcompiler", "-fvisibility=hidden", "--threads", "0", *options])  # fmt: skip
+            objects = self.compile_cuda_sources(nvcc, options)
             report["cuda"] = True
             report["nvcc"] = re.search(r"release ([\d.]+)", run([nvcc, "--version"])).group(1)
             report["archs"] = [option.rpartition("code=")[2] for option in options]
@@ -137,6 +134,14 @@ class BuildWhatIsPossible(build_ext):
                 raise
             report["why_no_cuda"] = str(reason)
             return [], []
+
+    def compile_cuda_sources(self, nvcc: str, options: list[str]) -> list[str]:
+        """Object files. nvcc compiles for the architectures side by side."""
+        flags = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC", "-Xcompiler", "-fvisibility=hidden", "--threads", "0"]
+        objects = [str(self.object_dir() / f"{source}.o") for source in CUDA_SOURCES]
+        for source, target in zip(CUDA_SOURCES, objects, strict=True):
+            run([nvcc, "-c", str(CSRC / source), "-o", target, *flags, *options])
+        return objects
 
     def compile_and_link(
         self, compiler: list[str], objects: list[str], link: list[str], target: Path, report: dict
@@ -171,8 +176,9 @@ class BuildWhatIsPossible(build_ext):
                     report["why_no_isa"][isa] = str(reason)
             defines = [f"-DVITFAST_HAS_{isa.upper()}" for isa in report["isas"]]
             defines += ["-DVITFAST_CUDA"] if report["cuda"] else []
+            sources = [*SOURCES, CUDA_BINDINGS] if report["cuda"] else SOURCES
             made = [pool.submit(self.compile, compiler, name, f"{name}.o", [*flags, *includes, *defines])
-                    for name in SOURCES]  # fmt: skip
+                    for name in sources]  # fmt: skip
             objects += [one.result() for one in made]
         link = [*link, *report["openmp"]]
         shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared", "-s"]

@@ -10,6 +10,7 @@
 #include "cpu_features.h"
 #include "cpu_kernels.h"
 #ifdef VITFAST_CUDA
+#include "bindings_cuda.h"
 #include "cuda_probe.h"
 #endif
 
@@ -165,6 +166,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("usable_kernels", &usable_kernels, py::return_value_policy::reference,
         "The instruction sets that this CPU has and this build knows, best last.");
 #ifdef VITFAST_CUDA
+  py::module_ cuda = m.def_submodule("cuda", "The kernels for GPUs that this build has.");
+  bind_cuda(cuda);
   m.def(
       "probe_cuda",
       [] {

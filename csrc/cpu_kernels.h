@@ -4,11 +4,10 @@
 
 #include <cstdint>
 
+#include "dtype.h"
 #include "patch_geometry.h"
 
 namespace vitfast {
-
-enum class DType { fp32, bf16, fp16, uint8 };
 
 enum class Act { gelu, gelu_tanh, quick_gelu, silu };
 

@@ -32,11 +32,33 @@ struct RowColumn {
   int64_t row, column;  // row counts through all images
 };
 
+// A patch: its number in its image, and the image's pixel that is its first.
+struct Patch {
+  int64_t b, number, y, x;
+};
+
+// A pixel's place in its patch.
+template <class Int>
+struct InPatch {
+  Int c, y, x;
+};
+
+// One of several images of different sizes, whose patches follow each other.
+struct PackedImage {
+  const void* data;
+  int64_t first;  // patches of the images before it
+  int64_t H, W;
+  int64_t channel, y, x;  // strides
+};
+
 }  // namespace vitfast
 
 // unnamed, as everything that is compiled once per instruction set: see simd.h
 namespace {
 
+using vitfast::InPatch;
+using vitfast::PackedImage;
+using vitfast::Patch;
 using vitfast::PatchGeometry;
 using vitfast::PatchOrder;
 using vitfast::Pixel;
@@ -67,19 +89,95 @@ VITFAST_HOST_DEVICE inline bool is_prefix(const PatchGeometry& g, int64_t row) {
   return row % rows_per_image(g) < g.P;
 }
 
+VITFAST_HOST_DEVICE inline Patch patch_of(const PatchGeometry& g, int64_t b, int64_t number) {
+  return {b, number, number / grid_width(g) * g.ph, number % grid_width(g) * g.pw};
+}
+
+// The inverse of column_in_patch. Int: int64_t, or what divides faster and holds columns(g).
+template <class Int>
+VITFAST_HOST_DEVICE inline InPatch<Int> place_in_patch(const PatchGeometry& g, Int column) {
+  const Int C = static_cast<Int>(g.C), ph = static_cast<Int>(g.ph), pw = static_cast<Int>(g.pw);
+  if (g.order == PatchOrder::chw) {
+    const Int line = column / pw;
+    return {line / ph, line % ph, column % pw};
+  }
+  const Int pixel = column / C;
+  return {column % C, pixel / pw, pixel % pw};
+}
+
+// The pixel whose column is the next one of the order chw.
+template <class Int>
+VITFAST_HOST_DEVICE inline InPatch<Int> after(const PatchGeometry& g, InPatch<Int> p, Int pixels) {
+  p.x += pixels;
+  if (p.x < static_cast<Int>(g.pw)) return p;
+  p.x = 0;
+  if (++p.y < static_cast<Int>(g.ph)) return p;
+  return {p.c + 1, 0, 0};
+}
+
 // The inverse of place_of, for a row that is no prefix row. The pixel may lie in the padding, see in_image.
 VITFAST_HOST_DEVICE inline Pixel pixel_at(const PatchGeometry& g, const RowColumn& at) {
-  const int64_t patch = at.row % rows_per_image(g) - g.P, pixels = g.ph * g.pw;
-  const bool chw = g.order == PatchOrder::chw;
-  const int64_t c = chw ? at.column / pixels : at.column % g.C, in_patch = chw ? at.column % pixels : at.column / g.C;
-  return {at.row / rows_per_image(g), c, patch / grid_width(g) * g.ph + in_patch / g.pw,
-          patch % grid_width(g) * g.pw + in_patch % g.pw};
+  const Patch patch = patch_of(g, at.row / rows_per_image(g), at.row % rows_per_image(g) - g.P);
+  const InPatch<int64_t> place = place_in_patch(g, at.column);
+  return {patch.b, place.c, patch.y + place.y, patch.x + place.x};
 }
 
 VITFAST_HOST_DEVICE inline bool in_image(const PatchGeometry& g, const Pixel& p) { return p.y < g.H && p.x < g.W; }
 
 VITFAST_HOST_DEVICE inline int64_t offset_of(const PatchGeometry& g, const Pixel& p) {
   return p.b * g.image + p.c * g.channel + p.y * g.y + p.x * g.x;
+}
+
+// Patch m of all images, counted without prefix rows.
+VITFAST_HOST_DEVICE inline Patch patch_at(const PatchGeometry& g, int64_t m) {
+  const int64_t N = grid_height(g) * grid_width(g);
+  return patch_of(g, m / N, m % N);
+}
+
+// Row of patch m, which belongs to image b.
+VITFAST_HOST_DEVICE inline int64_t row_of(const PatchGeometry& g, int64_t b, int64_t m) { return m + (b + 1) * g.P; }
+
+// Which of `count` images patch m belongs to.
+VITFAST_HOST_DEVICE inline int64_t image_of(const PackedImage* images, int64_t count, int64_t m) {
+  int64_t low = 0, high = count;
+  while (high - low > 1) {
+    const int64_t middle = low + (high - low) / 2;
+    (images[middle].first <= m ? low : high) = middle;
+  }
+  return low;
+}
+
+// The geometry of one packed image; `common` has what they share.
+VITFAST_HOST_DEVICE inline PatchGeometry geometry_of(const PatchGeometry& common, const PackedImage& image) {
+  PatchGeometry g = common;
+  g.H = image.H, g.W = image.W;
+  g.image = 0, g.channel = image.channel, g.y = image.y, g.x = image.x;
+  return g;
+}
+
+// Kernels for GPUs read a row in chunks of so many columns: 16 bytes in half precision.
+constexpr int CHUNK = 8;
+
+// Whether `side` numbers of `bytes` each can be loaded at once wherever they begin at a multiple of `side` in a line of
+// a patch: they are in one line, all inside the image or none, and at an address that a load of up to 16 bytes may have.
+// `step` is how far pixels lie apart: 1, or C where the channels of a pixel lie side by side.
+VITFAST_HOST_DEVICE inline bool loads_together(const PatchGeometry& g, uint64_t address, int64_t bytes, int64_t side,
+                                               int64_t step) {
+  const int64_t width = side * step * bytes < 16 ? side * step * bytes : 16;
+  const bool interleaved = step != 1;
+  if (g.pw % side || g.W % side || g.x != step || (interleaved && (g.channel != 1 || g.C != step))) return false;
+  const int64_t between = interleaved ? 0 : g.channel;
+  return !(address % width || g.image * bytes % width || g.y * bytes % width || between * bytes % width);
+}
+
+// Where the channels of `side` pixels are loaded together, chunks come in another order than columns: lines of a patch,
+// in these groups of `side` pixels, in these channels, in these chunks. The column at which chunk `q` begins.
+template <class Int>
+VITFAST_HOST_DEVICE inline Int column_of_interleaved_chunk(const PatchGeometry& g, Int q, Int side) {
+  const Int of_channel = side / CHUNK, of_group = static_cast<Int>(g.C) * of_channel;
+  const Int groups = static_cast<Int>(g.pw) / side, group = q / of_group, inside = q % of_group;
+  const Int c = inside / of_channel, x = group % groups * side + inside % of_channel * CHUNK;
+  return (c * static_cast<Int>(g.ph) + group / groups) * static_cast<Int>(g.pw) + x;
 }
 
 }  // namespace

@@ -1,11 +1,15 @@
 """C++ test programs under the address and undefined-behaviour sanitizers, for each instruction set of the kernels."""
 
 import ast
+import fcntl
+import importlib.util
 import os
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 
+import pybind11
 import pytest
 
 from vitfast import extension
@@ -31,11 +35,16 @@ def flags_of(isa):
     return values["X86_FLAGS"].get(isa, [])
 
 
-def run_sanitized(program, folder, isa="portable", sources=()):
-    """Compile tests/native/<program> and `sources` of csrc/ for one instruction set, run it; its output."""
+def find_compiler():
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if not compiler:
         pytest.skip("no C++ compiler")
+    return compiler
+
+
+def run_sanitized(program, folder, isa="portable", sources=()):
+    """Compile tests/native/<program> and `sources` of csrc/ for one instruction set, run it; its output."""
+    compiler = find_compiler()
     files = [PROGRAMS / program, *(CSRC / name for name in sources)]
     # kept scratch memory would hide what is written beside it; optimising takes four times as long, and may drop a read
     # that has no use
@@ -57,3 +66,33 @@ def _run(command):
     # the sanitizer's runtime has to be the first library
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=280)
+
+
+def run_kernels_on_host(folder, sanitizers, trials, csrc=CSRC):
+    """Compile tests/native/check_patch_embed.cpp, which runs kernels for GPUs on the host; what running it gives."""
+    command = [*find_compiler().split(), *HOST_FLAGS, f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
+    source, target = PROGRAMS / "check_patch_embed.cpp", folder / "program"
+    built = _run([*command, "-O1", "-g1", f"-I{csrc}", f"-I{PROGRAMS}", source, "-o", target])
+    assert built.returncode == 0, built.stderr
+    return _run([target, trials])
+
+
+# _Float16 and the compilers' own pragmas for loops
+HOST_FLAGS = ["-std=c++17", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function"]
+
+
+def kernels_on_host(folder):
+    """The module with the kernels for GPUs that run on the host; built once for all processes that share `folder`."""
+    target = folder / f"cuda_kernels_on_host{sysconfig.get_config_var('EXT_SUFFIX')}"
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            includes = [pybind11.get_include(), sysconfig.get_path("include"), CSRC, PROGRAMS]
+            sources = [PROGRAMS / "cuda_kernels_on_host.cpp", CSRC / "bindings_cuda.cpp"]
+            command = [*find_compiler().split(), *HOST_FLAGS, "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-x", "c++"]
+            built = _run([*command, *(f"-I{path}" for path in includes), *sources, "-o", target])
+            assert built.returncode == 0, built.stderr
+    spec = importlib.util.spec_from_file_location("cuda_kernels_on_host", target)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

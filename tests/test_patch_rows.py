@@ -258,10 +258,10 @@ def test_packed_rows_are_not_an_op_or_exportable_mode_runs_it():
     call = lambda: ops.patch_embed_packed(images, weight, bias, pos_embed=pos, prefix=prefix)[0]  # noqa: E731
     with Recorder() as recorder:
         expected = call()
-    func, args, _ = next(each for each in recorder.calls if "patch_rows" in str(each[0]))
+    func, args, _ = next(each for each in recorder.calls if "patch_embed_packed" in str(each[0]))
     torch.library.opcheck(func, args, test_utils=("test_schema", "test_faketensor"))
     with FakeTensorMode() as mode:
-        fake = func([mode.from_tensor(t) for t in args[0]], *args[1:])
+        fake = func(*tree_map_only(torch.Tensor, mode.from_tensor, args))
     assert (fake.shape, fake.stride()) == (func(*args).shape, func(*args).stride())
     compiled = torch.compile(lambda *args: ops.patch_embed_packed(*args)[0], backend="aot_eager", fullgraph=True)
     plain = ops.patch_embed_packed(images, weight, bias)[0]

@@ -33,7 +33,7 @@ class Kernel(NamedTuple):
     """A kernel that ops may choose.
 
     Attributes:
-        file: its source, relative to the package.
+        file: its source, relative to the package, or under csrc/ to that of the repository.
         stock_where: in words, where the built-in table prefers the stock operators; "" for nowhere.
     """
 
@@ -51,6 +51,8 @@ KERNELS: dict[str, Kernel] = {
     "linear_backward": Kernel("kernels/linear_product.py", "for products with nothing around them but a bias"),
     "mlp": Kernel("kernels/linear_product.py"),
     "mlp_backward": Kernel("kernels/linear_product.py"),
+    "patch_embed": Kernel("csrc/patch_embed.cuh", "for weights in fp32"),
+    "patch_embed_backward": Kernel("csrc/patch_rows.cuh", "for weights in fp32"),
 }
 
 

@@ -402,6 +402,9 @@ class PreparedViT(ViT):
         if is_uint8 and self.normalisation is None:
             raise ValueError("uint8 images need mean and std: give them to vitfast.prepare")
         if self.stem is None:
+            if is_uint8 and self._embeds_by_op():
+                self.patch_embed.check(images, takes_uint8=True)
+                return run_norm(self.norm_pre, self._embed_by_op(images, *self.normalisation)).to(self.dtype)
             if is_uint8:
                 images = reference.normalise(images, *self.normalisation, torch.float32)
             # a replaced stem may give another dtype

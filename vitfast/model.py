@@ -127,14 +127,22 @@ class PatchEmbed(nn.Module):
         return F.pad(images, (0, -W % pw, 0, -H % ph)) if self.pad and (H % ph or W % pw) else images
 
     def forward(self, images: Tensor) -> Tensor:
-        images = self.prepare(images)
         if self.input_norm is None:
             if self.cuts_patches() and not any_global_hook():
-                x = ops.patch_embed(images, self.proj.weight, self.proj.bias)
+                self.check(images)
+                x = ops.patch_embed(images, self.proj.weight, self.proj.bias, pad=self.pad)
             else:
-                x = self.proj(images).flatten(2).transpose(1, 2)
+                x = self.proj(self.prepare(images)).flatten(2).transpose(1, 2)
+        elif plain(self.input_norm, nn.LayerNorm) and plain(self.proj, nn.Linear) and not any_global_hook():
+            self.check(images)
+            norm = self.input_norm
+            # the pixels of a row are in the order of channels-last images
+            weight = self.proj.weight.view(-1, *self.patch_size, self.channels)
+            x = ops.patch_embed(
+                images, weight, self.proj.bias, pad=self.pad, input_norm=(norm.weight, norm.bias, norm.eps)
+            )
         else:
-            rows = reference.patch_rows(images, self.patch_size, "hwc")
+            rows = reference.patch_rows(self.prepare(images), self.patch_size, "hwc")
             if plain(self.input_norm, *NORMS) and plain(self.proj, nn.Linear) and not any_global_hook():
                 x = ops.linear(rows, self.proj.weight, self.proj.bias, **norm_args(self.input_norm))
             else:

@@ -253,23 +253,31 @@ class ViT(TimmSurface, nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         """Images -> tokens [B, P + N, D] that enter the first block."""
-        patch_embed, prefix = self.patch_embed, self._prefix()
-        fused = (
+        if self._embeds_by_op():
+            self.patch_embed.check(images)
+            x = self._embed_by_op(images)
+        else:
+            x = reference.with_prefix(self.patch_embed(images), self._positions(images), self._prefix())
+        x = self.pos_drop(x)
+        return x if self.config.input_norm else run_norm(self.norm_pre, x)
+
+    def _embeds_by_op(self) -> bool:
+        """Whether patches, positions and prefix tokens are one op: nothing of them was replaced or is watched."""
+        patch_embed = self.patch_embed
+        return (
             not self.config.input_norm
             and plain(patch_embed, PatchEmbed)
             and patch_embed.cuts_patches()
             and plain(patch_embed.norm, nn.Identity)
             and not any_global_hook()
         )
-        if fused:
-            images = patch_embed.prepare(images)
-            positions = self._positions(images)
-            proj = patch_embed.proj
-            x = ops.patch_embed(images, proj.weight, proj.bias, pos_embed=positions, prefix=prefix)
-        else:
-            x = reference.with_prefix(patch_embed(images), self._positions(images), prefix)
-        x = self.pos_drop(x)
-        return x if self.config.input_norm else run_norm(self.norm_pre, x)
+
+    def _embed_by_op(self, images: Tensor, mean: Tensor | None = None, std: Tensor | None = None) -> Tensor:
+        proj, positions = self.patch_embed.proj, self._positions(images)
+        return ops.patch_embed(
+            images, proj.weight, proj.bias, pos_embed=positions, prefix=self._prefix(), mean=mean, std=std,
+            pad=self.patch_embed.pad,
+        )  # fmt: skip
 
     def _prefix(self) -> Tensor | None:
         """Class, distillation and register tokens, [P, D]."""

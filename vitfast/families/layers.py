@@ -162,7 +162,7 @@ def _mlp(
 # gradients by autograd, from the inputs alone: what the forward kept carries the rounding of whoever made it
 
 
-def _gradients(
+def gradients(
     forward: Callable[..., Any], inputs: Sequence[Tensor | None], mask: Sequence[bool], grads: Sequence[Tensor | None]
 ) -> Results:  # fmt: skip
     """Gradients of `inputs`, each where `mask` asks for it, from those of the results, None for one that has none."""
@@ -180,7 +180,7 @@ def _gradients(
 
 
 def _layer_norm_backward(grad, x, mean, rstd, weight, bias, eps, kind, mask) -> Results:
-    return _gradients(
+    return gradients(
         lambda x, weight, bias: reference.layer_norm(x, weight, bias, eps, kind), (x, weight, bias), mask, (grad,)
     )
 
@@ -192,7 +192,7 @@ def _add_layer_norm_backward(
     branch = torch.zeros_like(total) if branch is None else branch
     residual = total - reference.scale_branch(branch, gamma, row_scale)
     need_residual, need_branch, need_weight, need_bias, need_gamma = mask
-    return _gradients(
+    return gradients(
         lambda residual, weight, bias, branch, gamma: reference.add_layer_norm(
             residual, branch, gamma, row_scale, weight, bias, eps, kind
         ),
@@ -204,7 +204,7 @@ def _add_layer_norm_backward(
 def _linear_backward(
     grad, x, weight, bias, norm_weight, norm_bias, mean, rstd, pre, branch, gamma, row_scale, norm_eps, norm, act, mask
 ) -> Results:
-    return _gradients(
+    return gradients(
         lambda x, weight, bias, norm_weight, norm_bias, gamma: reference.linear(
             x, weight, bias, norm_weight, norm_bias, norm_eps, norm, act, gamma, row_scale
         ),
@@ -216,7 +216,7 @@ def _mlp_backward(
     grad, x, norm_weight, norm_bias, mean, rstd, w1, b1, w2, b2, pre, branch, hidden, gamma, row_scale,
     norm_eps, norm, act, gated, mask,
 ) -> Results:  # fmt: skip
-    return _gradients(
+    return gradients(
         lambda x, norm_weight, norm_bias, w1, b1, w2, b2, gamma: reference.mlp(
             x, norm_weight, norm_bias, norm_eps, norm, w1, b1, w2, b2, act, gated, gamma, row_scale
         ),

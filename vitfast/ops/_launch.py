@@ -28,6 +28,8 @@ def kernels(name: str) -> tuple[ModuleType | None, str]:
     """The module of `vitfast.kernels` with that name, or None and why it cannot be used here."""
     try:
         module = importlib.import_module(f"vitfast.kernels.{name}")
+        if not getattr(module, "NEEDS_TRITON", True):
+            return module, ""
         driver = importlib.import_module("triton").runtime.driver
     except ImportError as problem:
         return None, f"triton cannot be imported: {problem}"

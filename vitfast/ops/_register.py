@@ -58,11 +58,15 @@ def op(
     if not name.endswith("_backward"):
         IMPLEMENTATIONS[name] = {
             "cpu": Implementation("C++", cpu_kernel, "") if cpu_kernel else Implementation(STOCK, None, NO_CPU_KERNEL),
-            "cuda": Implementation("Triton", dispatch.KERNELS[cuda_kernel].file, "")
+            "cuda": Implementation(_language(cuda_kernel), dispatch.KERNELS[cuda_kernel].file, "")
             if cuda_kernel
             else Implementation(STOCK, None, NO_CUDA_KERNEL),
         }
     return getattr(torch.ops.vitfast, name).default
+
+
+def _language(kernel: str) -> str:
+    return "CUDA" if dispatch.KERNELS[kernel].file.startswith("csrc/") else "Triton"
 
 
 def implementations() -> dict[str, dict[str, Implementation]]:
@@ -81,7 +85,8 @@ def implementations() -> dict[str, dict[str, Implementation]]:
 def _why_stock_on_cuda(kernel: str) -> str:
     """Why stock operators run in place of this kernel whatever the shape, "" where they don't."""
     state = dispatch.state(kernel)
-    return dispatch.why_no_kernels() or ("" if state.startswith(("auto", "kernel")) else state)
+    why = extension.cuda_status()["why"] if _language(kernel) == "CUDA" else dispatch.why_no_kernels()
+    return why or ("" if state.startswith(("auto", "kernel")) else state)
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:

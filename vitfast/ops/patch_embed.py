@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitfast import native, reference
-from vitfast.ops import _register
+from vitfast.ops import _launch, _register
 from vitfast.ops._check import FLOATS, Reasons, autocast_dtype, cast
 from vitfast.ops._register import call, wants_gradient
 from vitfast.ops.linear import linear
@@ -25,148 +25,124 @@ def patch_embed(
     prefix: Tensor | None = None,
     mean: Tensor | None = None,
     std: Tensor | None = None,
+    pad: bool = False,
+    input_norm: tuple[Tensor | None, Tensor | None, float] | None = None,
 ) -> Tensor:
     """Images -> tokens, each token written once.
 
     Args:
-        images: [B, C, H, W], floating point or uint8; NCHW, channels-last or any strides. H and W must be
-            multiples of the patch.
+        images: [B, C, H, W], floating point or uint8; NCHW, channels-last or any strides. Floating point ones have
+            weight's dtype; under autocast any.
         weight: [D, C, ph, pw], as of a Conv2d whose stride is its kernel; bias: [D] or None.
         pos_embed: [P + N, D] for all tokens, or [N, D] for the patches only; N = (H / ph) * (W / pw), row-major.
         prefix: [P, D], the class and register tokens.
         mean, std: [C], for uint8 images, which become (images / 255 - mean) / std.
+        pad: take images that the patch does not divide, as if zeros were at right and bottom, after the normalisation;
+            the sizes of the grid are then rounded up.
+        input_norm: weight [K], bias [K] and eps of a LayerNorm over the K pixels of each patch before the projection,
+            as vit-pytorch has it. The weight is then [D, ph, pw, C], a view of a Linear's, and so is the order of
+            the K pixels. Not in one kernel: the pixels' rows go through memory, where a norm in fp32 sees them.
 
     Returns:
         [B, P + N, D] in weight's dtype (autocast's under autocast), promoted with pos_embed's and prefix's.
 
     Raises:
-        ValueError: shape, device or dtype does not fit; uint8 without mean and std.
+        ValueError: shape, device or dtype does not fit; uint8 without mean and std; H or W is no multiple of the patch
+            and `pad` is False.
 
     Source: Dosovitskiy et al., "An Image is Worth 16x16 Words" (2021), eq. 1.
     """
-    dtype = autocast_dtype(weight)
-    if images.dtype in FLOATS:
-        images = cast(images, dtype)
+    dtype, rows_dtype = autocast_dtype(weight), images.dtype if images.dtype in FLOATS else weight.dtype
     weight, bias = cast(weight, dtype), cast(bias, dtype)
-    _check(images, weight, bias, pos_embed, prefix, mean, std)
+    if input_norm is not None:
+        return _normed(
+            images, weight, bias, pos_embed, prefix, mean, std, pad, input_norm, rows_dtype, dtype is not None
+        )
+    check(images, weight, bias, pos_embed, prefix, mean, std, pad=pad, any_float=dtype is not None)
     if stock_only():
         return _exportable(images, weight, bias, pos_embed, prefix, mean, std)
     differentiable = wants_gradient(images, weight, bias, pos_embed, prefix)
     return call(_patch_embed, differentiable, images, weight, bias, pos_embed, prefix, mean, std)
 
 
-def patch_embed_packed(
-    images: list[Tensor],
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    pos_embed: list[Tensor] | None = None,
-    prefix: Tensor | None = None,
-    mean: Tensor | None = None,
-    std: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`patch_embed` of images of different sizes, their tokens one after the other and nothing between them.
-
-    Args:
-        images: [C, H_i, W_i] each, otherwise as in `patch_embed`; at least one.
-        weight, bias, prefix, mean, std: as in `patch_embed`.
-        pos_embed: for each image [P + N_i, D] or [N_i, D].
-
-    Returns:
-        Tokens [sum of P + N_i, D], dtype as in `patch_embed`, and int32 [len(images) + 1] on the same device: image i
-        has tokens [cu_seqlens[i], cu_seqlens[i + 1]).
-
-    Raises:
-        ValueError: as `patch_embed`, naming the image; no image; not one pos_embed for each image.
-
-    Source: Dehghani et al., "Patch n' Pack: NaViT" (2023), section 2.
-    """
-    if not images or (pos_embed is not None and len(pos_embed) != len(images)):
-        positions = "None" if pos_embed is None else len(pos_embed)
-        raise ValueError(
-            f"patch_embed_packed: at least one image and pos_embed for each (or None) are needed, got {len(images)} "
-            f"images and pos_embed for {positions}"
-        )
-    dtype = autocast_dtype(weight)
-    images = [cast(image, dtype) if image.dtype in FLOATS else image for image in images]
-    weight, bias = cast(weight, dtype), cast(bias, dtype)
-    positions = [None] * len(images) if pos_embed is None else pos_embed
-    for i, (image, position) in enumerate(zip(images, positions, strict=True)):
-        if image.dim() != 3:
-            raise ValueError(f"patch_embed_packed: images[{i}]: images must be [C, H, W], got {list(image.shape)}")
-        _check(image[None], weight, bias, position, prefix, mean, std, f"patch_embed_packed: images[{i}]")
-    patch, P = list(weight.shape[2:]), 0 if prefix is None else prefix.shape[0]
-    lengths = [_patches(image, patch) for image in images]
-    if stock_only() or wants_gradient(*images):
-        rows = _rows_stock(images, patch, weight.dtype, mean, std)
+def _normed(images, weight, bias, pos_embed, prefix, mean, std, pad, input_norm, rows_dtype, any_float):
+    if weight.dim() != 4:
+        raise ValueError(f"patch_embed: weight must be [D, ph, pw, C] beside input_norm, got {list(weight.shape)}")
+    check(
+        images, weight.permute(0, 3, 1, 2), bias, pos_embed, prefix, mean, std, pad=pad, any_float=any_float
+    )  # fmt: skip
+    patch, (norm_weight, norm_bias, eps) = list(weight.shape[1:3]), input_norm
+    if stock_only() or wants_gradient(images):
+        rows = _image_rows_stock(images, patch, rows_dtype, mean, std, "hwc")
     else:
-        rows = call(_patch_rows, False, images, patch, weight.dtype, mean, std)
-    if pos_embed is None:
-        tokens = linear(rows[None], weight.flatten(1), bias)[0]
-    else:
-        on_patches = torch.cat([position[-N:] for position, N in zip(pos_embed, lengths, strict=True)])
-        tokens = linear(rows[None], weight.flatten(1), bias, residual=on_patches[None])[0]
-    if P:
-        parts = []
-        for position, N, patches in zip(positions, lengths, tokens.split(lengths), strict=True):
-            on_prefix = position is not None and position.shape[0] == P + N
-            parts += [prefix + position[:P] if on_prefix else prefix, patches]
-        tokens = torch.cat(parts)
-    cu_seqlens = torch.tensor([0] + [P + N for N in lengths], device=weight.device).cumsum(0, dtype=torch.int32)
-    return tokens, cu_seqlens
+        rows = call(_image_rows, False, images, patch, rows_dtype, mean, std, "hwc")
+    x = linear(
+        rows, weight.flatten(1), bias, norm="layer", norm_weight=norm_weight, norm_bias=norm_bias, norm_eps=eps
+    )  # fmt: skip
+    return reference.with_prefix(x, pos_embed, prefix)
 
 
-def _patches(image, patch):
+def patches_of(image, patch):
     H, W = image.shape[-2:]
-    return (H // patch[0]) * (W // patch[1])
+    return -(-H // patch[0]) * -(-W // patch[1])
 
 
-def _check(images, weight, bias, pos_embed, prefix, mean, std, name="patch_embed"):
-    check = Reasons(name)
+def check(
+    images, weight, bias, pos_embed, prefix, mean, std, name="patch_embed", pad=False, any_float=False
+):  # fmt: skip
+    wrong = Reasons(name)
     if weight.dim() != 4 or images.dim() != 4:
-        check.fail(
+        wrong.fail(
             f"images must be [B, C, H, W] and weight [D, C, ph, pw], got {list(images.shape)} and {list(weight.shape)}"
         )
-        check.raise_if_any()
+        wrong.raise_if_any()
     B, C, H, W = images.shape
     D, weight_channels, ph, pw = weight.shape
     if weight_channels != C:
-        check.fail(f"images must have {weight_channels} channels to match weight, got {C}")
-    if H % ph or W % pw or not H or not W:
-        check.fail(f"images must be a multiple of the patch {ph}x{pw} in height and width, got {H}x{W}")
+        wrong.fail(f"images must have {weight_channels} channels to match weight, got {C}")
+    if not H or not W or (not pad and (H % ph or W % pw)):
+        wrong.fail(f"images must be a multiple of the patch {ph}x{pw} in height and width, got {H}x{W}")
     else:
-        N, P = (H // ph) * (W // pw), 0 if prefix is None else prefix.shape[0]
-        check.shape("prefix", prefix, (P, D), f"to match weight.shape[0]={D}")
+        N, P = patches_of(images, (ph, pw)), 0 if prefix is None else prefix.shape[0]
+        wrong.shape("prefix", prefix, (P, D), f"to match weight.shape[0]={D}")
         if pos_embed is not None and tuple(pos_embed.shape) not in ((N, D), (P + N, D)):
-            check.fail(
+            wrong.fail(
                 f"pos_embed must be [{N}, {D}] (patches) or [{P + N}, {D}] (all tokens), got {list(pos_embed.shape)}"
             )
-    check.shape("bias", bias, (D,), f"to match weight.shape[0]={D}")
+    wrong.shape("bias", bias, (D,), f"to match weight.shape[0]={D}")
     if images.dtype == torch.uint8:
         if mean is None or std is None:
-            check.fail("uint8 images need mean and std")
-        check.shape("mean", mean, (C,), f"to match the {C} channels")
-        check.shape("std", std, (C,), f"to match the {C} channels")
-        check.same_dtype(weight=weight, bias=bias)
+            wrong.fail("uint8 images need mean and std")
+        wrong.shape("mean", mean, (C,), f"to match the {C} channels")
+        wrong.shape("std", std, (C,), f"to match the {C} channels")
+        wrong.same_dtype(weight=weight, bias=bias)
     elif images.dtype not in FLOATS:
-        check.fail(f"images must be floating point or uint8, got {str(images.dtype)[6:]}")
+        wrong.fail(f"images must be floating point or uint8, got {str(images.dtype)[6:]}")
     else:
-        check.same_dtype(images=images, weight=weight, bias=bias)
+        wrong.same_dtype(**({} if any_float else {"images": images}), weight=weight, bias=bias)
     if images.device != weight.device:
-        check.fail(f"all tensors must be on one device, got images on {images.device}, weight on {weight.device}")
-    check.tensors(weight=weight, bias=bias, pos_embed=pos_embed, prefix=prefix, mean=mean, std=std)
-    check.raise_if_any()
+        wrong.fail(f"all tensors must be on one device, got images on {images.device}, weight on {weight.device}")
+    wrong.tensors(weight=weight, bias=bias, pos_embed=pos_embed, prefix=prefix, mean=mean, std=std)
+    wrong.raise_if_any()
 
 
 def _exportable(images, weight, bias, pos_embed, prefix, mean, std):
     # a convolution rather than the reference's unfold: it is what exporters and their runtimes know best
-    if images.dtype == torch.uint8:
-        images = reference.normalise(images, mean, std, weight.dtype)
+    images = _as_floats(images, weight, mean, std)
     x = F.conv2d(images, weight, bias, stride=weight.shape[2:]).flatten(2).transpose(1, 2)
     return reference.with_prefix(x, pos_embed, prefix)
 
 
-def _token_dtype(weight, pos_embed, prefix):
+def _as_floats(images, weight, mean, std):
+    """Images as stock operators multiply them: normalised, in weight's dtype, padded to whole patches."""
+    if images.dtype == torch.uint8 and mean is not None:
+        images = reference.normalise(images, mean, std, weight.dtype)
+    (H, W), (ph, pw) = images.shape[2:], weight.shape[2:]
+    images = images.to(weight.dtype)
+    return F.pad(images, (0, -W % pw, 0, -H % ph)) if H % ph or W % pw else images
+
+
+def token_dtype(weight, pos_embed, prefix):
     dtype = weight.dtype
     for t in (pos_embed, prefix):
         if t is not None:
@@ -175,23 +151,20 @@ def _token_dtype(weight, pos_embed, prefix):
 
 
 def _sizes(images, weight, prefix):
-    B, _, H, W = images.shape
-    D, _, ph, pw = weight.shape
-    return B, 0 if prefix is None else prefix.shape[0], (H // ph) * (W // pw), D
+    P = 0 if prefix is None else prefix.shape[0]
+    return images.shape[0], P, patches_of(images, weight.shape[2:]), weight.shape[0]
 
 
 def _patch_embed_stock(images, weight, bias, pos_embed, prefix, mean, std):
-    if images.dtype == torch.uint8:
-        images = reference.normalise(images, mean, std, weight.dtype)
     # contiguous: for other strides torch may take another kernel, whose result has other bits
-    images, weight = images.contiguous(), weight.contiguous()
+    images, weight = _as_floats(images, weight, mean, std).contiguous(), weight.contiguous()
     x = F.conv2d(images, weight, bias, stride=weight.shape[2:]).flatten(2).transpose(1, 2)
     return place_prefix(x, pos_embed, prefix, _new_tokens(images, weight, pos_embed, prefix))
 
 
 def _new_tokens(images, weight, pos_embed, prefix):
     B, P, N, D = _sizes(images, weight, prefix)
-    return images.new_empty(B, P + N, D, dtype=_token_dtype(weight, pos_embed, prefix))
+    return images.new_empty(B, P + N, D, dtype=token_dtype(weight, pos_embed, prefix))
 
 
 def place_prefix(x, pos_embed, prefix, tokens):
@@ -219,15 +192,49 @@ def _patch_embed_cpu(images, weight, bias, pos_embed, prefix, mean, std):
     if not _has_kernel(images, weight):
         return _patch_embed_stock(images, weight, bias, pos_embed, prefix, mean, std)
     P, patch = 0 if prefix is None else prefix.shape[0], tuple(weight.shape[2:])
-    rows = functools.partial(native.patch_rows, images, patch, dtype=weight.dtype, mean=mean, std=std)
+    rows = functools.partial(native.patch_rows, images, patch, dtype=weight.dtype, mean=mean, std=std, pad=True)
     flat = weight.flatten(1).contiguous()
-    if _token_dtype(weight, pos_embed, prefix) != weight.dtype:
+    if token_dtype(weight, pos_embed, prefix) != weight.dtype:
         tokens = _new_tokens(images, weight, pos_embed, prefix)
         return place_prefix(_project(rows(), flat, bias), pos_embed, prefix, tokens)
     # Rows of zeros leave room for the prefix, so that the rest happens in place. The bias belongs to the product: it
     # may cancel most of it, and added afterwards it would leave the rounding of what it cancels.
     tokens = _project(rows(prefix=P), flat, bias)
     return place_prefix(tokens[:, P:], pos_embed, prefix, tokens)
+
+
+def shape_of(images, weight):
+    """What tuned choices are kept under: patches by powers of two, since a few more change nothing."""
+    patches = images.shape[0] * patches_of(images, weight.shape[2:])
+    kinds = [str(t.dtype)[6:] for t in (images, weight)]
+    return *kinds, patches.bit_length(), *weight.shape, "channels last" if images.stride(1) == 1 else "channels apart"
+
+
+def kernel_wins(weight):
+    # in fp32 products are not for tensor cores, and cuDNN's are as good as any
+    return weight.dtype != torch.float32
+
+
+def _patch_embed_kernel(images, weight, bias, pos_embed, prefix, mean, std):
+    args, found = (images, weight, bias, pos_embed, prefix, mean, std), None
+    if images.numel() and weight.numel():
+        found = _launch.attempt(
+            "patch_embed", "patch_embed", images,
+            lambda kernels: kernels.why_not(images, weight.dtype, pos_embed, prefix),
+            shape_of(images, weight), kernel_wins(weight), lambda kernels, config: _by_kernel(kernels, *args, config),
+        )  # fmt: skip
+    if found is not None:
+        return found
+    return (_patch_embed_stock if images.is_cuda else _patch_embed_cpu)(*args)
+
+
+def _by_kernel(kernels, images, weight, bias, pos_embed, prefix, mean, std, config):
+    _, P, N, _ = _sizes(images, weight, prefix)
+    of_prefix, positions = None, pos_embed
+    if pos_embed is not None and P and pos_embed.shape[0] == P + N:
+        of_prefix, positions = pos_embed[:P], pos_embed[P:]
+    dtype = token_dtype(weight, pos_embed, prefix)
+    return kernels.embed(images, weight, bias, positions, prefix, of_prefix, mean, std, dtype, config)
 
 
 def _project(rows, weight, bias):
@@ -248,45 +255,68 @@ def _patch_embed_grads(grad, images, weight, pos_embed, prefix, mean, std, mask)
     B, P, N, D = _sizes(images, weight, prefix)
     grad = grad.contiguous()
     grad_pos = grad_prefix = grad_images = grad_weight = grad_bias = None
-    if need_pos:
-        on_prefix = pos_embed.shape[0] == P + N
-        grad_pos = (grad if on_prefix else grad[:, P:]).sum(0).to(pos_embed.dtype)
-    if need_prefix:
-        grad_prefix = grad[:, :P].sum(0).to(prefix.dtype)
-    patches = grad[:, P:].to(weight.dtype)
-    if need_bias:
-        grad_bias = patches.sum((0, 1))
+    if need_pos or need_prefix or need_bias:
+        # one pass for all three; the sum over the rest has a hundredth of the numbers
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        by_token = grad.sum(0, dtype=wide)
+        if need_pos:
+            on_prefix = pos_embed.shape[0] == P + N
+            grad_pos = (by_token if on_prefix else by_token[P:]).to(pos_embed.dtype)
+        if need_prefix:
+            grad_prefix = by_token[:P].to(prefix.dtype)
+        if need_bias:
+            grad_bias = by_token[P:].sum(0).to(weight.dtype)
     if need_images or need_weight:
-        grads_of = _rows_backward if weight.device.type == "cpu" and _has_kernel(images, weight) else _conv_backward
-        grad_images, grad_weight = grads_of(patches, images, weight, mean, std, [need_images, need_weight])
+        patches = grad[:, P:].to(weight.dtype)
+        grad_images, grad_weight = _grads_of_product(patches, images, weight, mean, std, [need_images, need_weight])
     return grad_images, grad_weight, grad_bias, grad_pos, grad_prefix
 
 
-def _conv_backward(grad, images, weight, mean, std, mask):
+def _grads_of_product(grad, images, weight, mean, std, mask):
     """Gradients of images and weight; `grad` is that of the patches, [B, N, D]."""
-    if images.dtype == torch.uint8:
-        images = reference.normalise(images, mean, std, weight.dtype)
-    images, weight = images.contiguous(), weight.contiguous()
-    (B, _, H, W), (D, _, ph, pw) = images.shape, weight.shape
-    maps = grad.transpose(1, 2).reshape(B, D, H // ph, W // pw)
-    grads = torch.ops.aten.convolution_backward(
+    found = None
+    if images.numel() and weight.numel():
+        rows_of = lambda kernels: kernels.rows(images, weight.shape[2:], weight.dtype, mean, std)  # noqa: E731
+        found = _launch.attempt(
+            "patch_embed_backward", "patch_embed", images, lambda kernels: kernels.why_not(images, weight.dtype),
+            shape_of(images, weight), kernel_wins(weight),
+            lambda kernels, config: _rows_backward(grad, images, weight, mask, lambda: rows_of(kernels)),
+        )  # fmt: skip
+    if found is not None:
+        return found
+    if weight.is_cuda or not _has_kernel(images, weight):
+        return _conv_backward(grad, images, weight, mean, std, mask)
+    rows = functools.partial(native.patch_rows, dtype=weight.dtype, mean=mean, std=std, pad=True)
+    return _rows_backward(grad, images, weight, mask, lambda: rows(images, tuple(weight.shape[2:])).flatten(0, 1))
+
+
+def _conv_backward(grad, images, weight, mean, std, mask):
+    given, (H, W) = images, images.shape[2:]
+    images, weight = _as_floats(images, weight, mean, std).contiguous(), weight.contiguous()
+    (B, _, padded_H, padded_W), (D, _, ph, pw) = images.shape, weight.shape
+    maps = grad.transpose(1, 2).reshape(B, D, padded_H // ph, padded_W // pw)
+    grad_images, grad_weight, _ = torch.ops.aten.convolution_backward(
         maps, images, weight, None, [ph, pw], [0, 0], [1, 1], False, [0, 0], 1, [*mask, False]
     )
-    return [None if g is None else g.contiguous() for g in grads[:2]]
+    if grad_images is not None:
+        grad_images = grad_images[:, :, :H, :W].to(given.dtype).contiguous()
+    return grad_images, None if grad_weight is None else grad_weight.contiguous()
 
 
-def _rows_backward(grad, images, weight, mean, std, mask):
-    """`_conv_backward` by matrix products. B/16, 8 images on one core of an EPYC (Zen 4), this and that in ms: weight
-    19 and 21 in fp32, 10 and 14 in bf16; images 19 and 106, 9 and 56.
+def _rows_backward(grad, images, weight, mask, rows):
+    """`_conv_backward` by matrix products, which are deterministic; `rows()` are the pixels [B * N, K].
+
+    On a CPU, B/16, 8 images on one core of an EPYC (Zen 4), this and that in ms: weight 19 and 21 in fp32, 10 and 14 in
+    bf16; images 19 and 106, 9 and 56.
     """
     (B, C, H, W), (D, _, ph, pw) = images.shape, weight.shape
+    gh, gw = -(-H // ph), -(-W // pw)
     grad, grad_images, grad_weight = grad.reshape(-1, D), None, None
     if mask[0]:
-        pixels = (grad @ weight.reshape(D, -1)).view(B, H // ph, W // pw, C, ph, pw)
-        grad_images = pixels.permute(0, 3, 1, 4, 2, 5).reshape(B, C, H, W)
+        pixels = (grad @ weight.reshape(D, -1)).view(B, gh, gw, C, ph, pw).permute(0, 3, 1, 4, 2, 5)
+        grad_images = pixels.reshape(B, C, gh * ph, gw * pw)[:, :, :H, :W].to(images.dtype).contiguous()
     if mask[1]:
-        rows = native.patch_rows(images, (ph, pw), dtype=weight.dtype, mean=mean, std=std)
-        grad_weight = (grad.t() @ rows.flatten(0, 1)).view(weight.shape)
+        grad_weight = (grad.t() @ rows()).view(weight.shape)
     return grad_images, grad_weight
 
 
@@ -302,23 +332,35 @@ def _patch_embed_backward_fake(grad, images, weight, pos_embed, prefix, mean, st
     )
 
 
-def _rows_stock(images, patch, dtype, mean, std):
-    images = [image if image.dtype in FLOATS else reference.normalise(image, mean, std, dtype) for image in images]
-    return torch.cat([reference.patch_rows(image[None], patch)[0] for image in images])
+def _image_rows_stock(images, patch, dtype, mean, std, order):
+    ph, pw = patch
+    like = images.new_empty(0, 0, ph, pw, dtype=dtype)
+    return reference.patch_rows(_as_floats(images, like, mean, std), patch, order)
 
 
-def _rows_cpu(images, patch, dtype, mean, std):
-    if dtype not in native.FLOATS or native.kernels() is None or any(i.dtype not in native.DTYPES for i in images):
-        return _rows_stock(images, patch, dtype, mean, std)
-    rows = _rows_fake(images, patch, dtype, mean, std)
-    for image, out in zip(images, rows.split([_patches(image, patch) for image in images]), strict=True):
-        native.patch_rows(image[None], patch, dtype=dtype, mean=mean, std=std, out=out[None])
-    return rows
+def _image_rows_cpu(images, patch, dtype, mean, std, order):
+    if not images.numel() or images.dtype not in native.DTYPES or dtype not in FLOATS[:3] or native.kernels() is None:
+        return _image_rows_stock(images, patch, dtype, mean, std, order)
+    return native.patch_rows(images, tuple(patch), order=order, dtype=dtype, mean=mean, std=std, pad=True)
 
 
-def _rows_fake(images, patch, dtype, mean, std):
-    total = sum(_patches(image, patch) for image in images)
-    return images[0].new_empty(total, images[0].shape[0] * patch[0] * patch[1], dtype=dtype)
+def _image_rows_kernel(images, patch, dtype, mean, std, order):
+    found, (B, C) = None, images.shape[:2]
+    if images.numel():
+        like = images.new_empty(0, C, *patch, dtype=dtype)
+        found = _launch.attempt(
+            "patch_embed", "patch_embed", images, lambda kernels: kernels.why_not(images, dtype),
+            (*shape_of(images, like), "rows"), True,
+            lambda kernels, config: kernels.rows(images, patch, dtype, mean, std, order),
+        )  # fmt: skip
+    if found is not None:
+        return found.view(B, patches_of(images, patch), -1)
+    return (_image_rows_stock if images.is_cuda else _image_rows_cpu)(images, patch, dtype, mean, std, order)
+
+
+def _image_rows_fake(images, patch, dtype, mean, std, order):
+    B, C = images.shape[:2]
+    return images.new_empty(B, patches_of(images, patch), C * patch[0] * patch[1], dtype=dtype)
 
 
 def _setup(ctx, inputs, output):
@@ -337,16 +379,19 @@ def _patch_embed_grad(ctx, grad):
 _patch_embed = _register.op(
     "patch_embed(Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix, Tensor? mean,"
     " Tensor? std) -> Tensor",
-    cpu=_patch_embed_cpu, cuda=_patch_embed_stock, fake=_patch_embed_fake, cpu_kernel="csrc/patch_rows_cpu.h",
+    cpu=_patch_embed_kernel if _launch.INTERPRETED else _patch_embed_cpu, cuda=_patch_embed_kernel,
+    fake=_patch_embed_fake, cpu_kernel="csrc/patch_rows_cpu.h", cuda_kernel="patch_embed",
 )  # fmt: skip
 _patch_embed_backward = _register.op(
     "patch_embed_backward(Tensor grad, Tensor images, Tensor weight, Tensor? pos_embed, Tensor? prefix, Tensor? mean,"
     " Tensor? std, bool[] mask) -> (Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)",
     cpu=_patch_embed_grads, cuda=_patch_embed_grads, fake=_patch_embed_backward_fake,
+    cuda_kernel="patch_embed_backward",
 )  # fmt: skip
 _register.autograd("patch_embed", setup_context=_setup, backward=_patch_embed_grad)
-# for images of different sizes; without a gradient, which only images need: stock operators have it
-_patch_rows = _register.op(
-    "patch_rows(Tensor[] images, int[] patch, ScalarType dtype, Tensor? mean, Tensor? std) -> Tensor",
-    cpu=_rows_cpu, cuda=_rows_stock, fake=_rows_fake, cpu_kernel="csrc/patch_rows_cpu.h",
+# without a gradient, which only images need: stock operators have it
+_image_rows = _register.op(
+    "image_rows(Tensor images, int[] patch, ScalarType dtype, Tensor? mean, Tensor? std, str order) -> Tensor",
+    cpu=_image_rows_kernel if _launch.INTERPRETED else _image_rows_cpu, cuda=_image_rows_kernel, fake=_image_rows_fake,
+    cpu_kernel="csrc/patch_rows_cpu.h", cuda_kernel="patch_embed",
 )  # fmt: skip

@@ -1,0 +1,8 @@
+// Number types of tensors, as vitfast/native.py counts them.
+#pragma once
+
+namespace vitfast {
+
+enum class DType { fp32, bf16, fp16, uint8 };
+
+}  // namespace vitfast

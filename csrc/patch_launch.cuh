@@ -1,0 +1,106 @@
+// What has to be known before a kernel starts: the device, what may be read at once, whether it fits.
+#pragma once
+
+#include <cstdint>
+
+#include "device.cuh"
+#include "patch_embed.cuh"
+#include "patch_embed.h"
+#include "patch_rows.cuh"
+
+namespace vitfast {
+namespace {
+
+// The current device of this thread, put back at the end.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    error = cudaGetDevice(&before);
+    if (error == cudaSuccess && device != before) error = cudaSetDevice(device);
+    // or the next call would report it
+    if (error != cudaSuccess) cudaGetLastError();
+  }
+  ~OnDevice() {
+    int now = before;
+    if (cudaGetDevice(&now) == cudaSuccess && now != before) cudaSetDevice(before);
+  }
+  OnDevice(const OnDevice&) = delete;
+
+  cudaError_t error;
+
+ private:
+  int before = 0;
+};
+
+inline int bytes_of(DType dtype) { return dtype == DType::fp32 ? 4 : dtype == DType::uint8 ? 1 : 2; }
+
+inline bool aligned(const void* address, int64_t bytes) { return reinterpret_cast<uintptr_t>(address) % bytes == 0; }
+
+// Whether `side` pixels load together in all images; see loads_together.
+inline bool all_load_together(const ImagesArgs& args, int64_t side, int64_t step) {
+  const auto together = [&](const PatchGeometry& g, const void* data) {
+    return loads_together(g, reinterpret_cast<uintptr_t>(data), bytes_of(args.dtype), side, step);
+  };
+  if (args.packed.empty()) return together(args.geometry, args.data);
+  for (const PackedImage& image : args.packed)
+    if (!together(geometry_of(args.geometry, image), image.data)) return false;
+  return true;
+}
+
+inline Images images_of(const ImagesArgs& args) {
+  Images images;
+  images.g = args.geometry;
+  images.data = static_cast<const char*>(args.packed.empty() ? args.data : args.packed[0].data);
+  images.dtype = args.dtype;
+  images.bytes = bytes_of(args.dtype);
+  images.mean = args.mean, images.std = args.std;
+  images.packed = args.packed.empty() ? nullptr : args.packed_on_device;
+  images.count = args.packed.empty() ? args.B : static_cast<int64_t>(args.packed.size());
+  images.patches = args.patches;
+  images.K = static_cast<int>(columns(args.geometry));
+  const bool chw = args.geometry.order == PatchOrder::chw;
+  images.together = chw && all_load_together(args, 4, 1) ? 4 : chw && all_load_together(args, 2, 1) ? 2 : 1;
+  return images;
+}
+
+// A program decodes columns in 32 bits, and a grid counts its programs in 31.
+inline bool fits(const ImagesArgs& args, int64_t programs) {
+  return columns(args.geometry) < (int64_t{1} << 30) && programs < (int64_t{1} << 31);
+}
+
+// How many bytes of the weight's rows may be copied at once.
+inline int copied_bytes(const PatchEmbedArgs& args) {
+  const int64_t row = columns(args.images.geometry) * bytes_of(args.dtype);
+  for (int bytes : {16, 8, 4})
+    if (row % bytes == 0 && aligned(args.weight, bytes)) return bytes;
+  return 2;
+}
+
+inline bool reads_wide(const PatchEmbedArgs& args) {
+  const bool all_aligned = aligned(args.bias, 16) && aligned(args.positions, 16) && aligned(args.prefix, 16) &&
+                           aligned(args.prefix_positions, 16) && aligned(args.tokens, 16);
+  return args.D % CHUNK == 0 && args.prefix_image % CHUNK == 0 && all_aligned;
+}
+
+inline Embedding embedding_of(const PatchEmbedArgs& args) {
+  return {images_of(args.images), static_cast<const char*>(args.weight), copied_bytes(args), args.bias, args.D, args.dtype,
+          args.positions, args.positions_dtype, args.prefix, args.prefix_image, args.prefix_positions, args.prefix_dtype,
+          args.tokens, args.tokens_dtype, 0, reads_wide(args)};
+}
+
+inline Rows rows_of(const PatchRowsOnGpuArgs& args) {
+  const int64_t K = columns(args.images.geometry);
+  return {images_of(args.images), args.rows, K % CHUNK == 0 && aligned(args.rows, 16), (K + CHUNK - 1) / CHUNK};
+}
+
+template <class Product, class Pixels>
+cudaError_t embed_with(const PatchEmbedArgs& args, Embedding a) {
+  const int64_t down = (a.images.patches + Product::ROWS - 1) / Product::ROWS;
+  a.tiles_across = (a.D + Product::COLUMNS - 1) / Product::COLUMNS;
+  if (!fits(args.images, down * a.tiles_across)) return cudaErrorInvalidValue;
+  return start(embed_patches<Product, Pixels>, down * a.tiles_across, Product::THREADS,
+               Plan<Product, Pixels>::shared_bytes(a.images.g.C), args.stream, a);
+}
+
+}  // namespace
+}  // namespace vitfast

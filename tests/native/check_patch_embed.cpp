@@ -1,0 +1,124 @@
+// The kernels of patch embedding, run on the host, beside plain loops in double: random sizes, patches, strides and
+// number types, with memory that is exactly as large as it has to be. A few of each kind: every reader of pixels, every
+// way to multiply. An argument is how many trials.
+#include "patch_launch.cuh"
+
+#include <cmath>
+
+#include "random_layout.h"
+
+using namespace vitfast;
+
+namespace {
+
+int bytes_in(DType dtype) { return dtype == DType::fp32 ? 4 : dtype == DType::uint8 ? 1 : 2; }
+
+// numbers of a type in memory of their own
+struct Numbers {
+  DType dtype;
+  int64_t count;
+  char* memory;
+
+  Numbers(DType dtype, int64_t count) : dtype(dtype), count(count), memory(new char[count * bytes_in(dtype)]) {}
+  Numbers(const Numbers&) = delete;
+  ~Numbers() { delete[] memory; }
+
+  void fill(double scale) {
+    for (int64_t i = 0; i < count; ++i) {
+      const float x = static_cast<float>(scale * draw(-1000, 1000) / 1000);
+      if (dtype == DType::uint8) memory[i] = static_cast<char>(draw(0, 255));
+      if (dtype == DType::fp32) std::memcpy(memory + 4 * i, &x, 4);
+      const uint16_t half = dtype == DType::fp16 ? rounded(x, Half{}) : rounded(x, Bf16{});
+      if (bytes_in(dtype) == 2) std::memcpy(memory + 2 * i, &half, 2);
+    }
+  }
+
+  double at(int64_t i) const {
+    REQUIRE(i >= 0 && i < count, "number %ld of %ld", (long)i, (long)count);
+    if (dtype == DType::uint8) return static_cast<uint8_t>(memory[i]);
+    float x = 0;
+    uint16_t half = 0;
+    if (dtype == DType::fp32) std::memcpy(&x, memory + 4 * i, 4);
+    if (bytes_in(dtype) == 2) std::memcpy(&half, memory + 2 * i, 2);
+    if (dtype == DType::fp16) x = to_float(Half{half});
+    if (dtype == DType::bf16) x = to_float(Bf16{half});
+    return x;
+  }
+};
+
+struct Case {
+  PatchGeometry g;
+  int64_t B, D, span;
+  DType from;
+};
+
+// `side`: a multiple of the patch's width and of the image's; `channels` at least; channels side by side or apart
+Case drawn(DType from, int64_t side, bool interleaved, bool any_layout) {
+  Case c;
+  const int64_t pw = side * draw(1, side == 1 ? 6 : 2), ph = draw(1, 5), gw = draw(1, 6), gh = draw(1, 6);
+  const int64_t cut_x = draw(0, 1) ? side * draw(0, pw / side - 1) : 0;
+  c.B = draw(1, 3), c.D = draw(0, 1) ? 8 * draw(1, 20) : draw(1, 90), c.from = from;
+  const std::vector<int64_t> sizes{c.B, interleaved ? 3 : draw(1, 3), gh * ph - draw(0, ph - 1), gw * pw - cut_x};
+  std::vector<int64_t> strides;
+  if (any_layout) {
+    c.span = lay_out(sizes, random_order(4), draw(0, 1), strides);
+  } else {
+    c.span = lay_out(sizes, interleaved ? std::vector<int>{1, 3, 2, 0} : std::vector<int>{3, 2, 1, 0}, false, strides);
+  }
+  c.g = {sizes[1], sizes[2], sizes[3], ph, pw, draw(0, 2), PatchOrder::chw, strides[0], strides[1], strides[2], strides[3]};
+  return c;
+}
+
+template <class Product, class Pixels>
+void check(const Case& c, DType dtype, DType to) {
+  const PatchGeometry& g = c.g;
+  const int64_t N = grid_height(g) * grid_width(g), K = columns(g), P = g.P;
+  Numbers images(c.from, c.span), weight(dtype, c.D * K), bias(dtype, c.D), positions(DType::fp32, N * c.D);
+  Numbers prefix(dtype, P * c.D), mean(DType::fp32, g.C), std(DType::fp32, g.C), tokens(to, c.B * (P + N) * c.D);
+  images.fill(1), weight.fill(0.2), bias.fill(1), positions.fill(1), prefix.fill(1), mean.fill(0.5);
+  for (int64_t i = 0; i < g.C; ++i) reinterpret_cast<float*>(std.memory)[i] = 0.25f + 0.125f * static_cast<float>(i % 3);
+  const bool normalises = c.from == DType::uint8;
+  const float *const m = reinterpret_cast<float*>(mean.memory), *const s = reinterpret_cast<float*>(std.memory);
+  const ImagesArgs given{g, images.memory, c.B, c.from, normalises ? m : nullptr, normalises ? s : nullptr, {}, nullptr, c.B * N};
+  const PatchEmbedArgs args{given, weight.memory, bias.memory, c.D, dtype, positions.memory, DType::fp32,
+                            P ? prefix.memory : nullptr, 0, nullptr, dtype, tokens.memory, to, 0, 0, nullptr};
+  REQUIRE((embed_with<Product, Pixels>(args, embedding_of(args)) == cudaSuccess), "it did not start");
+
+  const double eps = to == DType::fp32 && dtype == DType::fp32 ? 1e-5 : dtype == DType::bf16 ? 2e-2 : 3e-3;
+  for (int64_t b = 0; b < c.B; ++b)
+    for (int64_t n = 0; n < P + N; ++n)
+      for (int64_t d = 0; d < c.D; ++d) {
+        double sum = n < P ? prefix.at(n * c.D + d) : bias.at(d) + positions.at((n - P) * c.D + d);
+        for (int64_t k = 0; n >= P && k < K; ++k) {
+          const Pixel p = pixel_at(g, {b * rows_per_image(g) + n, k});
+          if (!in_image(g, p)) continue;
+          double x = images.at(offset_of(g, p));
+          if (normalises) x = (x / 255 - m[p.c]) / s[p.c];
+          sum += x * weight.at(d * K + k);
+        }
+        const double got = tokens.at((b * (P + N) + n) * c.D + d);
+        REQUIRE(std::fabs(got - sum) <= eps * (2 + std::fabs(sum)), "image %ld token %ld column %ld: %g, expected %g", (long)b,
+                (long)n, (long)d, got, sum);
+      }
+}
+
+template <class T, class Product>
+void check_all(DType dtype) {
+  const auto to = [&] { return draw(0, 1) ? dtype : DType::fp32; };
+  check<Product, PlanarPixels<uint8_t, T, Product::ROWS, Product::THREADS>>(drawn(DType::uint8, 16, false, false), dtype, to());
+  check<Product, PlanarPixels<T, T, Product::ROWS, Product::THREADS>>(drawn(dtype, 8, false, false), dtype, to());
+  check<Product, InterleavedPixels<uint8_t, T, Product::ROWS, Product::THREADS>>(drawn(DType::uint8, 16, true, false), dtype, to());
+  const DType any = std::vector<DType>{DType::uint8, DType::fp16, DType::bf16, DType::fp32}[draw(0, 3)];
+  check<Product, ScatteredPixels<T, Product::ROWS, Product::THREADS>>(drawn(any, draw(1, 2), false, true), dtype, to());
+}
+
+}  // namespace
+
+int main(int count, char** words) {
+  for (int trial = 0; trial < (count > 1 ? std::atoi(words[1]) : 3); ++trial) {
+    check_all<Half, WarpProduct<Half, 64, 64, 2, 2>>(DType::fp16);
+    check_all<Bf16, GroupProduct<Bf16>>(DType::bf16);
+    check<FloatProduct, ScatteredPixels<float, 64, 128>>(drawn(DType::fp32, 4, false, true), DType::fp32, DType::fp32);
+  }
+  std::puts("ok");
+}
