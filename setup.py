@@ -3,7 +3,7 @@
 All metadata is in pyproject.toml. Environment variables:
 
     VITFAST_BUILD_CUDA   1: with the CUDA part, else an error; 0: without it; auto (default): where there is nvcc
-    VITFAST_CUDA_ARCHS   what nvcc compiles for, "80;90a;100+PTX" by default; +PTX adds code for newer cards
+    VITFAST_CUDA_ARCHS   what nvcc compiles for, "80+PTX;90a;100+PTX" by default; +PTX adds code for newer cards
     CXX, NVCC            compilers to use
 
 A compiler that is missing or fails costs one clear line and the part it would have built. What was built, and why the
@@ -58,6 +58,9 @@ def gencodes() -> list[str]:
         options.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if ptx:
             options.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    chosen = {option.rpartition("code=sm_")[2] for option in options}
+    if {"90", "90a"} <= chosen:
+        sys.exit("vitfast: VITFAST_CUDA_ARCHS has 90 and 90a, of which a card would run either; 90a is for all of 9.0")
     return options
 
 

@@ -33,7 +33,12 @@ TENSOR_MEMORY = 512
 WIDE = 16
 # of setup.py's architectures, by ours; code for sm_80 runs on sm_89
 CUDA_ARCHS = {80: "80", 90: "90a", 100: "100"}
-NVCC_FLAGS = ("-O3", "-std=c++17", "-Xptxas", "-v")
+NVCC_FLAGS = ("-O3", "-std=c++17", "-Xptxas", "-v", "-Werror", "all-warnings")
+# instructions of the machine that say where a kernel spends its time
+SASS = {
+    "HGMMA": r"HGMMA", "HMMA": r"HMMA", "LDG 16": r"LDG\.E\S*\.128", "LDGSTS 16": r"LDGSTS\.E\S*\.128",
+    "local": r"(?:LDL|STL)\b",
+}  # fmt: skip
 NO_NVCC = "nvcc was not found (NVCC names it, or put it on the PATH)"
 
 Row = dict[str, Any]
@@ -194,12 +199,46 @@ def cuda_rows(source: str, arch: int) -> dict[str, Row]:
         (ptx,) = Path(folder).glob("*.ptx")
         # what comes before the first kernel is none
         parts = re.split(r"\.entry (\w+)", ptx.read_text())[1:]
+        sass = _sass(Path(folder) / "kernels.cubin")
     code = dict(zip(parts[::2], parts[1::2], strict=True))
     rows = {}
-    for kernel, memory in _said_by_ptxas(done.stderr).items():
+    for kernel, memory in sorted(_said_by_ptxas(done.stderr).items()):
+        if STUB.search(code[kernel]):
+            continue
+        if dynamic := re.search(r"// dynamic shared memory: (\d+)", code[kernel]):
+            memory["shared"] += int(dynamic.group(1))
         found = Found(**memory, **_instructions(code[kernel]))
-        rows[f"{key} {kernel}"] = _described(found, _memory(found, arch))
+        row = _described(found, _memory(found, arch) + _refused_sass(sass[kernel]))
+        rows[f"{key} {readable(kernel)}"] = row | {"sass": _listed(sass[kernel])}
     return rows or {key: {"kernels": 0}}
+
+
+# a kernel for another architecture
+STUB = re.compile(r"\btrap;")
+
+
+def readable(kernel: str) -> str:
+    """The name of a kernel as its source has it; as the compiler has it where there is no c++filt."""
+    if shutil.which("c++filt") is None:
+        return kernel
+    name = subprocess.run(["c++filt", kernel], capture_output=True, text=True).stdout.strip()
+    name = re.sub(r"vitfast::|\(anonymous namespace\)::|^void ", "", name)
+    return re.sub(r"\([^()]*\)$", "", name).replace(" >", ">").replace("unsigned char", "uint8_t")
+
+
+def _sass(cubin: Path) -> dict[str, dict[str, int]]:
+    """How often which of `SASS` stands in the machine code of each kernel."""
+    command = [knobs.nvidia.cuobjdump.path, "--dump-sass", str(cubin)]
+    said = subprocess.run(command, capture_output=True, text=True).stdout
+    parts = re.split(r"Function : (\w+)", said)[1:]
+    return {
+        kernel: {name: n for name, pattern in SASS.items() if (n := len(re.findall(pattern, text)))}
+        for kernel, text in zip(parts[::2], parts[1::2], strict=True)
+    }
+
+
+def _refused_sass(counts: dict[str, int]) -> list[str]:
+    return [f"{counts['local']} accesses to local memory"] if "local" in counts else []
 
 
 def nvcc_release() -> str | None:

@@ -55,11 +55,22 @@ int rows(const ImagesGiven& images, const Tensor& out, const Place& place) {
   return patch_rows_on_gpu(args);
 }
 
+int gradient(const ImagesGiven& images, const Tensor& grad, int64_t D, uintptr_t parts, int64_t splits, uintptr_t weight_grad,
+             const Place& place) {
+  const WeightGradientArgs args{images_of(images), pointer(std::get<0>(grad)), D, static_cast<DType>(std::get<1>(grad)),
+                                static_cast<float*>(const_cast<void*>(pointer(parts))), splits,
+                                const_cast<void*>(pointer(weight_grad)), std::get<0>(place),
+                                const_cast<void*>(pointer(std::get<1>(place)))};
+  py::gil_scoped_release release;
+  return weight_gradient(args);
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
   m.def("patch_embed", &embed, "Starts the kernel; returns a cudaError_t.");
   m.def("patch_rows", &rows, "Starts the kernel; returns a cudaError_t.");
+  m.def("weight_gradient", &gradient, "Starts two kernels; returns a cudaError_t.");
   m.def("cuda_error_text", &cuda_error_text);
   m.def("tiles", [] {
     std::vector<std::tuple<int, int, bool, bool>> found;

@@ -19,6 +19,19 @@ struct alignas(8) Bytes8 {
   uint32_t word[2];
 };
 
+#ifdef __CUDACC__
+#define VITFAST_BOTH __host__ __device__ __forceinline__
+#else
+#define VITFAST_BOTH inline
+#endif
+
+// wgmma's word for a matrix of 16 columns in shared memory, from byte `start` on, without a swizzle: 8 rows of 8 numbers
+// lie side by side in 128 bytes, the next 8 rows follow, and the other 8 columns lie `across` bytes behind. All in units of 16
+// bytes (PTX ISA, "Matrix descriptor": bits 0 the start, 16 the distance along the columns, 32 that along the rows).
+VITFAST_BOTH uint64_t matrix_descriptor(uint32_t start, int across) {
+  return (start >> 4 & 0x3fff) | static_cast<uint64_t>(across >> 4) << 16 | static_cast<uint64_t>(128 >> 4) << 32;
+}
+
 }  // namespace vitfast
 
 #ifndef __CUDACC__
@@ -28,6 +41,10 @@ struct alignas(8) Bytes8 {
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+
+#include <map>
+#include <mutex>
+#include <utility>
 
 // wgmma exists for 9.0 with its own features only; code for other cards has no body there
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -98,6 +115,12 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(left) : "memory");
 }
 
+// for who reads the code: what a launch will ask for stands nowhere else in it
+template <int bytes>
+__device__ __forceinline__ void note_shared_bytes() {
+  asm volatile("// dynamic shared memory: %0" ::"n"(bytes));
+}
+
 // the kernel fails, and with it everything of this process on the device
 __device__ __forceinline__ void stop() { __trap(); }
 
@@ -106,6 +129,15 @@ __device__ __forceinline__ void stop() { __trap(); }
 __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row) {
   const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(from)
+               : "memory");
+}
+
+// the same of transposed matrices: lane i gets column i / 4
+__device__ __forceinline__ void load_transposed(uint32_t (&to)[4], const void* row) {
+  const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                : "r"(from)
                : "memory");
@@ -139,11 +171,8 @@ __device__ __forceinline__ void wait_for_wgmma() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(left) : "memory");
 }
 
-// A matrix of 16 columns as wgmma reads it without a swizzle: 8 rows of 8 numbers lie side by side, the next 8 rows
-// follow, and the other 8 columns lie `across` bytes behind.
 __device__ __forceinline__ uint64_t described(const char* matrix, int across) {
-  const uint64_t start = static_cast<uint32_t>(__cvta_generic_to_shared(matrix)) >> 4;
-  return (start & 0x3fff) | static_cast<uint64_t>(across >> 4) << 16 | static_cast<uint64_t>(128 >> 4) << 32;
+  return matrix_descriptor(static_cast<uint32_t>(__cvta_generic_to_shared(matrix)), across);
 }
 
 #define VITFAST_SUMS_4(i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
@@ -182,14 +211,42 @@ __device__ __forceinline__ void keep_in_place(float& sum) { asm volatile("" : "+
 
 #endif  // VITFAST_WGMMA
 
-// Starts `kernel`; a block may have up to `shared` bytes of shared memory that are asked for here.
+// a kernel that only stops has fewer, one that does something more
+constexpr int FEWEST_REGISTERS = 8;
+
+// Bytes of dynamic shared memory that a block of `kernel` may have on the current device, where that is asked for; once
+// for each of them, since another thread may start the same kernel with more.
+inline cudaError_t most_shared(const void* kernel, int* most) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, int> known;
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device)) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find({kernel, device});
+  if (found != known.end()) {
+    *most = found->second;
+    return cudaSuccess;
+  }
+  cudaFuncAttributes has;
+  if (const cudaError_t error = cudaFuncGetAttributes(&has, kernel)) return error;
+  // the code that the driver chose for this card has no body for this tile
+  if (has.numRegs < FEWEST_REGISTERS) return cudaErrorInvalidDeviceFunction;
+  if (const cudaError_t error = cudaDeviceGetAttribute(most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) return error;
+  *most -= static_cast<int>(has.sharedSizeBytes);
+  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, *most)) return error;
+  known[{kernel, device}] = *most;
+  return cudaSuccess;
+}
+
 template <class Args>
 inline cudaError_t start(void (*kernel)(Args), int64_t blocks, int threads, int shared, void* stream, const Args& args) {
-  // a card that has less says so here
-  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared)) {
+  int most = 0;
+  if (const cudaError_t error = most_shared(reinterpret_cast<const void*>(kernel), &most)) {
+    // or the next call would report it
     cudaGetLastError();
     return error;
   }
+  if (shared > most) return cudaErrorInvalidValue;
   kernel<<<static_cast<unsigned>(blocks), threads, shared, static_cast<cudaStream_t>(stream)>>>(args);
   return cudaGetLastError();
 }

@@ -1,6 +1,7 @@
 #include "patch_embed.h"
 
 #include "patch_embed.cuh"
+#include "patch_gradient.cuh"
 #include "patch_launch.cuh"
 #include "patch_rows.cuh"
 
@@ -43,6 +44,21 @@ cudaError_t embed_half(const PatchEmbedArgs& args, const Embedding& a) {
   return cudaErrorInvalidValue;
 }
 
+template <class T>
+cudaError_t gradient_by(const WeightGradientArgs& args) {
+  const Gradient a = gradient_of(args);
+  constexpr int ROWS = PATCHES_OF_STEP, THREADS = GRADIENT_THREADS;
+  const bool chw = a.images.K % CHUNK == 0 && a.images.g.order == PatchOrder::chw;
+  if (a.images.dtype == DType::uint8 && chw) {
+    if (all_load_together(args.images, SIDE<uint8_t>, 1)) return gradient_with<T, PlanarPixels<uint8_t, T, ROWS, THREADS>>(args, a);
+    if (a.images.g.C == 3 && all_load_together(args.images, SIDE<uint8_t>, 3))
+      return gradient_with<T, InterleavedPixels<uint8_t, T, ROWS, THREADS>>(args, a);
+  }
+  if (a.images.dtype == args.dtype && chw && all_load_together(args.images, SIDE<T>, 1))
+    return gradient_with<T, PlanarPixels<T, T, ROWS, THREADS>>(args, a);
+  return gradient_with<T, ScatteredPixels<T, ROWS, THREADS>>(args, a);
+}
+
 }  // namespace
 
 std::vector<Tile> tiles() {
@@ -70,6 +86,14 @@ int patch_rows_on_gpu(const PatchRowsOnGpuArgs& args) {
   if (args.dtype == DType::fp16) return start(write_patch_rows<Half>, blocks, ROWS_THREADS, shared, args.stream, a);
   if (args.dtype == DType::bf16) return start(write_patch_rows<Bf16>, blocks, ROWS_THREADS, shared, args.stream, a);
   return start(write_patch_rows<float>, blocks, ROWS_THREADS, shared, args.stream, a);
+}
+
+int weight_gradient(const WeightGradientArgs& args) {
+  const OnDevice on(args.device);
+  if (on.error != cudaSuccess) return on.error;
+  if (args.dtype == DType::fp16) return gradient_by<Half>(args);
+  if (args.dtype == DType::bf16) return gradient_by<Bf16>(args);
+  return cudaErrorInvalidValue;
 }
 
 std::string cuda_error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

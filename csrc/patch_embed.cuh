@@ -360,13 +360,17 @@ struct Plan {
   // sums take the place of the stages at the end
   static constexpr int PITCH = Product::COLUMNS + 4, SUMS = Product::ROWS * PITCH * 4;
   static constexpr int TILES = STAGES * STAGE > SUMS ? STAGES * STAGE : SUMS;
-  static int shared_bytes(int64_t C) { return TILES + sizeof(TileRows<Product::ROWS>) + static_cast<int>(C) * 8; }
+  // and behind them two numbers for each channel
+  static constexpr int SHARED = TILES + static_cast<int>(sizeof(TileRows<Product::ROWS>)), OF_CHANNEL = 8;
+  // what a block may have on 8.9, and on 9.0
+  static_assert(SHARED + MOST_CHANNELS * OF_CHANNEL <= (Product::by_wgmma ? 227 : 99) << 10, "too much for a block");
 };
 
 template <class Product, class Pixels>
 __global__ void __launch_bounds__(Product::THREADS, Product::BLOCKS) embed_patches(const __grid_constant__ Embedding a) {
   if constexpr (COMPILED<Product>) {
     using P = Plan<Product, Pixels>;
+    note_shared_bytes<P::SHARED + 3 * P::OF_CHANNEL>();
     constexpr int CHUNKS = P::CHUNKS, STAGES = P::STAGES, AHEAD = P::AHEAD;
     char* const memory = shared_memory();
     auto& rows = *reinterpret_cast<TileRows<Product::ROWS>*>(memory + P::TILES);

@@ -1,5 +1,5 @@
 // The CUDA kernels of patch embedding. No CUDA type in here, so that bindings.cpp needs no toolkit; sizes and strides in
-// elements. Each call starts one kernel on args.stream of args.device, leaves the current device as it was, and returns
+// elements. Each call starts its kernels on args.stream of args.device, leaves the current device as it was, and returns
 // a cudaError_t: 0, or why nothing was started.
 #pragma once
 
@@ -54,6 +54,19 @@ struct PatchRowsOnGpuArgs {
   void* stream;
 };
 
+// The gradient of the projection's weight, in two kernels. The second adds up what the first leaves in `parts`.
+struct WeightGradientArgs {
+  ImagesArgs images;
+  const void* grad;  // of the tokens, [B, P + N, D] or [sum of P + N_i, D], contiguous, in `dtype`: bf16 or fp16
+  int64_t D;
+  DType dtype;
+  float* parts;  // [splits, D, C * ph * pw]
+  int64_t splits;
+  void* weight_grad;  // [D, C * ph * pw], contiguous, in `dtype`
+  int device;
+  void* stream;
+};
+
 // A way to cut the tokens [patches, D] into tiles of programs.
 struct Tile {
   int rows, columns;
@@ -64,6 +77,7 @@ struct Tile {
 std::vector<Tile> tiles();
 int patch_embed(const PatchEmbedArgs& args);
 int patch_rows_on_gpu(const PatchRowsOnGpuArgs& args);
+int weight_gradient(const WeightGradientArgs& args);
 std::string cuda_error_text(int error);
 
 }  // namespace vitfast

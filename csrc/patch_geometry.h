@@ -128,10 +128,13 @@ VITFAST_HOST_DEVICE inline int64_t offset_of(const PatchGeometry& g, const Pixel
   return p.b * g.image + p.c * g.channel + p.y * g.y + p.x * g.x;
 }
 
-// Patch m of all images, counted without prefix rows.
+// Patch m of all images, counted without prefix rows. A GPU divides by 32 bits in a fraction of the time.
 VITFAST_HOST_DEVICE inline Patch patch_at(const PatchGeometry& g, int64_t m) {
-  const int64_t N = grid_height(g) * grid_width(g);
-  return patch_of(g, m / N, m % N);
+  const int64_t width = grid_width(g), N = grid_height(g) * width;
+  if (m >= INT32_MAX || N >= INT32_MAX) return patch_of(g, m / N, m % N);
+  const uint32_t b = static_cast<uint32_t>(m) / static_cast<uint32_t>(N);
+  const uint32_t number = static_cast<uint32_t>(m) % static_cast<uint32_t>(N), across = static_cast<uint32_t>(width);
+  return {b, number, number / across * g.ph, number % across * g.pw};
 }
 
 // Row of patch m, which belongs to image b.
@@ -165,6 +168,7 @@ VITFAST_HOST_DEVICE inline bool loads_together(const PatchGeometry& g, uint64_t 
                                                int64_t step) {
   const int64_t width = side * step * bytes < 16 ? side * step * bytes : 16;
   const bool interleaved = step != 1;
+  if (side * step * bytes % width) return false;
   if (g.pw % side || g.W % side || g.x != step || (interleaved && (g.channel != 1 || g.C != step))) return false;
   const int64_t between = interleaved ? 0 : g.channel;
   return !(address % width || g.image * bytes % width || g.y * bytes % width || between * bytes % width);

@@ -6,6 +6,7 @@
 #include "device.cuh"
 #include "patch_embed.cuh"
 #include "patch_embed.h"
+#include "patch_gradient.cuh"
 #include "patch_rows.cuh"
 
 namespace vitfast {
@@ -65,7 +66,7 @@ inline Images images_of(const ImagesArgs& args) {
 
 // A program decodes columns in 32 bits, and a grid counts its programs in 31.
 inline bool fits(const ImagesArgs& args, int64_t programs) {
-  return columns(args.geometry) < (int64_t{1} << 30) && programs < (int64_t{1} << 31);
+  return columns(args.geometry) < (int64_t{1} << 29) && programs < (int64_t{1} << 31);
 }
 
 // How many bytes of the weight's rows may be copied at once.
@@ -93,13 +94,41 @@ inline Rows rows_of(const PatchRowsOnGpuArgs& args) {
   return {images_of(args.images), args.rows, K % CHUNK == 0 && aligned(args.rows, 16), (K + CHUNK - 1) / CHUNK};
 }
 
+inline Gradient gradient_of(const WeightGradientArgs& args) {
+  Gradient a{};
+  a.images = images_of(args.images);
+  a.grad = static_cast<const char*>(args.grad);
+  a.D = args.D;
+  a.wide = args.D % CHUNK == 0 && aligned(args.grad, 16);
+  a.parts = args.parts;
+  const int64_t steps = (args.images.patches + PATCHES_OF_STEP - 1) / PATCHES_OF_STEP;
+  a.steps = (steps + args.splits - 1) / args.splits;
+  return a;
+}
+
+template <class T, class Pixels>
+cudaError_t gradient_with(const WeightGradientArgs& args, Gradient a) {
+  using P = GradientPlan<T, Pixels>;
+  a.tiles_down = (a.D + GRAD_CHUNKS * CHUNK - 1) / (GRAD_CHUNKS * CHUNK);
+  a.tiles_across = (a.images.K + P::CHUNKS * CHUNK - 1) / (P::CHUNKS * CHUNK);
+  const int64_t programs = a.tiles_down * a.tiles_across * args.splits, count = a.D * a.images.K;
+  const int64_t blocks = (count + SUM_THREADS - 1) / SUM_THREADS;
+  if (args.splits < 1 || !fits(args.images, programs) || !fits(args.images, blocks)) return cudaErrorInvalidValue;
+  const int shared = P::SHARED + static_cast<int>(a.images.g.C) * P::OF_CHANNEL;
+  const cudaError_t error =
+      start(sum_weight_gradient<T, Pixels>, programs, GRADIENT_THREADS, shared, args.stream, a);
+  if (error != cudaSuccess) return error;
+  return start(add_parts<T>, blocks, SUM_THREADS, 0, args.stream, Parts{args.parts, args.splits, count, args.weight_grad});
+}
+
 template <class Product, class Pixels>
 cudaError_t embed_with(const PatchEmbedArgs& args, Embedding a) {
   const int64_t down = (a.images.patches + Product::ROWS - 1) / Product::ROWS;
   a.tiles_across = (a.D + Product::COLUMNS - 1) / Product::COLUMNS;
   if (!fits(args.images, down * a.tiles_across)) return cudaErrorInvalidValue;
-  return start(embed_patches<Product, Pixels>, down * a.tiles_across, Product::THREADS,
-               Plan<Product, Pixels>::shared_bytes(a.images.g.C), args.stream, a);
+  using P = Plan<Product, Pixels>;
+  const int shared = P::SHARED + static_cast<int>(a.images.g.C) * P::OF_CHANNEL;
+  return start(embed_patches<Product, Pixels>, down * a.tiles_across, Product::THREADS, shared, args.stream, a);
 }
 
 }  // namespace

@@ -9,6 +9,9 @@
 namespace vitfast {
 namespace {
 
+// whose constants find a place beside everything else, on every card
+constexpr int MOST_CHANNELS = 1024;
+
 // ImagesArgs as kernels take it.
 struct Images {
   PatchGeometry g;
@@ -122,6 +125,7 @@ class PlanarPixels {
  public:
   using From = Source;
   static constexpr int interleaved_side = 0;
+  static constexpr bool one_by_one = false;
 
   template <int CHUNKS>
   class Loader {
@@ -182,6 +186,7 @@ class InterleavedPixels {
  public:
   using From = Source;
   static constexpr int interleaved_side = SIDE<From>;
+  static constexpr bool one_by_one = false;
 
   template <int CHUNKS>
   class Loader {
@@ -312,6 +317,7 @@ template <class T, int ROWS, int THREADS>
 class ScatteredPixels {
  public:
   static constexpr int interleaved_side = 0;
+  static constexpr bool one_by_one = true;
 
   template <int CHUNKS>
   class Loader {

@@ -89,8 +89,9 @@ def kernels_on_host(folder):
         if not target.exists():
             includes = [pybind11.get_include(), sysconfig.get_path("include"), CSRC, PROGRAMS]
             sources = [PROGRAMS / "cuda_kernels_on_host.cpp", CSRC / "bindings_cuda.cpp"]
-            command = [*find_compiler().split(), *HOST_FLAGS, "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-x", "c++"]
-            built = _run([*command, *(f"-I{path}" for path in includes), *sources, "-o", target])
+            flags = [*HOST_FLAGS, "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-x", "c++"]
+            flags += [f"-I{path}" for path in includes]
+            built = _run([*find_compiler().split(), *flags, *sources, "-o", target])
             assert built.returncode == 0, built.stderr
     spec = importlib.util.spec_from_file_location("cuda_kernels_on_host", target)
     module = importlib.util.module_from_spec(spec)

@@ -258,7 +258,7 @@ def test_a_cuda_kernel_that_spills_passes(tmp_path, monkeypatch):
         return
     for arch in CUDA_ARCHS:
         rows = {key.split()[-1]: row for key, row in cuda_rows(str(file), arch).items()}
-        fine, spilling = rows["_Z4fineP6float4"], rows["_Z8spillingPf"]
+        fine, spilling = rows["fine"], rows["spilling"]
         assert "refused" not in fine and fine["shared"] == 4096 and "1 ld 16" in fine["loads"]
         assert spilling["registers"] <= 32 and spilling["refused"][0].startswith("spills: ")
     file.write_text("__global__ void broken() { nothing; }")

@@ -109,12 +109,18 @@ def report_of(package):
 CALL = (
     "import importlib.machinery as m, importlib.util as u, json, sys; "
     "s = u.spec_from_file_location('vitfast._C', sys.argv[1]); c = u.module_from_spec(s); s.loader.exec_module(c); "
-    "print(json.dumps([c.cpu_features(), c.probe_cuda() if hasattr(c, 'probe_cuda') else None]))"
+    "p = c.probe_cuda() if hasattr(c, 'probe_cuda') else None; "
+    "v = 0, [1, 3, 2, 2], [12, 4, 2, 1], [2, 2], 0, 0, 0, 0, 0, 1, [], 0; "
+    "e = c.cuda.patch_rows(v, (0, 0), (0, 0)) if p and p['error'] else 0; "
+    "print(json.dumps([c.cpu_features(), p, e, c.cuda.cuda_error_text(e) if e else '']))"
 )
 
 
 def call_extension(package):
-    """cpu_features() and probe_cuda() in a bare interpreter: no torch, no site-packages."""
+    """cpu_features() and probe_cuda() in a bare interpreter: no torch, no site-packages.
+
+    And what a kernel says that cannot start, for want of a device: an error, and its text.
+    """
     (file,) = package.glob("_C*.so")
     code, said = run(sys.executable, "-I", "-S", "-c", CALL, file)
     assert code == 0, said
@@ -129,7 +135,7 @@ def test_plain_install_in_an_empty_environment_fails_or_lacks_a_part(sdist, tmp_
     assert "built vitfast._C (" in line_of(said)
     (package,) = (tmp_path / "env").glob("lib/python*/site-packages/vitfast")
     assert report_of(package)["extension"] and report_of(package)["cuda"] == bool(NVCC)
-    features, probe = call_extension(package)
+    features, probe, error, text = call_extension(package)
     if Path("/proc/cpuinfo").exists():
         flags = Path("/proc/cpuinfo").read_text().split()
         for name, flag in (("avx2", "avx2"), ("avx512", "avx512bw"), ("avx512_bf16", "avx512_bf16"),
@@ -140,6 +146,7 @@ def test_plain_install_in_an_empty_environment_fails_or_lacks_a_part(sdist, tmp_
         assert {"sm_80", "sm_90a", "sm_100", "compute_80", "compute_100"} <= set(report_of(package)["archs"])
         assert probe["runtime_version"] > 0
         assert bool(probe["devices"]) == (probe["error"] == 0)
+        assert (error, text) == (probe["error"], probe["error_text"] if error else "")
     code, said = run(tmp_path / "env/bin/python", "-m", "pip", "uninstall", "-y", "vitfast")
     assert code == 0 and not package.exists(), "files stay behind"
 
@@ -161,7 +168,7 @@ def test_missing_nvcc_costs_more_than_the_cuda_part(name, builder, sdist, tmp_pa
     assert line.endswith(f"; no CUDA part: {why})"), line
     report = report_of(package)
     assert (report["extension"], report["cuda"], report["why_no_cuda"]) == (True, False, why)
-    features, probe = call_extension(package)
+    features, probe, *_ = call_extension(package)
     assert probe is None and isinstance(features, dict)
 
 

@@ -50,6 +50,12 @@ PLANTED = {
     "fence before wgmma": ("patch_embed.cuh", "show_to_wgmma();", ";", "address"),
     "stage filled too early": ("patch_embed.cuh", "STAGES<chunks> - 2", "STAGES<chunks> - 1", "thread"),
     "index of a fragment": ("patch_embed.cuh", "lane / 16 * 8 + lane % 8", "lane / 8 % 2 * 8 + lane % 8", "address"),
+    "index of a transposed fragment": (
+        "patch_gradient.cuh", "p + matrix / 2 * 8 + lane % 8", "p + matrix % 2 * 8 + lane % 8", "address"
+    ),
+    "rows found where they are read": (
+        "patch_gradient.cuh", "rows[(next + 1) % 2].find", "rows[next % 2].find", "thread"
+    ),
     "tail of the rows": ("patch_pixels.cuh", "if (m >= images.patches) continue;", "", "address"),
     "tail of the columns": ("patch_pixels.cuh", "column < images.K && rows.has", "rows.has", "address"),
     "tail of the tokens": ("patch_embed.cuh", "images.K && first + n < a.D;", "images.K;", "address"),

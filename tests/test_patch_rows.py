@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from native_build import instruction_sets
 from test_ops import Recorder, judge
 from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 import vitfast
 from vitfast import extension, native, ops, reference

@@ -57,11 +57,13 @@ class Call(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.likes()[0].dtype
+        """What is computed in: pixels may be uint8."""
+        return next(like.dtype for like in self.likes() if like.dtype.is_floating_point)
 
     def __str__(self) -> str:
         shapes = " ".join(str(list(like.shape)) for like in self.likes())
-        return f"{self.op} {shapes} {NAMES[self.dtype]}"
+        of_pixels = " of uint8" if any(like.dtype is torch.uint8 for like in self.likes()) else ""
+        return f"{self.op} {shapes} {NAMES[self.dtype]}{of_pixels}"
 
 
 class _Recorder(TorchDispatchMode):

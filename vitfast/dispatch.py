@@ -52,7 +52,7 @@ KERNELS: dict[str, Kernel] = {
     "mlp": Kernel("kernels/linear_product.py"),
     "mlp_backward": Kernel("kernels/linear_product.py"),
     "patch_embed": Kernel("csrc/patch_embed.cuh", "for weights in fp32"),
-    "patch_embed_backward": Kernel("csrc/patch_rows.cuh", "for weights in fp32"),
+    "patch_embed_backward": Kernel("csrc/patch_gradient.cuh", "for weights in fp32"),
 }
 
 

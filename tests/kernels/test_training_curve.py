@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_cases import INTERPRETED
+from patch_cases import kernels  # noqa: F401
 
 import vitfast
 from vitfast import dispatch
@@ -52,7 +53,7 @@ def curve(device, backend, autocast=None):
 
 
 @pytest.mark.slow
-def test_loss_goes_elsewhere_than_with_stock_operators(device):
+def test_loss_goes_elsewhere_than_with_stock_operators(kernels, device):  # noqa: F811
     """As near to stock in fp32 as stock in bf16 is, over all steps; and it falls."""
     stock, lower = curve(device, "stock"), curve(device, "stock", torch.bfloat16)
     found = curve(device, "kernel")

@@ -55,7 +55,7 @@ struct Case {
 // `side`: a multiple of the patch's width and of the image's; `channels` at least; channels side by side or apart
 Case drawn(DType from, int64_t side, bool interleaved, bool any_layout) {
   Case c;
-  const int64_t pw = side * draw(1, side == 1 ? 6 : 2), ph = draw(1, 5), gw = draw(1, 6), gh = draw(1, 6);
+  const int64_t pw = side * draw(1, side == 1 ? 6 : 2), ph = draw(1, 14), gw = draw(1, 5), gh = draw(1, 4);
   const int64_t cut_x = draw(0, 1) ? side * draw(0, pw / side - 1) : 0;
   c.B = draw(1, 3), c.D = draw(0, 1) ? 8 * draw(1, 20) : draw(1, 90), c.from = from;
   const std::vector<int64_t> sizes{c.B, interleaved ? 3 : draw(1, 3), gh * ph - draw(0, ph - 1), gw * pw - cut_x};
@@ -102,6 +102,30 @@ void check(const Case& c, DType dtype, DType to) {
       }
 }
 
+template <class T, class Pixels>
+void check_gradient(const Case& c, DType dtype) {
+  const PatchGeometry& g = c.g;
+  const int64_t N = grid_height(g) * grid_width(g), K = columns(g), splits = draw(1, 3);
+  Numbers images(c.from, c.span), grad(dtype, c.B * (g.P + N) * c.D), parts(DType::fp32, splits * c.D * K), sum(dtype, c.D * K);
+  images.fill(1), grad.fill(0.2);
+  const ImagesArgs given{g, images.memory, c.B, c.from, nullptr, nullptr, {}, nullptr, c.B * N};
+  const WeightGradientArgs args{given, grad.memory, c.D, dtype, reinterpret_cast<float*>(parts.memory), splits, sum.memory, 0, nullptr};
+  REQUIRE((gradient_with<T, Pixels>(args, gradient_of(args)) == cudaSuccess), "it did not start");
+  for (int64_t d = 0; d < c.D; ++d)
+    for (int64_t k = 0; k < K; ++k) {
+      double total = 0, size = 0;
+      for (int64_t m = 0; m < c.B * N; ++m) {
+        const int64_t row = row_of(g, m / N, m);
+        const Pixel p = pixel_at(g, {row, k});
+        const double term = in_image(g, p) ? grad.at(row * c.D + d) * images.at(offset_of(g, p)) : 0;
+        total += term, size += std::fabs(term);
+      }
+      const double got = sum.at(d * K + k);
+      REQUIRE(std::fabs(got - total) <= (dtype == DType::bf16 ? 1e-2 : 2e-3) * (std::fabs(total) + 1e-3 * size) + 1e-6,
+              "gradient %ld %ld: %g, expected %g", (long)d, (long)k, got, total);
+    }
+}
+
 template <class T, class Product>
 void check_all(DType dtype) {
   const auto to = [&] { return draw(0, 1) ? dtype : DType::fp32; };
@@ -118,6 +142,9 @@ int main(int count, char** words) {
   for (int trial = 0; trial < (count > 1 ? std::atoi(words[1]) : 3); ++trial) {
     check_all<Half, WarpProduct<Half, 64, 64, 2, 2>>(DType::fp16);
     check_all<Bf16, GroupProduct<Bf16>>(DType::bf16);
+    check_gradient<Half, PlanarPixels<Half, Half, 32, 256>>(drawn(DType::fp16, 8, false, false), DType::fp16);
+    check_gradient<Bf16, InterleavedPixels<uint8_t, Bf16, 32, 256>>(drawn(DType::uint8, 16, true, false), DType::bf16);
+    check_gradient<Half, ScatteredPixels<Half, 32, 256>>(drawn(DType::uint8, 1, false, true), DType::fp16);
     check<FloatProduct, ScatteredPixels<float, 64, 128>>(drawn(DType::fp32, 4, false, true), DType::fp32, DType::fp32);
   }
   std::puts("ok");

@@ -45,9 +45,17 @@ struct Copy {
   bool there;
 };
 
+constexpr size_t STACK = 1 << 18;
+
+// What fibers of one thread index use one after the other: making it takes longer than most of them run.
+struct Place {
+  std::unique_ptr<char[]> stack{new char[STACK]};
+  void* sanitizer = nullptr;
+};
+
 struct Fiber {
   ucontext_t context;
-  std::unique_ptr<char[]> stack;
+  Place* place = nullptr;
   Index thread;
   bool done = false;
   bool hidden = false;             // has written to shared memory what no fence has shown to wgmma
@@ -57,17 +65,15 @@ struct Fiber {
   std::deque<std::vector<Copy>> copy_groups;
   std::vector<std::function<void()>> products;
   std::deque<std::vector<std::function<void()>>> product_groups;
-  void* sanitizer = nullptr;
   void* fake_stack = nullptr;
 };
-
-constexpr size_t STACK = 1 << 18;
 
 struct Gpu {
   int shared_limit = 227 << 10, device = 0, devices = 1;
   Index block, threads;
   char* shared = nullptr;
   std::vector<std::unique_ptr<Fiber>> fibers;
+  std::vector<std::unique_ptr<Place>> places;
   Fiber* running = nullptr;
   ucontext_t scheduler;
   void* scheduler_sanitizer = nullptr;
@@ -153,6 +159,10 @@ inline void run_fiber() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
 #endif
+#if defined(__SANITIZE_THREAD__)
+  // what was there when the block began
+  __tsan_acquire(&gpu.block);
+#endif
   gpu.kernel();
   Fiber* const me = gpu.running;
   require(me->copies.empty() && me->products.empty(), "copies or products that no group has");
@@ -166,11 +176,11 @@ inline void run_fiber() {
 UNSEEN_BY_SANITIZERS inline void run_until_it_waits(Fiber& fiber) {
   gpu.running = &fiber;
 #if defined(__SANITIZE_THREAD__)
-  __tsan_switch_to_fiber(fiber.sanitizer, __tsan_switch_to_fiber_no_sync);
+  __tsan_switch_to_fiber(fiber.place->sanitizer, __tsan_switch_to_fiber_no_sync);
 #endif
 #if defined(__SANITIZE_ADDRESS__)
   void* mine = nullptr;
-  __sanitizer_start_switch_fiber(&mine, fiber.stack.get(), STACK);
+  __sanitizer_start_switch_fiber(&mine, fiber.place->stack.get(), STACK);
 #endif
   swapcontext(&gpu.scheduler, &fiber.context);
 #if defined(__SANITIZE_ADDRESS__)
@@ -194,21 +204,26 @@ UNSEEN_BY_SANITIZERS inline void run_block(int64_t block, int threads, int share
 #if defined(__SANITIZE_THREAD__)
   gpu.scheduler_sanitizer = __tsan_get_current_fiber();
 #endif
-  for (int t = 0; t < threads; ++t) gpu.fibers.push_back(std::make_unique<Fiber>());
-  // a fiber sees what was there when it was made
   for (int t = 0; t < threads; ++t) {
-    Fiber& fiber = *gpu.fibers[t];
-    fiber.stack.reset(new char[STACK]);
-    fiber.thread = {static_cast<unsigned>(t)};
+    gpu.fibers.push_back(std::make_unique<Fiber>());
+    Fiber& fiber = *gpu.fibers.back();
+    if (t == static_cast<int>(gpu.places.size())) {
+      gpu.places.push_back(std::make_unique<Place>());
 #if defined(__SANITIZE_THREAD__)
-    fiber.sanitizer = __tsan_create_fiber(0);
+      gpu.places.back()->sanitizer = __tsan_create_fiber(0);
 #endif
+    }
+    fiber.place = gpu.places[t].get();
+    fiber.thread = {static_cast<unsigned>(t)};
     getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_sp = fiber.place->stack.get();
     fiber.context.uc_stack.ss_size = STACK;
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, run_fiber, 0);
   }
+#if defined(__SANITIZE_THREAD__)
+  __tsan_release(&gpu.block);
+#endif
   for (size_t done = 0; done < gpu.fibers.size();) {
     const uint64_t before = gpu.events;
     done = 0;
@@ -220,7 +235,6 @@ UNSEEN_BY_SANITIZERS inline void run_block(int64_t block, int threads, int share
   }
 #if defined(__SANITIZE_THREAD__)
   __tsan_acquire(&gpu);
-  for (auto& fiber : gpu.fibers) __tsan_destroy_fiber(fiber->sanitizer);
 #endif
 #if defined(__SANITIZE_ADDRESS__)
   __asan_unpoison_memory_region(memory + shared, (shared + 127) / 128 * 128 - shared);
@@ -338,6 +352,16 @@ inline void load_matrices(uint32_t (&to)[4], const void* row) {
     std::memcpy(&to[i], static_cast<const char*>(on_host::address_of(side, 8 * i + lane / 4)) + lane % 4 * 4, 4);
 }
 
+inline void load_transposed(uint32_t (&to)[4], const void* row) {
+  on_host::require_aligned(row, 16);
+  const int side = on_host::meet(nullptr, 0, row), lane = threadIdx.x % 32;
+  for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < 2; ++j) {
+      const char* const from = static_cast<const char*>(on_host::address_of(side, 8 * i + lane % 4 * 2 + j));
+      std::memcpy(reinterpret_cast<char*>(&to[i]) + 2 * j, from + lane / 4 * 2, 2);
+    }
+}
+
 template <class T>
 inline float half_of(uint32_t word, int i) {
   return to_float(T{static_cast<uint16_t>(word >> (16 * i))});
@@ -375,11 +399,13 @@ inline void wait_for_wgmma() {
   }
 }
 
-// number (row, k) of a matrix as wgmma reads it without a swizzle
+// number (row, k) of a matrix as wgmma finds it by its descriptor
 template <class T>
-inline float number_in(const char* matrix, int across, int row, int k) {
+inline float number_in(uint64_t descriptor, int row, int k) {
+  const auto field = [&](int from) { return static_cast<int>(descriptor >> from & 0x3fff) * 16; };
+  on_host::require(descriptor >> 46 == 0, "a descriptor with a swizzle");
   T number;
-  std::memcpy(&number, matrix + k / 8 * across + row / 8 * 128 + row % 8 * 16 + k % 8 * 2, 2);
+  std::memcpy(&number, on_host::gpu.shared + field(0) + k / 8 * field(16) + row / 8 * field(32) + row % 8 * 16 + k % 8 * 2, 2);
   return to_float(number);
 }
 
@@ -391,20 +417,25 @@ inline void multiply_async(float (&c)[32][4], const char* a, int a_across, const
   for (const auto& fiber : on_host::gpu.fibers)
     on_host::require(!fiber->hidden_at_barrier, "wgmma reads what no fence has shown to it");
   const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane / 4;
+  const uint64_t from_a = matrix_descriptor(static_cast<uint32_t>(a - on_host::gpu.shared), a_across);
+  const uint64_t from_b = matrix_descriptor(static_cast<uint32_t>(b - on_host::gpu.shared), b_across);
   float(*const sums)[4] = c;
   on_host::gpu.running->products.push_back([=] {
     for (int down = 0; down < 2; ++down) {
       float of_row[16];
-      for (int k = 0; k < 16; ++k) of_row[k] = number_in<T>(a, a_across, row + 8 * down, k);
+      for (int k = 0; k < 16; ++k) of_row[k] = number_in<T>(from_a, row + 8 * down, k);
       for (int j = 0; j < 32; ++j)
         for (int i = 0; i < 2; ++i) {
           float sum = 0;
-          for (int k = 0; k < 16; ++k) sum += of_row[k] * number_in<T>(b, b_across, 8 * j + lane % 4 * 2 + i, k);
+          for (int k = 0; k < 16; ++k) sum += of_row[k] * number_in<T>(from_b, 8 * j + lane % 4 * 2 + i, k);
           sums[j][2 * down + i] += sum;
         }
     }
   });
 }
+
+template <int bytes>
+inline void note_shared_bytes() {}
 
 inline void keep_in_place(float&) {}
 

@@ -13,6 +13,7 @@ from vitfast.calls import Call, Like, contiguous
 from vitfast.dispatch import Config
 from vitfast.families.family import Family, Results, arguments
 from vitfast.families.layers import gradients
+from vitfast.ops.patch_embed import patches_of
 
 SHARED = frozenset({"weight", "bias", "pos_embed", "prefix", "mean", "std"})
 # of the small images that a kernel is checked with, in patches
@@ -50,7 +51,8 @@ def _smaller(call: Call) -> list[Call]:
     last = planar._replace(stride=(C * H * W, 1, W * C, C))
     vector = contiguous(C, dtype=torch.float32)
     found = [_resized(call, planar), _resized(call, last)]
-    for like in (planar, last):
+    # pixels that stock operators normalise in half precision are no yardstick for rows of them
+    for like in () if call.op == "image_rows" else (planar, last):
         found.append(_resized(call, like._replace(dtype=torch.uint8), mean=vector, std=vector))
     return found
 
@@ -60,7 +62,7 @@ def _resized(call: Call, images: Like, **more: Like) -> Call:
     P = of["prefix"].shape[0] if of.get("prefix") is not None else 0
     changed = {"images": images, **more}
     if (positions := of.get("pos_embed")) is not None:
-        before = of["images"].shape[2] // of["weight"].shape[2] * (of["images"].shape[3] // of["weight"].shape[3])
+        before = patches_of(of["images"], of["weight"].shape[2:])
         changed["pos_embed"] = contiguous(N + positions.shape[0] - before, positions.shape[1], dtype=positions.dtype)
     if (grad := of.get("grad")) is not None:
         changed["grad"] = contiguous(B, P + N, grad.shape[2], dtype=grad.dtype)
@@ -79,9 +81,8 @@ def _embed(images, weight, bias, pos_embed, prefix, mean, std) -> Results:
 
 
 def _embed_backward(grad, images, weight, pos_embed, prefix, mean, std, mask) -> Results:
-    need_images, need_weight, need_bias, need_pos, need_prefix = mask
     given = (_normalised(images, mean, std), weight, torch.zeros_like(weight[:, 0, 0, 0]), pos_embed, prefix)
-    return gradients(reference.patch_embed, given, (need_images, need_weight, need_bias, need_pos, need_prefix), (grad,))
+    return gradients(reference.patch_embed, given, mask, (grad,))
 
 
 def _rows(images, patch, dtype, mean, std, order) -> Results:
@@ -92,11 +93,11 @@ def _tiles(call: Call, device: torch.device) -> Sequence[Config | None]:
     from vitfast.kernels import patch_embed
 
     of = _named(call)
-    if patch_embed.why_not(torch.empty(0, device=device, dtype=of["images"].dtype), of["weight"].dtype):
+    if patch_embed.device_reasons(device):
         return [None]
-    (B, _, H, W), (D, _, ph, pw) = of["images"].shape, of["weight"].shape
-    patches = B * -(-H // ph) * -(-W // pw)
-    return [tile.as_dict() for tile in patch_embed.configs(device, of["weight"].dtype, patches, D)]
+    images, weight = of["images"], of["weight"]
+    patches = images.shape[0] * patches_of(images, weight.shape[2:])
+    return [tile.as_dict() for tile in patch_embed.configs(device, weight.dtype, patches, weight.shape[0])]
 
 
 def _only_builtin(call: Call, device: torch.device) -> list[None]:
@@ -110,10 +111,20 @@ def _family(op: str, kernel: str, truth: Any, configs: Any = _only_builtin, **mo
     )  # fmt: skip
 
 
+def _ways(call: Call, device: torch.device) -> Sequence[Config | None]:
+    from vitfast.kernels import patch_embed
+
+    of = _named(call)
+    if patch_embed.device_reasons(device):
+        return [None]
+    return patch_embed.gradient_configs(device, of["weight"].dtype)
+
+
 PATCHES: dict[str, Family] = {
     "patch_embed": _family("patch_embed", "patch_embed", _embed, _tiles),
     "image_rows": _family("image_rows", "patch_embed", _rows),
     "patch_embed_backward": _family(
-        "patch_embed_backward", "patch_embed_backward", _embed_backward, grad=True, sums=frozenset({1, 2, 3, 4})
+        "patch_embed_backward", "patch_embed_backward", _embed_backward, _ways, grad=True,
+        sums=frozenset({1, 2, 3, 4}),
     ),
 }

@@ -22,6 +22,8 @@ from vitfast.native import DTYPES, FLOATS, PATCH_ORDERS
 NEEDS_TRITON = False
 HALVES = (torch.float16, torch.bfloat16)
 WGMMA_ROWS = 128
+# constants of channels have a place in shared memory; columns of a row are counted in 32 bits, and their bytes
+MOST_CHANNELS, MOST_PIXELS = 1024, 1 << 29
 
 
 @functools.cache
@@ -59,18 +61,19 @@ def code_for(capability: tuple[int, int], archs: Sequence[str]) -> str:
     Machine code runs on cards of its generation that are not older, that for 9.0a on 9.0 only; any newer card compiles
     the newest intermediate code that it knows.
     """
-    best = ""
+    best, name_of_best = (False, (0, 0)), ""
     for name in archs:
         kind, _, number = name.partition("_")
         digits = number.rstrip("af")
         found = int(digits[:-1]), int(digits[-1])
-        exact_only = digits != number
-        if kind == "sm" and found[0] == capability[0] and found <= capability:
-            if not exact_only or found == capability:
-                best = name
-        elif kind == "compute" and found <= capability and not best.startswith("sm"):
-            best = name
-    return best
+        machine_code = kind == "sm"
+        if found > capability or (digits != number and found != capability):
+            continue
+        if machine_code and found[0] != capability[0]:
+            continue
+        if (machine_code, found) >= best:
+            best, name_of_best = (machine_code, found), name
+    return name_of_best
 
 
 @functools.cache
@@ -81,7 +84,8 @@ def _code_of(device: torch.device) -> str:
 
 
 @functools.cache
-def _device_reasons(device: torch.device) -> tuple[str, ...]:
+def device_reasons(device: torch.device) -> tuple[str, ...]:
+    """What keeps the kernels from running on this device; empty where nothing does."""
     if functions() is None:
         module, why = extension.load()
         report = extension.build_report()
@@ -100,13 +104,23 @@ def _device_reasons(device: torch.device) -> tuple[str, ...]:
     return ()
 
 
-def why_not(images: Tensor, dtype: torch.dtype, *others: Tensor | None) -> list[str]:
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return 16 if on_host() else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def why_not(images: Tensor, dtype: torch.dtype, patch: Sequence[int], *others: Tensor | None) -> list[str]:
     """What keeps the kernels from reading these images into numbers of `dtype`; empty where nothing does.
 
     Args:
+        images: [B, C, H, W], or one of several, [C, H, W].
         others: positions and prefix tokens.
     """
-    reasons = list(_device_reasons(images.device))
+    reasons = list(device_reasons(images.device))
+    C = images.shape[-3]
+    if C > MOST_CHANNELS or C * patch[0] * patch[1] >= MOST_PIXELS:
+        most = f"(at most {MOST_CHANNELS} channels, 2^29 pixels)"
+        reasons.append(f"{C} channels in patches of {patch[0]}x{patch[1]} {most}")
     if dtype not in FLOATS:
         reasons.append(f"weight in {str(dtype)[6:]} (fp16, bf16 and fp32 only)")
     if images.dtype not in DTYPES:
@@ -115,19 +129,33 @@ def why_not(images: Tensor, dtype: torch.dtype, *others: Tensor | None) -> list[
     return reasons
 
 
-def configs(device: torch.device, dtype: torch.dtype, patches: int, D: int) -> list[Tile]:
+@functools.lru_cache(1024)
+def configs(device: torch.device, dtype: torch.dtype, patches: int, D: int) -> tuple[Tile, ...]:
     """The tiles for weights [D, ...] in `dtype` and so many patches, the built-in choice first."""
     wgmma = _code_of(device) in ("sm_90a", "host")
     usable = [tile for tile in tiles() if tile.fp32 == (dtype not in HALVES)]
     if _code_of(device) != "host":
         # code for 9.0a has wgmma in the place of the other tile of so many rows
         usable = [tile for tile in usable if tile.fp32 or tile.rows < WGMMA_ROWS or tile.wgmma == wgmma]
-    multiprocessors = 1 if on_host() else torch.cuda.get_device_properties(device).multi_processor_count
+    multiprocessors = _multiprocessors(device)
     programs = {tile: -(-patches // tile.rows) * -(-D // tile.columns) for tile in usable}
     # the largest tile that gives every multiprocessor something to do, else the most programs
     by_size = sorted(usable, key=lambda tile: (tile.rows * tile.columns, tile.wgmma), reverse=True)
     first = next((tile for tile in by_size if programs[tile] >= multiprocessors), by_size[-1])
-    return [first, *(tile for tile in usable if tile != first)]
+    return first, *(tile for tile in usable if tile != first)
+
+
+# ways to the weight's gradient: sums by a kernel that reads the images, or rows of pixels in memory and cuBLAS
+GRADIENTS = ("fused", "rows")
+
+
+def gradient_configs(device: torch.device, dtype: torch.dtype) -> list[dict[str, str]]:
+    """The ways for this dtype, the built-in choice first."""
+    if dtype not in HALVES:
+        return [{"way": "rows"}]
+    # cuBLAS has wgmma, by which it makes up for the rows' way through memory; the kernel has mma.sync
+    first, second = reversed(GRADIENTS) if _code_of(device) == "sm_90a" else GRADIENTS
+    return [{"way": first}, {"way": second}]
 
 
 def _address(t: Tensor | None) -> int:
@@ -204,7 +232,7 @@ def embed(
         prefix_positions: [P, D] to add to it, in the dtype of `positions`.
         mean, std: [C], for uint8 images, which become (images / 255 - mean) / std; without, 0 to 255.
         out_dtype: weight's, or fp32.
-        config: a tile as `configs` names it; None for the built-in choice.
+        config: a tile as `configs` names it; None, or one that this build has not, for the built-in choice.
 
     Returns:
         [B, P + N, D]; of several images [sum of P + N_i, D].
@@ -221,7 +249,8 @@ def embed(
     weight, bias, positions, prefix, prefix_positions = (
         None if t is None else t.contiguous() for t in (weight, bias, positions, prefix, prefix_positions)
     )
-    tile = config["tile"] if config else configs(weight.device, weight.dtype, given.patches, D)[0].number
+    numbers = [each.number for each in configs(weight.device, weight.dtype, given.patches, D)]
+    tile = config["tile"] if config and config["tile"] in numbers else numbers[0]
     # one dtype for both kinds of positions
     positions_dtype = positions if positions is not None else prefix_positions
     error = functions().patch_embed(
@@ -231,6 +260,46 @@ def embed(
     )  # fmt: skip
     _started(error, "patch_embed")
     return tokens.view(count, rows // count, D) if isinstance(images, Tensor) else tokens
+
+
+def weight_gradient(
+    images: Tensor | Sequence[Tensor], weight: Tensor, grad: Tensor, P: int, mean: Tensor | None, std: Tensor | None,
+    config: dict[str, Any] | None = None,
+) -> Tensor:  # fmt: skip
+    """The gradient of `embed`'s weight, the same bits in every run.
+
+    Args:
+        images, mean, std: as in `embed`.
+        weight: [D, C, ph, pw]; only its shape and dtype matter.
+        grad: of the tokens, [B, P + N, D] or [sum of P + N_i, D], in weight's dtype.
+        P: prefix tokens of an image.
+        config: one of `gradient_configs`; None for the built-in choice.
+
+    Raises:
+        RuntimeError: a kernel did not start; with CUDA's error.
+    """
+    D, C, *patch = weight.shape
+    config = config or gradient_configs(weight.device, weight.dtype)[0]
+    grad = grad.contiguous()
+    if config["way"] == "rows":
+        if isinstance(images, Tensor):
+            of_patches = grad[:, P:].reshape(-1, D)
+        else:
+            lengths = [P + torch.Size(_grid(*image.shape[1:], patch)).numel() for image in images]
+            of_patches = torch.cat([tokens[P:] for tokens in grad.split(lengths)])
+        return (of_patches.t() @ rows(images, patch, weight.dtype, mean, std)).view(weight.shape)
+    given = _Images(images, patch, P, "chw", mean, std)
+    out = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    K = C * patch[0] * patch[1]
+    # two programs for a multiprocessor; a split of less than some hundred patches costs more than it brings
+    tiles = -(-D // 128) * -(-K // 128)
+    splits = max(1, min(2 * _multiprocessors(weight.device) // tiles, given.patches // 256))
+    parts = weight.new_empty(splits, D, K, dtype=torch.float32)
+    error = functions().weight_gradient(
+        given.view, _typed(grad), D, parts.data_ptr(), splits, out.data_ptr(), given.place()
+    )  # fmt: skip
+    _started(error, "patch_embed_backward")
+    return out
 
 
 def rows(

@@ -65,6 +65,12 @@ def op(
     return getattr(torch.ops.vitfast, name).default
 
 
+def _why_no_cuda_part() -> str:
+    from vitfast.kernels import patch_embed
+
+    return extension.cuda_status()["why"] or "; ".join(patch_embed.device_reasons(torch.device("cuda", 0)))
+
+
 def _language(kernel: str) -> str:
     return "CUDA" if dispatch.KERNELS[kernel].file.startswith("csrc/") else "Triton"
 
@@ -85,7 +91,7 @@ def implementations() -> dict[str, dict[str, Implementation]]:
 def _why_stock_on_cuda(kernel: str) -> str:
     """Why stock operators run in place of this kernel whatever the shape, "" where they don't."""
     state = dispatch.state(kernel)
-    why = extension.cuda_status()["why"] if _language(kernel) == "CUDA" else dispatch.why_no_kernels()
+    why = _why_no_cuda_part() if _language(kernel) == "CUDA" else dispatch.why_no_kernels()
     return why or ("" if state.startswith(("auto", "kernel")) else state)
 
 

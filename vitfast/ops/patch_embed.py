@@ -55,9 +55,7 @@ def patch_embed(
     dtype, rows_dtype = autocast_dtype(weight), images.dtype if images.dtype in FLOATS else weight.dtype
     weight, bias = cast(weight, dtype), cast(bias, dtype)
     if input_norm is not None:
-        return _normed(
-            images, weight, bias, pos_embed, prefix, mean, std, pad, input_norm, rows_dtype, dtype is not None
-        )
+        return _normed(images, weight, bias, pos_embed, prefix, mean, std, pad, input_norm, rows_dtype)
     check(images, weight, bias, pos_embed, prefix, mean, std, pad=pad, any_float=dtype is not None)
     if stock_only():
         return _exportable(images, weight, bias, pos_embed, prefix, mean, std)
@@ -65,12 +63,38 @@ def patch_embed(
     return call(_patch_embed, differentiable, images, weight, bias, pos_embed, prefix, mean, std)
 
 
-def _normed(images, weight, bias, pos_embed, prefix, mean, std, pad, input_norm, rows_dtype, any_float):
+def fold_normalisation(
+    weight: Tensor, bias: Tensor | None, mean: Tensor, std: Tensor
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Weight [D, C, ph, pw] and bias [D] that give of pixels 0 to 255 what `weight` and `bias` give of normalised ones.
+
+    For inference: (x / 255 - mean) / std is linear, and pixels are exact in half precision where normalised ones are
+    not. Computed in fp64 and rounded once, to weight's dtype. `patch_embed` takes such pixels as floating point images,
+    the raw op torch.ops.vitfast.patch_embed as uint8 without mean and std. Not with `pad`: the zeros that it adds are
+    pixels of the mean, which nothing is after folding.
+
+    Args:
+        mean, std: [C].
+
+    Raises:
+        ValueError: weight is not [D, C, ph, pw], or mean or std not [C].
+    """
+    if weight.dim() != 4 or mean.shape != (weight.shape[1],) or std.shape != (weight.shape[1],):
+        raise ValueError(
+            f"fold_normalisation: weight must be [D, C, ph, pw], mean and std [C], got {list(weight.shape)}, "
+            f"{list(mean.shape)} and {list(std.shape)}"
+        )
+    wide, scale = weight.double(), (1 / std.double()).view(-1, 1, 1)
+    added = (wide * (mean.double().view(-1, 1, 1) * scale)).sum((1, 2, 3))
+    base = torch.zeros_like(added) if bias is None else bias.double()
+    return (wide * (scale / 255)).to(weight.dtype), (base - added).to(weight.dtype)
+
+
+def _normed(images, weight, bias, pos_embed, prefix, mean, std, pad, input_norm, rows_dtype):
     if weight.dim() != 4:
         raise ValueError(f"patch_embed: weight must be [D, ph, pw, C] beside input_norm, got {list(weight.shape)}")
-    check(
-        images, weight.permute(0, 3, 1, 2), bias, pos_embed, prefix, mean, std, pad=pad, any_float=any_float
-    )  # fmt: skip
+    # what dtypes may meet in the norm is the op's matter that computes it
+    check(images, weight.permute(0, 3, 1, 2), bias, pos_embed, prefix, mean, std, pad=pad, any_float=True)
     patch, (norm_weight, norm_bias, eps) = list(weight.shape[1:3]), input_norm
     if stock_only() or wants_gradient(images):
         rows = _image_rows_stock(images, patch, rows_dtype, mean, std, "hwc")
@@ -122,6 +146,8 @@ def check(
         wrong.same_dtype(**({} if any_float else {"images": images}), weight=weight, bias=bias)
     if images.device != weight.device:
         wrong.fail(f"all tensors must be on one device, got images on {images.device}, weight on {weight.device}")
+    if any(t is not None and t.requires_grad for t in (mean, std)) and torch.is_grad_enabled():
+        wrong.fail("mean and std are constants of the images and get no gradient; detach them")
     wrong.tensors(weight=weight, bias=bias, pos_embed=pos_embed, prefix=prefix, mean=mean, std=std)
     wrong.raise_if_any()
 
@@ -136,7 +162,8 @@ def _exportable(images, weight, bias, pos_embed, prefix, mean, std):
 def _as_floats(images, weight, mean, std):
     """Images as stock operators multiply them: normalised, in weight's dtype, padded to whole patches."""
     if images.dtype == torch.uint8 and mean is not None:
-        images = reference.normalise(images, mean, std, weight.dtype)
+        # in half precision it would be rounded three times
+        images = reference.normalise(images, mean, std, torch.promote_types(weight.dtype, torch.float32))
     (H, W), (ph, pw) = images.shape[2:], weight.shape[2:]
     images = images.to(weight.dtype)
     return F.pad(images, (0, -W % pw, 0, -H % ph)) if H % ph or W % pw else images
@@ -220,7 +247,7 @@ def _patch_embed_kernel(images, weight, bias, pos_embed, prefix, mean, std):
     if images.numel() and weight.numel():
         found = _launch.attempt(
             "patch_embed", "patch_embed", images,
-            lambda kernels: kernels.why_not(images, weight.dtype, pos_embed, prefix),
+            lambda kernels: kernels.why_not(images, weight.dtype, weight.shape[2:], pos_embed, prefix),
             shape_of(images, weight), kernel_wins(weight), lambda kernels, config: _by_kernel(kernels, *args, config),
         )  # fmt: skip
     if found is not None:
@@ -261,33 +288,36 @@ def _patch_embed_grads(grad, images, weight, pos_embed, prefix, mean, std, mask)
         by_token = grad.sum(0, dtype=wide)
         if need_pos:
             on_prefix = pos_embed.shape[0] == P + N
-            grad_pos = (by_token if on_prefix else by_token[P:]).to(pos_embed.dtype)
+            # copies: results of an op share no memory
+            grad_pos = (by_token if on_prefix else by_token[P:]).to(pos_embed.dtype, copy=True)
         if need_prefix:
-            grad_prefix = by_token[:P].to(prefix.dtype)
+            grad_prefix = by_token[:P].to(prefix.dtype, copy=True)
         if need_bias:
             grad_bias = by_token[P:].sum(0).to(weight.dtype)
     if need_images or need_weight:
-        patches = grad[:, P:].to(weight.dtype)
-        grad_images, grad_weight = _grads_of_product(patches, images, weight, mean, std, [need_images, need_weight])
+        mask = [need_images, need_weight]
+        grad_images, grad_weight = _grads_of_product(grad.to(weight.dtype), images, weight, P, mean, std, mask)
     return grad_images, grad_weight, grad_bias, grad_pos, grad_prefix
 
 
-def _grads_of_product(grad, images, weight, mean, std, mask):
-    """Gradients of images and weight; `grad` is that of the patches, [B, N, D]."""
-    found = None
+def _grads_of_product(grad, images, weight, P, mean, std, mask):
+    """Gradients of images and weight; `grad` is that of the tokens, [B, P + N, D]."""
+    patches, found = grad[:, P:], None
     if images.numel() and weight.numel():
-        rows_of = lambda kernels: kernels.rows(images, weight.shape[2:], weight.dtype, mean, std)  # noqa: E731
         found = _launch.attempt(
-            "patch_embed_backward", "patch_embed", images, lambda kernels: kernels.why_not(images, weight.dtype),
+            "patch_embed_backward", "patch_embed", images,
+            lambda kernels: kernels.why_not(images, weight.dtype, weight.shape[2:]),
             shape_of(images, weight), kernel_wins(weight),
-            lambda kernels, config: _rows_backward(grad, images, weight, mask, lambda: rows_of(kernels)),
+            lambda kernels, config: (
+                _images_backward(patches, images, weight) if mask[0] else None,
+                kernels.weight_gradient(images, weight, grad, P, mean, std, config) if mask[1] else None,
+            ),
         )  # fmt: skip
     if found is not None:
         return found
     if weight.is_cuda or not _has_kernel(images, weight):
-        return _conv_backward(grad, images, weight, mean, std, mask)
-    rows = functools.partial(native.patch_rows, dtype=weight.dtype, mean=mean, std=std, pad=True)
-    return _rows_backward(grad, images, weight, mask, lambda: rows(images, tuple(weight.shape[2:])).flatten(0, 1))
+        return _conv_backward(patches, images, weight, mean, std, mask)
+    return _rows_backward(patches, images, weight, mean, std, mask)
 
 
 def _conv_backward(grad, images, weight, mean, std, mask):
@@ -303,21 +333,24 @@ def _conv_backward(grad, images, weight, mean, std, mask):
     return grad_images, None if grad_weight is None else grad_weight.contiguous()
 
 
-def _rows_backward(grad, images, weight, mask, rows):
-    """`_conv_backward` by matrix products, which are deterministic; `rows()` are the pixels [B * N, K].
-
-    On a CPU, B/16, 8 images on one core of an EPYC (Zen 4), this and that in ms: weight 19 and 21 in fp32, 10 and 14 in
-    bf16; images 19 and 106, 9 and 56.
+def _rows_backward(grad, images, weight, mean, std, mask):
+    """`_conv_backward` by matrix products. B/16, 8 images on one core of an EPYC (Zen 4), this and that in ms: weight
+    19 and 21 in fp32, 10 and 14 in bf16; images 19 and 106, 9 and 56.
     """
+    grad_images = _images_backward(grad, images, weight) if mask[0] else None
+    grad_weight = None
+    if mask[1]:
+        rows = native.patch_rows(images, tuple(weight.shape[2:]), dtype=weight.dtype, mean=mean, std=std, pad=True)
+        grad_weight = (grad.reshape(-1, weight.shape[0]).t() @ rows.flatten(0, 1)).view(weight.shape)
+    return grad_images, grad_weight
+
+
+def _images_backward(grad, images, weight):
+    """The gradient of images by a matrix product, which is deterministic; `grad` [B, N, D] is that of the patches."""
     (B, C, H, W), (D, _, ph, pw) = images.shape, weight.shape
     gh, gw = -(-H // ph), -(-W // pw)
-    grad, grad_images, grad_weight = grad.reshape(-1, D), None, None
-    if mask[0]:
-        pixels = (grad @ weight.reshape(D, -1)).view(B, gh, gw, C, ph, pw).permute(0, 3, 1, 4, 2, 5)
-        grad_images = pixels.reshape(B, C, gh * ph, gw * pw)[:, :, :H, :W].to(images.dtype).contiguous()
-    if mask[1]:
-        grad_weight = (grad.t() @ rows()).view(weight.shape)
-    return grad_images, grad_weight
+    pixels = (grad.reshape(-1, D) @ weight.reshape(D, -1)).view(B, gh, gw, C, ph, pw).permute(0, 3, 1, 4, 2, 5)
+    return pixels.reshape(B, C, gh * ph, gw * pw)[:, :, :H, :W].to(images.dtype).contiguous()
 
 
 def _patch_embed_backward_fake(grad, images, weight, pos_embed, prefix, mean, std, mask):
@@ -335,7 +368,10 @@ def _patch_embed_backward_fake(grad, images, weight, pos_embed, prefix, mean, st
 def _image_rows_stock(images, patch, dtype, mean, std, order):
     ph, pw = patch
     like = images.new_empty(0, 0, ph, pw, dtype=dtype)
-    return reference.patch_rows(_as_floats(images, like, mean, std), patch, order)
+    rows = reference.patch_rows(_as_floats(images, like, mean, std), patch, order)
+    # of some layouts they are the images' own memory, which an op must not return
+    own = rows.untyped_storage().data_ptr() != images.untyped_storage().data_ptr()
+    return rows.contiguous() if own else rows.clone(memory_format=torch.contiguous_format)
 
 
 def _image_rows_cpu(images, patch, dtype, mean, std, order):
@@ -349,7 +385,7 @@ def _image_rows_kernel(images, patch, dtype, mean, std, order):
     if images.numel():
         like = images.new_empty(0, C, *patch, dtype=dtype)
         found = _launch.attempt(
-            "patch_embed", "patch_embed", images, lambda kernels: kernels.why_not(images, dtype),
+            "patch_embed", "patch_embed", images, lambda kernels: kernels.why_not(images, dtype, patch),
             (*shape_of(images, like), "rows"), True,
             lambda kernels, config: kernels.rows(images, patch, dtype, mean, std, order),
         )  # fmt: skip

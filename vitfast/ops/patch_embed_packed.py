@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,10 +38,14 @@ def patch_embed_packed(
         has tokens [cu_seqlens[i], cu_seqlens[i + 1]).
 
     Raises:
+        TypeError: images is no list.
         ValueError: as `patch_embed`, naming the image; no image; not one pos_embed for each image.
 
     Source: Dehghani et al., "Patch n' Pack: NaViT" (2023), section 2.
     """
+    if not isinstance(images, (list, tuple)):
+        raise TypeError(f"patch_embed_packed: images must be a list of [C, H, W] tensors, got {type(images).__name__}")
+    images = list(images)
     if not images or (pos_embed is not None and len(pos_embed) != len(images)):
         positions = "None" if pos_embed is None else len(pos_embed)
         raise ValueError(
@@ -72,8 +78,9 @@ def patch_embed_packed(
     else:
         differentiable = wants_gradient(weight, bias, positions, prefix)
         tokens = call(_packed, differentiable, images, weight, bias, positions, prefix, mean, std)
-    cu_seqlens = torch.tensor([0] + [P + N for N in lengths], device=weight.device).cumsum(0, dtype=torch.int32)
-    return tokens, cu_seqlens
+    # added up on the host: the device need not be waited for
+    ends = itertools.accumulate((P + N for N in lengths), initial=0)
+    return tokens, torch.tensor(list(ends), dtype=torch.int32).to(weight.device, non_blocking=True)
 
 
 def _packed_tokens(x, prefix, lengths):
@@ -85,7 +92,8 @@ def _packed_tokens(x, prefix, lengths):
 
 
 def _rows_stock(images, patch, dtype, mean, std):
-    images = [image if image.dtype in FLOATS or mean is None else reference.normalise(image, mean, std, dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    images = [image if image.dtype in FLOATS or mean is None else reference.normalise(image, mean, std, wide)
               for image in images]  # fmt: skip
     return torch.cat([reference.patch_rows(image[None].to(dtype), patch)[0] for image in images])
 
@@ -110,13 +118,21 @@ def _packed_shape_of(images, weight):
     return *kinds, patches.bit_length(), *weight.shape, "packed"
 
 
+def _why_not(kernels, images, weight, *others):
+    reasons = kernels.why_not(images[0], weight.dtype, weight.shape[2:], *others)
+    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        # their addresses and sizes go to the device at every call
+        reasons.append("packed images in a CUDA graph")
+    return reasons
+
+
 def _packed_run(images, weight, bias, positions, prefix, mean, std):
     found = None
     if weight.numel():
         dtype = token_dtype(weight, positions, prefix)
         found = _launch.attempt(
             "patch_embed", "patch_embed", weight,
-            lambda kernels: kernels.why_not(images[0], weight.dtype, positions, prefix),
+            lambda kernels: _why_not(kernels, images, weight, positions, prefix),
             _packed_shape_of(images, weight), kernel_wins(weight),
             lambda kernels, config: kernels.embed(
                 images, weight, bias, positions, prefix, None, mean, std, dtype, config
@@ -144,27 +160,26 @@ def _packed_grads(grad, images, weight, positions, prefix, mean, std, mask):
     P, patch = 0 if prefix is None else prefix.shape[-2], weight.shape[2:]
     lengths = [patches_of(image, patch) for image in images]
     parts = grad.split([n for N in lengths for n in (P, N)])
-    of_patches = torch.cat(parts[1::2])
+    wide = torch.promote_types(grad.dtype, torch.float32)
     if need_prefix:
         of_prefix = torch.stack(parts[::2])
-        wide = torch.promote_types(grad.dtype, torch.float32)
         grad_prefix = of_prefix.to(prefix.dtype) if prefix.dim() == 3 else of_prefix.sum(0, dtype=wide).to(prefix.dtype)
     if need_positions:
-        grad_positions = of_patches.to(positions.dtype)
-        if positions.dtype == of_patches.dtype:
-            grad_positions = grad_positions.clone()
-    of_patches = of_patches.to(weight.dtype)
+        grad_positions = torch.cat(parts[1::2]).to(positions.dtype)
     if need_bias:
-        grad_bias = of_patches.sum(0)
+        grad_bias = torch.stack([part.sum(0, dtype=wide) for part in parts[1::2]]).sum(0).to(weight.dtype)
     if need_weight:
-        rows = _launch.attempt(
-            "patch_embed_backward", "patch_embed", weight, lambda kernels: kernels.why_not(images[0], weight.dtype),
+        grad_weight = _launch.attempt(
+            "patch_embed_backward", "patch_embed", weight, lambda kernels: _why_not(kernels, images, weight),
             _packed_shape_of(images, weight), kernel_wins(weight),
-            lambda kernels, config: kernels.rows(images, patch, weight.dtype, mean, std),
+            lambda kernels, config: kernels.weight_gradient(
+                images, weight, grad.to(weight.dtype), P, mean, std, config
+            ),
         )  # fmt: skip
-        if rows is None:
+        if grad_weight is None:
             rows = _rows_on(weight.device, images, patch, weight.dtype, mean, std)
-        grad_weight = (of_patches.t() @ rows).view(weight.shape)
+            of_patches = torch.cat(parts[1::2]).to(weight.dtype)
+            grad_weight = (of_patches.t() @ rows).view(weight.shape)
     return grad_weight, grad_bias, grad_positions, grad_prefix
 
 
