@@ -18,7 +18,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -89,8 +89,10 @@ class BuildWhatIsPossible(build_ext):
         try:
             compiler = self.find_compiler()
             report["compiler"] = run([*compiler, "--version"]).splitlines()[0]
-            objects, link = self.compile_cuda(wanted, options, report)
-            self.compile_and_link(compiler, objects, link, target, report)
+            with ThreadPoolExecutor(1) as beside:
+                # nvcc takes as long as all the rest: its last processes leave cores idle
+                cuda = beside.submit(self.compile_cuda, wanted, options, report)
+                self.compile_and_link(compiler, cuda, target, report)
             report["extension"] = True
         except Missing as reason:
             if wanted == "1":
@@ -147,7 +149,7 @@ class BuildWhatIsPossible(build_ext):
         return objects
 
     def compile_and_link(
-        self, compiler: list[str], objects: list[str], link: list[str], target: Path, report: dict
+        self, compiler: list[str], cuda: Future[tuple[list[str], list[str]]], target: Path, report: dict
     ) -> None:
         try:
             import pybind11
@@ -169,20 +171,22 @@ class BuildWhatIsPossible(build_ext):
         }
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             made = {isa: pool.submit(self.compile, compiler, *what) for isa, what in compiled.items()}
+            objects = []
             for isa in made:
                 try:
-                    objects = [*objects, made[isa].result()]
+                    objects.append(made[isa].result())
                     report["isas"].append(isa)
                 except Missing as reason:  # an older compiler
                     if isa == "portable":
                         raise
                     report["why_no_isa"][isa] = str(reason)
+            of_cuda, link = cuda.result()
             defines = [f"-DVITFAST_HAS_{isa.upper()}" for isa in report["isas"]]
             defines += ["-DVITFAST_CUDA"] if report["cuda"] else []
             sources = [*SOURCES, CUDA_BINDINGS] if report["cuda"] else SOURCES
             made = [pool.submit(self.compile, compiler, name, f"{name}.o", [*flags, *includes, *defines])
                     for name in sources]  # fmt: skip
-            objects += [one.result() for one in made]
+            objects += [*of_cuda, *(one.result() for one in made)]
         link = [*link, *report["openmp"]]
         shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared", "-s"]
         # under another name first: a process that has the old one loaded keeps it

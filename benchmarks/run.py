@@ -113,6 +113,11 @@ def extension(run: Run, budget_s: float) -> list[str]:
     """Build the extension in place, unless it is there; without it ops run on stock operators, which is no failure."""
     if run.tiny or (ROOT / "vitfast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").exists():
         return []
+    if run.device.type == "cuda":
+        # for this card only: a third of the time
+        capability = torch.cuda.get_device_capability(run.device)
+        arch = "90a" if capability == (9, 0) else "{}{}".format(*capability)
+        os.environ.setdefault("VITFAST_CUDA_ARCHS", arch)
     status, seconds, text = started([sys.executable, "setup.py", "build_ext", "--inplace"], budget_s, run)
     told = [line for line in text.splitlines() if line.startswith("vitfast:")]
     run.note("extension", {"status": status, "seconds": seconds, "told": told[-1] if told else text[-300:]})

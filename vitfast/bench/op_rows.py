@@ -28,7 +28,7 @@ def listed(
 
     Args:
         widths: of all but attention; by default `WIDTHS`, of sequences longer than 257 the first, since these are only
-            more rows to them.
+            more rows to them; of patches of 518 x 518 images also DINOv2's.
         heads: of attention, {head dim: heads}.
 
     Raises:
@@ -39,7 +39,9 @@ def listed(
         raise ValueError(f"tokens of patch_embed must be among {', '.join(map(str, IMAGES))}, got {unknown[0]}")
     for n, dtype, batch, mode in ((n, d, b, m) for n in tokens for d in dtypes for b in batches for m in modes):
         for name in names:
-            for shape in _shapes(name, n, widths or (WIDTHS if n <= 257 else WIDTHS[:1]), heads):
+            # DINOv2's large model is the one with such images
+            usual = WIDTHS if n <= 257 else (768, 1024) if (name, n) == ("patch_embed", 1370) else WIDTHS[:1]
+            for shape in _shapes(name, n, widths or usual, heads):
                 yield partial(FACTORIES[name], **shape, batch=batch, mode=mode, dtype=dtype, device=device)
 
 
