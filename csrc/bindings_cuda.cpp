@@ -16,8 +16,8 @@ namespace {
 // data, first, H, W, strides of channel, y, x
 using PackedImageGiven = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
 // data, [B, C, H, W], strides, patch, P, order, dtype, mean, std, patches, packed images, and these on the device
-using ImagesGiven = std::tuple<uintptr_t, std::array<int64_t, 4>, std::array<int64_t, 4>, std::array<int64_t, 2>, int64_t, int,
-                               int, uintptr_t, uintptr_t, int64_t, std::vector<PackedImageGiven>, uintptr_t>;
+using ImagesGiven = std::tuple<uintptr_t, std::array<int64_t, 4>, std::array<int64_t, 4>, std::array<int64_t, 2>, int64_t,
+                               int, int, uintptr_t, uintptr_t, int64_t, std::vector<PackedImageGiven>, uintptr_t>;
 using Tensor = std::tuple<uintptr_t, int>;  // address, dtype
 using Place = std::tuple<int, uintptr_t>;   // device, stream
 
@@ -28,7 +28,8 @@ ImagesArgs images_of(const ImagesGiven& given) {
   ImagesArgs args{{shape[1], shape[2], shape[3], patch[0], patch[1], P, static_cast<PatchOrder>(order), strides[0],
                    strides[1], strides[2], strides[3]},
                   pointer(data), shape[0], static_cast<DType>(dtype), static_cast<const float*>(pointer(mean)),
-                  static_cast<const float*>(pointer(std)), {}, static_cast<const PackedImage*>(pointer(on_device)), patches};
+                  static_cast<const float*>(pointer(std)), {},
+                  static_cast<const PackedImage*>(pointer(on_device)), patches};
   for (const auto& [image, first, H, W, channel, y, x] : packed)
     args.packed.push_back({pointer(image), first, H, W, channel, y, x});
   return args;
@@ -55,8 +56,8 @@ int rows(const ImagesGiven& images, const Tensor& out, const Place& place) {
   return patch_rows_on_gpu(args);
 }
 
-int gradient(const ImagesGiven& images, const Tensor& grad, int64_t D, uintptr_t parts, int64_t splits, uintptr_t weight_grad,
-             const Place& place) {
+int gradient(const ImagesGiven& images, const Tensor& grad, int64_t D, uintptr_t parts, int64_t splits,
+             uintptr_t weight_grad, const Place& place) {
   const WeightGradientArgs args{images_of(images), pointer(std::get<0>(grad)), D, static_cast<DType>(std::get<1>(grad)),
                                 static_cast<float*>(const_cast<void*>(pointer(parts))), splits,
                                 const_cast<void*>(pointer(weight_grad)), std::get<0>(place),

@@ -25,9 +25,9 @@ struct alignas(8) Bytes8 {
 #define VITFAST_BOTH inline
 #endif
 
-// wgmma's word for a matrix of 16 columns in shared memory, from byte `start` on, without a swizzle: 8 rows of 8 numbers
-// lie side by side in 128 bytes, the next 8 rows follow, and the other 8 columns lie `across` bytes behind. All in units of 16
-// bytes (PTX ISA, "Matrix descriptor": bits 0 the start, 16 the distance along the columns, 32 that along the rows).
+// wgmma's word for a matrix of 16 columns in shared memory, from byte `start` on, without a swizzle: 8 rows of 8
+// numbers lie side by side in 128 bytes, the next 8 rows follow, and the other 8 columns lie `across` bytes behind. All in
+// units of 16 bytes (PTX ISA, "Matrix descriptor": bits 0 the start, 16 the step along columns, 32 along rows).
 VITFAST_BOTH uint64_t matrix_descriptor(uint32_t start, int across) {
   return (start >> 4 & 0x3fff) | static_cast<uint64_t>(across >> 4) << 16 | static_cast<uint64_t>(128 >> 4) << 32;
 }
@@ -233,7 +233,8 @@ inline cudaError_t most_shared(const void* kernel, int* most) {
   if (has.numRegs < FEWEST_REGISTERS) return cudaErrorInvalidDeviceFunction;
   if (const cudaError_t error = cudaDeviceGetAttribute(most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) return error;
   *most -= static_cast<int>(has.sharedSizeBytes);
-  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, *most)) return error;
+  const cudaFuncAttribute shared = cudaFuncAttributeMaxDynamicSharedMemorySize;
+  if (const cudaError_t error = cudaFuncSetAttribute(kernel, shared, *most)) return error;
   known[{kernel, device}] = *most;
   return cudaSuccess;
 }

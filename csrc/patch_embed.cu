@@ -50,7 +50,8 @@ cudaError_t gradient_by(const WeightGradientArgs& args) {
   constexpr int ROWS = PATCHES_OF_STEP, THREADS = GRADIENT_THREADS;
   const bool chw = a.images.K % CHUNK == 0 && a.images.g.order == PatchOrder::chw;
   if (a.images.dtype == DType::uint8 && chw) {
-    if (all_load_together(args.images, SIDE<uint8_t>, 1)) return gradient_with<T, PlanarPixels<uint8_t, T, ROWS, THREADS>>(args, a);
+    if (all_load_together(args.images, SIDE<uint8_t>, 1))
+      return gradient_with<T, PlanarPixels<uint8_t, T, ROWS, THREADS>>(args, a);
     if (a.images.g.C == 3 && all_load_together(args.images, SIDE<uint8_t>, 3))
       return gradient_with<T, InterleavedPixels<uint8_t, T, ROWS, THREADS>>(args, a);
   }

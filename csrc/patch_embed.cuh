@@ -278,7 +278,8 @@ __device__ __forceinline__ void write_numbers(const float (&v)[CHUNK], void* ten
 #pragma unroll
     for (int e = 0; e < CHUNK; e += 4) {
       if (wide)
-        *reinterpret_cast<Bytes16*>(to + 4 * e) = {{as_bits(v[e]), as_bits(v[e + 1]), as_bits(v[e + 2]), as_bits(v[e + 3])}};
+        *reinterpret_cast<Bytes16*>(to + 4 * e) = {
+            {as_bits(v[e]), as_bits(v[e + 1]), as_bits(v[e + 2]), as_bits(v[e + 3])}};
       else
         for (int i = e; i < e + 4; ++i)
           if (i < count) reinterpret_cast<float*>(to)[i] = v[i];
@@ -302,8 +303,8 @@ __device__ __forceinline__ int chunk_left(const Embedding& a, int64_t column) {
 
 // sums + bias + positions -> tokens
 template <class Product>
-__device__ void write_tokens(const Embedding& a, const TileRows<Product::ROWS>& rows, int64_t first_patch, int64_t first_column,
-                             const float* sums, int pitch) {
+__device__ void write_tokens(const Embedding& a, const TileRows<Product::ROWS>& rows, int64_t first_patch,
+                             int64_t first_column, const float* sums, int pitch) {
   constexpr int ACROSS = Product::COLUMNS / CHUNK;
   for (int i = threadIdx.x; i < Product::ROWS * ACROSS; i += Product::THREADS) {
     const int r = i / ACROSS, c = i % ACROSS * CHUNK, count = chunk_left(a, first_column + c);

@@ -79,7 +79,8 @@ class GradientProduct {
 };
 
 template <class T>
-__device__ __forceinline__ void fetch_grad(const Gradient& a, const TileRows<PATCHES_OF_STEP>& rows, int64_t first, char* stage) {
+__device__ __forceinline__ void fetch_grad(const Gradient& a, const TileRows<PATCHES_OF_STEP>& rows, int64_t first,
+                                           char* stage) {
 #pragma unroll
   for (int i = threadIdx.x; i < PATCHES_OF_STEP * GRAD_CHUNKS; i += GRADIENT_THREADS) {
     const int chunk = i % GRAD_CHUNKS, row = i / GRAD_CHUNKS;
@@ -112,7 +113,8 @@ struct GradientPlan {
 };
 
 template <class T, class Pixels>
-__global__ void __launch_bounds__(GRADIENT_THREADS, Pixels::one_by_one ? 1 : 2) sum_weight_gradient(const __grid_constant__ Gradient a) {
+__global__ void __launch_bounds__(GRADIENT_THREADS, Pixels::one_by_one ? 1 : 2)
+    sum_weight_gradient(const __grid_constant__ Gradient a) {
   using P = GradientPlan<T, Pixels>;
   constexpr int CHUNKS = P::CHUNKS, AHEAD = GRADIENT_AHEAD;
   note_shared_bytes<P::SHARED + 3 * P::OF_CHANNEL>();
@@ -149,7 +151,8 @@ __global__ void __launch_bounds__(GRADIENT_THREADS, Pixels::one_by_one ? 1 : 2) 
   product.write(a.parts + split * a.D * a.images.K, first_row, a.D, a.images.K, [&](int chunk) {
     const int q = across * CHUNKS + chunk;
     if (q * CHUNK >= a.images.K) return -1;
-    return Pixels::interleaved_side ? column_of_interleaved_chunk<int>(a.images.g, q, Pixels::interleaved_side) : q * CHUNK;
+    if (!Pixels::interleaved_side) return q * CHUNK;
+    return column_of_interleaved_chunk<int>(a.images.g, q, Pixels::interleaved_side);
   });
 }
 

@@ -199,7 +199,8 @@ class InterleavedPixels {
 #pragma unroll
       for (int j = 0; j < MINE; ++j) {
         const int i = threadIdx.x + j * THREADS, row = i % ROWS, chunk = (step * GROUPS + i / ROWS) * IN_GROUP;
-        const InPatch<int> p = place_in_patch<int>(images.g, column_of_interleaved_chunk<int>(images.g, chunk, SIDE<From>));
+        const int column = column_of_interleaved_chunk<int>(images.g, chunk, SIDE<From>);
+        const InPatch<int> p = place_in_patch<int>(images.g, column);
         inside[j] = i < ROWS * GROUPS && chunk * CHUNK < images.K && rows.has(row, p);
         load_words(words[j], inside[j] ? rows.at(row, p, sizeof(From)) : images.data, inside[j]);
       }
@@ -278,8 +279,8 @@ __device__ __forceinline__ InPatch<int> following(const PatchGeometry& g, const 
 
 // CHUNK pixels of a row from `column` on; the bits of `inside` say which of them are in the image.
 template <int count, class Rows>
-__device__ __forceinline__ void load_chunk(uint32_t (&words)[CHUNK], uint32_t& inside, const Images& images, const Rows& rows,
-                                           int row, int column) {
+__device__ __forceinline__ void load_chunk(uint32_t (&words)[CHUNK], uint32_t& inside, const Images& images,
+                                           const Rows& rows, int row, int column) {
   InPatch<int> p = place_in_patch<int>(images.g, column);
   inside = 0;
 #pragma unroll
@@ -292,8 +293,8 @@ __device__ __forceinline__ void load_chunk(uint32_t (&words)[CHUNK], uint32_t& i
 }
 
 template <class Rows>
-__device__ __forceinline__ void load_chunk(uint32_t (&words)[CHUNK], uint32_t& inside, const Images& images, const Rows& rows,
-                                           int row, int column) {
+__device__ __forceinline__ void load_chunk(uint32_t (&words)[CHUNK], uint32_t& inside, const Images& images,
+                                           const Rows& rows, int row, int column) {
   if (images.together == 4) return load_chunk<4>(words, inside, images, rows, row, column);
   if (images.together == 2) return load_chunk<2>(words, inside, images, rows, row, column);
   load_chunk<1>(words, inside, images, rows, row, column);

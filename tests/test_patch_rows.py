@@ -291,3 +291,48 @@ def test_packed_error_does_not_name_the_image(name):
     images, weight, *_ = packed()
     with pytest.raises(ValueError, match=message):
         ops.patch_embed_packed(**dict(images=images, weight=weight) | changed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("patch", [(1, 1), (2, 4), (3, 4)], ids=str)
+def test_rows_of_pixels_are_the_images_memory(patch, dtype):
+    """Channels-last images and a patch as wide as they are: their rows may be a view, which no op may return."""
+    images = torch.randn(4, 3, 6, 4, dtype=dtype).contiguous(memory_format=torch.channels_last)[::2]
+    args = images, list(patch), dtype, None, None, "hwc"
+    torch.library.opcheck(torch.ops.vitfast.image_rows.default, args)
+    rows = torch.ops.vitfast.image_rows(*args)
+    assert torch.equal(rows, reference.patch_rows(images, patch, "hwc")) and rows.is_contiguous()
+
+
+@pytest.mark.parametrize("wants_grad", [False, True])
+def test_normed_pixels_break_a_graph_or_lose_a_gradient(wants_grad):
+    """vit-pytorch's stem compiled, exportable, and in fp64, with padding and gradients of all."""
+    images = torch.randn(2, 3, 7, 8, dtype=torch.float64, requires_grad=wants_grad)
+    weight, bias, scale, shift = (
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((5, 4, 4, 3), (5,), (48,), (48,))
+    )
+    run = lambda *t: ops.patch_embed(t[0], t[1], t[2], pad=True, input_norm=(t[3], t[4], 1e-5))  # noqa: E731
+    given = [images, weight, bias, scale, shift]
+    wanted = [t for t in given if t.requires_grad]
+    rows = reference.patch_rows(F.pad(images, (0, 0, 0, 1)), (4, 4), "hwc")
+    true = F.linear(F.layer_norm(rows, (48,), scale, shift, 1e-5), weight.flatten(1), bias)
+    cotangent = torch.randn_like(true)
+    expected = [true, *torch.autograd.grad(true, wanted, cotangent)]
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    for function in (run, compiled):
+        out = function(*given)
+        torch.testing.assert_close([out, *torch.autograd.grad(out, wanted, cotangent)], expected)
+    vitfast.set_exportable(True)
+    try:
+        torch.testing.assert_close(run(*given), true)
+    finally:
+        vitfast.set_exportable(False)
+
+
+def test_mean_that_wants_a_gradient_gets_none_without_a_word():
+    images, weight = torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.randn(5, 3, 4, 4)
+    mean = MEAN[:3].clone().requires_grad_()
+    with pytest.raises(ValueError, match="mean and std are constants"):
+        ops.patch_embed(images, weight, mean=mean, std=STD[:3])
+    with pytest.raises(TypeError, match="images must be a list .* got Tensor"):
+        ops.patch_embed_packed(images, weight, mean=MEAN[:3], std=STD[:3])

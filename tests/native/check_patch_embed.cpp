@@ -79,7 +79,8 @@ void check(const Case& c, DType dtype, DType to) {
   for (int64_t i = 0; i < g.C; ++i) reinterpret_cast<float*>(std.memory)[i] = 0.25f + 0.125f * static_cast<float>(i % 3);
   const bool normalises = c.from == DType::uint8;
   const float *const m = reinterpret_cast<float*>(mean.memory), *const s = reinterpret_cast<float*>(std.memory);
-  const ImagesArgs given{g, images.memory, c.B, c.from, normalises ? m : nullptr, normalises ? s : nullptr, {}, nullptr, c.B * N};
+  const ImagesArgs given{g, images.memory, c.B, c.from, normalises ? m : nullptr, normalises ? s : nullptr, {}, nullptr,
+                         c.B * N};
   const PatchEmbedArgs args{given, weight.memory, bias.memory, c.D, dtype, positions.memory, DType::fp32,
                             P ? prefix.memory : nullptr, 0, nullptr, dtype, tokens.memory, to, 0, 0, nullptr};
   REQUIRE((embed_with<Product, Pixels>(args, embedding_of(args)) == cudaSuccess), "it did not start");
@@ -109,7 +110,8 @@ void check_gradient(const Case& c, DType dtype) {
   Numbers images(c.from, c.span), grad(dtype, c.B * (g.P + N) * c.D), parts(DType::fp32, splits * c.D * K), sum(dtype, c.D * K);
   images.fill(1), grad.fill(0.2);
   const ImagesArgs given{g, images.memory, c.B, c.from, nullptr, nullptr, {}, nullptr, c.B * N};
-  const WeightGradientArgs args{given, grad.memory, c.D, dtype, reinterpret_cast<float*>(parts.memory), splits, sum.memory, 0, nullptr};
+  const WeightGradientArgs args{given, grad.memory, c.D, dtype, reinterpret_cast<float*>(parts.memory), splits, sum.memory,
+                                0, nullptr};
   REQUIRE((gradient_with<T, Pixels>(args, gradient_of(args)) == cudaSuccess), "it did not start");
   for (int64_t d = 0; d < c.D; ++d)
     for (int64_t k = 0; k < K; ++k) {

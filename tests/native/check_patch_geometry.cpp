@@ -37,7 +37,8 @@ void check_loads(const PatchGeometry& g, int64_t B, int64_t bytes, int64_t side,
           REQUIRE((address + offset * bytes) % width == 0, "offset %ld is not aligned to %ld", (long)offset, (long)width);
           for (int64_t i = 0; i < side * step; ++i) {
             const Pixel p{first.b, c + i % step, first.y, first.x + i / step};
-            REQUIRE(offset_of(g, p) == offset + i && in_image(g, p) == in_image(g, first), "pixel %ld of %ld", (long)i, (long)side);
+            REQUIRE(offset_of(g, p) == offset + i && in_image(g, p) == in_image(g, first), "pixel %ld of %ld", (long)i,
+                    (long)side);
           }
         }
 }
@@ -82,7 +83,8 @@ int main() {
   int loads = 0;
   for (int trial = 0; trial < 3000; ++trial) {
     const int64_t side = int64_t{1} << draw(0, 4), step = draw(0, 1) ? 1 : 3, bytes = int64_t{1} << draw(0, 2), ph = draw(1, 4);
-    const int64_t pw = side * draw(1, 2), C = step == 3 ? 3 : draw(1, 3), H = draw(1, 9), W = draw(0, 3) ? side * draw(1, 4) : draw(1, 40);
+    const int64_t pw = side * draw(1, 2), C = step == 3 ? 3 : draw(1, 3), H = draw(1, 9);
+    const int64_t W = draw(0, 3) ? side * draw(1, 4) : draw(1, 40);
     const int64_t gap = draw(0, 3) ? 0 : 16 * draw(0, 2) + draw(0, 1), line = W * step + gap, plane = H * line;
     const PatchGeometry g{C, H, W, ph, pw, 0, PatchOrder::chw, plane * (step == 3 ? 1 : C), step == 3 ? 1 : plane, line, step};
     loads += loads_together(g, 0, bytes, side, step);

@@ -89,7 +89,8 @@ struct Gpu {
 inline Gpu gpu;
 
 [[noreturn]] inline void fail(const char* why) {
-  std::fprintf(stderr, "cuda_on_host: block %u, thread %u: %s\n", gpu.block.x, gpu.running ? gpu.running->thread.x : 0, why);
+  const unsigned thread = gpu.running ? gpu.running->thread.x : 0;
+  std::fprintf(stderr, "cuda_on_host: block %u, thread %u: %s\n", gpu.block.x, thread, why);
   std::_Exit(3);
 }
 
@@ -245,7 +246,7 @@ UNSEEN_BY_SANITIZERS inline void run_block(int64_t block, int threads, int share
 }
 
 inline void require_aligned(const void* address, size_t bytes) {
-  require(reinterpret_cast<uintptr_t>(address) % bytes == 0, "an address that is not aligned to what is read or written there");
+  require(reinterpret_cast<uintptr_t>(address) % bytes == 0, "an address is not aligned to what is read or written");
 }
 
 }  // namespace on_host
@@ -405,7 +406,8 @@ inline float number_in(uint64_t descriptor, int row, int k) {
   const auto field = [&](int from) { return static_cast<int>(descriptor >> from & 0x3fff) * 16; };
   on_host::require(descriptor >> 46 == 0, "a descriptor with a swizzle");
   T number;
-  std::memcpy(&number, on_host::gpu.shared + field(0) + k / 8 * field(16) + row / 8 * field(32) + row % 8 * 16 + k % 8 * 2, 2);
+  const char* const of_eight = on_host::gpu.shared + field(0) + k / 8 * field(16) + row / 8 * field(32);
+  std::memcpy(&number, of_eight + row % 8 * 16 + k % 8 * 2, 2);
   return to_float(number);
 }
 

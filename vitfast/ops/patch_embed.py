@@ -97,7 +97,7 @@ def _normed(images, weight, bias, pos_embed, prefix, mean, std, pad, input_norm,
     check(images, weight.permute(0, 3, 1, 2), bias, pos_embed, prefix, mean, std, pad=pad, any_float=True)
     patch, (norm_weight, norm_bias, eps) = list(weight.shape[1:3]), input_norm
     if stock_only() or wants_gradient(images):
-        rows = _image_rows_stock(images, patch, rows_dtype, mean, std, "hwc")
+        rows = _rows_of(images, patch, rows_dtype, mean, std, "hwc")
     else:
         rows = call(_image_rows, False, images, patch, rows_dtype, mean, std, "hwc")
     x = linear(
@@ -365,17 +365,21 @@ def _patch_embed_backward_fake(grad, images, weight, pos_embed, prefix, mean, st
     )
 
 
+def _rows_of(images, patch, dtype, mean, std, order):
+    like = images.new_empty(0, 0, *patch, dtype=dtype)
+    return reference.patch_rows(_as_floats(images, like, mean, std), patch, order)
+
+
 def _image_rows_stock(images, patch, dtype, mean, std, order):
-    ph, pw = patch
-    like = images.new_empty(0, 0, ph, pw, dtype=dtype)
-    rows = reference.patch_rows(_as_floats(images, like, mean, std), patch, order)
+    rows = _rows_of(images, patch, dtype, mean, std, order)
     # of some layouts they are the images' own memory, which an op must not return
     own = rows.untyped_storage().data_ptr() != images.untyped_storage().data_ptr()
     return rows.contiguous() if own else rows.clone(memory_format=torch.contiguous_format)
 
 
 def _image_rows_cpu(images, patch, dtype, mean, std, order):
-    if not images.numel() or images.dtype not in native.DTYPES or dtype not in FLOATS[:3] or native.kernels() is None:
+    takes = images.dtype in native.DTYPES and dtype in native.FLOATS and native.kernels() is not None
+    if not images.numel() or not takes:
         return _image_rows_stock(images, patch, dtype, mean, std, order)
     return native.patch_rows(images, tuple(patch), order=order, dtype=dtype, mean=mean, std=std, pad=True)
 
