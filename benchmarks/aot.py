@@ -42,6 +42,7 @@ SCHEMA = 1
 KERNELS = ("attention", "layer_norm", "linear", "mlp")
 KERNEL_MODULES: tuple[str, ...] = tuple(f"vitfast.kernels.{name}" for name in KERNELS)
 CUDA_SOURCES = tuple(sorted(str(path) for path in (ROOT / "csrc").glob("*.cu")))
+CUDA_HEADERS = ("cuda_probe", "dtype", "patch_embed", "patch_geometry")
 CRASHED = {"refused": ["does not compile: the compiler took its process down"]}
 
 
@@ -126,7 +127,9 @@ def read(path: Path) -> dict[str, Any]:
 def sources() -> str:
     """A digest of the kernels' source: a record with another one is of other kernels."""
     digest = hashlib.sha256()
-    for path in sorted((ROOT / "vitfast" / "kernels").glob("*.py")):
+    # headers that only kernels for CPUs include are none of these
+    of_cuda = [*(ROOT / "csrc").glob("*.cu*"), *(ROOT / "csrc" / f"{name}.h" for name in CUDA_HEADERS)]
+    for path in sorted([*(ROOT / "vitfast" / "kernels").glob("*.py"), *of_cuda]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -66,9 +66,10 @@ def test_the_record_is_of_other_configurations_or_has_refused_ones():
 
 @pytest.mark.slow
 def test_a_cuda_kernel_is_refused_or_not_the_recorded_one():
+    """For one architecture: the others take as long again, and the record's digest holds them to these sources."""
     recorded = aot.read(aot.RECORD)
     rows = {}
-    for job in aot.cuda_jobs(aot.CUDA_SOURCES, ARCHS):
+    for job in aot.cuda_jobs(aot.CUDA_SOURCES, [80]):
         rows |= job.work(*job.arguments)
     assert {key.split()[0] for key in rows} == {f"csrc/{path.name}" for path in (ROOT / "csrc").glob("*.cu")}
     if NVCC is None:

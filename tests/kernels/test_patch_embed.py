@@ -366,22 +366,6 @@ def test_whole_model_is_another_one_on_kernels(channels_last, kernels, device): 
     torch.testing.assert_close(found["kernel"], found["stock"], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=["fp16", "bf16"])
-def test_normalisation_in_the_weight_loses_more_than_stock(dtype, kernels, device):  # noqa: F811
-    """For inference: pixels as they are, 0 to 255, which both of these dtypes hold exactly."""
-    args = given(2, 3, 32, 48, (16, 16), 40, dtype=dtype, image_dtype=torch.uint8, device=device)
-    images, weight, bias, pos, prefix, mean, std = args
-    folded = ops.fold_normalisation(weight, bias, mean, std)
-    true, low = exactly(*args), by_op(args, "stock")
-    with dispatch.backend("kernel"):
-        raw = torch.ops.vitfast.patch_embed(images, *folded, pos, prefix, None, None)
-        floats = ops.patch_embed(images.to(dtype), *folded, pos_embed=pos, prefix=prefix)
-    judge(raw, true, low)
-    assert torch.equal(raw, floats)
-    with pytest.raises(ValueError, match="fold_normalisation: .*got .*16, 16.*"):
-        ops.fold_normalisation(weight, bias, mean[:2], std)
-
-
 def test_pixels_are_normed_elsewhere_than_in_vit_pytorch(kernels, device):  # noqa: F811
     """LayerNorm over the pixels of a patch in the order of channels-last images, from floats and from uint8."""
     for image_dtype in (torch.float32, torch.uint8):

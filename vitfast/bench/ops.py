@@ -362,8 +362,7 @@ def patch_embed(
         given = draw(width, scale=0.1), draw(tokens, width, scale=0.5), draw(1, width, scale=0.5)
         if raw:
             decoded = draw.integers(256, batch, size, size, 3).to(torch.uint8).permute(0, 3, 1, 2)
-            mean, std = draw.constant(MEAN), draw.constant(STD)
-            return decoded, weight, *given, mean, std, *ops.fold_normalisation(weight, given[0], mean, std)
+            return decoded, weight, *given, draw.constant(MEAN), draw.constant(STD)
         x, last = draw(batch, 3, size, size), {"memory_format": torch.channels_last}
         return x, weight, *given, x.contiguous(**last), weight.contiguous(**last)
 
@@ -373,12 +372,12 @@ def patch_embed(
 
     def stock(x: Tensor, weight: Tensor, bias: Tensor, positions: Tensor, prefix: Tensor, *rest: Tensor) -> Tensor:
         if raw:
-            mean, std = (t[:, None, None] for t in rest[:2])
+            mean, std = (t[:, None, None] for t in rest)
             x = x.float().div_(255).sub_(mean).div_(std).to(to)
         return to_tokens(x, weight, bias, positions, prefix)
 
     def one_pass(x: Tensor, weight: Tensor, bias: Tensor, positions: Tensor, prefix: Tensor, *rest: Tensor) -> Tensor:
-        mean, std = (t[:, None, None] for t in rest[:2])
+        mean, std = (t[:, None, None] for t in rest)
         x = torch.addcmul(-mean / std, x, 1 / (255 * std))
         return to_tokens(x.to(to), weight, bias, positions, prefix)
 
@@ -388,28 +387,21 @@ def patch_embed(
         return to_tokens(x_last, weight_last, bias, positions, prefix)
 
     def ours(x: Tensor, weight: Tensor, bias: Tensor, positions: Tensor, prefix: Tensor, *rest: Tensor) -> Tensor:
-        mean, std = rest[:2] if raw else (None, None)
+        mean, std = rest if raw else (None, None)
         return ops.patch_embed(x, weight, bias, pos_embed=positions, prefix=prefix, mean=mean, std=std)
-
-    def folded(x: Tensor, weight: Tensor, bias: Tensor, positions: Tensor, prefix: Tensor, *rest: Tensor) -> Tensor:
-        return torch.ops.vitfast.patch_embed(x, *rest[2:], positions, prefix, None, None)
 
     def truth(x: Tensor, weight: Tensor, bias: Tensor, positions: Tensor, prefix: Tensor, *rest: Tensor) -> Tensor:
         if raw:
-            rest = rest[:2]
             x = reference.normalise(x, *rest, torch.float64)
         return reference.patch_embed(x, weight, bias, positions, prefix)
 
-    # a constant of the weight: for inference only
     more = {"conv2d mul and add": Way(lambda: one_pass)}
-    if raw and mode == "forward":
-        more["vitfast folded"] = Way(lambda: folded)
     if not raw:
         more = {"conv2d channels_last": Way(lambda: last, leaves=(6, 2, 3, 4))}
     shape = {"size": size, "patch": patch, "width": width}
     return op_case(
         f"patch_embed {images}", shape, batch, mode, dtype, device, draw_inputs,
-        images=(True,) + (False,) * 8 if raw else (True, False, False, False, False, True, False),
+        images=(True,) + (False,) * 6 if raw else (True, False, False, False, False, True, False),
         results=((batch, tokens, width),), leaves=(1, 2, 3, 4), truth=truth,
         ways={
             "conv2d": Way(lambda: stock),

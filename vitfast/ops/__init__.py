@@ -9,7 +9,7 @@ from vitfast.ops.attention_varlen import attention_varlen
 from vitfast.ops.layer_norm import add_layer_norm, layer_norm
 from vitfast.ops.linear import linear
 from vitfast.ops.mlp import mlp
-from vitfast.ops.patch_embed import fold_normalisation, patch_embed
+from vitfast.ops.patch_embed import patch_embed
 from vitfast.ops.patch_embed_packed import patch_embed_packed
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "attention_qkv",
     "attention_varlen",
     "attention_weights",
-    "fold_normalisation",
     "layer_norm",
     "linear",
     "mlp",

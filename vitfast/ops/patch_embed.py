@@ -63,33 +63,6 @@ def patch_embed(
     return call(_patch_embed, differentiable, images, weight, bias, pos_embed, prefix, mean, std)
 
 
-def fold_normalisation(
-    weight: Tensor, bias: Tensor | None, mean: Tensor, std: Tensor
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Weight [D, C, ph, pw] and bias [D] that give of pixels 0 to 255 what `weight` and `bias` give of normalised ones.
-
-    For inference: (x / 255 - mean) / std is linear, and pixels are exact in half precision where normalised ones are
-    not. Computed in fp64 and rounded once, to weight's dtype. `patch_embed` takes such pixels as floating point images,
-    the raw op torch.ops.vitfast.patch_embed as uint8 without mean and std. Not with `pad`: the zeros that it adds are
-    pixels of the mean, which nothing is after folding.
-
-    Args:
-        mean, std: [C].
-
-    Raises:
-        ValueError: weight is not [D, C, ph, pw], or mean or std not [C].
-    """
-    if weight.dim() != 4 or mean.shape != (weight.shape[1],) or std.shape != (weight.shape[1],):
-        raise ValueError(
-            f"fold_normalisation: weight must be [D, C, ph, pw], mean and std [C], got {list(weight.shape)}, "
-            f"{list(mean.shape)} and {list(std.shape)}"
-        )
-    wide, scale = weight.double(), (1 / std.double()).view(-1, 1, 1)
-    added = (wide * (mean.double().view(-1, 1, 1) * scale)).sum((1, 2, 3))
-    base = torch.zeros_like(added) if bias is None else bias.double()
-    return (wide * (scale / 255)).to(weight.dtype), (base - added).to(weight.dtype)
-
-
 def _normed(images, weight, bias, pos_embed, prefix, mean, std, pad, input_norm, rows_dtype):
     if weight.dim() != 4:
         raise ValueError(f"patch_embed: weight must be [D, ph, pw, C] beside input_norm, got {list(weight.shape)}")
