@@ -128,7 +128,7 @@ def sources() -> str:
     """A digest of the kernels' source: a record with another one is of other kernels."""
     digest = hashlib.sha256()
     # headers that only kernels for CPUs include are none of these
-    of_cuda = [*(ROOT / "csrc").glob("*.cu*"), *(ROOT / "csrc" / f"{name}.h" for name in CUDA_HEADERS)]
+    of_cuda = [path for path in (ROOT / "csrc").glob("*.*") if ".cu" in path.suffix or path.stem in CUDA_HEADERS]
     for path in sorted([*(ROOT / "vitfast" / "kernels").glob("*.py"), *of_cuda]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
