@@ -336,3 +336,21 @@ def test_mean_that_wants_a_gradient_gets_none_without_a_word():
         ops.patch_embed(images, weight, mean=mean, std=STD[:3])
     with pytest.raises(TypeError, match="images must be a list .* got Tensor"):
         ops.patch_embed_packed(images, weight, mean=MEAN[:3], std=STD[:3])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_stock_operators_round_pixels_more_than_once(dtype, packed, monkeypatch):
+    """What a GPU without the kernel runs: normalised in half precision, pixels would be rounded three times."""
+    monkeypatch.setattr(native, "kernels", lambda: None)
+    images = torch.randint(0, 256, (4, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    weight = (torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(1)) / 28).to(dtype)
+    mean, std = MEAN[:3], STD[:3]
+    embed = lambda x, w: F.conv2d(x, w, stride=16).flatten(2).transpose(1, 2)  # noqa: E731
+    true = embed(reference.normalise(images, mean, std, torch.float64), weight.double())
+    low = embed(reference.normalise(images, mean, std, torch.float32).to(dtype), weight)
+    if packed:
+        out = ops.patch_embed_packed([*images], weight, mean=mean, std=std)[0].view(4, 16, 64)
+    else:
+        out = ops.patch_embed(images, weight, mean=mean, std=std)
+    judge("tokens", out, true, low, dtype)
