@@ -133,6 +133,25 @@ def test_layer_norm_has_another_eps_or_variance():
     assert reference.layer_norm(x, None, None, 0.01, out_dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_norm_needs_weights_of_its_input_dtype(kind):
+    """float32 parameters beside a half-precision input, which torch takes on CPUs only; rounded once, or not at all."""
+    x, weight = draw(4, 8, dtype=torch.bfloat16), draw(8, dtype=torch.float32)
+    exact = reference.layer_norm(x.double(), weight.double(), None, 1e-6, kind)
+    close(reference.layer_norm(x, weight, None, 1e-6, kind), exact.bfloat16(), rtol=2**-7, atol=0)
+    close(reference.layer_norm(x, weight, None, 1e-6, kind, torch.float32), exact.float())
+
+
+def test_query_without_keys_has_a_gradient_that_is_nan():
+    """The softmax of a row of -inf: zeros in the result hide a NaN that comes back."""
+    q, k, v = (draw(1, 2, 1, 4).requires_grad_() for _ in range(3))
+    mask = torch.tensor([[0.0, 0.0], [-math.inf, -math.inf]], dtype=torch.float64)
+    out = reference.attention_visibly(q, k, v, 0.5, mask, lambda weights: weights)
+    assert (out[0, 1] == 0).all()
+    grads = torch.autograd.grad(out.square().sum(), (q, k, v))
+    assert all(g.isfinite().all() for g in grads) and (grads[0][0, 1] == 0).all()
+
+
 def test_add_layer_norm_norms_the_wrong_tensor():
     """The residual or the branch normed in place of their sum; row_scale along the tokens."""
     residual, branch, gamma, weight, bias = draw(2, 2, 5), draw(2, 2, 5), draw(5), draw(5), draw(5)

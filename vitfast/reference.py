@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitfast.switches import differentiated_again, forward_mode
+
 
 def activation(x: Tensor, name: str) -> Tensor:
     """'gelu' is x * Phi(x) by erf; 'gelu_tanh' and 'quick_gelu' are its two published approximations."""
@@ -38,8 +40,26 @@ def layer_norm(
 ) -> Tensor:
     """(x - mean) * rstd * weight + bias over the last dim, or x * rstd * weight for kind 'rms'."""
     shape = [int(x.shape[-1])]  # a number also where a tracer makes a tensor of it
-    y = F.rms_norm(x, shape, weight, eps) if kind == "rms" else F.layer_norm(x, shape, weight, bias, eps)
-    return y if out_dtype is None else y.to(out_dtype)
+    dtype = x.dtype if out_dtype is None else out_dtype
+    if weight is not None and weight.dtype != x.dtype:
+        # float32 parameters beside a half-precision input: torch takes that on CPUs only
+        x = x.to(weight.dtype)
+    if kind == "rms":
+        y = F.rms_norm(x, shape, weight, eps)
+    elif forward_mode():
+        y = _layer_norm_by_hand(x, weight, bias, eps)
+    else:
+        y = F.layer_norm(x, shape, weight, bias, eps)
+    return y.to(dtype)
+
+
+def _layer_norm_by_hand(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    # the gradient of F.layer_norm's tangent takes mean and rstd for constants (torch 2.11 and 2.14)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    centred = wide - wide.mean(-1, keepdim=True)
+    y = (centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
 
 
 def scale_branch(branch: Tensor, gamma: Tensor | None, row_scale: Tensor | None) -> Tensor:
@@ -99,6 +119,10 @@ def attention(
     A bool mask is True where a key takes part, a float mask is added to the logits (as in
     `F.scaled_dot_product_attention`); a query with every key masked gives zeros there, and here.
     """
+    if differentiated_again(q, k, v):
+        # of that operator's gradient there is no derivative, and no forward-mode rule
+        drop = lambda weights: F.dropout(weights, dropout_p)  # noqa: E731
+        return attention_visibly(q, k, v, scale, mask, drop)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale)
     return out.transpose(1, 2).flatten(2)
@@ -111,10 +135,12 @@ def attention_visibly(
     logits = scale * torch.einsum("bqhd,bkhd->bhqk", q, k)
     if mask is not None:
         logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
-    weights = logits.softmax(dim=-1)
-    if mask is not None:
-        # no key at all: zeros, as `attention` gives
-        weights = weights.masked_fill((logits == float("-inf")).all(-1, keepdim=True), 0.0)
+    if mask is None:
+        weights = logits.softmax(dim=-1)
+    else:
+        # no key at all: zeros, as `attention` gives; the softmax must not see such a row, whose gradient is NaN
+        empty = (logits == float("-inf")).all(-1, keepdim=True)
+        weights = logits.masked_fill(empty, 0.0).softmax(dim=-1).masked_fill(empty, 0.0)
     weights = on_weights(weights)
     return torch.einsum("bhqk,bkhd->bqhd", weights.to(v.dtype), v).flatten(2)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 _exportable = False
 
@@ -11,8 +13,8 @@ def set_exportable(enable: bool = True) -> None:
     """Lower models to stock PyTorch operators, for exporters that know no custom op, such as ONNX.
 
     The model keeps its weights and its results (to rounding). Applies to all models of the process until
-    `set_exportable(False)`. Inside `torch.onnx.export`, `torch.jit.trace` and the transforms of `torch.func` it is so
-    anyway.
+    `set_exportable(False)`. Inside `torch.onnx.export`, `torch.jit.trace`, the transforms of `torch.func` and
+    forward-mode differentiation it is so anyway.
     """
     global _exportable
     _exportable = bool(enable)
@@ -28,4 +30,25 @@ def stock_only() -> bool:
     if torch.compiler.is_compiling() or _exportable:
         return _exportable or (exporting() and torch.onnx.is_in_onnx_export())
     # jit.trace knows no ops of ours; vmap, grad and jvp of torch.func want rules that stock operators have
-    return torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None
+    return torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None or forward_mode()
+
+
+def forward_mode() -> bool:
+    """Whether tangents may be carried along: inside `torch.autograd.forward_ad.dual_level` or `torch.func.jvp`."""
+    return forward_ad._current_level >= 0
+
+
+def differentiated_again(*tensors: Tensor) -> bool:
+    """Whether torch.func or forward mode may want more of these tensors than one derivative in reverse mode."""
+    if torch.compiler.is_compiling():
+        return False
+    return forward_mode() or any(_levels(t) > 1 for t in tensors)
+
+
+def _levels(t: Tensor) -> int:
+    """How many levels of reverse mode record what is done to `t`: those of torch.func, and autograd below them."""
+    levels = int(t.requires_grad)
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        t = torch._C._functorch.get_unwrapped(t)
+        levels += t.requires_grad
+    return levels

@@ -152,6 +152,15 @@ def attention_formula_backward(grad, q, k, v, out, lse, scale, lengths=None, dro
     return tuple(t.to(q.dtype).contiguous() for t in (dq, dk, dv))
 
 
+def attention_plainly(q, k, v, scale, lengths=None, dropout_p=0.0, seed=None, image=0):
+    """Out of `attention_formula` as a graph that can be differentiated any number of times."""
+    dtype = lse_dtype(q.dtype)
+    k, v = _without_padding(lengths, k, v)
+    mask = None if lengths is None else key_is_there(lengths, k.shape[1])[:, None, None]
+    drop = lambda weights: weights * _dropout(weights, dropout_p, seed, image) if dropout_p else weights  # noqa: E731
+    return reference.attention_visibly(q.to(dtype), k.to(dtype), v.to(dtype), scale, mask, drop).to(q.dtype)
+
+
 def key_is_there(lengths, keys):
     """[B, keys]: whether each key of each image takes part."""
     return torch.arange(keys, device=lengths.device) < lengths.unsqueeze(1)

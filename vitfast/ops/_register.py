@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from vitfast import dispatch, extension, native
 
@@ -130,7 +129,8 @@ def must_have_saved(name: str, saves: bool) -> None:
 
 
 def autograd(name: str, *, setup_context: Callable, backward: Callable) -> None:
-    """Register the gradient of `vitfast::<name>`; the backward calls an op of its own.
+    """Register the gradient of `vitfast::<name>`; the backward calls an op of its own, or where `_higher.wanted`
+    computes the same as a graph of stock operators.
 
     An autograd.Function at the Autograd key, not `torch.library.register_autograd`: the latter reads the schema anew
     at every call, 40 us of the 60 us that an op costs on the host.
@@ -150,7 +150,6 @@ def autograd(name: str, *, setup_context: Callable, backward: Callable) -> None:
             return output
 
         @staticmethod
-        @once_differentiable
         def backward(ctx, *grads):
             return None, *backward(ctx, *grads)
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from vitfast import reference
 from vitfast.ops import _attention_run as run
-from vitfast.ops import _register
-from vitfast.ops._attention_stock import key_is_there, lse_dtype
+from vitfast.ops import _higher, _register
+from vitfast.ops._attention_stock import attention_plainly, key_is_there, lse_dtype
 from vitfast.ops._check import FLOATS, Reasons, autocast_dtype, cast
 from vitfast.ops._register import call, wants_gradient
 from vitfast.switches import stock_only
@@ -254,15 +254,24 @@ def _attention_grad(ctx, grad, _):
     grads = (None,) * 3
     if grad is not None:
         *saved, lengths, seed = ctx.saved_tensors
-        grads = _attention_backward(grad, *saved, ctx.scale, lengths, ctx.dropout_p, seed)
-        grads = tuple(g if n else None for g, n in zip(grads, ctx.needed, strict=False))
+        how = ctx.scale, lengths, ctx.dropout_p, seed
+        if _higher.wanted(grad):
+            grads = _higher.grads(lambda *qkv: attention_plainly(*qkv, *how), saved[:3], ctx.needed[:3], grad)
+        else:
+            grads = _attention_backward(grad, *saved, *how)
+            grads = tuple(g if n else None for g, n in zip(grads, ctx.needed, strict=False))
     return *grads, *(None,) * (ctx.given - 3)
 
 
 def _attention_qkv_grad(ctx, grad, _):
     if grad is not None:
         *saved, lengths, seed = ctx.saved_tensors
-        grad = _attention_qkv_backward(grad, *saved, ctx.scale, lengths, ctx.dropout_p, seed)
+        how = ctx.scale, lengths, ctx.dropout_p, seed
+        if _higher.wanted(grad):
+            formula = lambda qkv: attention_plainly(*qkv.unbind(2), *how)  # noqa: E731
+            (grad,) = _higher.grads(formula, saved[:1], [True], grad)
+        else:
+            grad = _attention_qkv_backward(grad, *saved, *how)
     return grad, *(None,) * (ctx.given - 1)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from vitfast import reference
 from vitfast.ops import _attention_run as run
 from vitfast.ops import _attention_stock as stock
-from vitfast.ops import _register
+from vitfast.ops import _higher, _register
 from vitfast.ops._check import Reasons, autocast_dtype, cast
 from vitfast.ops._register import call, wants_gradient
 from vitfast.ops.attention import draw_seed
@@ -115,6 +115,12 @@ def _by_image(q, k, v, q_starts, k_starts, scale, dropout_p):
     return torch.cat(parts) if parts else q.flatten(1)
 
 
+def _plainly(q, k, v, q_starts, k_starts, scale, dropout_p, seed):
+    images = enumerate(_images(q, k, v, q_starts, k_starts))
+    parts = [stock.attention_plainly(*qkv, scale, None, dropout_p, seed, i)[0] for i, (_, _, *qkv) in images]
+    return torch.cat(parts) if parts else q.flatten(1)
+
+
 def _forward(plain, formula):
     """One call of `plain` an image; of the formula where there is dropout, in which every image has its own numbers."""
 
@@ -189,8 +195,13 @@ def _grad(ctx, grad, _):
     grads = (None,) * 3
     if grad is not None:
         *saved, seed = ctx.saved_tensors
-        grads = _varlen_backward(grad, *saved, ctx.max_q, ctx.max_k, ctx.scale, ctx.dropout_p, seed)
-        grads = tuple(g if n else None for g, n in zip(grads, ctx.needed, strict=False))
+        if _higher.wanted(grad):
+            q_starts, k_starts = saved[5:]
+            formula = lambda *qkv: _plainly(*qkv, q_starts, k_starts, ctx.scale, ctx.dropout_p, seed)  # noqa: E731
+            grads = _higher.grads(formula, saved[:3], ctx.needed[:3], grad)
+        else:
+            grads = _varlen_backward(grad, *saved, ctx.max_q, ctx.max_k, ctx.scale, ctx.dropout_p, seed)
+            grads = tuple(g if n else None for g, n in zip(grads, ctx.needed, strict=False))
     return *grads, *(None,) * (ctx.given - 3)
 
 

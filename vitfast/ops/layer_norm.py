@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vitfast import reference
-from vitfast.ops import _launch, _register, _stock
+from vitfast.ops import _higher, _launch, _register, _stock
 from vitfast.ops._check import Reasons
 from vitfast.ops._register import call, wants_gradient
 from vitfast.switches import stock_only
@@ -171,10 +171,17 @@ def _layer_norm_grad(ctx, grad, *_):
     if grad is None:
         return (None,) * 6
     x, weight, bias, mean, rstd = ctx.saved_tensors
-    grads = _layer_norm_backward(
-        grad, x, mean, rstd, weight, bias, ctx.eps, ctx.kind, list(ctx.needed[:3])
-    )
+    need = list(ctx.needed[:3])
+    if _higher.wanted(grad):
+        grads = _grads_as_graph(ctx, grad, x, weight, bias, need)
+    else:
+        grads = _layer_norm_backward(grad, x, mean, rstd, weight, bias, ctx.eps, ctx.kind, need)
     return *grads, None, None, None
+
+
+def _grads_as_graph(ctx, grad, x, weight, bias, need):
+    formula = lambda *given: reference.layer_norm(*given, ctx.eps, ctx.kind, grad.dtype)  # noqa: E731
+    return _higher.grads(formula, (x, weight, bias), need, grad)
 
 
 def _add_layer_norm_stock(residual, branch, weight, bias, eps, kind, gamma, row_scale):
@@ -270,14 +277,30 @@ def _add_layer_norm_setup(ctx, inputs, output):
 def _add_layer_norm_grad(ctx, grad_total, grad_normed, *_):
     if grad_total is None and grad_normed is None:
         return (None,) * 8
-    total, weight, bias, mean, rstd, branch, gamma, row_scale = ctx.saved_tensors
     need = ctx.needed
+    if _higher.wanted(grad_total, grad_normed):
+        return _add_layer_norm_grads_as_graph(ctx, grad_total, grad_normed)
+    total, weight, bias, mean, rstd, branch, gamma, row_scale = ctx.saved_tensors
     mask = [*need[:4], need[6]]
     grad, grad_weight, grad_bias, grad_branch, grad_gamma = _add_layer_norm_backward(
         grad_total, grad_normed, total, branch, mean, rstd, weight, bias, gamma, row_scale, ctx.eps, ctx.kind,
         str(ctx.branch_dtype)[6:], mask,
     )  # fmt: skip
     return grad, grad_branch, grad_weight, grad_bias, None, None, grad_gamma, None
+
+
+def _add_layer_norm_grads_as_graph(ctx, grad_total, grad_normed):
+    # in terms of the sum: its own graph leads on to what was added up
+    total, weight, bias, _, _, branch, gamma, row_scale = ctx.saved_tensors
+    grad, grad_weight, grad_bias, grad_gamma = grad_total, None, None, None
+    if grad_normed is not None:
+        grad, grad_weight, grad_bias = _grads_as_graph(ctx, grad_normed, total, weight, bias, [True, *ctx.needed[2:4]])
+        grad = grad if grad_total is None else grad + grad_total
+    if ctx.needed[6]:
+        scaled = reference.scale_branch(grad * branch, None, row_scale)
+        grad_gamma = scaled.sum(tuple(range(scaled.dim() - 1))).to(gamma.dtype)
+    grad_branch = reference.scale_branch(grad, gamma, row_scale).to(ctx.branch_dtype) if ctx.needed[1] else None
+    return grad if ctx.needed[0] else None, grad_branch, grad_weight, grad_bias, None, None, grad_gamma, None
 
 
 _layer_norm = _register.op(

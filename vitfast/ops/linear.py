@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitfast import reference
-from vitfast.ops import _launch, _register, _stock
+from vitfast.ops import _higher, _launch, _register, _stock
 from vitfast.ops._check import Reasons, alike, autocast_dtype, cast
 from vitfast.ops._register import call, must_have_saved, wants_gradient
 from vitfast.switches import stock_only
@@ -242,7 +242,13 @@ def _linear_grad(ctx, grad, *_):
     need = ctx.needed
     mask = [*need[:5], need[8]]
     grads = (None,) * 6
-    if any(mask):
+    if _higher.wanted(grad):
+        eps, norm, act = ctx.how
+        grads = _higher.grads(
+            lambda *given: reference.linear(*given[:5], eps, norm, act, given[5], row_scale),
+            (x, weight, bias, norm_weight, norm_bias, gamma), mask, grad,
+        )  # fmt: skip
+    elif any(mask):
         grads = _linear_backward(
             grad, x, weight, bias, norm_weight, norm_bias, mean, rstd, pre, branch, gamma, row_scale, *ctx.how, mask
         )

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitfast import reference
-from vitfast.ops import _launch, _register, _stock
+from vitfast.ops import _higher, _launch, _register, _stock
 from vitfast.ops._check import Reasons, alike, autocast_dtype, cast
 from vitfast.ops._register import call, must_have_saved, wants_gradient
 from vitfast.ops.linear import ACTIVATIONS as LINEAR_ACTIVATIONS
@@ -259,10 +259,17 @@ def _mlp_grad(ctx, grad, *_):
     need = ctx.needed
     mask = [*need[:3], *need[5:9], need[11]]
     x, norm_weight, norm_bias, mean, rstd, w1, b1, w2, b2, pre, branch, hidden, gamma, row_scale = ctx.saved_tensors
-    grads = _mlp_backward(
-        grad, x, norm_weight, norm_bias, mean, rstd, w1, b1, w2, b2, pre, branch, hidden, gamma, row_scale, *ctx.how,
-        mask,
-    )  # fmt: skip
+    if _higher.wanted(grad):
+        eps, norm, act, gated = ctx.how
+        grads = _higher.grads(
+            lambda *given: reference.mlp(*given[:3], eps, norm, *given[3:7], act, gated, given[7], row_scale),
+            (x, norm_weight, norm_bias, w1, b1, w2, b2, gamma), mask, grad,
+        )  # fmt: skip
+    else:
+        grads = _mlp_backward(
+            grad, x, norm_weight, norm_bias, mean, rstd, w1, b1, w2, b2, pre, branch, hidden, gamma, row_scale,
+            *ctx.how, mask,
+        )  # fmt: skip
     return *grads[:3], None, None, *grads[3:7], None, None, grads[7], None, None
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitfast import native, reference
-from vitfast.ops import _launch, _register
+from vitfast.ops import _higher, _launch, _register
 from vitfast.ops._check import FLOATS, Reasons, autocast_dtype, cast
 from vitfast.ops._register import call, wants_gradient
 from vitfast.ops.linear import linear
@@ -377,15 +377,21 @@ def _image_rows_fake(images, patch, dtype, mean, std, order):
 
 
 def _setup(ctx, inputs, output):
-    images, weight, _, pos_embed, prefix, mean, std = inputs
-    ctx.save_for_backward(images, weight, pos_embed, prefix, mean, std)
+    ctx.save_for_backward(*inputs)
 
 
 def _patch_embed_grad(ctx, grad):
-    images, weight, pos_embed, prefix, mean, std = ctx.saved_tensors
-    grads = _patch_embed_backward(
-        grad, images, weight, pos_embed, prefix, mean, std, list(ctx.needed[:5])
-    )
+    images, weight, bias, pos_embed, prefix, mean, std = ctx.saved_tensors
+    need = list(ctx.needed[:5])
+    if _higher.wanted(grad):
+        grads = _higher.grads(
+            lambda images, weight, *others: reference.patch_embed(
+                _as_floats(images, weight, mean, std), weight, *others
+            ),
+            (images, weight, bias, pos_embed, prefix), need, grad,
+        )  # fmt: skip
+    else:
+        grads = _patch_embed_backward(grad, images, weight, pos_embed, prefix, mean, std, need)
     return *grads, None, None
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitfast import native, reference
-from vitfast.ops import _launch, _register
+from vitfast.ops import _higher, _launch, _register
 from vitfast.ops._check import FLOATS, autocast_dtype, cast
 from vitfast.ops._register import call, wants_gradient
 from vitfast.ops.patch_embed import check, kernel_wins, patches_of, token_dtype
@@ -73,14 +73,20 @@ def patch_embed_packed(
             pairs = zip(pos_embed, lengths, strict=True)
             prefix = torch.stack([whole + each[:P] if len(each) == P + N else whole for each, N in pairs])
     if stock_only() or wants_gradient(*images):
-        x = F.linear(_rows_stock(images, patch, weight.dtype, mean, std), weight.flatten(1), bias)
-        tokens = _packed_tokens(x if positions is None else x + positions, prefix, lengths)
+        tokens = _packed_stock(images, weight, bias, positions, prefix, mean, std)
     else:
         differentiable = wants_gradient(weight, bias, positions, prefix)
         tokens = call(_packed, differentiable, images, weight, bias, positions, prefix, mean, std)
     # added up on the host: the device need not be waited for
     ends = itertools.accumulate((P + N for N in lengths), initial=0)
     return tokens, torch.tensor(list(ends), dtype=torch.int32).to(weight.device, non_blocking=True)
+
+
+def _packed_stock(images, weight, bias, positions, prefix, mean, std):
+    patch = weight.shape[2:]
+    x = F.linear(_rows_stock(images, patch, weight.dtype, mean, std), weight.flatten(1), bias)
+    lengths = [patches_of(image, patch) for image in images]
+    return _packed_tokens(x if positions is None else x + positions, prefix, lengths)
 
 
 def _packed_tokens(x, prefix, lengths):
@@ -195,14 +201,19 @@ def _packed_backward_fake(grad, images, weight, positions, prefix, mean, std, ma
 
 
 def _packed_setup(ctx, inputs, output):
-    images, weight, _, positions, prefix, mean, std = inputs
-    ctx.save_for_backward(weight, positions, prefix, mean, std, *images)
+    images, *others = inputs
+    ctx.save_for_backward(*others, *images)
 
 
 def _packed_grad(ctx, grad):
-    weight, positions, prefix, mean, std, *images = ctx.saved_tensors
+    weight, bias, positions, prefix, mean, std, *images = ctx.saved_tensors
     mask = list(ctx.needed[1:5])
-    return None, *_packed_backward(grad, images, weight, positions, prefix, mean, std, mask), None, None
+    if _higher.wanted(grad):
+        formula = lambda *given: _packed_stock(images, *given, mean, std)  # noqa: E731
+        grads = _higher.grads(formula, (weight, bias, positions, prefix), mask, grad)
+    else:
+        grads = _packed_backward(grad, images, weight, positions, prefix, mean, std, mask)
+    return None, *grads, None, None
 
 
 _packed = _register.op(
