@@ -308,3 +308,29 @@ def test_exported_attention_computes_something_else(device):
 @pytest.mark.skipif(not INTERPRETED, reason="bf16 is right on a GPU")
 def test_interpreter_computes_bf16():
     assert "interpreter" in attention.why_not(torch.device("cpu"), torch.bfloat16, 64, True)[0]
+
+
+@pytest.mark.parametrize("how", ["padded", "packed"])
+def test_gradient_as_a_graph_draws_another_mask_or_sees_padding(how, device, monkeypatch):
+    """With `create_graph` a backward is stock operators: the kernel's draws, lengths and packed images again."""
+    q, k, v, grad = tensors(3, 21, 21, 2, 16, torch.float32, device)
+    extras = {"dropout_p": 0.3}
+    if how == "packed":
+        starts = torch.tensor([0, 5, 5, 63], dtype=torch.int32, device=device)
+        q, k, v, grad = (t.flatten(0, 1) for t in (q, k, v, grad))
+        run = lambda *qkv: ops.attention_varlen(*qkv, starts, **extras)  # noqa: E731
+    else:
+        extras["lengths"] = torch.tensor([0, 21, 7], dtype=torch.int32, device=device)
+        k[2, 7:], v[2, 7:] = float("nan"), float("nan")
+        run = lambda *qkv: ops.attention(*qkv, **extras)  # noqa: E731
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    launches = Launches(monkeypatch, attention)
+    out = run(*leaves)
+    assert launches.names
+    by_kernel = torch.autograd.grad(out, leaves, grad, retain_graph=True)
+    launches.names.clear()
+    as_graph = torch.autograd.grad(out, leaves, grad, create_graph=True)
+    assert not launches.names
+    for one, other in zip(by_kernel, as_graph, strict=True):
+        assert other.requires_grad
+        torch.testing.assert_close(other.detach(), one, rtol=1e-4, atol=1e-5)
