@@ -56,7 +56,7 @@ class TimmSurface:
         self.config = self.config.replace(pool=pool)
 
     embed_dim = num_features = head_hidden_size = property(lambda self: self.config.dim)
-    in_chans = property(lambda self: self.config.channels)
+    in_chans = property(lambda self: getattr(self.patch_embed.proj, "in_channels", self.config.channels))
     dynamic_img_size = property(lambda self: self.config.dynamic_image_size)
     pool_include_prefix = property(lambda self: self.config.pool_prefix)
 
@@ -191,7 +191,7 @@ class TimmSurface:
         config = self.config.replace(image_size=img_size)
         if self.pos_embed is not None:
             pos_embed = resample_pos_embed(
-                self.pos_embed.detach(), config.grid_size, self.config.grid_size, self._positioned_prefix()
+                self.pos_embed.detach(), config.grid_size, self.patch_embed.grid_size, self._positioned_prefix()
             )
             self.pos_embed = nn.Parameter(pos_embed.clone(), requires_grad=self.pos_embed.requires_grad)
         self.config = config

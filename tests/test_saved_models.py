@@ -1,0 +1,369 @@
+"""What was exchanged in a model before it was saved: the file describes the model as it is, or saving says why not.
+
+Silent would be the worst: weights that load into a model which computes something else.
+"""
+
+import copy
+import os
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+import vitfast
+from vitfast.layers import DropPath, LayerScale, QuickGELU
+from vitfast.model import Attention
+
+SIZES = dict(image_size=16, patch_size=8, num_classes=5, dim=32, depth=3, heads=2, mlp_dim=48)
+RATES = dict(
+    emb_dropout=0.1, attn_dropout=0.15, proj_dropout=0.2, mlp_dropout=0.25, head_dropout=0.3, drop_path=0.4
+)  # fmt: skip
+GATED = dict(activation="silu", proj_bias=False, qkv_bias=False)
+FLAVOURS = {
+    "timm": {},
+    "registers": dict(register_tokens=2, pos_embed="patches", layer_scale=0.1, num_classes=0),
+    "distilled": dict(distillation_token=True),
+    "map": dict(pool="map", class_token=False, activation="gelu_tanh"),
+    "packed": dict(mlp="swiglu_packed", mlp_norm=True, norm_eps=1e-5, **GATED),
+    "swiglu": dict(mlp="swiglu", norm="rms", qk_norm=True, **GATED),
+    "inner norms": dict(qk_norm=True, attn_norm=True, mlp_norm=True, head_dim=8),
+    "clip": dict(pre_norm=True, activation="quick_gelu", patch_norm=True),
+    "mean": dict(pool="mean", dynamic_image_size=True, pool_prefix=True),
+    "padded": dict(pool="none", pos_embed="none", final_norm=False, dynamic_image_size=True, dynamic_pad=True),
+    "vit_pytorch": dict(input_norm=True, norm_eps=1e-5, norm_after_pool=False),
+    "vit_pytorch mean": dict(input_norm=True, class_token=False, pool="mean", out_proj=False, head_dim=16),
+}
+
+
+def model_of(flavour, **fields):
+    torch.manual_seed(0)
+    model = vitfast.ViT.from_config(vitfast.ViTConfig(**SIZES | RATES | FLAVOURS[flavour] | fields)).double()
+    for weight in model.parameters():  # so that no eps, and no part that starts as a zero, is without effect
+        nn.init.normal_(weight, mean=0.05, std=0.2)
+    return model
+
+
+def outputs(model):
+    """In evaluation, and with the same draws in training."""
+    images = torch.randn(4, model.in_chans, 16, 16, dtype=torch.double, generator=torch.Generator().manual_seed(1))
+    found = [model.eval()(images)]
+    torch.manual_seed(2)
+    return [*found, model.train()(images)]
+
+
+def back(model, path, **options):
+    """The model that the file describes, or the message with which saving it was refused, and then no file."""
+    try:
+        vitfast.save_checkpoint(model, path, **options)
+    except (NotImplementedError, ValueError) as error:
+        assert not os.listdir(path.parent)
+        return str(error)
+    config, state = vitfast.read_config(path), vitfast.read_checkpoint(path)
+    path.unlink()
+    again = vitfast.ViT.from_config(config)
+    again.load_state_dict(state, assign=True)
+    return again
+
+
+def check(model, path, must_be_written=False):
+    """The message, None where the file gave a model that computes the same."""
+    again = back(copy.deepcopy(model), path)
+    if isinstance(again, str):
+        assert not must_be_written, again
+        return again
+    assert all(p.dtype == q.dtype for p, q in zip(model.parameters(), again.parameters(), strict=True))
+    try:
+        expected = outputs(model)
+    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError):
+        return None  # nothing that could be computed otherwise
+    for ours, theirs in zip(outputs(again), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+    return None
+
+
+def unlike(one, other):
+    return any(a.shape != b.shape or (a - b).abs().max() > 1e-9 for a, b in zip(one, other, strict=True))
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "model.safetensors"
+
+
+def parts_of_all():
+    """Every part of every flavour; what an earlier flavour has as well, not again. Of the blocks the middle one."""
+    seen = set()
+    for flavour in FLAVOURS:
+        for name, module in model_of(flavour).named_modules():
+            if re.match(r"blocks\.[02]\.", name) or (name, type(module)) in seen:
+                continue
+            seen.add((name, type(module)))
+            yield flavour, name
+
+
+PARTS = list(parts_of_all())
+
+
+def put(model, name, module):
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
+
+
+class Other(nn.Module):
+    """A part with an adapter."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.gain = base, nn.Parameter(torch.tensor(1.5, dtype=torch.double))
+
+    def forward(self, *args, **kwargs):
+        return self.base(*args, **kwargs) * self.gain
+
+
+def hook(model, name):
+    model.get_submodule(name).register_forward_hook(lambda module, args, out: out * 1.5)
+
+
+def pre_hook(model, name):
+    model.get_submodule(name).register_forward_pre_hook(lambda module, args: (args[0] * 1.5, *args[1:]))
+
+
+def patch(model, name):
+    module, before = model.get_submodule(name), model.get_submodule(name).forward
+    module.forward = lambda *args, **kwargs: before(*args, **kwargs) * 1.5
+
+
+def subclass(model, name):
+    module = model.get_submodule(name)
+    kind = type(module)
+    before = kind.forward
+    module.__class__ = type("Mine", (kind,), {"forward": lambda self, *args, **kwargs: before(self, *args) * 1.5})
+
+
+def wrap(model, name):
+    put(model, name, Other(model.get_submodule(name)))
+
+
+def identity(model, name):
+    put(model, name, nn.Identity())
+
+
+def remove(model, name):
+    put(model, name, None)
+
+
+def activation(model, name):
+    put(model, name, nn.Tanh())
+
+
+def add_module(model, name):
+    model.get_submodule(name).extra = nn.Linear(32, 32).double()
+
+
+def add_buffer(model, name):
+    model.get_submodule(name).register_buffer("extra", torch.ones(3))
+
+
+def patch_method(model, name):
+    module = model.get_submodule(name)
+    for method in vars(type(module)):
+        if callable(getattr(module, method)) and not method.startswith("__") and method != "forward":
+            setattr(module, method, lambda *args, **kwargs: None)
+
+
+CHANGES = (
+    hook, pre_hook, patch, subclass, wrap, identity, remove, activation, add_module, add_buffer, patch_method,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_one_changed_part_is_neither_in_the_file_nor_named(change, path):
+    """A hook, an adapter, another module: loads, computes something else."""
+    written = 0
+    for flavour, name in PARTS:
+        if not name and change in (wrap, identity, remove, activation):
+            continue
+        model = model_of(flavour)
+        change(model, name)
+        message = check(model, path)
+        assert message is None or (name or "ViT") in message or name.rpartition(".")[2] in message, (name, message)
+        written += message is None
+    assert written < len(PARTS) / 2 if change in (identity, remove, patch_method) else not written
+
+
+def other_values(value):
+    if isinstance(value, bool) or value is None:
+        return [not value]
+    if isinstance(value, (int, float)):
+        return [value * 2, value * 0.5 + 0.125]
+    if isinstance(value, tuple):
+        return [tuple(2 * n for n in value), tuple(n + 1 for n in value)]
+    known = ("none", "tanh", "mlp", "swiglu", "swiglu_packed", "act", "fc1", "cls", "mean", "zeros", "circular")
+    return [other for other in known if other != value]
+
+
+def test_one_changed_attribute_is_neither_in_the_file_nor_named(path):
+    """eps, heads, scale, rates, stride, approximate: what no weight tells."""
+    skipped = {"training", "config", "feature_info"}
+    for flavour, name in PARTS:
+        for attribute, value in vars(model_of(flavour).get_submodule(name)).items():
+            if attribute in skipped or attribute.startswith("_"):
+                continue
+            for other in other_values(value):
+                model = model_of(flavour)
+                vars(model.get_submodule(name))[attribute] = other
+                message = check(model, path)
+                assert message is None or attribute in message or name in message, (name, attribute, message)
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_one_changed_parameter_is_neither_in_the_file_nor_named(flavour, path):
+    """None, another shape, one that is pruned or parametrized, one in two places."""
+    names = [n for n, _ in model_of(flavour).named_parameters() if not re.match(r"blocks\.[02]\.", n)]
+    for name in names:
+        parent, _, last = name.rpartition(".")
+        for change in ("none", "wider", "pruned", "normed", "shared"):
+            model = model_of(flavour)
+            module, weight = model.get_submodule(parent), model.get_parameter(name)
+            twin = name.replace("blocks.1.", "blocks.2.")
+            if change == "none":
+                setattr(module, last, None)
+            elif change == "wider":
+                setattr(module, last, nn.Parameter(torch.cat([weight, weight])))
+            elif change == "pruned":
+                prune.random_unstructured(module, last, 0.5)
+            elif change == "normed" and weight.dim() > 1 and weight.numel():
+                parametrizations.weight_norm(module, last)
+            elif change == "shared" and twin != name:
+                setattr(model.get_submodule(twin.rpartition(".")[0]), last, weight)
+            else:
+                continue
+            message = check(model, path)
+            assert message is not None or change == "none", (name, change)
+            assert message is None or name in message or parent in message, (name, change, message)
+
+
+def everywhere(kind, change):
+    def on(model):
+        for module in model.modules():
+            if type(module) in kind:
+                change(module)
+
+    return on
+
+
+def exchange(pattern, build):
+    """Put a new module at every place whose name the pattern matches."""
+
+    def on(model):
+        for name, module in list(model.named_modules()):
+            if re.fullmatch(pattern, name):
+                put(model, name, build(module).double())
+
+    return on
+
+
+def new_heads(attn):
+    attn.num_heads, attn.head_dim, attn.scale = attn.num_heads * 2, attn.head_dim // 2, (attn.head_dim // 2) ** -0.5
+
+
+def norm(module):
+    return nn.LayerNorm(32, eps=1e-6)
+
+
+def shorten(*blocks):
+    return lambda model: setattr(model, "blocks", nn.Sequential(*(model.blocks[i] for i in blocks)))
+
+
+def move_norm(model):
+    model.fc_norm, model.norm = model.norm, nn.Identity()
+
+
+def rates(model):
+    for i, module in enumerate(module for module in model.modules() if type(module) is DropPath):
+        module.drop_prob = 0.1 * (i // 2)
+
+
+NORMS = (nn.LayerNorm, nn.RMSNorm)
+# what a ViTConfig can say: (flavour, what somebody does)
+WRITTEN = {
+    "eps": ("timm", everywhere(NORMS, lambda m: setattr(m, "eps", 0.3))),
+    "eps of vit-pytorch": ("vit_pytorch", everywhere(NORMS, lambda m: setattr(m, "eps", 0.3))),
+    "eps of the dtype": ("swiglu", everywhere(NORMS, lambda m: setattr(m, "eps", None))),
+    "approximate": ("timm", everywhere((nn.GELU,), lambda m: setattr(m, "approximate", "tanh"))),
+    "quick": ("timm", exchange(r".*\.act", lambda m: QuickGELU())),
+    "gelu": ("clip", exchange(r".*\.act", lambda m: nn.GELU())),
+    "silu in the pool too": ("map", exchange(r".*\.act", lambda m: nn.SiLU())),
+    "gelu in the gate": ("packed", exchange(r".*\.act", lambda m: nn.GELU())),
+    "heads": ("timm", everywhere((Attention,), new_heads)),
+    "heads of vit-pytorch": ("vit_pytorch mean", everywhere((Attention,), new_heads)),
+    "no head": ("timm", exchange("head", lambda m: nn.Identity())),
+    "no head of vit-pytorch": ("vit_pytorch", lambda m: setattr(m, "mlp_head", nn.Identity())),
+    "tokens of vit-pytorch": ("vit_pytorch", lambda m: setattr(m, "mlp_head", None)),
+    "no heads": ("distilled", exchange("head.*(?<!drop)", lambda m: nn.Identity())),
+    "wider head": ("timm", exchange("head", lambda m: nn.Linear(32, 9))),
+    "wider heads": ("distilled", lambda m: m.reset_classifier(9)),
+    "a head": ("registers", exchange("head", lambda m: nn.Linear(32, 9))),
+    "mean": ("timm", lambda m: m.reset_classifier(3, "avg")),
+    "no pool any more": ("map", lambda m: m.reset_classifier(3, "avg")),
+    "mean of vit-pytorch": ("vit_pytorch", lambda m: setattr(m, "pool", "mean")),
+    "shorter": ("timm", shorten(0, 1)),
+    "every second block": ("timm", shorten(0, 2)),
+    "one block": ("timm", shorten(0)),
+    "no block": ("timm", shorten()),
+    "another order": ("registers", lambda m: (shorten(2, 1, 0)(m), rates(m))),
+    "longer": ("timm", lambda m: (m.blocks.append(copy.deepcopy(m.blocks[1])), rates(m))),
+    "depth of vit-pytorch": ("vit_pytorch", shorten(0, 1)),
+    "4 channels": ("timm", exchange(r"patch_embed\.proj", lambda m: nn.Conv2d(4, 32, 8, 8))),
+    "13 channels": ("mean", exchange(r"patch_embed\.proj", lambda m: nn.Conv2d(13, 32, 8, 8))),
+    "layer scale": ("timm", exchange(r".*\.ls\d", lambda m: LayerScale(32, 0.3))),
+    "layer scale from 0": ("vit_pytorch", exchange(r".*\.ls\d", lambda m: LayerScale(32, 0.0))),
+    "no layer scale": ("registers", exchange(r".*\.ls\d", lambda m: nn.Identity())),
+    "layer scales": ("registers", lambda m: setattr(m.blocks[1], "ls1", LayerScale(32, 0.7).double())),
+    "no final norm": ("timm", exchange("norm", lambda m: nn.Identity())),
+    "no final norm of vit-pytorch": ("vit_pytorch", exchange("norm", lambda m: nn.Identity())),
+    "norm after pooling": ("timm", move_norm),
+    "final norm": ("padded", exchange("norm", norm)),
+    "patch norm": ("timm", exchange(r"patch_embed\.norm", norm)),
+    "no patch norm": ("clip", exchange(r"patch_embed\.norm", lambda m: nn.Identity())),
+    "no q and k norm": ("inner norms", exchange(r".*\.[qk]_norm", lambda m: nn.Identity())),
+    "q and k norm": ("timm", exchange(r".*\.[qk]_norm", lambda m: nn.LayerNorm(16, eps=1e-6))),
+    "no inner norms": ("inner norms", exchange(r".*\.(attn|mlp)\.norm", lambda m: nn.Identity())),
+    "inner norm": ("timm", exchange(r".*\.attn\.norm", norm)),
+    "rms": ("inner norms", lambda m: [
+        put(m, name, nn.RMSNorm(each.normalized_shape, eps=1e-4).double())
+        for name, each in list(m.named_modules()) if type(each) is nn.LayerNorm
+    ]),
+    "other mlp": ("timm", lambda m: [exchange(pattern, build)(m) for pattern, build in (
+        (r"blocks.*\.fc1", lambda m: nn.Linear(32, 20)), (r"blocks.*\.fc2", lambda m: nn.Linear(20, 32)),
+    )]),
+    "no bias": ("timm", everywhere((Attention,), lambda m: setattr(m.qkv, "bias", None))),
+    "dropout": ("timm", everywhere((nn.Dropout,), lambda m: setattr(m, "p", 0.45))),
+    "no dropout": ("map", everywhere((nn.Dropout,), lambda m: setattr(m, "p", 0.0))),
+    "dropout removed": ("vit_pytorch", exchange(r".*drop\d?", lambda m: nn.Identity())),
+    "drop path removed": ("timm", exchange(r".*drop_path\d", lambda m: nn.Identity())),
+    "drop path": ("timm", rates),
+    "image size": ("timm", lambda m: m.set_input_size((16, 24))),
+    "mode": ("distilled", lambda m: (m.set_distilled_training(), m.set_grad_checkpointing(), m.set_mlp_recompute("fc1"),
+                                     m.set_drop_path_subset(), m.requires_grad_(False), m.set_distilled_training(False))),
+    "note": ("timm", lambda m: setattr(m, "note", "mine")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("flavour", "change"), WRITTEN.values(), ids=WRITTEN.keys())
+def test_uniform_change_is_lost_or_refused(flavour, change, path):
+    model = model_of(flavour)
+    if change is shorten:
+        pytest.fail("shorten takes the blocks")
+    change(model)
+    if model.patch_embed.img_size != (16, 16):
+        assert vitfast.read_config(saved(model, path)).image_size == (16, 24)
+        return
+    check(model, path, must_be_written=True)
+
+
+def saved(model, path):
+    vitfast.save_checkpoint(model, path)
+    return path
