@@ -163,6 +163,8 @@ class ViT(TimmSurface, nn.Module):
     @torch.no_grad()
     def _init_from_timm(self) -> None:
         """What timm does after its modules were made."""
+        if next(self.parameters()).is_meta:
+            return  # nothing is there, and drawing it takes its time
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)

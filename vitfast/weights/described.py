@@ -31,12 +31,12 @@ has_bias = lambda linear: linear.bias is not None  # noqa: E731
 is_there = lambda module: type(module) is not nn.Identity  # noqa: E731
 rate = lambda module: getattr(module, "p", 0.0)  # noqa: E731
 ANSWERS: tuple[tuple[str, str, tuple[type, ...], Callable[[Any], Any]], ...] = (
-    ("num_classes", "head", (nn.Linear, nn.Identity), lambda m: m.weight.shape[0] if is_there(m) else 0),
+    ("num_classes", "head", (nn.Linear, nn.Identity), lambda m: m.out_features if is_there(m) else 0),
     ("heads", "blocks.*.attn", (Attention,), lambda m: m.num_heads),
     ("head_dim", "blocks.*.attn", (Attention,), lambda m: m.head_dim),
     ("mlp", "blocks.*.mlp", (Mlp,), lambda m: m.kind),
-    ("mlp_dim", "blocks.*.mlp.fc1", (nn.Linear,), lambda m: m.weight.shape[0]),
-    ("mlp_dim", "blocks.*.mlp.fc1_g", (nn.Linear,), lambda m: m.weight.shape[0]),
+    ("mlp_dim", "blocks.*.mlp.fc1", (nn.Linear,), lambda m: m.out_features),
+    ("mlp_dim", "blocks.*.mlp.fc1_g", (nn.Linear,), lambda m: m.out_features),
     ("activation", "*.act", ACTIVATIONS, activation_name),
     ("norm", "*", NORMS, norm_kind),
     ("norm_eps", "*", NORMS, lambda m: eps_of(m, m.weight)),
@@ -48,6 +48,9 @@ ANSWERS: tuple[tuple[str, str, tuple[type, ...], Callable[[Any], Any]], ...] = (
     ("mlp_norm", "blocks.*.mlp.norm", NORMED, is_there),
     ("layer_scale", "blocks.*.ls[12]", (nn.Identity, LayerScale), lambda m: (m.init or 1.0) if is_there(m) else None),
     ("pre_norm", "norm_pre", NORMED, is_there),
+    ("pre_norm", "patch_embed.proj", (nn.Conv2d,), lambda m: m.bias is None),
+    ("patch_norm", "patch_embed.norm", NORMED, is_there),
+    ("channels", "patch_embed.proj", (nn.Conv2d,), lambda m: m.in_channels),
     ("emb_dropout", "pos_drop", (nn.Dropout, nn.Identity), rate),
     ("attn_dropout", "blocks.*.attn.attn_drop", (nn.Dropout, nn.Identity), rate),
     ("proj_dropout", "blocks.*.attn.proj_drop", (nn.Dropout, nn.Identity), rate),
@@ -100,11 +103,9 @@ def _answered(model: ViT, parts: dict[str, nn.Module], config: ViTConfig) -> dic
         for name in (f"blocks.{i}.drop_path1", f"blocks.{i}.drop_path2")
         if type(parts.get(name)) in (DropPath, nn.Identity)
     ]
-    proj = parts.get("patch_embed.proj")
-    if type(proj) in (nn.Conv2d, nn.Linear):
-        answers["channels"] = [proj.weight[0].numel() // math.prod(config.patch_size)]
-    if not config.input_norm:
-        answers["patch_norm"] = [is_there(model.patch_embed.norm)]
+    if config.input_norm:
+        proj, answers["patch_norm"] = parts.get("patch_embed.proj"), []
+        answers["channels"] = [proj.in_features // math.prod(config.patch_size)] if type(proj) is nn.Linear else []
     after = is_there(model.fc_norm)
     answers["final_norm"] = [after or is_there(model.norm)]
     answers["norm_after_pool"] = [after] if after or is_there(model.norm) else []
@@ -158,8 +159,8 @@ def _differences(module: nn.Module, built: nn.Module, name: str) -> Iterator[str
         yield f"{path}{part} is {'missing' if part in expected else 'no part of a ViT like this'}"
     if isinstance(built, nn.Sequential) and [*have] != [*expected]:
         yield f"{name} has its parts in another order"
-    for part in have.keys() & expected.keys():
-        one, other = have[part], expected[part]
+    for part, other in expected.items():
+        one = have.get(part, other)
         if isinstance(one, nn.Module) and isinstance(other, nn.Module):
             yield from _differences(one, other, path + part)
         elif one.shape != other.shape:
