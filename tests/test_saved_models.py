@@ -75,7 +75,7 @@ def check(model, path, must_be_written=False):
     if isinstance(again, str):
         assert not must_be_written, again
         return again
-    assert all(p.dtype == q.dtype for p, q in zip(model.parameters(), again.parameters(), strict=True))
+    assert {weight.dtype for weight in again.state_dict().values()} == {torch.double}
     try:
         expected = outputs(model)
     except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError):
@@ -199,9 +199,9 @@ def other_values(value):
     if isinstance(value, bool) or value is None:
         return [not value]
     if isinstance(value, (int, float)):
-        return [value * 2, value * 0.5 + 0.125]
+        return [value * 2 if isinstance(value, int) else value * 0.5 + 0.125]
     if isinstance(value, tuple):
-        return [tuple(2 * n for n in value), tuple(n + 1 for n in value)]
+        return [tuple(2 * n for n in value)]
     known = ("none", "tanh", "mlp", "swiglu", "swiglu_packed", "act", "fc1", "cls", "mean", "zeros", "circular")
     return [other for other in known if other != value]
 
@@ -220,9 +220,9 @@ def test_one_changed_attribute_is_neither_in_the_file_nor_named(path):
                 assert message is None or (name or attribute) in message, (name, attribute, message)
 
 
-@pytest.mark.parametrize("change", ["none", "wider", "pruned", "normed", "shared"])
+@pytest.mark.parametrize("change", ["none", "wider", "pruned", "normed", "shared", "kept", "unsaved"])
 def test_one_changed_parameter_is_neither_in_the_file_nor_named(change, path):
-    """Removed, of another shape, pruned, parametrized, used in two places."""
+    """Removed, of another shape, pruned, parametrized, used in two places, a buffer that is saved or not."""
     for flavour, parent in PARTS:
         for last, weight in model_of(flavour).get_submodule(parent).named_parameters(recurse=False):
             model = model_of(flavour)
@@ -237,10 +237,13 @@ def test_one_changed_parameter_is_neither_in_the_file_nor_named(change, path):
                 parametrizations.weight_norm(module, last)
             elif change == "shared" and "blocks.1" in parent:
                 setattr(model.get_submodule(parent.replace("blocks.1", "blocks.2")), last, getattr(module, last))
+            elif change in ("kept", "unsaved"):
+                delattr(module, last)
+                module.register_buffer(last, weight.detach().clone(), persistent=change == "kept")
             else:
                 continue
             message = check(model, path)
-            assert message is not None or change == "none", (parent, last, change)
+            assert change == "none" or (message is None) is (change == "kept"), (parent, last, change, message)
             assert message is None or (parent or last) in message, (parent, last, change, message)
 
 
@@ -409,6 +412,8 @@ def test_compiled_parts_are_refused(flavour, layout, path):
     expected = outputs(model)
     model.blocks[1] = torch.compile(model.blocks[1], backend="eager")
     model.blocks[2].compile(backend="eager")
+    if layout == "timm":
+        model.blocks = torch.compile(model.blocks, backend="eager")
     again = back(torch.compile(model, backend="eager"), path, layout=layout)
     assert not unlike(outputs(again), expected)
 

@@ -55,8 +55,13 @@ class TimmSurface:
             raise ValueError("global_pool='map' needs a model built with it, got one without")
         self.config = self.config.replace(pool=pool)
 
+    @property
+    def in_chans(self) -> int:
+        """Channels of the images, also where the stem's convolution was exchanged."""
+        proj = getattr(self.patch_embed, "proj", None)
+        return getattr(proj, "in_channels", self.config.channels)
+
     embed_dim = num_features = head_hidden_size = property(lambda self: self.config.dim)
-    in_chans = property(lambda self: getattr(self.patch_embed.proj, "in_channels", self.config.channels))
     dynamic_img_size = property(lambda self: self.config.dynamic_image_size)
     pool_include_prefix = property(lambda self: self.config.pool_prefix)
 

@@ -95,7 +95,7 @@ def _answered(model: ViT, parts: dict[str, nn.Module], config: ViTConfig) -> dic
     for field, pattern, kinds, answer in ANSWERS:
         found = [answer(part) for name, part in parts.items() if type(part) in kinds and fnmatchcase(name, pattern)]
         answers.setdefault(field, []).extend(found)
-    depth = len(model.blocks) if isinstance(model.blocks, nn.Sequential) else config.depth
+    depth = len(parts["blocks"]) if type(parts.get("blocks")) is nn.Sequential else config.depth
     # what the last block's rate would be, seen from each block but the first, whose rate is 0
     answers["drop_path"] = [
         getattr(parts[name], "drop_prob", 0.0) * (depth - 1) / i
@@ -151,7 +151,7 @@ def _differences(module: nn.Module, built: nn.Module, name: str) -> Iterator[str
             got = eps_of(module, module.weight)
         if not _same(got, value):
             yield f"{path}{attribute} is {got!r} in place of {value!r}"
-    for attribute in vars(module).keys() - vars(built).keys() - OWN - NOT_SAVED:
+    for attribute in sorted(vars(module).keys() - vars(built).keys() - OWN - NOT_SAVED):
         if hasattr(type(module), attribute):
             yield f"{path}{attribute} was replaced"
     have, expected = _members(module), _members(built)
@@ -168,8 +168,9 @@ def _differences(module: nn.Module, built: nn.Module, name: str) -> Iterator[str
 
 
 def _members(module: nn.Module) -> dict[str, Any]:
-    held = (module._modules, module._parameters, module._buffers)
-    return {name: value for members in held for name, value in members.items() if value is not None}
+    """The parts and weights that a state dict holds."""
+    held, unsaved = module._modules | module._parameters | module._buffers, module._non_persistent_buffers_set
+    return {name: value for name, value in held.items() if value is not None and name not in unsaved}
 
 
 def _shared(model: nn.Module) -> Iterator[str]:
