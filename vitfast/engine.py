@@ -188,9 +188,9 @@ def _normalisation(model: ViT, mean: Any, std: Any) -> tuple[Tensor, Tensor] | N
     if mean is None and std is None:
         known = getattr(model, "pretrained_cfg", {})
         mean, std = known.get("mean"), known.get("std")
-        if mean is None or std is None or len(mean) != model.config.channels:
+        if mean is None or std is None or len(mean) != model.in_chans:
             return None
-    C, found = model.config.channels, []
+    C, found = model.in_chans, []
     for name, values in (("mean", mean), ("std", std)):
         try:
             values = torch.as_tensor(values, dtype=torch.float32)

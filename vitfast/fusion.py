@@ -60,6 +60,11 @@ def why_not_plain(module: nn.Module, *kinds: type) -> str | None:
         return f"is parametrized ({name})" if hasattr(module, "parametrizations") else f"is {name}, not {expected}"
     if type(module).forward is not FORWARDS[type(module)]:
         return f"is a {type(module).__name__}, whose forward was patched"
+    return why_changed(module)
+
+
+def why_changed(module: nn.Module) -> str | None:
+    """What somebody did to this one module, whatever its class is, in words; None for nothing."""
     for hooks in HOOKS:
         if getattr(module, hooks):
             return f"has {hooks.strip('_').replace('_', ' ')}"

@@ -44,7 +44,8 @@ def parameters_of(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     """Weight and bias, wherever they are kept; `nn.Module.__getattr__` takes 0.8 us, and a block asks ten times."""
     own = module._parameters
     if "weight" in own:
-        return own["weight"], own.get("bias")
+        # a frozen bias may be a buffer
+        return own["weight"], own["bias"] if "bias" in own else getattr(module, "bias", None)
     # sharding tools that flatten parameters leave tensors in their place
     return module.weight, getattr(module, "bias", None)
 

@@ -55,8 +55,13 @@ class TimmSurface:
             raise ValueError("global_pool='map' needs a model built with it, got one without")
         self.config = self.config.replace(pool=pool)
 
+    @property
+    def in_chans(self) -> int:
+        """Channels of the images, also where the stem's convolution was exchanged."""
+        proj = getattr(self.patch_embed, "proj", None)
+        return getattr(proj, "in_channels", self.config.channels)
+
     embed_dim = num_features = head_hidden_size = property(lambda self: self.config.dim)
-    in_chans = property(lambda self: self.config.channels)
     dynamic_img_size = property(lambda self: self.config.dynamic_image_size)
     pool_include_prefix = property(lambda self: self.config.pool_prefix)
 
@@ -191,7 +196,7 @@ class TimmSurface:
         config = self.config.replace(image_size=img_size)
         if self.pos_embed is not None:
             pos_embed = resample_pos_embed(
-                self.pos_embed.detach(), config.grid_size, self.config.grid_size, self._positioned_prefix()
+                self.pos_embed.detach(), config.grid_size, self.patch_embed.grid_size, self._positioned_prefix()
             )
             self.pos_embed = nn.Parameter(pos_embed.clone(), requires_grad=self.pos_embed.requires_grad)
         self.config = config

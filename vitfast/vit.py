@@ -107,7 +107,8 @@ class ViT(TimmSurface, nn.Module):
         if config.input_norm:
             self.to_latent = nn.Identity()
             # wrappers of vit-pytorch read these two; `pool` is a string there and a method in timm
-            self.__dict__["pool"], self.patch_size = "cls" if config.class_token else "mean", config.patch_size
+            mean = config.pool == "mean" or not config.class_token
+            self.__dict__["pool"], self.patch_size = "mean" if mean else "cls", config.patch_size
         self.head_drop = nn.Dropout(config.head_dropout)
         self._build_heads()
         if not config.input_norm:
@@ -162,6 +163,8 @@ class ViT(TimmSurface, nn.Module):
     @torch.no_grad()
     def _init_from_timm(self) -> None:
         """What timm does after its modules were made."""
+        if next(self.parameters()).is_meta:
+            return  # nothing is there, and drawing it takes its time
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)

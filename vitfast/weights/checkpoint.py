@@ -8,7 +8,7 @@ import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,40 +16,60 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vitfast.config import ViTConfig
+from vitfast.vit import ViT
+from vitfast.weights.described import config_of
 from vitfast.weights.pos_embed import resample_pos_embed
 from vitfast.weights.state_dict import PREFIXES
-
-if TYPE_CHECKING:
-    from vitfast.vit import ViT
 
 CONFIG_KEY = "vitfast_config"
 # averaged weights first, as timm's loader takes them
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
 
-def save_checkpoint(model: ViT, path: str | os.PathLike, *, layout: str = "timm") -> None:
+def save_checkpoint(
+    model: ViT, path: str | os.PathLike, *, layout: str = "timm", with_config: bool = True
+) -> None:
     """Write the model's weights and config as safetensors. An existing file is replaced only by a complete one.
+
+    The config is that of the model as it is now, with what was exchanged in it since it was built, so that
+    `ViT.from_config(read_config(path))` with these weights computes the same. It says nothing of how a model runs:
+    dtype, train mode, gradient checkpointing, distilled training.
 
     Args:
         model: a ViT, or one wrapped by torch.compile, DataParallel or DDP.
         layout: names of the weights, 'timm' or 'vit_pytorch'.
+        with_config: False writes the weights alone, of any model; whoever reads them has to build it.
 
     Raises:
-        ValueError: the path does not end in .safetensors.
+        ValueError: the path does not end in .safetensors, or vit-pytorch has no names for these weights.
         FileNotFoundError: its folder does not exist.
+        TypeError: no ViT.
+        NotImplementedError: no ViTConfig describes what was made of the model: a hook, an adapter, a module of
+            another class, an eps that only one norm has; names the parts. Nothing is written.
     """
     model, path = unwrapped(model), Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"save_checkpoint: path must end in .safetensors, got {str(path)!r}")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"save_checkpoint: no folder {str(path.parent)!r}")
+    if not isinstance(model, ViT):
+        raise TypeError(f"save_checkpoint: model must be a vitfast.ViT, got {type(model).__name__}")
     state = {key: value.detach().contiguous() for key, value in model.state_dict(layout=layout).items()}
+    metadata = None
+    if with_config:
+        try:
+            metadata = {CONFIG_KEY: json.dumps(config_of(model).to_dict())}
+        except NotImplementedError as error:
+            raise NotImplementedError(
+                f"save_checkpoint: {error}. with_config=False writes the weights alone; the model then has to be "
+                "built as this one was"
+            ) from None
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         # safetensors makes files that only their owner can read; this one gets the mode that any new file has
         temporary.touch()
         mode = temporary.stat().st_mode
-        save_file(state, temporary, metadata={CONFIG_KEY: json.dumps(model.config.to_dict())})
+        save_file(state, temporary, metadata=metadata)
         temporary.chmod(mode)
         os.replace(temporary, path)
     finally:

@@ -83,14 +83,22 @@ def from_vitfast(state_dict: Mapping[str, Tensor], config: ViTConfig) -> dict[st
     """Our state dict under the names of vit-pytorch's current release, in its order.
 
     Raises:
-        ValueError: the model is not of vit-pytorch's architecture.
+        ValueError: the model is not of vit-pytorch's architecture, or not any more: names the weights.
     """
     if not config.input_norm:
         raise ValueError(
             "state_dict: layout='vit_pytorch' needs a model of vit-pytorch's architecture (ViTConfig.input_norm), "
             "got one of timm's"
         )
-    return {_rename(key, 1): value for key, value in state_dict.items()}
+    # blocks compiled one by one
+    state_dict = {key.replace("._orig_mod.", "."): value for key, value in state_dict.items()}
+    renamed = {_rename(key, 1): value for key, value in state_dict.items()}
+    wrong = [key for key in renamed if key in state_dict and key != "cls_token"]
+    if "norm.weight" not in state_dict:
+        wrong.append("no final norm")
+    if wrong:
+        raise ValueError(f"state_dict: layout='vit_pytorch' must have vit-pytorch's weights only, got {wrong}")
+    return renamed
 
 
 class Patchify(nn.Module):
