@@ -130,11 +130,17 @@ def test_gradient_or_autocast_leaks_in():
     assert head.weight.grad is not None
 
 
-def test_dropout_of_a_model_in_training_is_applied():
-    model = tiny(drop_rate=0.5, proj_drop_rate=0.5, attn_drop_rate=0.5, drop_path_rate=0.5).train()
-    prepared, x = vitfast.prepare(model), images_for(model)
-    with torch.no_grad():
-        torch.testing.assert_close(prepared(x), model.eval()(x), rtol=0, atol=1e-5)
+def test_dropout_in_train_mode_is_left_out_without_a_word():
+    """A model that was not put into eval mode, or Monte-Carlo dropout: parts of it that are left in train mode."""
+    model = tiny(drop_rate=0.5, proj_drop_rate=0.5, attn_drop_rate=0.5, drop_path_rate=0.5, reg_tokens=1)
+    for name, module in model.named_modules():
+        module.training = True
+        with pytest.raises(NotImplementedError, match=f"{name or 'it'} is in train mode.*prepare\\(model.eval\\(\\)\\)"):
+            vitfast.prepare(model)
+        module.training = False
+    with pytest.raises(NotImplementedError, match="it is in train mode"):
+        vitfast.prepare(model.train())
+    prepared = vitfast.prepare(model.eval())
     assert not prepared.training and not any(m.training for m in prepared.modules())
 
 
@@ -148,7 +154,7 @@ def test_uint8_images_are_normalised_otherwise():
         mean, std = (torch.tensor(v)[:, None, None] for v in (mean, std))
         expected = model((pixels / 255 - mean) / std)
         torch.testing.assert_close(vitfast.prepare(model, **given)(pixels), expected, rtol=0, atol=1e-5)
-    nameless = vitfast.ViT.from_config(model.config)
+    nameless = vitfast.ViT.from_config(model.config).eval()
     with pytest.raises(ValueError, match="mean and std"):
         vitfast.prepare(nameless)(pixels)
 
@@ -191,7 +197,7 @@ def test_negated_view_or_stem_of_another_dtype_is_misread():
             return x.float().flatten(2).transpose(1, 2)[:, :4].repeat(1, 1, 64)
 
     model.patch_embed = Wide()
-    assert vitfast.prepare(model, torch.bfloat16)(x).isfinite().all()
+    assert vitfast.prepare(model.eval(), torch.bfloat16)(x).isfinite().all()
 
     class WideNorm(nn.Module):
         def forward(self, x):
@@ -199,7 +205,7 @@ def test_negated_view_or_stem_of_another_dtype_is_misread():
 
     model = tiny()
     model.norm_pre = WideNorm()
-    found = vitfast.prepare(model, torch.bfloat16)(x)
+    found = vitfast.prepare(model.eval(), torch.bfloat16)(x)
     assert relative(found, model.double()(x.double())) < 0.1
 
 
@@ -218,6 +224,7 @@ def test_replaced_stem_or_head_is_ignored():
     model, x = tiny(), torch.randn(2, 3, 32, 32)
     model.patch_embed = nn.Sequential(nn.Conv2d(3, 192, 16, 16), nn.Flatten(2), nn.Softmax(-1), Transposed())
     model.head = nn.Sequential(nn.Linear(192, 7), nn.Tanh())
+    model.eval()
     with torch.no_grad():
         torch.testing.assert_close(vitfast.prepare(model)(x), model(x), rtol=0, atol=1e-5)
 

@@ -34,7 +34,7 @@ def test_stale_weights_are_used(message):
     for call in calls:
         with pytest.raises(RuntimeError, match=message.replace(".", r"\.")):
             call(x)
-    vitfast.prepare(model)(x)
+    vitfast.prepare(model.eval())(x)
 
 
 def test_optimizer_step_goes_unnoticed():
@@ -160,3 +160,52 @@ def test_subclass_or_stranger_is_taken_for_a_vit():
 def test_bad_argument_is_taken(error, keywords):
     with pytest.raises(error, match="prepare: "):
         vitfast.prepare(tiny(), **keywords)
+
+
+STEMS = {
+    "vit-pytorch": lambda: vitfast.ViT(
+        image_size=32, patch_size=8, num_classes=10, dim=64, depth=1, heads=2, mlp_dim=64, dim_head=32
+    ),
+    "packed": tiny,
+    "norm before the blocks": lambda: tiny("vit_base_patch16_clip_224", embed_dim=64, num_heads=2),
+    "watched": lambda: _watched(tiny()),
+    "replaced": lambda: _replaced(tiny()),
+}
+WHOLE = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint16, torch.bool, torch.complex64]
+
+
+def _watched(model):
+    model.patch_embed.register_forward_hook(lambda *_: None)
+    return model
+
+
+def _replaced(model):
+    model.patch_embed = nn.Sequential(nn.Conv2d(3, 192, 16, 16), nn.Flatten(2), nn.Softmax(-1))
+    model.patch_embed.append(_Transposed())
+    return model
+
+
+class _Transposed(nn.Module):
+    def forward(self, x):
+        return x.transpose(1, 2)
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_numbers_that_are_no_pixels_are_read(stem):
+    """Labels in the place of images, or pixels that nobody normalised: TypeError, as the eager model says."""
+    model = STEMS[stem]().eval()
+    prepared = vitfast.prepare(model)
+    x = torch.ones(1, 3, *model.config.image_size)
+    prepared(x)
+    calls = [prepared, prepared.forward_features, prepared.intermediates]
+    # asks a stem of ours for the grid
+    calls += [prepared.forward_intermediates] if stem != "replaced" else []
+    for call in calls:
+        for dtype in WHOLE:
+            with pytest.raises(TypeError, match="images must be a floating point tensor"):
+                call(x.to(dtype))
+        with pytest.raises(TypeError, match="images must be a floating point tensor"):
+            call(x.numpy())
+    if stem != "replaced":
+        with pytest.raises(TypeError, match="images must be a floating point tensor"):
+            model(x.long())

@@ -16,7 +16,7 @@ from vitfast import native, reference
 from vitfast.folded import AddedLinear, FoldedBlock, FoldedLinear
 from vitfast.fusion import PLAIN_TENSORS, any_global_hook, plain
 from vitfast.layers import reasons_of, run_norm
-from vitfast.model import Block
+from vitfast.model import Block, check_pixels
 from vitfast.ops import _launch
 from vitfast.packed import PackedBlock, PackedLinear, PackedStem, frozen, own_product, refuse
 from vitfast.timm_surface import say_mask_is_stock
@@ -53,7 +53,7 @@ def prepare(
     and where a kernel is not to run, the model's ops compute the same. Calls can be captured in a CUDA graph after a
     first one, which compiles.
 
-    The copy has the methods of the model (forward_features, forward_intermediates, ...), runs in eval mode without
+    The copy has the methods of the model (forward_features, forward_intermediates, ...), runs as in eval mode, without
     gradients, and takes images in any float dtype, or in uint8.
 
     The original stays as it is and may be dropped. While it lives it must not change: a call raises when a parameter
@@ -61,7 +61,7 @@ def prepare(
     leaves no trace, and attributes (eps, scale, hooks registered later) are not watched.
 
     Args:
-        model: a `vitfast.ViT` on a CPU or a CUDA device in fp32, fp16 or bf16.
+        model: a `vitfast.ViT` in eval mode, on a CPU or a CUDA device, in fp32, fp16 or bf16.
         dtype: of weights, tokens and result: torch.float32, torch.bfloat16, on a GPU torch.float16, 'auto' (bfloat16 on
             a GPU and where the CPU multiplies it, float32 elsewhere), or None for the model's own.
         mean, std: per channel, for uint8 images, which become (images / 255 - mean) / std; by default those of
@@ -77,8 +77,8 @@ def prepare(
         TypeError: model, dtype, mean, std or threads is of the wrong kind.
         ValueError: mean and std do not fit the model.
         NotImplementedError: another device or dtype; bfloat16 on a CPU that does not compute it; a block with
-            hooks, adapters, replaced or patched parts; parameters that are sharded, subclassed or made in inference
-            mode. Each with its name and the reason.
+            hooks, adapters, replaced or patched parts; a part in train mode; parameters that are sharded, subclassed
+            or made in inference mode. Each with its name and the reason.
     """
     if not isinstance(model, ViT):
         raise TypeError(f"prepare: model must be a vitfast.ViT, got {type(model).__name__}")
@@ -107,6 +107,10 @@ def why_not(model: ViT) -> list[str]:
         reasons.append(f"the model {why}")
     if any_global_hook():
         reasons.append("a global module hook is registered")
+    training = [name for name, module in model.named_modules() if module.training]
+    if training:
+        what = "it" if training[0] == "" else training[0]
+        reasons.append(f"{what} is in train mode, of which nothing would be left: prepare(model.eval())")
     reasons += reasons_of([("blocks", model.blocks, nn.Sequential)])
     for i, block in enumerate(model.blocks if isinstance(model.blocks, nn.Sequential) else ()):
         parts = block.parts() if type(block) is Block else []
@@ -398,9 +402,10 @@ class PreparedViT(ViT):
 
     def embed(self, images: Tensor) -> Tensor:
         """Images -> tokens [B, P + N, D] that enter the first block."""
-        is_uint8 = isinstance(images, Tensor) and images.dtype is torch.uint8
-        if is_uint8 and self.normalisation is None:
-            raise ValueError("uint8 images need mean and std: give them to vitfast.prepare")
+        check_pixels(images, takes_uint8=True)
+        is_uint8 = images.dtype is torch.uint8
+        if is_uint8:
+            self._check_normalisation(images)
         if self.stem is None:
             if is_uint8 and self._embeds_by_op():
                 self.patch_embed.check(images, takes_uint8=True)
@@ -408,12 +413,23 @@ class PreparedViT(ViT):
             if is_uint8:
                 images = reference.normalise(images, *self.normalisation, torch.float32)
             # a replaced stem may give another dtype
-            return super().embed(images.to(self.dtype) if isinstance(images, Tensor) else images).to(self.dtype)
+            return super().embed(images.to(self.dtype)).to(self.dtype)
         self.patch_embed.check(images, takes_uint8=True)
         images = (images if images.dtype in native.DTYPES else images.to(self.dtype)).resolve_neg()
         x = self.stem(images, self._positions(images), self._prefix(), self.normalisation if is_uint8 else None)
         # a replaced norm may give another dtype
         return run_norm(self.norm_pre, x).to(self.dtype)
+
+    def _check_normalisation(self, images: Tensor) -> None:
+        if self.normalisation is None:
+            raise ValueError("uint8 images need mean and std: give them to vitfast.prepare")
+        channels = len(self.normalisation[0])
+        # a stem that somebody put there takes what it takes, and one channel would be stretched to many
+        if images.dim() != 4 or images.shape[1] != channels:
+            raise ValueError(
+                f"ViT: uint8 images must be [B, {channels}, H, W], for which mean and std are known, got "
+                f"{list(images.shape)}"
+            )
 
     def _positions(self, images: Tensor) -> Tensor | None:
         size = tuple(images.shape[2:])

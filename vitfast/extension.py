@@ -18,6 +18,10 @@ BUILD_REPORT = Path(__file__).parent / "_build.json"
 OLDEST_DRIVER = {12: "525", 13: "580"}
 
 
+class DoesNotFit(ValueError):
+    """A tensor whose memory the compiled half would read past: nothing that stock operators could do instead."""
+
+
 @functools.cache
 def load() -> tuple[ModuleType | None, str]:
     """The extension and '', or None and why there is none."""

@@ -36,6 +36,15 @@ from vitfast.layers import (
 from vitfast.ops.attention import check_mask
 
 
+def check_pixels(images: Tensor, takes_uint8: bool = False) -> None:
+    """Raise TypeError where `images` is not a floating point tensor, nor of uint8 where that is taken."""
+    is_tensor = isinstance(images, Tensor)
+    if not is_tensor or not (images.is_floating_point() or (takes_uint8 and images.dtype is torch.uint8)):
+        got = images.dtype if is_tensor else type(images).__name__
+        or_uint8 = " or uint8" if takes_uint8 else ""
+        raise TypeError(f"ViT: images must be a floating point tensor (normalised pixels){or_uint8}, got {got}")
+
+
 class PatchEmbed(nn.Module):
     """Images [B, C, H, W] -> patch tokens [B, N, D], row-major over the grid.
 
@@ -101,11 +110,7 @@ class PatchEmbed(nn.Module):
             TypeError: not a floating point tensor, nor uint8 where that is taken.
             ValueError: wrong rank, channel count or size.
         """
-        is_tensor = isinstance(images, Tensor)
-        if not is_tensor or not (images.is_floating_point() or (takes_uint8 and images.dtype is torch.uint8)):
-            got = images.dtype if is_tensor else type(images).__name__
-            or_uint8 = " or uint8" if takes_uint8 else ""
-            raise TypeError(f"ViT: images must be a floating point tensor (normalised pixels){or_uint8}, got {got}")
+        check_pixels(images, takes_uint8)
         channels = self.proj.in_channels if isinstance(self.proj, nn.Conv2d) else self.channels
         if images.dim() != 4 or images.shape[1] != channels:
             raise ValueError(f"ViT: images must be [B, {channels}, H, W], got {list(images.shape)}")

@@ -37,7 +37,7 @@ def own_product(dtype: torch.dtype, K: int) -> bool:
     kernels = native.kernels()
     if kernels is None or not kernels.name.startswith("avx512") or not native.PackedWeight.takes(K, dtype):
         return False
-    return native.multiplies(dtype) and not (dtype is torch.bfloat16 and torch.cpu.get_capabilities().get("amx_bf16"))
+    return native.multiplies(dtype) and not native.has_amx(dtype)
 
 
 def refuse(name: str) -> Callable:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vitfast import extension
+from vitfast.extension import DoesNotFit
 from vitfast.native import DTYPES, FLOATS, PATCH_ORDERS
 
 # it needs no compiler and no triton here
@@ -175,6 +176,19 @@ def _grid(height: int, width: int, patch: Sequence[int]) -> tuple[int, int]:
     return -(-height // patch[0]), -(-width // patch[1])
 
 
+def _must_fit(like: Tensor, name: str, t: Tensor | None, *shapes: tuple[int, ...], dtype: torch.dtype | None) -> None:
+    """Refuse a tensor that a kernel would read beside its memory: CUDA cannot see how long that is."""
+    if t is None:
+        return
+    if t.device != like.device or tuple(t.shape) not in shapes or (dtype is not None and t.dtype is not dtype):
+        wanted = " or ".join(str(list(shape)) for shape in shapes)
+        of_dtype = "" if dtype is None else f" in {str(dtype)[6:]}"
+        raise DoesNotFit(
+            f"patch_embed: {name} must be {wanted}{of_dtype} on {like.device}, got {list(t.shape)} in "
+            f"{str(t.dtype)[6:]} on {t.device}"
+        )
+
+
 class _Images:
     """Images as the extension takes them; keeps what the addresses point to."""
 
@@ -184,7 +198,16 @@ class _Images:
     ):  # fmt: skip
         packed = not isinstance(images, Tensor)
         self.like = like = images[0] if packed else images
+        self.count = len(images)
+        if like.dim() != 4 - packed:
+            raise DoesNotFit(f"patch_embed: images must be [B, C, H, W] or a list of [C, H, W], got {list(like.shape)}")
+        C = like.shape[-3]
+        for i, image in enumerate(images if packed else ()):
+            _must_fit(like, f"images[{i}]", image, (C, *image.shape[1:]), dtype=like.dtype)
         self.scaling = [None, None]
+        for name, t in (("mean", mean), ("std", std)):
+            if t is not None and tuple(t.shape) != (C,):
+                raise DoesNotFit(f"patch_embed: {name} must be [{C}] to match images, got {list(t.shape)}")
         if like.dtype == torch.uint8 and mean is not None and std is not None:
             self.scaling = [t.to(like.device, torch.float32).contiguous() for t in (mean, std)]
         self.table, rows = None, []
@@ -238,13 +261,21 @@ def embed(
         [B, P + N, D]; of several images [sum of P + N_i, D].
 
     Raises:
+        ValueError: a tensor does not fit.
         RuntimeError: the kernel did not start; with CUDA's error.
     """
     D, patch = weight.shape[0], weight.shape[2:]
     P = 0 if prefix is None else prefix.shape[-2]
     given = _Images(images, patch, P, "chw", mean, std)
-    count = images.shape[0] if isinstance(images, Tensor) else len(images)
+    count = given.count
     rows = count * P + given.patches
+    like, of_each = given.like, given.patches // count if isinstance(images, Tensor) else given.patches
+    _must_fit(like, "weight", weight, (D, like.shape[-3], *patch), dtype=None)
+    _must_fit(like, "bias", bias, (D,), dtype=weight.dtype)
+    _must_fit(like, "positions", positions, (of_each, D), dtype=None)
+    _must_fit(like, "prefix", prefix, (P, D), (count, P, D), dtype=None)
+    positions_dtype = None if positions is None else positions.dtype
+    _must_fit(like, "prefix_positions", prefix_positions, (P, D), dtype=positions_dtype)
     tokens = weight.new_empty(rows, D, dtype=out_dtype)
     weight, bias, positions, prefix, prefix_positions = (
         None if t is None else t.contiguous() for t in (weight, bias, positions, prefix, prefix_positions)
@@ -252,9 +283,9 @@ def embed(
     numbers = [each.number for each in configs(weight.device, weight.dtype, given.patches, D)]
     tile = config["tile"] if config and config["tile"] in numbers else numbers[0]
     # one dtype for both kinds of positions
-    positions_dtype = positions if positions is not None else prefix_positions
+    like_positions = positions if positions is not None else prefix_positions
     error = functions().patch_embed(
-        given.view, _typed(weight), _address(bias), D, (_address(positions), _typed(positions_dtype)[1]),
+        given.view, _typed(weight), _address(bias), D, (_address(positions), _typed(like_positions)[1]),
         _typed(prefix), P * D if prefix is not None and prefix.dim() == 3 else 0, _address(prefix_positions),
         _typed(tokens), tile, given.place(),
     )  # fmt: skip
@@ -276,6 +307,7 @@ def weight_gradient(
         config: one of `gradient_configs`; None for the built-in choice.
 
     Raises:
+        ValueError: a tensor does not fit.
         RuntimeError: a kernel did not start; with CUDA's error.
     """
     D, C, *patch = weight.shape
@@ -289,6 +321,10 @@ def weight_gradient(
             of_patches = torch.cat([tokens[P:] for tokens in grad.split(lengths)])
         return (of_patches.t() @ rows(images, patch, weight.dtype, mean, std)).view(weight.shape)
     given = _Images(images, patch, P, "chw", mean, std)
+    tokens = given.count * P + given.patches
+    fits = (given.count, tokens // given.count, D) if isinstance(images, Tensor) else (tokens, D)
+    _must_fit(given.like, "grad", grad, fits, dtype=weight.dtype)
+    _must_fit(given.like, "weight", weight, (D, given.like.shape[-3], *patch), dtype=None)
     out = torch.empty_like(weight, memory_format=torch.contiguous_format)
     K = C * patch[0] * patch[1]
     # two programs for a multiprocessor; a split of less than some hundred patches costs more than it brings

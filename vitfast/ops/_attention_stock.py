@@ -29,7 +29,7 @@ def attention_cpu(q, k, v, scale, with_lse=True):
     """`attention` below its checks; without lse a None may come in its place."""
     if not q.numel() or not k.numel():
         return nothing(q)
-    if native.takes(q):
+    if native.attends(q):
         q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
         return native.attention(q, k, v, scale, with_lse)
     q, k, v = (_rows_of_heads(t) for t in (q, k, v))
@@ -42,7 +42,7 @@ def attention_qkv_cpu(qkv, scale):
     if not qkv.numel():
         return nothing(qkv[:, :, 0])
     qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
-    if native.takes(qkv):
+    if native.attends(qkv):
         return native.attention_qkv(qkv, scale, with_lse=True)
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
         *qkv.permute(2, 0, 3, 1, 4).unbind(0), 0.0, False, scale=scale

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vitfast import dispatch
+from vitfast.extension import DoesNotFit
 
 # Triton reads it when it is imported; its interpreter then runs kernels on CPU tensors
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -47,11 +48,11 @@ def launched(kernel: str, launch: Callable[[], Any]) -> Any:
     """What `launch` returns; None, with the kernel switched off and a warning, where it does not compile or start.
 
     Raises:
-        Exception: whatever it was, where the user forced the kernel; torch.OutOfMemoryError always.
+        Exception: whatever it was, where the user forced the kernel; torch.OutOfMemoryError and DoesNotFit always.
     """
     try:
         return launch()
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, DoesNotFit):
         raise
     # compilers and drivers fail in many ways, and stock operators would have done it
     except Exception as problem:

@@ -82,6 +82,8 @@ def implementations() -> dict[str, dict[str, Implementation]]:
         if devices["cpu"].kernel is not None and native.kernels() is None:
             why = f"no extension: {extension.load()[1]}"
             found[name]["cpu"] = Implementation(STOCK, None, why)
+        elif name.startswith("attention") and native.has_amx(torch.bfloat16):
+            found[name]["cpu"] = devices["cpu"]._replace(path=f"C++ (bf16: {STOCK}, which have AMX)")
         if name in CUDA_KERNELS and (why := _why_stock_on_cuda(CUDA_KERNELS[name])):
             found[name]["cuda"] = Implementation(STOCK, None, why)
     return found
