@@ -403,3 +403,29 @@ def test_prepared_model_reads_uint8_images_less_exactly_than_floats(dtype, backe
     low = model.embed(reference.normalise(images, mean, std, torch.float32).to(dtype)).detach()
     with dispatch.backend(backend, op="patch_embed"):
         judge(prepared.embed(images), exact, low)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "positions", "prefix", "prefix_positions", "mean", "std", "grad"])
+def test_memory_beside_a_tensor_is_read(name, kernels, device):  # noqa: F811
+    """A tensor shorter than the kernel takes it for, in the launcher and from a raw op; nothing is switched off."""
+    how = dict(dtype=torch.float16, image_dtype=torch.uint8, device=device)
+    images, weight, bias, pos, prefix, mean, std = given(2, 3, 32, 32, (16, 16), 24, **how)
+    P = len(prefix)
+    args = {
+        "weight": weight, "bias": bias, "positions": pos[P:], "prefix": prefix, "prefix_positions": pos[:P],
+        "mean": mean, "std": std,
+    }  # fmt: skip
+    grad = torch.randn(2, P + 4, 24, device=device).half()
+    kernels.embed(images, **args, out_dtype=torch.float16)
+    kernels.weight_gradient(images, weight, grad, P, mean, std, {"way": "fused"})
+    for change in (lambda t: t[..., :-1].contiguous(), lambda t: t[1:], lambda t: t.to("meta"), lambda t: t[None]):
+        if name in ("mean", "std") and change(mean).is_meta:
+            continue  # they are moved to where the images are
+        with pytest.raises(ValueError, match="patch_embed: .* must be"):
+            if name == "grad":
+                kernels.weight_gradient(images, weight, change(grad), P, mean, std, {"way": "fused"})
+            else:
+                kernels.embed(images, **{**args, name: change(args[name])}, out_dtype=torch.float16)
+    with dispatch.backend("auto"), pytest.raises(ValueError, match="mean must be"):
+        torch.ops.vitfast.patch_embed(images, weight, bias, pos, prefix, mean[:2], std)
+    assert dispatch.state("patch_embed").startswith(("auto", "kernel"))
