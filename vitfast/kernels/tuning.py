@@ -91,7 +91,8 @@ FORWARD: dict[int, list[Row]] = {
         Row(Config("online", 64, 64), width=96),
         Row(Config("online", 64, 64, warps=8)),
         *FORWARD_FP32,
-        Row(Config("online", 32, 32, warps=8, peel=False), bits=32),
+        # with two stages it spills: 32 keys with Triton 3.8, 16 in TF32
+        Row(Config("online", 32, 16, warps=8, stages=1, peel=False), bits=32),
     ],
     90: [
         *FORWARD_HOPPER,
@@ -131,9 +132,18 @@ BACKWARD: dict[int, list[Row]] = {
         Row(Config("blocks", 64, 64, keys_m=32, keys_n=64, keys_warps=8)),
         *BACKWARD_FP32,
     ],
+    100: [
+        Row(Config("blocks", 32, 64, keys_m=32, keys_n=64, keys_warps=4), width=80, programs_at_most=FEW),
+        Row(Config("short", 32, warps=8), width=64, keys=256, dropout=False),
+        Row(Config("head", 32, 32, stages=1, peel=False), width=80, keys=256, dropout=False),
+        # 32 keys of 96 numbers spill with Triton 3.8
+        Row(Config("head", 32, 16, stages=1, peel=False), keys=256, dropout=False),
+        Row(Config("blocks", 64, 64, keys_m=64, keys_n=64, keys_warps=4), width=80),
+        Row(Config("blocks", 64, 64, keys_m=32, keys_n=64, keys_warps=8)),
+        *BACKWARD_FP32,
+    ],
 }
 BACKWARD[89] = BACKWARD[80]
-BACKWARD[100] = BACKWARD[90]
 
 
 def choose(table: list[Row], bits: int, width: int, keys: int, programs: float, dropout: bool) -> Config:
