@@ -55,6 +55,11 @@ def test_a_default_configuration_is_refused_or_not_the_recorded_one(module, arch
         assert aot.differences(recorded["rows"], rows, gone=False) == [], RERUN
 
 
+def test_the_record_is_of_another_triton_than_is_tested():
+    """Nothing would be compared with it."""
+    assert f"triton=={aot.read(aot.RECORD)['triton']}" in (ROOT / "constraints.txt").read_text().splitlines(), RERUN
+
+
 def test_a_kernel_module_is_left_out():
     written = {path.stem for path in (ROOT / "vitfast/kernels").glob("*.py") if "def compilations(" in path.read_text()}
     assert {f"vitfast.kernels.{name}" for name in written} == set(aot.KERNEL_MODULES)

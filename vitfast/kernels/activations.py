@@ -8,7 +8,7 @@ as well. Its absolute error of 1.5e-7 makes GELU differ from the true one by at 
 import triton
 import triton.language as tl
 
-# to the right of tensors: Triton's interpreter makes a constexpr of what begins with one, from 3.7 on
+# right of tensors: in the interpreter of Triton 3.8 what begins with a constexpr stays one
 LOG2E = tl.constexpr(1.4426950408889634)
 # beyond it the sigmoid inside the tanh form is 0 or 1 in fp32, and the cube of the largest numbers is infinite
 TANH_ENDS = tl.constexpr(16.0)
