@@ -1,4 +1,5 @@
-# `make` lists the targets. Everything is installed into .venv, with the versions of constraints.txt.
+# `make` lists the targets. Everything is installed into .venv, with the versions of constraints.txt; for test-newest
+# into .venv-newest, with those of constraints-newest.txt.
 SHELL := bash
 .DEFAULT_GOAL := help
 
@@ -6,32 +7,38 @@ PYTHON ?= python3
 WORKERS ?= 2
 
 VENV := .venv
+CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 # what decides which packages are installed and what is compiled; the package itself is installed editable
-INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+INPUTS := pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
 
 # pip names a hundred requirements that are met; only downloads, the install and errors (stderr) are news
 define install
 @echo "Installing vitfast[$(1)] into $(VENV); the first time this downloads some GB (PyTorch)"
 @set -o pipefail; $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off \
-	-c constraints.txt -e '.[$(1)]' \
+	-c $(CONSTRAINTS) -e '.[$(1)]' \
 	| sed -unE -e '/^ *(Downloading|Using cached) .*\([0-9.]+ MB\)/p' \
 		-e '/^(Installing|Successfully installed)/s/(.{0,100}).*/\1/p'
 endef
 
-.PHONY: help venv demo test matrix lint aot bench gpu report clean
+.PHONY: help venv demo test pytest test-newest matrix lint aot bench gpu report clean
 
 help: ## list the targets
-	@sed -nE 's/^([a-z]+):[^#]*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 venv: $(VENV)/.demo ## make the environment in .venv
 
 demo: $(VENV)/.demo ## train a small ViT on real digits, compare it with timm, write a picture
 	$(BIN)/vitfast demo
 
-test: lint ## lint, then all tests
+test: lint pytest ## lint, then all tests
+
+pytest: $(VENV)/.test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 10
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 5 tests/kernels
+
+test-newest: ## all tests with the newest PyTorch and Triton, in .venv-newest
+	$(MAKE) pytest VENV=.venv-newest CONSTRAINTS=constraints-newest.txt
 
 matrix: $(VENV)/.test ## attention in every combination of length, head dim, layout and values, in the interpreter
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -p no:warnings --tb short \
@@ -53,8 +60,8 @@ gpu: ## RUN=a|b|c|d: test and time on a GPU within nine minutes, with the PYTHON
 report: $(VENV)/.bench ## write the README's tables and pictures from benchmarks/results
 	$(BIN)/python benchmarks/make_report.py
 
-clean: ## remove the environment and everything that was built
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache demo_output
+clean: ## remove the environments and everything that was built
+	rm -rf $(VENV) .venv-newest build dist *.egg-info .pytest_cache .ruff_cache demo_output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.created:

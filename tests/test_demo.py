@@ -88,6 +88,17 @@ def test_picture_is_missing_or_blank_or_something_is_left_behind(demo):
     assert sorted(p.name for p in output.iterdir()) == ["digits.png", "digits.safetensors", "summary.json"]
 
 
+@pytest.mark.parametrize("enough", [False, True])
+def test_shorter_training_fails_or_accuracy_of_the_default_one_is_not_judged(enough, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo_module, "EPOCHS", 1 if enough else 2)
+    for slow in ("compare_with_timm", "time_against_timm"):
+        monkeypatch.setattr(demo_module, slow, lambda *arguments: [])
+    assert demo_module.main(["--epochs", "1", "--device", "cpu", "--output", str(tmp_path)]) == enough
+    out, err = capsys.readouterr()
+    assert ("; at least 95% expected)" if enough else "; nothing expected of fewer than 2 epochs)") in out
+    assert ("at least 95% was expected" in err) == enough
+
+
 def test_missing_extra_is_a_traceback(tmp_path):
     code = (
         "import sys; sys.modules['sklearn'] = sys.modules['timm'] = None\n"

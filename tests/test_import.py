@@ -65,11 +65,36 @@ print(all(p.grad is not None for p in model.parameters()))
 """
 
 
-def test_package_needs_triton():
-    """Where triton is absent (macOS, Windows) import, forward, backward and the report must work."""
-    code = "sys.modules['triton'] = None\n" + FORWARD_AND_BACKWARD
-    code += "from vitfast.info import collect; print(collect()['triton']['why'])"
-    assert python(code).splitlines() == ["True", "triton is not installed"]
+WITHOUT_TRITON = """
+import os
+from importlib.machinery import PathFinder
+
+class Others:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        return None if name.partition(".")[0] == "triton" else PathFinder.find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Others
+"""
+WITHOUT_KERNELS = """
+from vitfast.info import collect, report
+print(vitfast.prepare(model.eval())(torch.zeros(1, 3, 32, 32)).shape[1], collect()["triton"]["why"])
+report()
+for op in ("attention", "linear", "mlp", "layer_norm"):
+    with vitfast.backend("kernel", op=op):
+        try:
+            model(torch.zeros(1, 3, 32, 32))
+        except NotImplementedError as problem:
+            print(str(problem).partition("cannot run: ")[2])
+"""
+
+
+@pytest.mark.parametrize("interpreted", [False, True])
+def test_package_needs_triton(interpreted):
+    """Where there is none (CPU-only torch, macOS, Windows) all but its kernels works; these say why they do not."""
+    code = WITHOUT_TRITON + f"os.environ['TRITON_INTERPRET'] = '{int(interpreted)}'\n" + FORWARD_AND_BACKWARD
+    why = ["triton cannot be imported: No module named 'triton'"] * (4 * interpreted)
+    assert python(code + WITHOUT_KERNELS).splitlines() == ["True", "10 triton is not installed", *why]
 
 
 # every way in which torch asks for a device or starts CUDA; torch itself may have asked before

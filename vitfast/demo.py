@@ -70,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Train a small ViT on scikit-learn's digits, reload it, compare it with timm and time both.",
     )
     parser.add_argument("--output", default="demo_output", help="folder for what is written (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help="passes over the images (default: %(default)s)")
+    passes = f"over the images; accuracy is judged from {EPOCHS} on (default: %(default)s)"
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help=f"passes {passes}")
     parser.add_argument("--seed", type=int, default=0, help="of weights and order; the split stays (default: 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     arguments = parser.parse_args(argv)
@@ -119,7 +120,11 @@ def run_demo(
     predictions = predict(model, data.test_images)
     accuracy = (predictions == data.test_labels).double().mean().item()
     print(f"Trained in {history.seconds:.1f} s. The checkpoint, reloaded, gives bitwise the same logits.")
-    print(f"Held-out accuracy: {accuracy:.2%} ({int((predictions == data.test_labels).sum())}/{len(predictions)})")
+    # what fewer epochs reach says nothing about the library
+    required = REQUIRED_ACCURACY if epochs >= EPOCHS else 0.0
+    told = f"at least {required:.0%} expected" if required else f"nothing expected of fewer than {EPOCHS} epochs"
+    right = int((predictions == data.test_labels).sum())
+    print(f"Held-out accuracy: {accuracy:.2%} ({right}/{len(predictions)}; {told})")
 
     stages = compare_with_timm(model, data.test_images, seed)
     speed = time_against_timm(model, data, seed)
@@ -146,8 +151,8 @@ def run_demo(
     if failed:
         names = ", ".join(f"{row['model']} {row['dtype']} {row['stage']}" for row in failed)
         raise DemoError(f"these stages are further from fp64 than timm's: {names}")
-    if accuracy < REQUIRED_ACCURACY:
-        raise DemoError(f"held-out accuracy is {accuracy:.2%}, at least {REQUIRED_ACCURACY:.0%} was expected")
+    if accuracy < required:
+        raise DemoError(f"held-out accuracy is {accuracy:.2%}, at least {required:.0%} was expected")
     return summary
 
 

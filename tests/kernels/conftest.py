@@ -7,13 +7,22 @@
 import dataclasses
 import os
 
+import numpy as np
 import pytest
 import torch
+import triton
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = ["*_gpu.py"] if INTERPRETED else []
 if not INTERPRETED and not torch.cuda.is_available():
     raise pytest.UsageError("tests/kernels need a GPU, or TRITON_INTERPRET=1 in a process of their own")
+
+
+@triton.jit
+def _loop(n):
+    """What all kernels fail in where the interpreter does not know the numpy that is there."""
+    for _ in range(n):
+        pass
 
 
 def pytest_configure():
@@ -22,6 +31,14 @@ def pytest_configure():
         return
     from triton import language
     from triton.runtime import interpreter
+
+    try:
+        _loop[(1,)](1)
+    except Exception as problem:
+        raise pytest.UsageError(
+            f"the interpreter of Triton {triton.__version__} fails with numpy {np.__version__} ({problem}); "
+            "constraints.txt and constraints-newest.txt have versions that go together"
+        ) from None
 
     patch, builder = interpreter._patch_lang, interpreter.interpreter_builder
 

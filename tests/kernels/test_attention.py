@@ -19,7 +19,8 @@ from attention_cases import (
     stock,
 )
 
-from vitfast.kernels import attention
+from vitfast.kernels import attention, tuning
+from vitfast.kernels.launch import architecture
 
 LENGTHS = (1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 196, 197, 198, 257, 577)
 HEAD_DIMS = (16, 24, 32, 40, 48, 64, 72, 80, 96, 112, 128)
@@ -59,6 +60,19 @@ def test_head_dim_is_padded_wrongly_or_sets_the_scale(D, forward, backward, dtyp
     if (list(FORWARD).index(forward) - list(BACKWARD).index(backward)) % 3:
         return
     check(dtype, D, 33, 33, forward=FORWARD[forward], backward=BACKWARD[backward], device=device)
+
+
+# of other architectures not on a GPU, whose memory may be too small
+ARCHS = tuning.ARCHITECTURES if INTERPRETED else (architecture(torch.device("cuda", 0)),)
+
+
+@pytest.mark.parametrize("direction", ("forward", "backward"))
+def test_configuration_of_a_table_is_wrong_at_the_widest_head_that_it_is_for(direction, device):
+    table = getattr(tuning, direction.upper())
+    for row in dict.fromkeys(row for arch in ARCHS for row in table[arch]):
+        dtype = torch.float16 if row.bits == 16 else torch.float32
+        both = {"backward": BACKWARD["blocks"]} | {direction: row.config}
+        check(dtype, row.width, 33, 33, **both, B=1, H=1, device=device)
 
 
 @every_dtype

@@ -8,6 +8,7 @@ as well. Its absolute error of 1.5e-7 makes GELU differ from the true one by at 
 import triton
 import triton.language as tl
 
+# right of tensors: in the interpreter of Triton 3.8 what begins with a constexpr stays one
 LOG2E = tl.constexpr(1.4426950408889634)
 # beyond it the sigmoid inside the tanh form is 0 or 1 in fp32, and the cube of the largest numbers is infinite
 TANH_ENDS = tl.constexpr(16.0)
@@ -18,13 +19,13 @@ QUICK = tl.constexpr(1.702)
 
 @triton.jit
 def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp2(-LOG2E * x))
+    return 1.0 / (1.0 + tl.exp2(x * -LOG2E))
 
 
 @triton.jit
 def sigmoid_and_slope(x):
     """The slope is not s (1 - s), which loses all digits of 1 - s where s is near 1."""
-    e = tl.exp2(-LOG2E * tl.abs(x))
+    e = tl.exp2(tl.abs(x) * -LOG2E)
     r = 1.0 / (1.0 + e)
     return tl.where(x < 0.0, e * r, r), e * r * r
 
@@ -33,7 +34,7 @@ def sigmoid_and_slope(x):
 def normal_cdf(x):
     """Phi(x) and exp(-x^2 / 2)."""
     a = tl.abs(x) * 0.7071067811865476
-    bell = tl.exp2(-LOG2E * a * a)
+    bell = tl.exp2(a * -LOG2E * a)
     t = 1.0 / (1.0 + 0.3275911 * a)
     p = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
     tail = 0.5 * p * bell
@@ -48,9 +49,9 @@ def activate(x, ACT: tl.constexpr):
         x = x * cdf
     elif ACT == "gelu_tanh":
         near = tl.minimum(tl.maximum(x, -TANH_ENDS, tl.PropagateNan.ALL), TANH_ENDS, tl.PropagateNan.ALL)
-        x = x * sigmoid(TANH_SCALE * (near + TANH_CUBE * near * near * near))
+        x = x * sigmoid((near + near * TANH_CUBE * near * near) * TANH_SCALE)
     elif ACT == "quick_gelu":
-        x = x * sigmoid(QUICK * x)
+        x = x * sigmoid(x * QUICK)
     elif ACT == "silu":
         x = x * sigmoid(x)
     return x
@@ -68,13 +69,13 @@ def activate_and_slope(x, ACT: tl.constexpr):
     elif ACT == "gelu_tanh":
         near = tl.minimum(tl.maximum(x, -TANH_ENDS, tl.PropagateNan.ALL), TANH_ENDS, tl.PropagateNan.ALL)
         square = near * near
-        s, more = sigmoid_and_slope(TANH_SCALE * (near + TANH_CUBE * near * square))
+        s, more = sigmoid_and_slope((near + near * TANH_CUBE * square) * TANH_SCALE)
         y = x * s
-        slope = s + near * more * (TANH_SCALE + 3.0 * TANH_SCALE * TANH_CUBE * square)
+        slope = s + near * more * (square * (3.0 * TANH_SCALE * TANH_CUBE) + TANH_SCALE)
     elif ACT == "quick_gelu":
-        s, more = sigmoid_and_slope(QUICK * x)
+        s, more = sigmoid_and_slope(x * QUICK)
         y = x * s
-        slope = s + QUICK * x * more
+        slope = s + x * QUICK * more
     elif ACT == "silu":
         s, more = sigmoid_and_slope(x)
         y = x * s

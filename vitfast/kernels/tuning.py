@@ -68,12 +68,17 @@ FEW = 1.0
 # below this, one program a head would
 SOME = 8.0
 
-FORWARD_FP32 = [
-    Row(Config("online", 64, 32, warps=8, peel=False), bits=32, width=64),
-    Row(Config("online", 32, 32, warps=8, peel=False), bits=32, width=96),
-]
+# tiles and stages that the compilers of Triton 3.6 and 3.8 both have registers for, in IEEE and in TF32
+FORWARD_FP32 = {
+    arch: [
+        Row(Config("online", 64, 32, warps=8, stages=first, peel=False), bits=32, width=64),
+        Row(Config("online", 32, 32, warps=8, stages=second, peel=False), bits=32, width=96),
+        Row(Config("online", 32, 16, warps=8, stages=third, peel=False), bits=32),
+    ]
+    for arch, (first, second, third) in {80: (3, 2, 1), 90: (2, 2, 2), 100: (2, 1, 2)}.items()
+}
 FORWARD_FEW = [
-    Row(Config("online", 16, 64, warps=1), width=64, programs_at_most=FEW),
+    Row(Config("online", 16, 64, warps=1), width=64, programs_at_most=FEW, dropout=False),
     Row(Config("online", 16, 32, warps=2), programs_at_most=FEW),
 ]
 FORWARD_HOPPER = [
@@ -90,21 +95,18 @@ FORWARD: dict[int, list[Row]] = {
         Row(Config("short", 128, warps=8, stages=1, loop=True), width=64, keys=256, dropout=False),
         Row(Config("online", 64, 64), width=96),
         Row(Config("online", 64, 64, warps=8)),
-        *FORWARD_FP32,
-        Row(Config("online", 32, 32, warps=8, peel=False), bits=32),
+        *FORWARD_FP32[80],
     ],
     90: [
         *FORWARD_HOPPER,
         Row(Config("online", 64, 64)),
-        *FORWARD_FP32,
-        Row(Config("online", 32, 16, warps=8, peel=False), bits=32),
+        *FORWARD_FP32[90],
     ],
     100: [
         *FORWARD_HOPPER,
         Row(Config("online", 64, 64), dropout=False),
         Row(Config("online", 64, 64, warps=8)),
-        *FORWARD_FP32,
-        Row(Config("online", 32, 16, warps=8, peel=False), bits=32),
+        *FORWARD_FP32[100],
     ],
 }
 FORWARD[89] = FORWARD[80]
@@ -124,16 +126,27 @@ BACKWARD: dict[int, list[Row]] = {
         *BACKWARD_FP32,
     ],
     90: [
-        Row(Config("blocks", 32, 64, keys_m=32, keys_n=64, keys_warps=4), width=80, programs_at_most=FEW),
+        Row(Config("blocks", 32, 64, keys_m=32, keys_n=64, keys_warps=4), width=64, programs_at_most=FEW),
+        Row(Config("blocks", 32, 32, keys_m=32, keys_n=64, keys_warps=4), width=80, programs_at_most=FEW),
         Row(Config("short", 32, warps=8), width=64, keys=256, dropout=False),
         Row(Config("head", 32, 32, stages=1, peel=False), keys=256, dropout=False),
         Row(Config("blocks", 64, 64, keys_m=64, keys_n=64, keys_warps=4), width=80),
         Row(Config("blocks", 64, 64, keys_m=32, keys_n=64, keys_warps=8)),
         *BACKWARD_FP32,
     ],
+    100: [
+        Row(Config("blocks", 32, 64, keys_m=32, keys_n=64, keys_warps=4), width=64, programs_at_most=FEW),
+        Row(Config("blocks", 32, 32, keys_m=32, keys_n=64, keys_warps=4), width=80, programs_at_most=FEW),
+        Row(Config("short", 32, warps=8), width=64, keys=256, dropout=False),
+        Row(Config("head", 32, 32, stages=1, peel=False), width=80, keys=256, dropout=False),
+        # 32 keys of 96 numbers spill with Triton 3.8
+        Row(Config("head", 32, 16, stages=1, peel=False), keys=256, dropout=False),
+        Row(Config("blocks", 64, 64, keys_m=64, keys_n=64, keys_warps=4), width=80),
+        Row(Config("blocks", 64, 64, keys_m=32, keys_n=64, keys_warps=8)),
+        *BACKWARD_FP32,
+    ],
 }
 BACKWARD[89] = BACKWARD[80]
-BACKWARD[100] = BACKWARD[90]
 
 
 def choose(table: list[Row], bits: int, width: int, keys: int, programs: float, dropout: bool) -> Config:
