@@ -4,11 +4,13 @@
     pytest tests/kernels                         on a GPU, and bf16
 """
 
+import contextlib
 import dataclasses
 import os
 
 import pytest
 import torch
+from textbook import Textbook
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = ["*_gpu.py"] if INTERPRETED else []
@@ -45,3 +47,10 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def device():
     return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+@pytest.fixture(autouse=True)
+def stock_products():
+    """On a CPU all that kernels are measured by, and stock operators in their place, with the same products everywhere."""
+    with Textbook() if INTERPRETED else contextlib.nullcontext():
+        yield

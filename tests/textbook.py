@@ -1,0 +1,142 @@
+"""Stock operators on a CPU with the products that every machine has: what results are measured by.
+
+The error of a stock product depends on the machine's library. One accumulator a result, which is what a product of many
+rows comes to in every library and what our kernels have, makes an error that grows with the root of its length (the
+arithmetic is in `vitfast.acceptance`); MKL's AVX-512 kernels for few rows add up in several short ones and are 2 to 4
+times as exact. In half precision some CPUs accumulate in fp32, and others round on the way. A rule that compares with
+whatever is here would accept and refuse the same result by the machine it was computed on.
+"""
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+HALF = (torch.float16, torch.bfloat16)
+# terms that one accumulator adds up before its sum is added to the others': as MKL does without AVX-512, and csrc/
+PIECE = 192
+
+
+class Textbook(TorchDispatchMode):
+    """Within it products and attention of fp32 and half precision tensors on CPUs are these:
+
+    fp32: one accumulator a result, over 192 terms in their order, and the sums of these pieces likewise.
+    fp16, bf16: the sum in fp32, rounded once. Attention rounds the weights and the logits' gradients before they are
+    multiplied, as every kernel of attention in half precision has to.
+
+    Whatever else is stock stays as it is; so do calls that no rule here is for.
+    """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        first = args[0] if args else None
+        if not isinstance(first, Tensor) or first.device.type != "cpu" or first.dtype not in (torch.float32, *HALF):
+            return func(*args, **kwargs)
+        if func in COMPOSITE:
+            # inference mode hands them on whole
+            with self:
+                return func.decompose(*args, **kwargs)
+        out = kwargs.pop("out", None)
+        if func in CONVOLUTIONS and first.dtype in HALF:
+            found = _in_fp32(func, first.dtype, args, kwargs)
+        elif func.overloadpacket in PRODUCTS and (out is not None or func._overloadname == "default"):
+            found = PRODUCTS[func.overloadpacket](*args, **kwargs)
+        elif func.overloadpacket in ATTENTION and not args[ATTENTION[func.overloadpacket][1]]:
+            found = ATTENTION[func.overloadpacket][0](*args, **kwargs)
+        else:
+            return func(*args, **kwargs) if out is None else func(*args, out=out, **kwargs)
+        return found if out is None else out.copy_(found)
+
+
+def multiply(a: Tensor, b: Tensor) -> Tensor:
+    """a [..., M, K] b [..., K, N] in fp32, [..., M, N]; of numbers in half precision only the rounding matters."""
+    if a.dtype in HALF:
+        return a.float() @ b.float()
+    # of one term a product has one rounding, or none, in every library
+    add = torch.addmm if a.dim() == 2 else torch.baddbmm
+    total = None
+    for begin in range(0, a.shape[-1], PIECE):
+        piece = a[..., begin : begin + 1] * b[..., begin : begin + 1, :]
+        for k in range(begin + 1, min(begin + PIECE, a.shape[-1])):
+            piece = add(piece, a[..., k : k + 1], b[..., k : k + 1, :], out=piece)
+        total = piece if total is None else total.add_(piece)
+    return a @ b if total is None else total
+
+
+def _product(a, b):
+    return multiply(a, b).to(a.dtype)
+
+
+def _added(c, a, b, *, beta=1, alpha=1):
+    sums = multiply(a, b)
+    sums = sums if alpha == 1 else alpha * sums
+    return (sums if beta == 0 else sums + (c if beta == 1 else beta * c)).to(a.dtype)
+
+
+def _matrix_and_vector(a, v):
+    return _product(a, v[:, None])[:, 0]
+
+
+def _vector_added(c, a, v, *, beta=1, alpha=1):
+    return _added(c.expand(len(a))[:, None], a, v[:, None], beta=beta, alpha=alpha)[:, 0]
+
+
+def _weights(q, k, scale, mask):
+    """Logits and the heads' inputs flat: [B H, N, M] and what makes [B H, N, D] of [B, H, N, D]."""
+    flat = lambda t: t.reshape(-1, *t.shape[2:])  # noqa: E731
+    logits = multiply(flat(q), flat(k).transpose(1, 2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    return (logits if mask is None else logits + flat(mask.expand(*q.shape[:3], k.shape[2]))), flat
+
+
+def _attention(q, k, v, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None):
+    logits, flat = _weights(q, k, scale, attn_mask)
+    peak = logits.amax(-1, keepdim=True)
+    weights = (logits - peak).exp()
+    total = weights.sum(-1, keepdim=True)
+    out = (multiply(weights.to(q.dtype), flat(v)) / total).to(q.dtype)
+    lse = (peak + total.log()).squeeze(-1).view(q.shape[:3])
+    # in the order of torch's kernel, which makes the heads' outputs one row of a token
+    return _tokens_first(out.view(*q.shape[:3], v.shape[-1])), _tokens_first(lse)
+
+
+def _attention_backward(grad, q, k, v, out, lse, dropout_p, is_causal, *, attn_mask=None, scale=None):
+    logits, flat = _weights(q, k, scale, attn_mask)
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    weights = (logits - flat(lse)[..., None]).exp()
+    given = flat(grad)
+    delta = (given.float() * flat(out).float()).sum(-1, keepdim=True)
+    of_logits = (weights * (multiply(given, flat(v).transpose(1, 2)) - delta)).to(q.dtype)
+    grads = (
+        factor * multiply(of_logits, flat(k)),
+        factor * multiply(of_logits.transpose(1, 2), flat(q)),
+        multiply(weights.to(q.dtype).transpose(1, 2), given),
+    )
+    return tuple(_tokens_first(g.to(t.dtype).view(t.shape)) for g, t in zip(grads, (q, k, v), strict=True))
+
+
+def _tokens_first(t):
+    return t.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _in_fp32(func, dtype, args, kwargs):
+    wide = lambda t: t.float() if isinstance(t, Tensor) and t.dtype == dtype else t  # noqa: E731
+    narrow = lambda t: None if t is None else t.to(dtype)  # noqa: E731
+    found = func(*map(wide, args), **{name: wide(t) for name, t in kwargs.items()})
+    return tuple(map(narrow, found)) if isinstance(found, tuple) else narrow(found)
+
+
+PRODUCTS = {
+    aten.mm: _product, aten.bmm: _product, aten.addmm: _added, aten.baddbmm: _added, aten.mv: _matrix_and_vector,
+    aten.addmv: _vector_added,
+}  # fmt: skip
+# and where among the arguments it is said whether the mask is causal
+ATTENTION = {
+    aten._scaled_dot_product_flash_attention_for_cpu: (_attention, slice(3, 5)),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: (_attention_backward, slice(6, 8)),
+}
+# what they sum up in fp32 is one accumulator's in oneDNN
+CONVOLUTIONS = {aten.convolution.default, aten.convolution_backward.default}
+COMPOSITE = {
+    aten.linear.default, aten.matmul.default, aten.scaled_dot_product_attention.default, aten.conv2d.default,
+    aten.einsum.default,
+}  # fmt: skip
