@@ -57,15 +57,14 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
     """a [..., M, K] b [..., K, N] in fp32, [..., M, N]; of numbers in half precision only the rounding matters."""
     if a.dtype in HALF:
         return a.float() @ b.float()
-    # of one term a product has one rounding, or none, in every library
-    add = torch.addmm if a.dim() == 2 else torch.baddbmm
-    total = None
-    for begin in range(0, a.shape[-1], PIECE):
-        piece = a[..., begin : begin + 1] * b[..., begin : begin + 1, :]
-        for k in range(begin + 1, min(begin + PIECE, a.shape[-1])):
-            piece = add(piece, a[..., k : k + 1], b[..., k : k + 1, :], out=piece)
-        total = piece if total is None else total.add_(piece)
-    return a @ b if total is None else total
+    columns, rows = a.movedim(-1, 0).contiguous()[..., None], b.movedim(-2, 0)[..., None, :]
+    total = a.new_zeros(*a.shape[:-1], b.shape[-1])
+    for begin in range(0, len(rows), PIECE):
+        piece = torch.zeros_like(total)
+        for column, row in zip(columns[begin : begin + PIECE], rows[begin : begin + PIECE], strict=True):
+            piece.addcmul_(column, row)
+        total += piece
+    return total
 
 
 def _product(a, b):
