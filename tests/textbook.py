@@ -42,83 +42,76 @@ class Textbook(TorchDispatchMode):
             with self:
                 return func.redispatch(CPU, *args, **kwargs)
         out = kwargs.pop("out", None)
+        rule, causal = RULES.get(func.overloadpacket), CAUSAL.get(func.overloadpacket)
         if func in CONVOLUTIONS and first.dtype in HALF:
             found = _in_fp32(func, first.dtype, args, kwargs)
-        elif func.overloadpacket in PRODUCTS and (out is not None or func._overloadname == "default"):
-            found = PRODUCTS[func.overloadpacket](*args, **kwargs)
-        elif func.overloadpacket in ATTENTION and not args[ATTENTION[func.overloadpacket][1]]:
-            found = ATTENTION[func.overloadpacket][0](*args, **kwargs)
+        elif rule and func._overloadname in ("default", "out") and not (causal and any(args[causal])):
+            found = getattr(self, rule)(*args, **kwargs)
         else:
             return func(*args, **kwargs) if out is None else func(*args, out=out, **kwargs)
         return found if out is None else out.copy_(found)
 
+    def multiply(self, a: Tensor, b: Tensor) -> Tensor:
+        """a [..., M, K] b [..., K, N] in fp32, [..., M, N]; of numbers in half precision only the rounding matters."""
+        if a.dtype in HALF:
+            return a.float() @ b.float()
+        columns, rows = a.movedim(-1, 0).contiguous()[..., None], b.movedim(-2, 0)[..., None, :]
+        total = a.new_zeros(*a.shape[:-1], b.shape[-1])
+        for begin in range(0, len(rows), PIECE):
+            piece = torch.zeros_like(total)
+            for column, row in zip(columns[begin : begin + PIECE], rows[begin : begin + PIECE], strict=True):
+                piece.addcmul_(column, row)
+            total += piece
+        return total
 
-def multiply(a: Tensor, b: Tensor) -> Tensor:
-    """a [..., M, K] b [..., K, N] in fp32, [..., M, N]; of numbers in half precision only the rounding matters."""
-    if a.dtype in HALF:
-        return a.float() @ b.float()
-    columns, rows = a.movedim(-1, 0).contiguous()[..., None], b.movedim(-2, 0)[..., None, :]
-    total = a.new_zeros(*a.shape[:-1], b.shape[-1])
-    for begin in range(0, len(rows), PIECE):
-        piece = torch.zeros_like(total)
-        for column, row in zip(columns[begin : begin + PIECE], rows[begin : begin + PIECE], strict=True):
-            piece.addcmul_(column, row)
-        total += piece
-    return total
+    def product(self, a, b):
+        return self.multiply(a, b).to(a.dtype)
+
+    def added(self, c, a, b, *, beta=1, alpha=1):
+        sums = self.multiply(a, b)
+        sums = sums if alpha == 1 else alpha * sums
+        return (sums if beta == 0 else sums + (c if beta == 1 else beta * c)).to(a.dtype)
+
+    def by_vector(self, a, v):
+        return self.product(a, v[:, None])[:, 0]
+
+    def by_vector_added(self, c, a, v, **factors):
+        return self.added(c.expand(len(a))[:, None], a, v[:, None], **factors)[:, 0]
+
+    def logits(self, q, k, scale, mask):
+        """[B H, N, M]"""
+        logits = self.multiply(_flat(q), _flat(k).transpose(1, 2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        return logits if mask is None else logits + _flat(mask.expand(*q.shape[:3], k.shape[2]))
+
+    def attention(self, q, k, v, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None):
+        logits = self.logits(q, k, scale, attn_mask)
+        peak = logits.amax(-1, keepdim=True)
+        weights = (logits - peak).exp()
+        total = weights.sum(-1, keepdim=True)
+        out = (self.multiply(weights.to(q.dtype), _flat(v)) / total).to(q.dtype)
+        lse = (peak + total.log()).squeeze(-1).view(q.shape[:3])
+        return _tokens_first(out.view(*q.shape[:3], v.shape[-1])), _tokens_first(lse)
+
+    def attention_backward(self, grad, q, k, v, out, lse, dropout_p, is_causal, *, attn_mask=None, scale=None):
+        weights = (self.logits(q, k, scale, attn_mask) - _flat(lse)[..., None]).exp()
+        delta = (_flat(grad).float() * _flat(out).float()).sum(-1, keepdim=True)
+        of_logits = weights * (self.multiply(_flat(grad), _flat(v).transpose(1, 2)) - delta)
+        of_logits, weights = of_logits.to(q.dtype), weights.to(q.dtype)
+        factor = q.shape[-1] ** -0.5 if scale is None else scale
+        grads = (
+            factor * self.multiply(of_logits, _flat(k)),
+            factor * self.multiply(of_logits.transpose(1, 2), _flat(q)),
+            self.multiply(weights.transpose(1, 2), _flat(grad)),
+        )
+        return tuple(_tokens_first(g.to(t.dtype).view(t.shape)) for g, t in zip(grads, (q, k, v), strict=True))
 
 
-def _product(a, b):
-    return multiply(a, b).to(a.dtype)
-
-
-def _added(c, a, b, *, beta=1, alpha=1):
-    sums = multiply(a, b)
-    sums = sums if alpha == 1 else alpha * sums
-    return (sums if beta == 0 else sums + (c if beta == 1 else beta * c)).to(a.dtype)
-
-
-def _matrix_and_vector(a, v):
-    return _product(a, v[:, None])[:, 0]
-
-
-def _vector_added(c, a, v, *, beta=1, alpha=1):
-    return _added(c.expand(len(a))[:, None], a, v[:, None], beta=beta, alpha=alpha)[:, 0]
-
-
-def _weights(q, k, scale, mask):
-    """Logits and the heads' inputs flat: [B H, N, M] and what makes [B H, N, D] of [B, H, N, D]."""
-    flat = lambda t: t.reshape(-1, *t.shape[2:])  # noqa: E731
-    logits = multiply(flat(q), flat(k).transpose(1, 2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    return (logits if mask is None else logits + flat(mask.expand(*q.shape[:3], k.shape[2]))), flat
-
-
-def _attention(q, k, v, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None):
-    logits, flat = _weights(q, k, scale, attn_mask)
-    peak = logits.amax(-1, keepdim=True)
-    weights = (logits - peak).exp()
-    total = weights.sum(-1, keepdim=True)
-    out = (multiply(weights.to(q.dtype), flat(v)) / total).to(q.dtype)
-    lse = (peak + total.log()).squeeze(-1).view(q.shape[:3])
-    # in the order of torch's kernel, which makes the heads' outputs one row of a token
-    return _tokens_first(out.view(*q.shape[:3], v.shape[-1])), _tokens_first(lse)
-
-
-def _attention_backward(grad, q, k, v, out, lse, dropout_p, is_causal, *, attn_mask=None, scale=None):
-    logits, flat = _weights(q, k, scale, attn_mask)
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
-    weights = (logits - flat(lse)[..., None]).exp()
-    given = flat(grad)
-    delta = (given.float() * flat(out).float()).sum(-1, keepdim=True)
-    of_logits = (weights * (multiply(given, flat(v).transpose(1, 2)) - delta)).to(q.dtype)
-    grads = (
-        factor * multiply(of_logits, flat(k)),
-        factor * multiply(of_logits.transpose(1, 2), flat(q)),
-        multiply(weights.to(q.dtype).transpose(1, 2), given),
-    )
-    return tuple(_tokens_first(g.to(t.dtype).view(t.shape)) for g, t in zip(grads, (q, k, v), strict=True))
+def _flat(t):
+    return t.reshape(-1, *t.shape[2:])
 
 
 def _tokens_first(t):
+    """In the order of torch's kernel, which makes the heads' outputs one row of a token."""
     return t.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -129,16 +122,18 @@ def _in_fp32(func, dtype, args, kwargs):
     return tuple(map(narrow, found)) if isinstance(found, tuple) else narrow(found)
 
 
-PRODUCTS = {
-    aten.mm: _product, aten.bmm: _product, aten.addmm: _added, aten.baddbmm: _added, aten.mv: _matrix_and_vector,
-    aten.addmv: _vector_added,
+# the method that computes each
+RULES = {
+    aten.mm: "product", aten.bmm: "product", aten.addmm: "added", aten.baddbmm: "added", aten.mv: "by_vector",
+    aten.addmv: "by_vector_added", aten._scaled_dot_product_flash_attention_for_cpu: "attention",
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: "attention_backward",
 }  # fmt: skip
-# and where among the arguments it is said whether the mask is causal
-ATTENTION = {
-    aten._scaled_dot_product_flash_attention_for_cpu: (_attention, slice(3, 5)),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: (_attention_backward, slice(6, 8)),
+# which of the arguments ask for dropout or a causal mask
+CAUSAL = {
+    aten._scaled_dot_product_flash_attention_for_cpu: slice(3, 5),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: slice(6, 8),
 }
-# what they sum up in fp32 is one accumulator's in oneDNN
+# in fp32 oneDNN's have one accumulator a result
 CONVOLUTIONS = {aten.convolution.default, aten.convolution_backward.default}
 COMPOSITE = {
     aten.linear.default, aten.matmul.default, aten.scaled_dot_product_attention.default, aten.conv2d.default,

@@ -96,8 +96,8 @@ def judge(out, ref, low, *, grad=False, what="", rows=16, keys=16):
     """`accept`; where stock itself is too far off to be a yardstick, only: no further off than stock."""
     scale, error, stocks = (t.double().square().mean().sqrt() for t in (ref, out - ref, low - ref))
     k = RMS_RATIO[out.dtype] * (1 + 8 * out.numel() ** -0.5)
-    # Of few rows the errors differ by chance. Of one key stock attention is exact, and dq and dk are 0: scale times k or q
-    # times the difference of two equal sums of D products. Of unit normals each sum is some sqrt(D) and off by
+    # Of few rows the errors differ by chance. Of one key stock attention is exact, and dq and dk are 0: scale times k
+    # or q times the difference of two equal sums of D products. Of unit normals each sum is some sqrt(D) and off by
     # 0.21 eps sqrt(D / 2) of that (vitfast/acceptance.py), which makes 0.21 eps sqrt(D), or 3e-7 at D = 128; a factor
     # of 3 and errors of 4 times the typical one leave 3.5e-6.
     if keys == 1 or (out.dtype is torch.float32 and rows < 9):

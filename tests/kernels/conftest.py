@@ -51,6 +51,6 @@ def device():
 
 @pytest.fixture(autouse=True)
 def stock_products():
-    """On a CPU all that kernels are measured by, and stock operators in their place, with the same products everywhere."""
+    """On a CPU what kernels are measured by, and the stock operators beside them, have products of no machine."""
     with Textbook() if INTERPRETED else contextlib.nullcontext():
         yield
