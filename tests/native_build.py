@@ -65,7 +65,7 @@ def run_sanitized(program, folder, isa="portable", sources=()):
 def _run(command):
     # the sanitizer's runtime has to be the first library
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=280)
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
 
 
 def run_kernels_on_host(folder, sanitizers, trials, csrc=CSRC):

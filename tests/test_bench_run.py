@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -62,16 +61,14 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def test_a_variant_apart_is_not_timed_or_not_checked(elsewhere):
-    row = run_case(elsewhere(0.3, limit=60.0), seconds=0.01, place=QuickCpu())
+    row = run_case(elsewhere(0.3, limit=250.0), seconds=0.01, place=QuickCpu())
     found = row["variants"]["slow compiler"]
     assert found["apart"] and found["accepted"] and found["ms"] > 0 and found["ratio"] > 0 and found["baseline_ms"] > 0
     assert found["compile_s"] >= 0.3 and found["tflops"] > 0
 
 
 def test_a_variant_apart_goes_on_after_its_time(elsewhere):
-    began = time.perf_counter()
-    found = run_case(elsewhere(300, limit=1.0), seconds=0.01, place=QuickCpu())["variants"]
-    assert time.perf_counter() - began < 30
+    found = run_case(elsewhere(10**9, limit=1.0), seconds=0.01, place=QuickCpu())["variants"]
     assert found["slow compiler"]["not_timed"] == "time limit: not ready after 1 s" and found["torch"]["ms"] > 0
 
 
@@ -90,7 +87,7 @@ def test_a_run_cut_short_while_a_compiler_works_loses_the_row(elsewhere, tmp_pat
 
 
 def test_a_process_that_dies_takes_the_row_with_it(elsewhere):
-    found = run_case(elsewhere(0, 3, limit=60.0), seconds=0.01, place=QuickCpu())["variants"]["slow compiler"]
+    found = run_case(elsewhere(0, 3, limit=250.0), seconds=0.01, place=QuickCpu())["variants"]["slow compiler"]
     assert found["not_timed"].startswith("its process ended with status 3")
 
 

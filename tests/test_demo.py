@@ -20,7 +20,7 @@ def demo(tmp_path_factory):
     output = tmp_path_factory.mktemp("demo")
     command = [sys.executable, "-m", "vitfast.cli", "demo", "--output", str(output), "--device", "cpu"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=850)
     assert run.returncode == 0, run.stdout + run.stderr
     return output, run, json.loads((output / "summary.json").read_text())
 

@@ -18,7 +18,7 @@ LIMIT_S = 0.15
 def python(code, *arguments):
     """What `code` prints in a fresh process that finds the same package."""
     code = f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r})\n{code}"
-    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
 

@@ -2,11 +2,30 @@
 
 A result is judged by its distance from an fp64 reference, next to the distance of the best stock PyTorch
 operator in the same dtype. An absolute tolerance would let bias and lost rows pass in half precision.
+
+What rounding makes inevitable. A number is rounded by up to half a unit in its last place, evenly: by ulp / sqrt(12)
+in the mean. With its logarithm spread evenly over an octave the mean of (ulp / x)^2 is eps^2 times the integral of
+m^-2 / (m ln 2) over [1, 2), 3 / (8 ln 2), so one rounding is off by eps sqrt(3 / (96 ln 2)) = 0.2123 eps. One
+accumulator that adds up n terms of equal size and random sign rounds n sums, which grow as sqrt(j): the squares of its
+errors add up to ROUNDING^2 eps^2 (1 + ... + n) / n = ROUNDING^2 eps^2 (n + 1) / 2 of the result's (Higham and Mary, "A
+new approach to probabilistic rounding error analysis", 2019). Measured for 192 terms: 2.10 eps, where this says 2.09.
+Pieces of L terms whose sums are added up likewise count as L + n / L.
+
+So a product in fp32 by one accumulator of 192 terms is off by 2.1 eps, one with eight accumulators by 0.8, and one in
+fp64 rounded once by 0.2. Which of these a CPU's library computes changes with its instructions and with the number of
+rows, and no k below bridges them. In half precision the sum in fp32 rounded once is off by 0.21 eps, and a CPU that
+rounds on the way by some times that. So tests on CPUs do not take the machine's products for `low`, but those of
+tests/textbook.py: one accumulator over 192 terms, which is what MKL and oneDNN compute without AVX-512 and for many
+rows (to 5 % where we compared), and one rounding in half precision. On a GPU `low` is what its libraries compute.
 """
+
+import math
 
 import torch
 from torch import Tensor
 
+# rms error of one rounding, in eps
+ROUNDING = (3 / (96 * math.log(2))) ** 0.5
 # rms of the error may be this multiple of the stock operator's (rule C). Wider in fp32, where a different but
 # correct order of summation alone moves the error by more than in half precision.
 RMS_RATIO = {torch.float32: 2.0, torch.float16: 1.25, torch.bfloat16: 1.25}

@@ -483,7 +483,8 @@ def test_helper_of_the_tests_on_gpus_is_broken(monkeypatch, device):
     monkeypatch.setattr(tuning, "PRODUCT", {arch: BY_TILES for arch in tuning.ARCHITECTURES})
     step = all_of_a_block(2, 5, 32, torch.float32, device)
     assert all(map(torch.equal, step(), step()))
-    last_rows_alone(300, 32, torch.float32, device, alone=64)
+    # a whole tile: the interpreter's products are numpy's, in which a row's bits may depend on its place among others
+    last_rows_alone(320, 32, torch.float32, device, alone=64)
 
 
 BY_TILES = [ProductRow(Product("tiles", 64, 64, 32, parts=2), bits=32)]

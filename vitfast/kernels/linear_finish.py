@@ -129,8 +129,10 @@ def finish_part(
         center = tl.sum(v, 1) / BN
         away = v - center[:, None]
         at = pieces + (column // BN).to(tl.int64) * 2 * M + rows
-        tl.store(at, center, mask=rows < M)
-        tl.store(at + M, tl.sum(away * away, 1), mask=rows < M)
+        # parts fill N, a tile of several parts may not
+        inside = (rows < M) & (column < N)
+        tl.store(at, center, mask=inside)
+        tl.store(at + M, tl.sum(away * away, 1), mask=inside)
 
 
 @triton.jit
