@@ -392,3 +392,64 @@ def test_plain_backward_takes_the_slow_way(variant):
         (out[1] if isinstance(out, tuple) else out).sum().backward()
     assert calls.seen == [f"vitfast::{name}_backward"]
     assert not any(t.grad.requires_grad for t in tensors.values() if t.grad is not None)
+
+
+TENSORS = {
+    variant: [name for name in VARIANTS[variant][1] if name != "row_scale"] for variant in VARIANTS
+}
+TANGENTS = [(variant, name) for variant, names in TENSORS.items() for name in names]
+
+
+@pytest.mark.parametrize(("variant", "name"), TANGENTS)
+def test_tangent_of_one_input_is_lost(variant, name):
+    """Forward mode by hand, one tensor at a time, beside the plain derivative."""
+    op, _, options = VARIANTS[variant]
+    tensors = build(variant, SIZE, dtype=torch.float64)
+    direction = torch.randn_like(tensors[name])
+    run = lambda t: getattr(ops, op)(**{**tensors, name: t}, **options)  # noqa: E731
+    _, expected = torch.autograd.functional.jvp(lambda t: run(t), tensors[name], direction)
+    with forward_ad.dual_level():
+        found = run(forward_ad.make_dual(tensors[name], direction))
+        outs = found if isinstance(found, tuple) else (found,)
+        # a result that does not depend on the input has none
+        tangents = [torch.zeros_like(out) if t is None else t for out, t in map(forward_ad.unpack_dual, outs)]
+    close(tangents, expected if isinstance(expected, tuple) else (expected,), 1e-9)
+
+
+@every_model
+@pytest.mark.parametrize("of", ["images", "parameters"])
+def test_tangent_of_a_model_is_lost(name, of):
+    """vit-pytorch's rows of pixels were cut by an op that had no rule for tangents, and dropped them."""
+    model, images = model_and_images(name)
+    moving = dict(model.named_parameters()) if of == "parameters" else {}
+    direction = {key: torch.randn_like(p) for key, p in moving.items()}
+    along = torch.randn_like(images) if of == "images" else torch.zeros_like(images)
+
+    def loss(images, parameters):
+        return torch.func.functional_call(model, parameters, images).square().sum()
+
+    with forward_ad.dual_level():
+        duals = {key: forward_ad.make_dual(p.detach(), direction[key]) for key, p in moving.items()}
+        found = forward_ad.unpack_dual(loss(forward_ad.make_dual(images, along), duals)).tangent
+    images.requires_grad_()
+    given = [images, *moving.values()]
+    expected = dot(torch.autograd.grad(loss(images, moving), given), [along, *direction.values()])
+    close([found], [expected], 1e-9)
+
+
+RAW_CALLS = {
+    "image_rows": lambda t: RAW.image_rows(t, [2, 2], torch.float64, None, None, "chw"),
+    "attention": lambda t: RAW.attention(t, t, t, 0.5),
+    "layer_norm": lambda t: RAW.layer_norm(t, None, None, 1e-6, "layer", "float64"),
+}
+
+
+@pytest.mark.parametrize("name", RAW_CALLS)
+def test_raw_op_drops_a_tangent(name):
+    """A call below `vitfast.ops`, which has no rule for it: an error."""
+    t = draw(1, 2, 4, 4)
+    with forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError), match="jvp|neither gradient"):
+        RAW_CALLS[name](forward_ad.make_dual(t, t))
+    if name == "image_rows":
+        with pytest.raises(NotImplementedError, match="neither gradient"):
+            RAW_CALLS[name](t.requires_grad_())

@@ -167,3 +167,21 @@ def autograd(name: str, *, setup_context: Callable, backward: Callable) -> None:
 
     GRADIENTS[overload] = Gradient
     LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+def no_gradient(name: str) -> None:
+    """Make `vitfast::<name>` refuse tensors that want a gradient or carry a tangent; torch would drop both."""
+    overload = getattr(torch.ops.vitfast, name).default
+
+    def kernel(keyset, *inputs):
+        wanted = wants_gradient(*(t for t in inputs if isinstance(t, Tensor)))
+        if wanted or forward_ad._current_level >= 0 and any(isinstance(t, Tensor) and _is_dual(t) for t in inputs):
+            raise NotImplementedError(f"vitfast::{name} has neither gradient nor tangent")
+        with below_autograd():
+            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+
+    LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+def _is_dual(t: Tensor) -> bool:
+    return forward_ad.unpack_dual(t).tangent is not None

@@ -414,3 +414,4 @@ _image_rows = _register.op(
     cpu=_image_rows_kernel if _launch.INTERPRETED else _image_rows_cpu, cuda=_image_rows_kernel, fake=_image_rows_fake,
     cpu_kernel="csrc/patch_rows_cpu.h", cuda_kernel="patch_embed",
 )  # fmt: skip
+_register.no_gradient("image_rows")
