@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import vitfast
-from vitfast import native
+from vitfast import extension, native
 
 K, D, N = 16, 32, 6
 HEADS, HEAD_DIM = 2, 8
@@ -41,7 +41,7 @@ def good():
                 dict(x=draw(N, K), norm=norm(K), fc1=weight(D, K), fc2=weight(K, D))),
         "Block": (block, dict(norm1=norm(K), qkv=weight(3 * K, K), proj=weight(K, K), norm2=norm(K), fc1=weight(D, K),
                               fc2=weight(K, D))),
-        "block": (lambda x: native.block(x, block()), dict(x=draw(2, N, K))),
+        "block": (lambda x, **t: native.block(x, block(), **t), dict(x=draw(2, N, K))),
         "patch_rows": (
             lambda **t: native.patch_rows(images, patch, **t), dict(**rows, out=draw(2, 4, 48)),
         ),
@@ -94,6 +94,10 @@ def test_memory_beside_a_tensor_is_read(name, argument):
 RAW = torch.ops.vitfast
 
 
+def in_fp64(*shapes):
+    return [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -101,6 +105,15 @@ RAW = torch.ops.vitfast
         lambda: RAW.attention(torch.randn(2, 5, 2, 8), torch.randn(2, 5, 2, 8), torch.randn(2, 4, 2, 8), 0.3),
         lambda: RAW.attention(torch.randn(2, 5, 2, 8), *[torch.randn(2, 5, 2, 8).half()] * 2, 0.3),
         lambda: RAW.attention_qkv(torch.randn(2, 5, 2, 2, 8), 0.3),
+        # fp64 is torch's kernel, which checks no more
+        lambda: RAW.attention(*in_fp64((2, 5, 4, 8), (2, 5, 2, 8), (2, 5, 2, 8)), 0.3),
+        lambda: RAW.attention(*in_fp64((2, 5, 4, 8), (1, 5, 4, 8), (1, 5, 4, 8)), 0.3),
+        lambda: RAW.attention(*in_fp64((2, 5, 4, 8), (2, 5, 4, 8), (2, 3, 4, 8)), 0.3),
+        lambda: RAW.attention_backward(
+            torch.randn(2, 5, 16), *[torch.randn(2, 5, 2, 8)] * 3, torch.randn(2, 5, 16), torch.randn(1, 2, 5), 0.3),
+        lambda: RAW.attention_backward(
+            torch.randn(2, 5, 16), torch.randn(2, 5, 2, 8), *[torch.randn(1, 5, 2, 8)] * 2, torch.randn(2, 5, 16),
+            torch.randn(2, 2, 5), 0.3),
         lambda: RAW.patch_embed(
             torch.ones(1, 13, 8, 8, dtype=torch.uint8), torch.randn(4, 13, 4, 4), None, None, None, torch.ones(3),
             torch.ones(3)),
@@ -157,3 +170,17 @@ def test_one_channel_is_stretched_to_the_three_of_mean_and_std():
     prepared = vitfast.prepare(model, mean=[0.5] * 3, std=[0.5] * 3)
     with pytest.raises(ValueError, match=r"uint8 images must be \[B, 3, H, W\]"):
         prepared(torch.ones(1, 1, 32, 32, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("name", ["linear", "mlp", "block", "embed"])
+def test_weights_packed_for_another_instruction_set_are_read(name):
+    """The panels of another width are other numbers."""
+    sets = extension.require().usable_kernels()
+    call, tensors = good()[name]
+    mine = native.kernels()
+    for other in sets:
+        if other.name == mine.name:
+            call(**tensors, using=other)
+        else:
+            with pytest.raises(ValueError, match=f"packed for {mine.name}, got kernels of {other.name}"):
+                call(**tensors, using=other)

@@ -187,7 +187,8 @@ class PackedWeight:
             raise ValueError(f"PackedWeight: K must be even in bfloat16, got {self.K}")
         self.cells = weight.new_empty(-(-self.D // MAX_LANES), self.K * MAX_LANES)
         weight = weight.contiguous()
-        (using or kernels()).pack_weight(
+        self.kernels = using or kernels()
+        self.kernels.pack_weight(
             weight.data_ptr(), self.cells.data_ptr(), self.D, self.K, DTYPES[weight.dtype]
         )
         self.bias = None if bias is None else F.pad(bias.float(), (0, -self.D % MAX_LANES))
@@ -211,6 +212,16 @@ class PackedWeight:
         if norm is not None:
             norm.check(what, self.K, self.dtype)
 
+    def kernels_for(self, what: str, using: Any) -> Any:
+        """The kernels that read this layout.
+
+        Raises:
+            ValueError: others are asked for, to which it would be other numbers.
+        """
+        if using is not None and using.name != self.kernels.name:
+            raise ValueError(f"{what}: weights were packed for {self.kernels.name}, got kernels of {using.name}")
+        return self.kernels
+
     def follows(self, what: str, *others: PackedWeight) -> None:
         """Refuse weights that do not take what this one gives; each takes the results of the one before it.
 
@@ -218,6 +229,7 @@ class PackedWeight:
             ValueError: another width or dtype.
         """
         for one, other in zip((self, *others), others, strict=False):
+            other.kernels_for(what, one.kernels)
             if one.D != other.K or one.dtype is not other.dtype:
                 raise ValueError(
                     f"{what}: a weight must take the [..., {one.D}] in {str(one.dtype)[6:]} of the one before it, got "
@@ -284,7 +296,7 @@ def linear(
     weight.check("linear", x, norm)
     out = x.new_empty(*x.shape[:-1], weight.D)
     _must_fit("linear", "residual", residual, out.shape, out.dtype)
-    (using or kernels()).linear(
+    weight.kernels_for("linear", using).linear(
         x.data_ptr(), None if norm is None else norm.view, weight.view, 0 if residual is None else residual.data_ptr(),
         out.data_ptr(), x.numel() // weight.K, DTYPES[x.dtype], _act(act), torch.get_num_threads(),
     )  # fmt: skip
@@ -298,7 +310,7 @@ def mlp(x: Tensor, norm: Norm, fc1: PackedWeight, fc2: PackedWeight, act: str, u
     if fc2.D != fc1.K:
         raise ValueError(f"mlp: fc2 must give the [..., {fc1.K}] that fc1 takes, got one for [..., {fc2.D}]")
     out = torch.empty_like(x)
-    (using or kernels()).mlp(
+    fc1.kernels_for("mlp", using).mlp(
         x.data_ptr(), norm.view, fc1.view, fc2.view, out.data_ptr(), x.numel() // fc1.K, DTYPES[x.dtype],
         _act(act), torch.get_num_threads(),
     )  # fmt: skip
@@ -326,6 +338,7 @@ class Block:
                 f"Block: qkv must give 3 * {num_heads} * {head_dim} numbers and proj take a third of them, got {qkv.D} "
                 f"in {str(qkv.dtype)[6:]} and {proj.K} in {str(proj.dtype)[6:]}"
             )
+        proj.kernels_for("Block", qkv.kernels)
         proj.follows("Block", fc1, fc2)
         if not proj.D == fc2.D == C:
             raise ValueError(f"Block: proj and fc2 must give the {C} numbers that qkv takes, got {proj.D} and {fc2.D}")
@@ -345,7 +358,7 @@ def block(x: Tensor, block: Block, using: Any = None) -> Tensor:
     if x.dim() != 3:
         raise ValueError(f"block: x must be [B, N, C], got {list(x.shape)}")
     out = torch.empty_like(x)
-    (using or kernels()).block(
+    block.parts[1].kernels_for("block", using).block(
         x.data_ptr(), block.view, out.data_ptr(), *x.shape[:2], block.num_heads, block.head_dim, block.scale,
         DTYPES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
@@ -461,7 +474,7 @@ def embed(
         _must_fit("embed", name, t, shape, weight.dtype)
     out = images.new_empty(B, tokens, weight.D, dtype=weight.dtype)
     scaling = _Scaling("embed", images, mean, std)
-    (using or kernels()).embed(
+    weight.kernels_for("embed", using).embed(
         images.data_ptr(), images.shape, images.stride(), (ph, pw), P, PATCH_ORDERS["chw"], *scaling.addresses,
         DTYPES[images.dtype], DTYPES[weight.dtype], torch.get_num_threads(), weight.view,
         0 if positions is None else positions.data_ptr(), 0 if prefix is None else prefix.data_ptr(), out.data_ptr(),

@@ -32,9 +32,17 @@ def attention_cpu(q, k, v, scale, with_lse=True):
     if native.attends(q):
         q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
         return native.attention(q, k, v, scale, with_lse)
+    _must_match(q, k, v)
     q, k, v = (_rows_of_heads(t) for t in (q, k, v))
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, scale=scale)
     return _rows(out), lse.contiguous()
+
+
+def _must_match(q, k, v):
+    """torch's kernel for CPUs takes k and v for as long as q says."""
+    if q.dim() != 4 or k.shape != v.shape or k.dim() != 4 or k.shape[0] != q.shape[0] or k.shape[2:] != q.shape[2:]:
+        shapes = ", ".join(str(list(t.shape)) for t in (q, k, v))
+        raise ValueError(f"attention: q must be [B, Nq, H, D], k and v [B, Nk, H, D], got {shapes}")
 
 
 def attention_qkv_cpu(qkv, scale):
@@ -54,6 +62,9 @@ def attention_backward_cpu(grad, q, k, v, out, lse, scale):
     if not q.numel() or not k.numel():
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     B, N, H, D = q.shape
+    _must_match(q, k, v)
+    if grad.dtype != q.dtype or out.dtype != q.dtype or lse.shape != (B, H, N) or lse.dtype != lse_dtype(q.dtype):
+        raise ValueError(f"attention_backward: lse must be {[B, H, N]}, and grad and out in {q.dtype}, got {lse.shape}")
     q, k, v = (_rows_of_heads(t) for t in (q, k, v))
     grad, out = (t.view(B, N, H, D).transpose(1, 2) for t in (grad.contiguous(), out))
     grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
