@@ -248,7 +248,7 @@ PRODUCT: dict[int, list[ProductRow]] = {
         ProductRow(Product("tiles", 128, 256, 64, warps=8, parts=4, descriptors=True, persistent=True)),
         ProductRow(Product("tiles", 16, 64, 64, stages=4, split=8), rows=16),
         ProductRow(Product("tiles", 64, 64, 64, stages=4, split=4), tiles_at_most=1.0),
-        ProductRow(Product("tiles", 128, 64, 64, warps=4, stages=4)),
+        ProductRow(Product("tiles", 128, 64, 64, warps=4, stages=4, parts=2)),
         *PRODUCT_FP32,
     ],
 }
