@@ -90,6 +90,8 @@ def command(tmp_path, *arguments):
 def ran(tmp_path, *arguments, **variables):
     # from elsewhere, as a plain copy of the tree, with nothing of it installed; what one run compiled serves the next
     variables |= {"PYTHONPATH": "", "VITFAST_CACHE_DIR": str(tmp_path.parent / "cache")}
+    # two threads wait for each other on a busy machine, for a hundred times as long as small sizes take
+    variables["OMP_NUM_THREADS"] = "1"
     return subprocess.run(
         command(tmp_path, *arguments), capture_output=True, text=True, cwd=tmp_path, env={**os.environ, **variables}
     )

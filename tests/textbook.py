@@ -31,7 +31,9 @@ class Textbook(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         first = args[0] if args else None
-        if not isinstance(first, Tensor) or first.device.type != "cpu" or first.dtype not in (torch.float32, *HALF):
+        # `types`: tensors without numbers, of which somebody else's mode makes a graph
+        mine = not types and isinstance(first, Tensor) and first.device.type == "cpu"
+        if not mine or first.dtype not in (torch.float32, *HALF):
             return func(*args, **kwargs)
         if func in COMPOSITE:
             # inference mode hands them on whole
