@@ -431,13 +431,13 @@ class PreparedViT(ViT):
                 f"{list(images.shape)}"
             )
 
-    def _positions(self, images: Tensor) -> Tensor | None:
+    def _positions(self, images: Tensor, grid: tuple[int, int] | None = None) -> Tensor | None:
         size = tuple(images.shape[2:])
         if self.pos_embed is None:
             return None
         positions = self._positions_of.get(size)  # another thread may clear it
         if positions is None:
-            positions = super()._positions(images).to(self.dtype, copy=True)
+            positions = super()._positions(images, grid).to(self.dtype, copy=True)
             if len(self._positions_of) >= KEPT_GRIDS:
                 self._positions_of.clear()
             self._positions_of[size] = positions

@@ -46,7 +46,8 @@ def check_pixels(images: Tensor, takes_uint8: bool = False) -> None:
 
 
 class PatchEmbed(nn.Module):
-    """Images [B, C, H, W] -> patch tokens [B, N, D], row-major over the grid.
+    """Images [B, C, H, W] -> patch tokens [B, N, D], row-major over the grid; of a model that takes dynamic sizes, as
+    timm's, [B, rows, columns, D].
 
     With `input_norm` it is vit-pytorch's: pixels of a patch in (row, column, channel) order, LayerNorm, Linear,
     LayerNorm. Otherwise a convolution whose stride is its kernel, and a norm where the config has one.
@@ -138,6 +139,8 @@ class PatchEmbed(nn.Module):
                 x = ops.patch_embed(images, self.proj.weight, self.proj.bias, pad=self.pad)
             else:
                 x = self.proj(self.prepare(images)).flatten(2).transpose(1, 2)
+            if self.dynamic:
+                x = x.unflatten(1, self.grid_of(tuple(images.shape[2:])))
         elif plain(self.input_norm, nn.LayerNorm) and plain(self.proj, nn.Linear) and not any_global_hook():
             self.check(images)
             norm = self.input_norm
@@ -165,6 +168,13 @@ class PatchEmbed(nn.Module):
         return reasons
 
 
+def _norm_of_heads(norm: nn.Module, t: Tensor) -> Tensor:
+    """`norm` of [B, N, H, head_dim]; one that somebody watches or put there sees timm's [B, H, N, head_dim]."""
+    if plain(norm, nn.Identity, *NORMS) and not any_global_hook():
+        return run_norm(norm, t)
+    return norm(t.transpose(1, 2)).transpose(1, 2)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with one packed projection; called directly it runs without norm and residual."""
 
@@ -190,15 +200,15 @@ class Attention(nn.Module):
         parts = self._modules
         drop = parts["attn_drop"]
         normed = not (plain(parts["q_norm"], nn.Identity) and plain(parts["k_norm"], nn.Identity))
-        if normed or not plain(drop, nn.Dropout):
+        if normed or not plain(drop, nn.Dropout) or any_global_hook():
             return self.attend(*qkv.unbind(2), mask)
         out = ops.attention_qkv(qkv, scale=self.scale, mask=mask, dropout_p=drop.p if drop.training else 0.0)
         return run_norm(parts["norm"], out)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """q [B, Nq, H, head_dim], k and v [B, Nk, H, head_dim] -> [B, Nq, H * head_dim]."""
-        q, k = run_norm(self.q_norm, q), run_norm(self.k_norm, k)
-        if plain(self.attn_drop, nn.Dropout):
+        q, k = _norm_of_heads(self.q_norm, q), _norm_of_heads(self.k_norm, k)
+        if plain(self.attn_drop, nn.Dropout) and not any_global_hook():
             dropout_p = self.attn_drop.p if self.attn_drop.training else 0.0
             out = ops.attention(q, k, v, scale=self.scale, mask=mask, dropout_p=dropout_p)
         else:
@@ -485,7 +495,11 @@ class AttentionPool(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Tokens [B, N, D] -> [B, D]"""
         heads = (self.num_heads, self.head_dim)
-        q = run_linear(self.q, self.latent).expand(x.shape[0], -1, -1).unflatten(-1, heads)
+        latent = self.latent
+        if not plain(self.q, nn.Linear) or any_global_hook():
+            # once for each image, as timm's: somebody watches it
+            latent = latent.expand(x.shape[0], -1, -1)
+        q = run_linear(self.q, latent).expand(x.shape[0], -1, -1).unflatten(-1, heads)
         k, v = run_linear(self.kv, x).unflatten(-1, (2, *heads)).unbind(2)
         pooled = run_linear(self.proj, ops.attention(q, k, v))
         return (pooled + self.mlp(run_norm(self.norm, pooled)))[:, 0]

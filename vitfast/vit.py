@@ -240,7 +240,7 @@ class ViT(TimmSurface, nn.Module):
         if attn_mask is not None:
             say_mask_is_stock()
         x = self.embed(x)
-        if not plain(self.blocks, nn.Sequential) and attn_mask is None:
+        if attn_mask is None and (not plain(self.blocks, nn.Sequential) or any_global_hook()):
             # as one segment where checkpointing is on: the container has to run, and it runs all blocks
             return run_norm(self.norm, self._run_block(self.blocks, x, None))
         last = len(self.blocks) - 1
@@ -260,8 +260,12 @@ class ViT(TimmSurface, nn.Module):
             self.patch_embed.check(images)
             x = self._embed_by_op(images)
         else:
-            x = reference.with_prefix(self.patch_embed(images), self._positions(images), self._prefix())
-        x = self.pos_drop(x)
+            x, grid = self.patch_embed(images), None
+            if x.dim() == 4:
+                grid, x = tuple(x.shape[1:3]), x.flatten(1, 2)
+            x = reference.with_prefix(x, self._positions(images, grid), self._prefix())
+        # timm has no dropout where there are no positions
+        x = x if self.pos_embed is None else self.pos_drop(x)
         return x if self.config.input_norm else run_norm(self.norm_pre, x)
 
     def _embeds_by_op(self) -> bool:
@@ -290,8 +294,8 @@ class ViT(TimmSurface, nn.Module):
         found = [t.squeeze(0) for t in (getattr(self, name, None) for name in names) if t is not None]
         return torch.cat(found) if len(found) > 1 else (found[0] if found else None)
 
-    def _positions(self, images: Tensor) -> Tensor | None:
-        """Positions for these images, [P + N, D] or [N, D]."""
+    def _positions(self, images: Tensor, grid: tuple[int, int] | None = None) -> Tensor | None:
+        """Positions for these images, [P + N, D] or [N, D]. grid: of a stem that gives rows and columns of tokens."""
         if self.pos_embed is None:
             return None
         if self.config.input_norm:
@@ -306,7 +310,7 @@ class ViT(TimmSurface, nn.Module):
         pos_embed = self.pos_embed
         if not self.config.dynamic_image_size:
             return pos_embed.squeeze(0)
-        grid = self.patch_embed.grid_of(tuple(images.shape[2:]))
+        grid = grid or self.patch_embed.grid_of(tuple(images.shape[2:]))
         # an exported program serves all sizes, so it must not be told that this one needs no resampling
         if exporting() or grid != self.patch_embed.grid_size:
             pos_embed = resample_pos_embed(pos_embed, grid, self.patch_embed.grid_size, self._positioned_prefix())
