@@ -183,6 +183,8 @@ class Attention(nn.Module):
         inner = config.heads * config.head_dim
         self.num_heads, self.head_dim, self.attn_dim = config.heads, config.head_dim, inner
         self.scale = config.head_dim**-0.5
+        # as vit-pytorch's attention does
+        self.calls_dropout = config.input_norm
         self.qkv = nn.Linear(config.dim, 3 * inner, bias=config.qkv_bias)
         self.q_norm = build_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = build_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
@@ -190,6 +192,10 @@ class Attention(nn.Module):
         self.norm = build_norm(config, inner) if config.attn_norm else nn.Identity()
         self.proj = nn.Linear(inner, config.dim, bias=config.proj_bias) if config.out_proj else nn.Identity()
         self.proj_drop = nn.Dropout(config.proj_dropout)
+
+    def _weights_are_watched(self) -> bool:
+        """Whether somebody replaced or watches the dropout of the attention weights; timm's does not call that one."""
+        return not plain(self._modules["attn_drop"], nn.Dropout) or (self.calls_dropout and any_global_hook())
 
     def split(self, projected: Tensor, parts: int) -> Tensor:
         """[B, N, parts * H * head_dim] -> [B, N, parts, H, head_dim]"""
@@ -200,7 +206,7 @@ class Attention(nn.Module):
         parts = self._modules
         drop = parts["attn_drop"]
         normed = not (plain(parts["q_norm"], nn.Identity) and plain(parts["k_norm"], nn.Identity))
-        if normed or not plain(drop, nn.Dropout) or any_global_hook():
+        if normed or any_global_hook() or self._weights_are_watched():
             return self.attend(*qkv.unbind(2), mask)
         out = ops.attention_qkv(qkv, scale=self.scale, mask=mask, dropout_p=drop.p if drop.training else 0.0)
         return run_norm(parts["norm"], out)
@@ -208,7 +214,7 @@ class Attention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """q [B, Nq, H, head_dim], k and v [B, Nk, H, head_dim] -> [B, Nq, H * head_dim]."""
         q, k = _norm_of_heads(self.q_norm, q), _norm_of_heads(self.k_norm, k)
-        if plain(self.attn_drop, nn.Dropout) and not any_global_hook():
+        if not self._weights_are_watched():
             dropout_p = self.attn_drop.p if self.attn_drop.training else 0.0
             out = ops.attention(q, k, v, scale=self.scale, mask=mask, dropout_p=dropout_p)
         else:

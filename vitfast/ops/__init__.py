@@ -4,6 +4,7 @@
 empty batches work with all of them.
 """
 
+from vitfast.ops import _flops
 from vitfast.ops.attention import attention, attention_qkv, attention_weights
 from vitfast.ops.attention_varlen import attention_varlen
 from vitfast.ops.layer_norm import add_layer_norm, layer_norm
@@ -11,6 +12,8 @@ from vitfast.ops.linear import linear
 from vitfast.ops.mlp import mlp
 from vitfast.ops.patch_embed import patch_embed
 from vitfast.ops.patch_embed_packed import patch_embed_packed
+
+_flops.register_when_imported()
 
 __all__ = [
     "add_layer_norm",
