@@ -165,7 +165,8 @@ def _dtype(model: ViT, dtype: torch.dtype | str | None, device: torch.device) ->
     if dtype is None:
         dtype = next(model.blocks.parameters(), next(model.parameters())).dtype
     elif dtype == "auto":
-        dtype = torch.bfloat16 if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else torch.float32
+        fast = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+        dtype = torch.bfloat16 if fast and torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"prepare: dtype must be torch.float32, torch.bfloat16, 'auto' or None, got {dtype!r}")
     if dtype not in DTYPES:
