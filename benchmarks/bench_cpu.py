@@ -276,7 +276,7 @@ def our_way(model: nn.Module, images: Tensor, mean: Tensor, std: Tensor) -> Tens
 def prepared_way(name: str, model: nn.Module, dtype: str, images: Tensor, mean: Tensor, std: Tensor) -> Call:
     ours = vitfast.create_model(name)
     ours.load_state_dict(model.state_dict())
-    prepared = vitfast.prepare(ours, DTYPES[dtype], mean=mean.tolist(), std=std.tolist())
+    prepared = vitfast.prepare(ours.eval(), DTYPES[dtype], mean=mean.tolist(), std=std.tolist())
 
     def call() -> Tensor:
         with torch.inference_mode():

@@ -290,3 +290,15 @@ def test_ahead_of_time_compiled_model_fails(tmp_path):
         package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "vit.pt2"))
         out = torch._inductor.aoti_load_package(package)(images())
         torch.testing.assert_close(out, model(images()), rtol=1e-4, atol=1e-4)
+
+
+def test_second_model_of_another_size_does_not_compile():
+    """Sizes become symbols once Dynamo has seen two: positions that fit looked as if they did not."""
+    torch._dynamo.reset()
+    for size in (32, 48, 64):
+        torch.manual_seed(0)
+        model = vitfast.create_model("vit_tiny_patch16_224", img_size=size, depth=1, num_classes=3).eval()
+        images = torch.randn(2, 3, size, size)
+        with torch.no_grad():
+            found = torch.compile(model, backend="aot_eager", fullgraph=True)(images)
+            torch.testing.assert_close(found, model(images), rtol=1e-4, atol=1e-5)

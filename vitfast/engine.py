@@ -16,9 +16,10 @@ from vitfast import native, reference
 from vitfast.folded import AddedLinear, FoldedBlock, FoldedLinear
 from vitfast.fusion import PLAIN_TENSORS, any_global_hook, plain
 from vitfast.layers import reasons_of, run_norm
-from vitfast.model import Block, check_pixels
+from vitfast.model import Block
 from vitfast.ops import _launch
 from vitfast.packed import PackedBlock, PackedLinear, PackedStem, frozen, own_product, refuse
+from vitfast.stem import check_pixels
 from vitfast.timm_surface import say_mask_is_stock
 from vitfast.vit import ViT
 

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from vitfast import native, reference
 from vitfast.fusion import plain, stands_for
 from vitfast.layers import LayerScale, activation_name, run_norm
-from vitfast.model import Block, PatchEmbed
+from vitfast.model import Block
 from vitfast.ops import _stock
 from vitfast.ops._attention_stock import attention_cpu
 from vitfast.ops.attention import check_mask
 from vitfast.ops.patch_embed import place_prefix
+from vitfast.stem import PatchEmbed
 
 # Rows that oneDNN's layout is chosen for. It picks one for few rows and one for many, and the first is half as fast on
 # many; from 197 to 16,384 rows the choice was the same.

@@ -12,7 +12,8 @@ from vitfast import ops, reference
 from vitfast.config import ViTConfig
 from vitfast.fusion import any_global_hook, plain, why_not_plain
 from vitfast.layers import LayerScale, build_norm, norm_report, reasons_of, run_norm
-from vitfast.model import AttentionPool, Block, PatchEmbed
+from vitfast.model import AttentionPool, Block
+from vitfast.stem import PatchEmbed
 from vitfast.switches import exporting
 from vitfast.timm_surface import TimmSurface, pool_of, say_mask_is_stock
 from vitfast.weights import vit_pytorch

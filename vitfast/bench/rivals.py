@@ -229,7 +229,7 @@ def of_vit_pytorch(config: ViTConfig, weights: Weights) -> Network:
 
 
 def _vit_pytorch_names(weights: Weights, config: ViTConfig) -> dict[str, str]:
-    return {name: next(iter(vit_pytorch_names.from_vitfast({name: value}, config))) for name, value in weights.items()}
+    return dict(zip(weights, vit_pytorch_names.from_vitfast(weights, config), strict=True))
 
 
 def _square(config: ViTConfig) -> bool:
