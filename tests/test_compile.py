@@ -295,10 +295,10 @@ def test_ahead_of_time_compiled_model_fails(tmp_path):
 def test_second_model_of_another_size_does_not_compile():
     """Sizes become symbols once Dynamo has seen two: positions that fit looked as if they did not."""
     torch._dynamo.reset()
-    for size in (32, 48, 64):
-        torch.manual_seed(0)
-        model = vitfast.create_model("vit_tiny_patch16_224", img_size=size, depth=1, num_classes=3).eval()
-        images = torch.randn(2, 3, size, size)
-        with torch.no_grad():
-            found = torch.compile(model, backend="aot_eager", fullgraph=True)(images)
-            torch.testing.assert_close(found, model(images), rtol=1e-4, atol=1e-5)
+    for batch, size, patch, dim in ((2, 32, 16, 192), (4, 16, 4, 32), (3, 48, 8, 64)):
+        config = vitfast.ViTConfig(
+            image_size=size, patch_size=patch, dim=dim, depth=1, heads=2, mlp_dim=2 * dim, num_classes=5
+        )
+        model, images = vitfast.ViT.from_config(config).eval(), torch.randn(batch, 3, size, size)
+        found = torch.compile(model, backend="aot_eager", fullgraph=True)(images)
+        torch.testing.assert_close(found, model(images), rtol=1e-4, atol=1e-5)
