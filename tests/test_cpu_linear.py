@@ -150,7 +150,7 @@ def test_x_of_another_kind_is_read(isa, dtype):
 @pytest.mark.skipif("avx512_bf16" not in KERNELS, reason="this CPU multiplies no bf16")
 def test_odd_rows_of_pairs_are_read():
     with pytest.raises(ValueError, match="K must be even in bfloat16, got 7"):
-        native.PackedWeight(torch.randn(4, 7).bfloat16(), None)
+        native.PackedWeight(torch.randn(4, 7).bfloat16(), None, KERNELS["avx512_bf16"])
 
 
 @every_case
