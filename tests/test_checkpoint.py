@@ -415,3 +415,13 @@ def test_prefix_of_a_wrapper_is_not_named():
     state = {f"module.{key}": value for key, value in model.state_dict().items()}
     with pytest.raises(RuntimeError, match="every key starts with 'module.'"):
         model.load_state_dict(state)
+
+
+@pytest.mark.parametrize("with_config", [True, False])
+def test_quantised_model_is_a_traceback(with_config, tmp_path):
+    """Packed parameters are no tensors; nothing is written."""
+    model = vitfast.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=3).eval()
+    model = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear})
+    with pytest.raises(NotImplementedError, match="blocks.0.*" if with_config else "tensors only, not blocks.0"):
+        checkpoint.save_checkpoint(model, tmp_path / "m.safetensors", with_config=with_config)
+    assert not list(tmp_path.iterdir())

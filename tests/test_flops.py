@@ -108,3 +108,28 @@ print(sum("vitfast" in str(op) for op in flop_registry))
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.split() == [str(first != "vitfast"), "14"]
+
+
+BEFORE = ["importlib.util.find_spec(name)", "importlib.reload(importlib.import_module(name))"]
+
+
+@pytest.mark.parametrize("before", BEFORE)
+def test_counter_that_was_asked_for_or_loaded_again_knows_no_op(before):
+    code = f"""
+import importlib, importlib.util, vitfast
+name = "torch.utils.flop_counter"
+{before}
+from torch.utils.flop_counter import flop_registry
+print(sum("vitfast" in str(op) for op in flop_registry))
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.split() == ["14"]
+
+
+@pytest.mark.parametrize("family", ["vit", "test_vit3", "dinov2_reg4"])
+def test_checkpointing_counts_other_operations_than_timms(family):
+    """All blocks as one segment in the place of one each, which computes and keeps more."""
+    theirs, ours, images = build_pair(family, massive=False)
+    for model in (theirs, ours):
+        model.set_grad_checkpointing()
+    assert count(lambda: ours(images)) == count(lambda: theirs(images))

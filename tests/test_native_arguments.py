@@ -184,3 +184,22 @@ def test_weights_packed_for_another_instruction_set_are_read(name):
         else:
             with pytest.raises(ValueError, match=f"packed for {mine.name}, got kernels of {other.name}"):
                 call(**tensors, using=other)
+
+
+@pytest.mark.parametrize("prefix", [-1, -4])
+def test_rows_begin_before_their_memory(prefix):
+    with pytest.raises(ValueError, match="prefix must be at least 0"):
+        native.patch_rows(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), (4, 4), prefix=prefix)
+
+
+def test_norm_reads_memory_that_was_given_back():
+    """After `weight.data = ...` the address of before: what is there must still be the norm's own."""
+    norm = torch.nn.LayerNorm(K)
+    packed, weight = native.Norm(norm.weight, norm.bias, norm.eps), native.PackedWeight(torch.eye(K), None)
+    x = torch.randn(N, K)
+    expected = native.linear(x, weight, norm=packed)
+    address = norm.weight.data_ptr()
+    norm.weight.data, norm.bias.data = torch.full((K,), 7.0), torch.full((K,), 7.0)
+    others = [torch.full((K,), 9.0) for _ in range(64)]
+    assert address not in {t.data_ptr() for t in others}
+    assert torch.equal(native.linear(x, weight, norm=packed), expected)

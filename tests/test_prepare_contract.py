@@ -213,3 +213,85 @@ def test_numbers_that_are_no_pixels_are_read(stem):
     if stem != "replaced":
         with pytest.raises(TypeError, match="images must be a floating point tensor"):
             model(x.long())
+
+
+class AlwaysDrops(nn.Module):
+    """Dropout that eval mode does not switch off."""
+
+    def forward(self, x):
+        torch.manual_seed(5)
+        return nn.functional.dropout(x, 0.5, training=True)
+
+
+OUTSIDE = {
+    "hook": lambda m, name: getattr(m, name).register_forward_hook(lambda module, given, out: out * 2),
+    "norm": lambda m, name: setattr(m, name, nn.LayerNorm(192).eval()),
+    "projection": lambda m, name: setattr(m, name, nn.Sequential(nn.Linear(192, 192)).eval()),
+    "Monte-Carlo dropout": lambda m, name: setattr(m, name, AlwaysDrops().eval()),
+}
+
+
+@pytest.mark.parametrize("change", OUTSIDE)
+@pytest.mark.parametrize("name", ["pos_drop", "head_drop"])
+def test_part_outside_of_the_blocks_is_left_out(name, change):
+    """What stands in the place of a dropout, or watches it."""
+    model = tiny()
+    plain, x = model(images_for(model)).detach(), images_for(model)
+    OUTSIDE[change](model, name)
+    expected = model(x).detach()
+    assert not torch.allclose(expected, plain)
+    torch.testing.assert_close(vitfast.prepare(model)(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["blocks.0", "blocks.0.attn", "blocks.0.mlp"])
+def test_patched_method_of_a_part_is_ignored(part):
+    model = tiny()
+    for name in ("attend_packed", "attend", "attention_branch", "mlp_branch", "untouched", "split"):
+        module = model.get_submodule(part)
+        if callable(getattr(type(module), name, None)):
+            setattr(module, name, getattr(module, name))
+            with pytest.raises(NotImplementedError, match=f"{part} has a patched {name}"):
+                vitfast.prepare(model)
+            delattr(module, name)
+    vitfast.prepare(model)
+
+
+def test_added_block_goes_unnoticed():
+    model = tiny()
+    prepared, x = vitfast.prepare(model), images_for(model)
+    model.blocks.append(copy.deepcopy(model.blocks[0]))
+    with pytest.raises(RuntimeError, match="blocks of the original was given another part"):
+        prepared(x)
+    vitfast.prepare(model)(x)
+    model.pretrained_cfg = None
+    vitfast.prepare(model)(x)
+
+
+def test_global_hook_breaks_a_prepared_model():
+    """FLOP counters and profilers; a hook on the container of its blocks too."""
+    model = tiny()
+    prepared, x = vitfast.prepare(model), images_for(model)
+    expected, seen = prepared(x), []
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: seen.append(1) and None)
+    try:
+        found = [prepared(x), prepared.forward_head(prepared.forward_features(x))]
+    finally:
+        handle.remove()
+    assert seen
+    handle = prepared.blocks.register_forward_hook(lambda *_: seen.clear())
+    found.append(prepared(x))
+    handle.remove()
+    assert not seen
+    for each in found:
+        torch.testing.assert_close(each, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_method_takes_no_uint8_images():
+    """All that take images."""
+    model = tiny()
+    prepared = vitfast.prepare(model, mean=(0.5,) * 3, std=(0.5,) * 3)
+    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    floats = (images / 255 - 0.5) / 0.5
+    for name, options in (("forward_intermediates", {}), ("get_intermediate_layers", {"n": 2}), ("intermediates", {})):
+        found, expected = (getattr(prepared, name)(given, **options) for given in (images, floats))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import vitfast
 from vitfast import ops
+from vitfast.ops import _higher
 
 SIZE = (3, 4, 2)
 RAW = torch.ops.vitfast
@@ -453,3 +454,44 @@ def test_raw_op_drops_a_tangent(name):
     if name == "image_rows":
         with pytest.raises(NotImplementedError, match="neither gradient"):
             RAW_CALLS[name](t.requires_grad_())
+
+
+@pytest.mark.parametrize("how", ["attention", "attention_qkv", "attention_varlen", "mask"])
+def test_learned_scale_gets_no_gradient(how):
+    """A temperature that is trained: ops take numbers, which have none. First and second derivative."""
+    starts = torch.tensor([0, 2, 6], dtype=torch.int32)
+    calls = {
+        "attention": lambda q, scale: ops.attention(q, q, q, scale=scale),
+        "attention_qkv": lambda q, scale: ops.attention_qkv(q.unsqueeze(2).repeat(1, 1, 3, 1, 1), scale=scale),
+        "attention_varlen": lambda q, scale: ops.attention_varlen(q[0], q[0], q[0], starts, scale=scale),
+        "mask": lambda q, scale: ops.attention(q, q, q, scale=scale, mask=torch.ones(6, 6, dtype=torch.bool)),
+    }
+    with sdpa_kernel(SDPBackend.MATH):
+        check(calls[how], (*leaves((2, 6, 2, 4)), torch.tensor(0.3, dtype=torch.float64, requires_grad=True)))
+    q = draw(2, 6, 2, 4)
+    torch.testing.assert_close(calls[how](q, torch.tensor(0.3, dtype=torch.float64)), calls[how](q, 0.3))
+    with pytest.raises(ValueError, match=r"scale must be one number, got \[2\]"):
+        calls[how](q, torch.ones(2, dtype=torch.float64))
+
+
+def test_learned_scale_of_a_model_gets_no_gradient():
+    model, images = model_and_images("timm")
+    scale = model.blocks[0].attn.scale
+    expected = model(images)
+    model.blocks[0].attn.scale = torch.nn.Parameter(torch.tensor(scale, dtype=torch.float64))
+    torch.testing.assert_close(model(images), expected)
+    model(images).sum().backward()
+    assert model.blocks[0].attn.scale.grad.abs() > 0
+
+
+def test_graph_of_gradients_is_computed_under_autocast():
+    """Products of what was cast already rounded once more; a result in fp32 beside a gradient in bf16."""
+    x = torch.randn(5, 7, requires_grad=True)
+    formula = lambda t: t @ t.mT  # noqa: E731
+    grad = torch.randn(5, 5)
+    (expected,) = _higher.grads(formula, [x], [True], grad)
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = _higher.grads(formula, [x], [True], grad)
+    assert torch.equal(found, expected)
+    (narrow,) = _higher.grads(formula, [x], [True], grad.bfloat16())
+    torch.testing.assert_close(narrow, expected, rtol=0.02, atol=0.05)

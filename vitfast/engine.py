@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from vitfast.fusion import PLAIN_TENSORS, any_global_hook, plain
 from vitfast.layers import reasons_of, run_norm
 from vitfast.model import Block
 from vitfast.ops import _launch
+from vitfast.original import Source
 from vitfast.packed import PackedBlock, PackedLinear, PackedStem, frozen, own_product, refuse
 from vitfast.stem import check_pixels
 from vitfast.timm_surface import say_mask_is_stock
@@ -27,6 +27,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 TOKENS = ("cls_token", "reg_token", "dist_token", "pos_embed")
 # copied, in the new dtype: whatever somebody put there runs as it would have
 COPIED = ("patch_embed", "norm_pre", "norm", "attn_pool", "fc_norm", "to_latent", "head", "head_dist")
+# left out, unless somebody watches them or put something else there
+DROPS = ("pos_drop", "head_drop")
 # of these, for a few rows packed is many times as fast
 HEADS = ("head", "head_dist")
 KEPT_GRIDS = 32
@@ -111,10 +113,13 @@ def why_not(model: ViT) -> list[str]:
     training = [name for name, module in model.named_modules() if module.training]
     if training:
         what = "it" if training[0] == "" else training[0]
-        reasons.append(f"{what} is in train mode, of which nothing would be left: prepare(model.eval())")
+        reasons.append(f"{what} is in train mode, and a prepared model runs as in eval mode: prepare(model.eval())")
     reasons += reasons_of([("blocks", model.blocks, nn.Sequential)])
     for i, block in enumerate(model.blocks if isinstance(model.blocks, nn.Sequential) else ()):
         parts = block.parts() if type(block) is Block else []
+        parts_with_methods = [(".attn", block.attn), (".mlp", block.mlp)] if parts else []
+        for name, part in [("", block), *parts_with_methods]:
+            reasons += [f"blocks.{i}{name} has a patched {method}" for method in _patched(part)]
         reasons += [f"blocks.{i}{why}" for why in reasons_of([("", block, Block)])]
         reasons += [f"blocks.{i}.{why}" for why in reasons_of(parts)]
     return reasons
@@ -122,13 +127,18 @@ def why_not(model: ViT) -> list[str]:
 
 def why_not_plain_here(model: ViT) -> str | None:
     """`why_not_plain` of the model itself, whose forward is a chain of methods that somebody may have patched."""
-    patched = [name for name in vars(model) if callable(getattr(ViT, name, None)) and name != "pool"]
+    patched = [name for name in _patched(model) if name != "pool"]
     if patched:
         return f"has a patched {patched[0]}"
     for hooks in ("_forward_hooks", "_forward_pre_hooks"):
         if getattr(model, hooks):
             return f"has {hooks.strip('_').replace('_', ' ')}"
     return None
+
+
+def _patched(module: nn.Module) -> list[str]:
+    """Methods of its class that something of its own stands before; `forward` is looked at elsewhere."""
+    return [name for name in vars(module) if callable(getattr(type(module), name, None)) and name != "forward"]
 
 
 def _unusable(p: Tensor) -> list[str]:
@@ -192,7 +202,7 @@ def _folded_dtype(model: ViT, dtype: torch.dtype | str | None) -> torch.dtype:
 def _normalisation(model: ViT, mean: Any, std: Any) -> tuple[Tensor, Tensor] | None:
     """mean and std, [C] each, or None where nobody gave them."""
     if mean is None and std is None:
-        known = getattr(model, "pretrained_cfg", {})
+        known = getattr(model, "pretrained_cfg", None) or {}
         mean, std = known.get("mean"), known.get("std")
         if mean is None or std is None or len(mean) != model.in_chans:
             return None
@@ -230,50 +240,6 @@ def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     except (OSError, ValueError):
         return cores
     return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
-
-
-class Source:
-    """What the packed weights were made of, to notice when it is not that any more."""
-
-    def __init__(self, model: nn.Module):
-        # every place in a module that holds a module or a tensor, and what was in it
-        self.places: list[tuple[dict, str, Any, str]] = []
-        self.tensors: list[tuple[Tensor, int, int, str]] = []
-        for prefix, module in model.named_modules():
-            for held in (module._modules, module._parameters, module._buffers):
-                for name, value in held.items():
-                    self.places.append((held, name, value, f"{prefix}.{name}" if prefix else name))
-        for _, _, value, name in self.places:
-            if isinstance(value, Tensor):
-                self.tensors.append((value, value.data_ptr(), value._version, name))
-        # the original may be dropped; then nobody can change it
-        this = weakref.ref(self)
-        weakref.finalize(model, lambda: (source := this()) and source.forget()).atexit = False
-
-    def forget(self) -> None:
-        self.places, self.tensors = [], []
-
-    def check(self) -> None:
-        """Raise where the original has changed.
-
-        Raises:
-            RuntimeError: names the part, and what happened to it.
-        """
-        for held, name, value, full_name in self.places:
-            if held.get(name) is not value:
-                self._fail(full_name, "was replaced")
-        for tensor, pointer, version, name in self.tensors:
-            if tensor._version != version:
-                self._fail(name, "was written to")
-            if tensor.data_ptr() != pointer:
-                self._fail(name, "was moved")
-
-    @staticmethod
-    def _fail(name: str, what: str) -> None:
-        raise RuntimeError(
-            f"prepared model: {name} of the original {what} after vitfast.prepare, so the packed weights are stale; "
-            "prepare it again"
-        )
 
 
 def _check_place(x: Any, device: torch.device) -> None:
@@ -323,7 +289,10 @@ class PreparedViT(ViT):
                 self.add_module(name, PackedLinear(head.weight, head.bias, dtype))
         packs_stem = not self.folded and PackedStem.takes(model.patch_embed)
         self.stem = PackedStem(model.patch_embed, dtype) if packs_stem else None
-        self.pos_drop = self.head_drop = nn.Identity()
+        for name in DROPS:
+            drop = model._modules.get(name)
+            off = drop is None or plain(drop, nn.Dropout, nn.Identity)
+            self.add_module(name, nn.Identity() if off else frozen(drop, dtype))
         self._keep = model._tokens_that_count(dropout_counts=False)
         last = len(model.blocks) - 1
         self.blocks = nn.Sequential(
@@ -411,7 +380,7 @@ class PreparedViT(ViT):
         if self.stem is None:
             if is_uint8 and self._embeds_by_op():
                 self.patch_embed.check(images, takes_uint8=True)
-                return run_norm(self.norm_pre, self._embed_by_op(images, *self.normalisation)).to(self.dtype)
+                return self._before_blocks(self._embed_by_op(images, *self.normalisation))
             if is_uint8:
                 images = reference.normalise(images, *self.normalisation, torch.float32)
             # a replaced stem may give another dtype
@@ -419,8 +388,15 @@ class PreparedViT(ViT):
         self.patch_embed.check(images, takes_uint8=True)
         images = (images if images.dtype in native.DTYPES else images.to(self.dtype)).resolve_neg()
         x = self.stem(images, self._positions(images), self._prefix(), self.normalisation if is_uint8 else None)
+        return self._before_blocks(x)
+
+    def _before_blocks(self, x: Tensor) -> Tensor:
+        x = x if self.pos_embed is None else self.pos_drop(x)
         # a replaced norm may give another dtype
-        return run_norm(self.norm_pre, x).to(self.dtype)
+        return x if self.config.input_norm else run_norm(self.norm_pre, x).to(self.dtype)
+
+    def _check_images(self, images: Tensor) -> None:
+        self.patch_embed.check(images, takes_uint8=True)
 
     def _check_normalisation(self, images: Tensor) -> None:
         if self.normalisation is None:
@@ -464,7 +440,8 @@ class PreparedViT(ViT):
         return run_norm(self.norm, x)
 
     def _run_block(self, block: nn.Module, x: Tensor, attn_mask: Tensor | None, keep: int | None = None) -> Tensor:
-        return block(x, attn_mask, keep)
+        # the container of all blocks, which somebody watches
+        return block(x) if isinstance(block, nn.Sequential) else block(x, attn_mask, keep)
 
     def train(self, mode: bool = True) -> PreparedViT:
         if mode:

@@ -248,6 +248,8 @@ class Norm:
     """
 
     def __init__(self, weight: Tensor | None, bias: Tensor | None, eps: float):
+        # what the addresses point to stays, whatever becomes of a parameter's `data`
+        weight, bias = (None if t is None else t.detach() for t in (weight, bias))
         self.weight, self.bias = weight, bias
         given = [t for t in (weight, bias) if t is not None]
         self.sizes = {(t.shape, t.dtype) for t in given}
@@ -405,6 +407,8 @@ def patch_rows(
             f"{str(dtype)[6:]} and {order!r}"
         )
     B, C, H, W, ph, pw = _sizes("patch_rows", images, patch_size)
+    if prefix < 0:
+        raise ValueError(f"patch_rows: prefix must be at least 0, got {prefix}")
     if not pad and (H % ph or W % pw):
         raise ValueError(f"patch_rows: images must be a multiple of the patch {ph}x{pw} in size, got {H}x{W}")
     shape = B, prefix + -(-H // ph) * -(-W // pw), C * ph * pw

@@ -30,7 +30,8 @@ def stock_only() -> bool:
     if torch.compiler.is_compiling() or _exportable:
         return _exportable or (exporting() and torch.onnx.is_in_onnx_export())
     # jit.trace knows no ops of ours; vmap, grad and jvp of torch.func want rules that stock operators have
-    return torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None or forward_mode()
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return transformed or torch.jit.is_tracing()
 
 
 def forward_mode() -> bool:

@@ -99,7 +99,7 @@ class TimmSurface:
         if attn_mask is not None:
             say_mask_is_stock()
         wanted = self._block_indices(indices)
-        self.patch_embed.check(x)
+        self._check_images(x)
         B, grid = x.shape[0], self.patch_embed.grid_of(tuple(x.shape[2:]))
         x, found = self.embed(x), []
         stop = max(wanted, default=-1) + 1 if stop_early else len(self.blocks)

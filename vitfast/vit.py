@@ -241,7 +241,9 @@ class ViT(TimmSurface, nn.Module):
         if attn_mask is not None:
             say_mask_is_stock()
         x = self.embed(x)
-        if attn_mask is None and (not plain(self.blocks, nn.Sequential) or any_global_hook()):
+        # with a global hook too, but where checkpointing is on, which timm's does block by block
+        watched = any_global_hook() and not self.grad_checkpointing
+        if attn_mask is None and (watched or not plain(self.blocks, nn.Sequential)):
             # as one segment where checkpointing is on: the container has to run, and it runs all blocks
             return run_norm(self.norm, self._run_block(self.blocks, x, None))
         last = len(self.blocks) - 1
@@ -268,6 +270,9 @@ class ViT(TimmSurface, nn.Module):
         # timm has no dropout where there are no positions
         x = x if self.pos_embed is None else self.pos_drop(x)
         return x if self.config.input_norm else run_norm(self.norm_pre, x)
+
+    def _check_images(self, images: Tensor) -> None:
+        self.patch_embed.check(images)
 
     def _embeds_by_op(self) -> bool:
         """Whether patches, positions and prefix tokens are one op: nothing of them was replaced or is watched."""

@@ -6,7 +6,6 @@ backward of attention with the logits computed again. So a model counts what the
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -131,15 +130,16 @@ class _WhenImported:
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name != COUNTER:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        execute = spec.loader.exec_module
+        found = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((each for each in found if each is not None), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
 
-        def exec_module(module: ModuleType) -> None:
-            execute(module)
-            register(module)
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                register(module)
 
-        spec.loader.exec_module = exec_module
+            spec.loader.exec_module = exec_module
         return spec
 
 
@@ -147,5 +147,5 @@ def register_when_imported() -> None:
     """`register` now or as soon as the counter is there."""
     if COUNTER in sys.modules:
         register(sys.modules[COUNTER])
-    else:
-        sys.meta_path.insert(0, _WhenImported())
+    # stays: being asked for is not being imported, and a module can be loaded again
+    sys.meta_path.insert(0, _WhenImported())

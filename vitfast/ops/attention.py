@@ -19,7 +19,7 @@ def attention(
     k: Tensor,
     v: Tensor,
     *,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     mask: Tensor | None = None,
     lengths: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -30,7 +30,7 @@ def attention(
     Args:
         q: [B, Nq, H, D], any strides; views of the packed projection are read in place.
         k, v: [B, Nk, H, D], any strides.
-        scale: of the logits, D ** -0.5 by default.
+        scale: of the logits, D ** -0.5 by default; a tensor of one number gets a gradient.
         mask: bool (True: the key takes part) or float (added to the logits), broadcastable to [B, H, Nq, Nk].
         lengths: int32 or int64 [B]: the first keys of each image that take part; what lies behind them is never read.
         dropout_p: dropout of the attention weights, below 1; drawn from torch's generator of the device.
@@ -52,6 +52,8 @@ def attention(
     dtype = autocast_dtype(q)
     q, k, v = cast(q, dtype), cast(k, dtype), cast(v, dtype)
     _check(q, k, v)
+    if isinstance(scale, Tensor):
+        q, scale = scaled(q, scale), 1.0
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if mask is None and lengths is None and not dropout_p and (return_lse or not stock_only()):
         out, lse = call(_attention, wants_gradient(q, k, v), q, k, v, scale, None, 0.0, None)
@@ -68,7 +70,7 @@ def attention(
 def attention_qkv(
     qkv: Tensor,
     *,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     mask: Tensor | None = None,
     lengths: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -76,6 +78,9 @@ def attention_qkv(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` of the packed projection [B, N, 3, H, D]; the gradient comes back packed as well."""
     qkv = cast(qkv, autocast_dtype(qkv))
+    if isinstance(scale, Tensor):
+        extras = {"mask": mask, "lengths": lengths, "dropout_p": dropout_p, "return_lse": return_lse}
+        return attention(*qkv.unbind(2), scale=scale, **extras)
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(f"attention_qkv: qkv must be [B, N, 3, H, D], got {list(qkv.shape)}")
     if qkv.dtype not in FLOATS:
@@ -160,6 +165,13 @@ def _sdpa(q, k, v, scale, mask, lengths, dropout_p):
         # padding may hold anything, and 0 * NaN is NaN
         k, v, mask = k.masked_fill(gone, 0.0), v.masked_fill(gone, 0.0), there[:, None, None]
     return reference.attention(q, k, v, scale, mask, dropout_p)
+
+
+def scaled(q: Tensor, scale: Tensor) -> Tensor:
+    """q times a scale that is learned; ops take numbers, which have no gradient."""
+    if scale.numel() != 1 or not scale.is_floating_point():
+        raise ValueError(f"attention: scale must be one number, got {list(scale.shape)} in {str(scale.dtype)[6:]}")
+    return (q * scale.reshape(())).to(q.dtype)
 
 
 def _int32(lengths):

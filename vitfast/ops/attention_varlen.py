@@ -11,7 +11,7 @@ from vitfast.ops import _attention_stock as stock
 from vitfast.ops import _higher, _register
 from vitfast.ops._check import Reasons, autocast_dtype, cast
 from vitfast.ops._register import call, wants_gradient
-from vitfast.ops.attention import draw_seed
+from vitfast.ops.attention import draw_seed, scaled
 from vitfast.switches import stock_only
 
 
@@ -24,7 +24,7 @@ def attention_varlen(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     *,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -38,7 +38,7 @@ def attention_varlen(
         cu_seqlens_k: the same of the keys; cu_seqlens_q by default.
         max_seqlen_q, max_seqlen_k: no image has more queries and keys than these; without them they are found out,
             which waits for the device.
-        scale: of the logits, D ** -0.5 by default.
+        scale: of the logits, D ** -0.5 by default; a tensor of one number gets a gradient.
         dropout_p: dropout of the attention weights, below 1.
         return_lse: also return the log of the softmax's denominators.
 
@@ -54,6 +54,8 @@ def attention_varlen(
     same = cu_seqlens_k is None or cu_seqlens_k is cu_seqlens_q
     cu_seqlens_k = cu_seqlens_q if same else cu_seqlens_k
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k, dropout_p)
+    if isinstance(scale, Tensor):
+        q, scale = scaled(q, scale), 1.0
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if max_seqlen_q is None:
         max_seqlen_q = _longest(cu_seqlens_q)

@@ -54,7 +54,6 @@ def save_checkpoint(
         raise FileNotFoundError(f"save_checkpoint: no folder {str(path.parent)!r}")
     if not isinstance(model, ViT):
         raise TypeError(f"save_checkpoint: model must be a vitfast.ViT, got {type(model).__name__}")
-    state = {key: value.detach().contiguous() for key, value in model.state_dict(layout=layout).items()}
     metadata = None
     if with_config:
         try:
@@ -64,6 +63,11 @@ def save_checkpoint(
                 f"save_checkpoint: {error}. with_config=False writes the weights alone; the model then has to be "
                 "built as this one was"
             ) from None
+    state = model.state_dict(layout=layout)
+    foreign = [key for key, value in state.items() if not isinstance(value, Tensor)]
+    if foreign:
+        raise NotImplementedError(f"save_checkpoint: safetensors holds tensors only, not {', '.join(foreign[:3])}")
+    state = {key: value.detach().contiguous() for key, value in state.items()}
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         # safetensors makes files that only their owner can read; this one gets the mode that any new file has
