@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from vitfast import acceptance
 from vitfast.bench import cli, models, ops
 
 
@@ -14,7 +15,9 @@ def run_cli(capsys, *arguments):
     return status, printed.out, printed.err
 
 
-def test_the_command_prints_no_table_or_runs_again_what_is_there(tmp_path, capsys):
+def test_the_command_prints_no_table_or_runs_again_what_is_there(tmp_path, capsys, monkeypatch):
+    # so few numbers are nearer to the truth or further off by luck, and by the CPU; the rule has tests of its own
+    monkeypatch.setattr(acceptance, "accept", lambda *_, **__: None)
     file = tmp_path / "rows.json"
     # the one op without a compiler among its rivals
     quick = ["--op", "attention", "--tiny", "--batches", "1", "--dtypes", "fp32"]
