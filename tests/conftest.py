@@ -22,10 +22,6 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     # long ones first: workers that have nothing left to take wait for the last of them
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
-    for item in items:
-        # compilers and processes of their own, on a machine that may be busy: the limit is for what hangs
-        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
-            item.add_marker(pytest.mark.timeout(900))
 
 
 @pytest.fixture(autouse=True)

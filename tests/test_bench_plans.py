@@ -141,10 +141,10 @@ def test_process_outlives_its_time(tmp_path):
     """What hangs, in a compiler or on a device, must end too."""
     code = (
         "import sys, time; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import run;"
-        "run.end_at(0.2, Path('x.json')); time.sleep(60)"
+        "run.end_at(0.2, Path('x.json')); time.sleep(3600)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(ROOT / "benchmarks")], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code, str(ROOT / "benchmarks")], capture_output=True, text=True
     )
     assert done.returncode == 3 and "x.json has all finished rows" in done.stderr
 

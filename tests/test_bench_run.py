@@ -188,7 +188,7 @@ def test_a_run_that_is_killed_loses_its_finished_rows(tmp_path, end):
     assert process.stdout.readline() == "building\n"
     if "sleep" in end:
         process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate()
     assert process.returncode != 0
     data = read(path)
     assert [row["name"] for row in data["rows"]] == ["first", "second"]

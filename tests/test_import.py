@@ -12,7 +12,8 @@ import vitfast
 
 PACKAGE = Path(vitfast.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-LIMIT_S = 0.15
+# of what torch's own import takes, which a slower processor lengthens as much: 0.09 here
+LIMIT = 0.15
 
 
 def python(code, *arguments):
@@ -27,7 +28,9 @@ def python(code, *arguments):
 # worker beside this one makes the wall clock run on
 TIMED = """
 import os, time
+start = time.process_time()
 import torch
+print(time.process_time() - start)
 
 for _ in range(5):
     read, write = os.pipe()
@@ -45,9 +48,9 @@ for _ in range(5):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_import_adds_more_than_its_limit_to_torch():
     """Best of five: a busy machine slows some of them down, a slow import all of them."""
-    seconds = [float(line) for line in python(TIMED).splitlines()]
+    of_torch, *seconds = [float(line) for line in python(TIMED).splitlines()]
     assert len(seconds) == 5
-    assert min(seconds) <= LIMIT_S, f"import vitfast took {min(seconds):.3f} s after import torch"
+    assert min(seconds) <= LIMIT * of_torch, f"import vitfast took {min(seconds):.3f} s, import torch {of_torch:.3f}"
 
 
 def test_import_pulls_in_a_package_for_demo_or_tests():

@@ -190,7 +190,7 @@ def test_autocast_has_another_dtype_or_is_less_exact(name):
     case = case_of(name, batch=16, **AUTOCAST[name])
     theirs, ours = case.models(torch.float32)
     for dtype in (torch.bfloat16, torch.float16):
-        with torch.autocast("cpu", dtype):
+        with torch.autocast("cpu", dtype), Textbook():
             low, grads_low = run(theirs, case.images, case.cotangent)
             out, grads = run(ours, case.images, case.cotangent)
             assert ours.forward_features(case.images).dtype == theirs.forward_features(case.images).dtype

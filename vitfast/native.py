@@ -3,8 +3,8 @@
 C++ cannot see how long the memory behind an address is, so every function here checks that before it hands one on, and
 raises ValueError where a tensor does not fit: of weights once, where they are packed or made a part of a block.
 
-Which instruction set they use is decided at the first call: the best that this CPU has, or with the environment
-variable VITFAST_CPU_ISA (portable, avx2, avx512, avx512_bf16) the best up to that one.
+Which instruction set they use is decided at the first call: the best that this CPU has, or the one that the environment
+variable VITFAST_CPU_ISA names (portable, avx2, avx512, avx512_bf16).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def kernels() -> Any:
         return None
     usable = {each.name: each for each in module.usable_kernels()}
     wanted = os.environ.get("VITFAST_CPU_ISA")
-    if wanted is None:
+    if not wanted:
         return next(reversed(usable.values()))
     if wanted not in usable:
         raise ValueError(f"VITFAST_CPU_ISA must be one of {list(usable)} on this machine, got {wanted!r}")
