@@ -91,6 +91,14 @@ def leaves(*shapes):
 
 def check(op, tensors):
     assert torch.autograd.gradcheck(op, tensors, fast_mode=True)
+    # gradgradcheck holds gradients with a graph to their own derivative: they must be the gradients, too
+    outs = op(*tensors)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    plain, as_graph = (
+        torch.autograd.grad(outs, tensors, [torch.ones_like(out) for out in outs], retain_graph=True, **how)
+        for how in ({}, {"create_graph": True})
+    )
+    close([g.detach() for g in as_graph], plain, 1e-10)
     assert torch.autograd.gradgradcheck(op, tensors, fast_mode=True)
 
 

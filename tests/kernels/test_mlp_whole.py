@@ -100,7 +100,7 @@ def test_gradients_differ_where_the_forward_kept_nothing(device, monkeypatch):
     wide = [t.detach().double().requires_grad_() for t in leaves]
     x, nw, nb, w1, b1, w2, b2 = wide
     truth = torch.autograd.grad(reference.mlp(x, nw, nb, 1e-6, "layer", w1, b1, w2, b2), wide, cotangent.double())
-    # the two products of the other way are held to stock operators in test_linear.py
+    # the two products of the other way are held to stock operators in test_linear_gradients.py
     for out, ref, low in zip(found["fc1"], truth, found["act"], strict=True):
         accept(out, ref, low, grad=True, k=rms_ratio_of_few(out.numel(), out.dtype))
 

@@ -41,6 +41,6 @@ def grads(
         # Of aliases: one input may be computed from another, whose gradient would then hold that path a second time.
         aliases = [t.view_as(t) if need else t for t, need in zip(inputs, needed, strict=True)]
         leaves = [t for t, need in zip(aliases, needed, strict=True) if need]
-        out = formula(*aliases).to(grad.dtype)
+        out = formula(*aliases)
         found = iter(torch.autograd.grad(out, leaves, grad, create_graph=create_graph, allow_unused=True))
     return [next(found) if need else None for need in needed]
