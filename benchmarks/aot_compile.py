@@ -100,6 +100,7 @@ def compile_one(compilation: Compilation, arch: int) -> Found:
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in compilation.divisible},
     )
     options = {"num_warps": compilation.warps, "num_stages": compilation.stages}
+    options |= {"maxnreg": compilation.registers} if compilation.registers else {}
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, knobs.cache.scope():
         knobs.cache.dir = folder

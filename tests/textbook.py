@@ -16,30 +16,38 @@ HALF = (torch.float16, torch.bfloat16)
 CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 # terms that one accumulator adds up before its sum is added to the others': as MKL does without AVX-512, and csrc/
 PIECE = 192
+# on GPUs cuBLAS adds up the terms of many rows one after the other, as our kernels do, and those of a few rows in parts
+ALL = 1 << 31
 
 
 class Textbook(TorchDispatchMode):
     """Within it products and attention of fp32 and half precision tensors on CPUs are these:
 
-    fp32: one accumulator a result, over 192 terms in their order, and the sums of these pieces likewise.
+    fp32: one accumulator a result, over 192 terms in their order, and the sums of these pieces likewise. For "cuda" it
+    is one over all terms, and there is no other rule.
     fp16, bf16: the sum in fp32, rounded once. Attention rounds the weights and the logits' gradients before they are
     multiplied, as every kernel of attention in half precision has to.
 
     Whatever else is stock stays as it is; so do calls that no rule here is for.
     """
 
+    def __init__(self, device: str = "cpu"):
+        super().__init__()
+        self.device, self.piece = device, PIECE if device == "cpu" else ALL
+        self.dtypes = (torch.float32, *HALF) if device == "cpu" else (torch.float32,)
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         first = args[0] if args else None
         # `types`: tensors without numbers, of which somebody else's mode makes a graph
-        mine = not types and isinstance(first, Tensor) and first.device.type == "cpu"
-        if not mine or first.dtype not in (torch.float32, *HALF):
+        mine = not types and isinstance(first, Tensor) and first.device.type == self.device
+        if not mine or first.dtype not in self.dtypes:
             return func(*args, **kwargs)
         if func in COMPOSITE:
             # inference mode hands them on whole
             with self:
                 return func.decompose(*args, **kwargs)
-        if func.namespace == "vitfast":
+        if func.namespace == "vitfast" and self.device == "cpu":
             # the stock operators inside
             with self:
                 return func.redispatch(CPU, *args, **kwargs)
@@ -59,9 +67,9 @@ class Textbook(TorchDispatchMode):
             return a.float() @ b.float()
         columns, rows = a.movedim(-1, 0).contiguous()[..., None], b.movedim(-2, 0)[..., None, :]
         total = a.new_zeros(*a.shape[:-1], b.shape[-1])
-        for begin in range(0, len(rows), PIECE):
-            piece = torch.zeros_like(total)
-            for column, row in zip(columns[begin : begin + PIECE], rows[begin : begin + PIECE], strict=True):
+        for begin in range(0, len(rows), self.piece):
+            piece, end = torch.zeros_like(total), begin + self.piece
+            for column, row in zip(columns[begin:end], rows[begin:end], strict=True):
                 piece.addcmul_(column, row)
             total += piece
         return total

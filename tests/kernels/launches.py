@@ -18,9 +18,9 @@ class Launches:
             monkeypatch.setattr(module, "launch", self.counting(module.launch))
 
     def counting(self, launch):
-        def counted(like, kernel, *rest):
+        def counted(kernel, *rest, **more):
             self.names.append(kernel.fn.__name__)
-            launch(like, kernel, *rest)
+            launch(kernel, *rest, **more)
 
         return counted
 

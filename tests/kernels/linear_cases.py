@@ -1,5 +1,6 @@
 """Inputs for the kernels of norms, linear layers and MLPs, what is true of them, and what they are judged by."""
 
+import contextlib
 import functools
 import itertools
 import operator
@@ -8,7 +9,8 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from attention_cases import draw
+from attention_cases import INTERPRETED, draw
+from textbook import Textbook
 
 from vitfast import ops, reference
 from vitfast.acceptance import YARDSTICK_EPS, accept, rms_ratio_of_few
@@ -29,7 +31,7 @@ ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu", "silu")
 
 def wide(config):
     """The same with tiles that many columns and a long sum take no minutes with in the interpreter."""
-    return config if config.kernel == "blas" else replace(config, block_n=128, block_k=128)
+    return config if config.kernel == "blas" or not INTERPRETED else replace(config, block_n=128, block_k=128)
 
 
 def multiprocessors(number):
@@ -204,6 +206,12 @@ def layer(
     }  # fmt: skip
 
 
+def by_the_book(**given):
+    """`reference.linear` by products that do not depend on how few the rows are, see `Textbook`."""
+    with contextlib.nullcontext() if INTERPRETED else Textbook("cuda"):
+        return reference.linear(**given)
+
+
 def as_double(given):
     return {name: t.double() if isinstance(t, torch.Tensor) else t for name, t in given.items()}
 
@@ -223,11 +231,11 @@ def check_forward(config, given, saves=False, what="", as_it_is=False):
         found = shared(config, linear.forward, *given.values(), saves)
     out, mean, rstd, pre, branch = found
     dtype = given["weight"].dtype
-    judge(out, reference.linear(**as_double(given)), reference.linear(**given), dtype=dtype, what=f"{what} out")
+    judge(out, reference.linear(**as_double(given)), by_the_book(**given), dtype=dtype, what=f"{what} out")
     kept = [("pre", pre, before_activation(given)), ("branch", branch, {**before_activation(given)})]
     for name, t, how in kept:
         if t is not None:
-            judge(t, reference.linear(**as_double(how)), reference.linear(**how), what=f"{what} {name}")
+            judge(t, reference.linear(**as_double(how)), by_the_book(**how), what=f"{what} {name}")
     assert (pre is not None) == (saves and given["act"] != "none")
     assert (branch is not None) == (saves and given["act"] == "none" and given["gamma"] is not None)
     assert (mean is not None) == (rstd is not None) == (saves and given["norm"] == "layer")

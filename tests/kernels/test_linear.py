@@ -99,7 +99,7 @@ def count(mechanism, M, N, K):
     """(programs that take part, programs a tile) of a product."""
     config, found = MECHANISMS[mechanism], []
 
-    def launch(like, kernel, grid, arguments, constants, *rest):
+    def launch(kernel, grid, tensors, numbers, constants, *rest, **more):
         found.append((grid[0], constants["SPLIT"]))
 
     x, weight = torch.empty(M, K, device="meta"), torch.empty(N, K, device="meta")

@@ -231,17 +231,21 @@ def _only_builtin(call: Call, device: torch.device) -> list[None]:
     return [None]
 
 
-def _products(call: Call, device: torch.device, N: int, K: int) -> list[Config]:
+def _products(call: Call, device: torch.device, N: int, K: int, form: str) -> list[Config]:
     from vitfast.kernels import linear
 
     of = _arguments(call)
     dtype = of["weight" if "weight" in of else "w1"].dtype
     M = math.prod(of["x"].shape[:-1])
-    return [config.as_dict() for config in linear.configs(device, dtype, M, N, K)]
+    return [config.as_dict() for config in linear.configs(device, dtype, M, N, K, form)]
 
 
 def _linear_configs(call: Call, device: torch.device) -> list[Config]:
-    return _products(call, device, *_arguments(call)["weight"].shape)
+    from vitfast.kernels import linear
+
+    of = _arguments(call)
+    form = linear.form_of(of["norm"], of["act"], of["gamma"], of["row_scale"], of["residual"])
+    return _products(call, device, *of["weight"].shape, form)
 
 
 def _whole(call: Call, device: torch.device) -> tuple[list[Config], bool]:
@@ -258,7 +262,7 @@ def _whole(call: Call, device: torch.device) -> tuple[list[Config], bool]:
 
 def _mlp_configs(call: Call, device: torch.device) -> list[Config | None]:
     """One for both products or for all at once, or by None the built-in choice of each."""
-    return [None, *_products(call, device, *_arguments(call)["w1"].shape), *_whole(call, device)[0]]
+    return [None, *_products(call, device, *_arguments(call)["w1"].shape, "mlp"), *_whole(call, device)[0]]
 
 
 def _mlp_builtin(call: Call, device: torch.device) -> list[Config]:
@@ -266,14 +270,14 @@ def _mlp_builtin(call: Call, device: torch.device) -> list[Config]:
     if first:
         return whole
     of = _arguments(call)
-    found = [_products(call, device, *of[weight].shape)[0] for weight in ("w1", "w2")]
+    found = [_products(call, device, *of[weight].shape, "mlp")[0] for weight in ("w1", "w2")]
     return found[: 1 if found[0] == found[1] else 2]
 
 
 def _mlp_backward_configs(call: Call, device: torch.device) -> list[Config | None]:
     """Of the product with the activation's slope after it; without gates, which have kernels of their own."""
     of = _arguments(call)
-    return [None] if of["gated"] else _products(call, device, *of["w2"].shape[::-1])
+    return [None] if of["gated"] else _products(call, device, *of["w2"].shape[::-1], "mlp_backward")
 
 
 def _family(op: str, truth: Callable[..., Results], **more: Any) -> Family:

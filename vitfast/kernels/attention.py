@@ -81,6 +81,7 @@ def forward(
             of queries and keys in one; q is then [1, all queries, H, D], k and v [1, all keys, H, D].
         config: how to compile it, instead of the table's choice.
     """
+    q, k, v = map(_in_units, (q, k, v))
     call = _Call(q, k, v, scale, lengths, dropout_p, seed, starts)
     out = q.new_empty(q.shape[0], q.shape[1], call.H * call.D)
     lse = q.new_empty(q.shape[0], call.H, q.shape[1], dtype=torch.float32)
@@ -91,15 +92,16 @@ def forward(
     config = config or forward_config(call)
     tiles = -(-call.Nq // config.block_m)
     constants = _forward_constants(call, config)
-    tensors = (q, k, v, out, lse, call.lengths, call.seed)
-    sizes = (*call.strides, call.H, call.Nq, call.Nk)
+    tensors = [q, k, v, out, lse, call.lengths, call.seed]
+    sizes = [*call.strides, call.H, call.Nq, call.Nk]
     numbers = (call.scale, call.scale * LOG2E, call.threshold, call.inv_keep)
     if config.kernel == "short":
         kernel, programs = forward_kernels.forward_short, call.B * call.H * (1 if config.loop else tiles)
     else:
         kernel, programs = forward_kernels.forward_online, call.B * call.H * tiles
-        tensors, sizes = (*tensors, call.q_starts, call.k_starts), (*sizes, q.shape[1])
-    launch(q, kernel, (programs,), (*tensors, *sizes, *numbers), constants, config.warps, config.stages)
+        tensors, sizes = [*tensors, call.q_starts, call.k_starts], [*sizes, q.shape[1]]
+    numbers = (*sizes, *numbers)
+    launch(kernel, (programs,), tensors, numbers, constants, config.warps, config.stages, config.registers)
     return out, lse
 
 
@@ -127,6 +129,7 @@ def backward(
             heads D apart; fresh contiguous tensors by default.
         (the others): as in `forward`.
     """
+    grad, q, k, v, out = map(_in_units, (grad, q, k, v, out))
     call = _Call(q, k, v, scale, lengths, dropout_p, seed, starts)
     fresh = torch.zeros_like if call.packed else torch.empty_like
     dq, dk, dv = into or tuple(fresh(t, memory_format=torch.contiguous_format) for t in (q, k, v))
@@ -152,7 +155,7 @@ def backward(
             tensors = (q, k, v, grad, lse, delta, dk, dv, call.lengths, call.seed, call.q_starts, call.k_starts)
             strides, own = (*call.strides, *k_strides), (*sizes, q.shape[1])
             programs *= -(-call.Nk // constants["BN"])
-        launch(q, kernel, (programs,), (*tensors, *strides, *own, *numbers), constants, warps, config.stages)
+        launch(kernel, (programs,), tensors, (*strides, *own, *numbers), constants, warps, config.stages)
     return into or (dq, dk, dv)
 
 
@@ -173,13 +176,10 @@ class _Call:
         self.seed = q if seed is None else seed
         self.has_lengths, self.dropout = lengths is not None, dropout_p > 0
         self.dtype, self.device = q.dtype, q.device
-        self.scale = scale
+        self.scale = float(scale)
         self.threshold = min(round(dropout_p * DROPOUT_STEPS), DROPOUT_STEPS - 1)
         self.inv_keep = 1.0 / (1.0 - dropout_p)
-        strides = [stride for t in (q, k, v) for stride in t.stride()[:3]]
-        aligned = all(t.data_ptr() % 16 == 0 for t in (q, k, v)) and all(stride % UNIT == 0 for stride in strides)
-        self.unit = UNIT if aligned else 1
-        self.strides = [stride // self.unit for stride in strides]
+        self.strides = [stride for t in (q, k, v) for stride in _units(t, 3)]
         # of rows, within a tile; `out` and the gradients have the rows of packed q, k and v or smaller ones
         self.wide = TILE * max(3 * self.H * self.D, *(abs(t.stride(1)) for t in (q, k, v))) >= 1 << 31
 
@@ -199,13 +199,19 @@ class _Call:
     def constants(self) -> dict[str, Any]:
         W0, W1 = widths(self.D)
         return {
-            "D": self.D, "W0": W0, "W1": W1, "UNIT": self.unit, "WIDE": self.wide, "LENGTHS": self.has_lengths,
+            "D": self.D, "W0": W0, "W1": W1, "UNIT": UNIT, "WIDE": self.wide, "LENGTHS": self.has_lengths,
             "DROPOUT": self.dropout, "PRECISION": dot_precision(self.dtype),
         }  # fmt: skip
 
 
 def _bits(dtype: torch.dtype) -> int:
     return 32 if dtype is torch.float32 else 16
+
+
+def _in_units(t: Tensor) -> Tensor:
+    """`t`, or a copy where rows do not begin at multiples of 16 bytes: reading single numbers takes longer."""
+    aligned = t.data_ptr() % 16 == 0 and not any(stride % UNIT for stride in t.stride()[:-1])
+    return t if aligned else t.clone(memory_format=torch.contiguous_format)
 
 
 def _units(t: Tensor, dims: int) -> list[int]:

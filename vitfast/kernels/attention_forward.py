@@ -40,13 +40,14 @@ def part_scores(q0, q1, k0, k1, first, n, P: tl.constexpr, W1: tl.constexpr, M: 
 
 @triton.jit
 def part_weights(
-    s, top, scale_log2, seed, bh, m, first, threshold, BM: tl.constexpr, P: tl.constexpr, DROPOUT: tl.constexpr
+    s, shift, scale_log2, seed, bh, m, first, threshold, BM: tl.constexpr, P: tl.constexpr, DROPOUT: tl.constexpr
 ):
-    """exp(scale * (s - top)), what is left of it after dropout, and its sum before.
+    """exp2(scale_log2 * s - shift), what is left of it after dropout, and its sum before.
 
-    The difference first: the largest weight is then 1 however large the logits are.
+    shift: the largest of scale_log2 * s, rounded. What it is off by is the same factor for the whole row: it cancels
+    in the output, and `finish_tile` takes it out of lse.
     """
-    p = tl.exp2((s - top[:, None]) * scale_log2)
+    p = tl.exp2(tl.fma(s, scale_log2, -shift[:, None]))
     total = tl.sum(p, 1)
     if DROPOUT:
         rows = m * BM + tl.arange(0, BM)
@@ -79,31 +80,32 @@ def short_tile(
     if LENGTHS:
         # no key at all: all weights are exp2(-inf - 0)
         top = tl.where(n > 0, top, 0.0)
+    shift = top * scale_log2
     acc0, acc1 = zero_rows(BM, W0, W1)
-    p0, total = part_weights(s0, top, scale_log2, seed, bh, m, 0, threshold, BM, P0, DROPOUT)
+    p0, total = part_weights(s0, shift, scale_log2, seed, bh, m, 0, threshold, BM, P0, DROPOUT)
     acc0, acc1 = add_product(p0.to(v00.dtype), v00, v01, acc0, acc1, W1, PRECISION)
     if P1 > 0:
-        p1, more = part_weights(s1, top, scale_log2, seed, bh, m, P0, threshold, BM, P1, DROPOUT)
+        p1, more = part_weights(s1, shift, scale_log2, seed, bh, m, P0, threshold, BM, P1, DROPOUT)
         total += more
         acc0, acc1 = add_product(p1.to(v00.dtype), v10, v11, acc0, acc1, W1, PRECISION)
     if P2 > 0:
-        p2, more = part_weights(s2, top, scale_log2, seed, bh, m, P0 + P1, threshold, BM, P2, DROPOUT)
+        p2, more = part_weights(s2, shift, scale_log2, seed, bh, m, P0 + P1, threshold, BM, P2, DROPOUT)
         total += more
         acc0, acc1 = add_product(p2.to(v00.dtype), v20, v21, acc0, acc1, W1, PRECISION)
     finish_tile(
-        out, lse, m, n, left, out_row, acc0, acc1, top, total, scale, inv_keep,
+        out, lse, m, n, left, out_row, acc0, acc1, top, shift, total, scale, scale_log2, inv_keep,
         D, W0, W1, BM, WIDE, LENGTHS, DROPOUT,
     )
 
 
 @triton.jit
 def finish_tile(
-    out, lse, m, n, left, out_row, acc0, acc1, top, total, scale, inv_keep,
+    out, lse, m, n, left, out_row, acc0, acc1, top, shift, total, scale, scale_log2, inv_keep,
     D: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, BM: tl.constexpr, WIDE: tl.constexpr,
     EMPTY: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """Divide by the sums; write out and lse. EMPTY: there may be no key, which gives zeros and an lse of -inf."""
-    log_sum = top * scale + tl.log2(total) * LN2
+    log_sum = top * scale + (tl.log2(total) - tl.fma(top, scale_log2, -shift)) * LN2
     if EMPTY:
         log_sum = tl.where(n > 0, log_sum, float("-inf"))
         total = tl.where(n > 0, total, 1.0)
@@ -179,7 +181,7 @@ def forward_short(
 
 @triton.jit
 def online_step(
-    q0, q1, k, v, acc0, acc1, top, total, j, n, bh, m, seed, k_row, v_row, scale_log2, threshold,
+    q0, q1, k, v, acc0, acc1, top, shift, total, j, n, bh, m, seed, k_row, v_row, scale_log2, threshold,
     D: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr,
     WIDE: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -188,15 +190,15 @@ def online_step(
     s = part_scores(q0, q1, k0, k1, j, n, BN, W1, MASKED, PRECISION)
     higher = tl.maximum(top, tl.max(s, 1))
     # as long as every logit was -inf there is nothing to scale, and -inf - -inf is no number
-    shift = tl.where(higher == float("-inf"), 0.0, higher)
-    shrink = tl.exp2((top - shift) * scale_log2)
-    p, more = part_weights(s, shift, scale_log2, seed, bh, m, j, threshold, BM, BN, DROPOUT)
+    shift_now = tl.where(higher == float("-inf"), 0.0, higher) * scale_log2
+    shrink = tl.exp2(shift - shift_now)
+    p, more = part_weights(s, shift_now, scale_log2, seed, bh, m, j, threshold, BM, BN, DROPOUT)
     acc0 = acc0 * shrink[:, None]
     if W1 > 0:
         acc1 = acc1 * shrink[:, None]
     v0, v1 = load_rows(advance(v, j, v_row, UNIT), row_step(v_row, UNIT, WIDE), n - j, BN, W0, W1, D, MASKED, WIDE)
     acc0, acc1 = add_product(p.to(v0.dtype), v0, v1, acc0, acc1, W1, PRECISION)
-    return acc0, acc1, higher, total * shrink + more
+    return acc0, acc1, higher, shift_now, total * shrink + more
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -253,21 +255,22 @@ def forward_online(
         )
         acc0, acc1 = zero_rows(BM, W0, W1)
         top = tl.full((BM,), float("-inf"), tl.float32)
+        shift = tl.full((BM,), float("-inf"), tl.float32)
         total = tl.zeros((BM,), tl.float32)
         whole = n
         if PEEL:
             whole = n // BN * BN
         for j in tl.range(0, whole, BN, num_stages=STAGES):
-            acc0, acc1, top, total = online_step(
-                q0, q1, k, v, acc0, acc1, top, total, j, n, bh, m, number, k_row, v_row, scale_log2, threshold,
+            acc0, acc1, top, shift, total = online_step(
+                q0, q1, k, v, acc0, acc1, top, shift, total, j, n, bh, m, number, k_row, v_row, scale_log2, threshold,
                 D, W0, W1, BM, BN, UNIT, WIDE, not PEEL, DROPOUT, PRECISION,
             )  # fmt: skip
         if PEEL and whole < n:
-            acc0, acc1, top, total = online_step(
-                q0, q1, k, v, acc0, acc1, top, total, whole, n, bh, m, number, k_row, v_row, scale_log2, threshold,
-                D, W0, W1, BM, BN, UNIT, WIDE, True, DROPOUT, PRECISION,
+            acc0, acc1, top, shift, total = online_step(
+                q0, q1, k, v, acc0, acc1, top, shift, total, whole, n, bh, m, number, k_row, v_row, scale_log2,
+                threshold, D, W0, W1, BM, BN, UNIT, WIDE, True, DROPOUT, PRECISION,
             )  # fmt: skip
         finish_tile(
-            out, lse, m, n, left, out_row, acc0, acc1, top, total, scale, inv_keep,
+            out, lse, m, n, left, out_row, acc0, acc1, top, shift, total, scale, scale_log2, inv_keep,
             D, W0, W1, BM, WIDE, LENGTHS or PACKED, DROPOUT,
         )  # fmt: skip

@@ -14,7 +14,7 @@ class Compilation(NamedTuple):
         signature: type of each argument that is no constant: "*bf16", "*fp32", "*i32", "i32", "i64", "fp32".
         constants: value of each `tl.constexpr` argument.
         divisible: arguments that are multiples of 16 (a pointer: of 16 bytes) at every launch this stands for.
-        warps, stages: as in `triton.Config`.
+        warps, stages, registers: `num_warps`, `num_stages` and `maxnreg` of `triton.Config`; 0 registers: no limit.
         default: whether some shape runs it where nobody tuned anything. Such a one must not spill.
         ieee: whether it promises fp32 products without TF32.
     """
@@ -28,3 +28,4 @@ class Compilation(NamedTuple):
     stages: int
     default: bool = True
     ieee: bool = False
+    registers: int = 0

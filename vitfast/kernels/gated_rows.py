@@ -68,7 +68,7 @@ def forward(pre: Tensor, act: str) -> Tensor:
     hidden = torch.empty(M, F, dtype=pre.dtype, device=pre.device)
     unit, sizes = _sizes(F, pre)
     constants = {"ACT": act, "UNIT": unit, "BLOCK": BLOCK}
-    launch(pre, gated_forward, (M * sizes[1],), (pre, hidden, *sizes), constants, 4)
+    launch(gated_forward, (M * sizes[1],), (pre, hidden), sizes, constants, 4)
     return hidden
 
 
@@ -80,5 +80,5 @@ def backward(grad: Tensor, pre: Tensor, act: str, hidden_too: bool) -> tuple[Ten
     unit, sizes = _sizes(F, pre)
     tensors = (grad, pre, dpre, dpre if hidden is None else hidden)
     constants = {"ACT": act, "HIDDEN": hidden_too, "UNIT": unit, "BLOCK": BLOCK}
-    launch(pre, gated_backward, (M * sizes[1],), (*tensors, *sizes), constants, 4)
+    launch(gated_backward, (M * sizes[1],), tensors, sizes, constants, 4)
     return dpre, hidden

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vitfast.kernels import addresses
 
@@ -55,18 +56,62 @@ def rows_of(t: Tensor | None) -> Tensor | None:
     return rows if rows.stride(-1) == 1 and near else rows.contiguous()
 
 
+# by kernel and all that decides how it is compiled. Triton finds the same by the text of it, which takes the host ten
+# times as long
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
 def launch(
-    like: Tensor, kernel: Any, grid: Sequence[int], arguments: Sequence[Any], constants: dict[str, Any], warps: int,
-    stages: int = 2,
+    kernel: Any, grid: Sequence[int], tensors: Sequence[Tensor], numbers: Sequence[int | float],
+    constants: dict[str, Any], warps: int, stages: int = 2, registers: int = 0, boxes: Sequence[Any] = (),
 ) -> None:  # fmt: skip
-    """Start `kernel` on the device of `like`; nothing where the grid is empty."""
+    """Start `kernel` on the device of its tensors; nothing where the grid is empty.
+
+    Args:
+        grid: one or two dimensions.
+        tensors, numbers: the arguments that are no constants, in their order. No whole number is specialised upon.
+        constants: the rest, of one kernel always in the same order.
+        registers: of a thread at most; 0: no limit.
+        boxes: what of the first tensors a descriptor moves at once, None for those that have none. Constants decide it.
+    """
     if not all(grid):
         return
-    if like.is_cuda and torch.cuda.current_device() != like.device.index:
-        with torch.cuda.device(like.device):
-            kernel[tuple(grid)](*arguments, **constants, num_warps=warps, num_stages=stages)
-    else:
-        kernel[tuple(grid)](*arguments, **constants, num_warps=warps, num_stages=stages)
+    device = tensors[0].get_device()
+    if device >= 0 and torch.cuda.current_device() != device:
+        with torch.cuda.device(device):
+            launch(kernel, grid, tensors, numbers, constants, warps, stages, registers, boxes)
+        return
+    key = (
+        kernel, device, warps, stages, registers, max(numbers) < 1 << 31, *constants.values(),
+        *[t.dtype for t in tensors], *[t.data_ptr() & 15 for t in tensors],
+    )  # fmt: skip
+    compiled = _compiled.get(key)
+    if compiled is None:
+        options = {"num_warps": warps, "num_stages": stages} | ({"maxnreg": registers} if registers else {})
+        given = _with(boxes, tensors, lambda t, box: TensorDescriptor.from_tensor(t, list(box)))
+        compiled = kernel[tuple(grid)](*given, *numbers, **constants, **options)
+        if not interpreted():
+            _compiled[key] = compiled
+        return
+    # constants are compiled in; only their number counts
+    given = (*_with(boxes, tensors, _Described), *numbers, *constants.values())
+    compiled[*grid, 1, 1](*given)
+
+
+class _Described:
+    """What a launcher reads of a descriptor; it was checked when the kernel was compiled."""
+
+    __slots__ = ("base", "padding", "shape", "strides")
+
+    def __init__(self, t: Tensor, box: Any):
+        self.base, self.shape, self.strides, self.padding = t, t.shape, t.stride(), "zero"
+
+
+def _with(boxes: Sequence[Any], tensors: Sequence[Tensor], described: Any) -> Sequence[Any]:
+    if not boxes:
+        return tensors
+    first = [t if box is None else described(t, box) for t, box in zip(tensors, boxes, strict=False)]
+    return [*first, *tensors[len(boxes) :]]
 
 
 @functools.cache

@@ -105,7 +105,7 @@ def forward(
     # a kernel takes no None; what stands in its place is not touched
     tensors = [x if t is None else t for t in tensors]
     numbers = (count, tokens_of(x), rows.step // unit, added.step // unit, eps)
-    launch(x, norm_rows.norm_forward, (-(-count // tile.rows),), (*tensors, *numbers), constants, tile.warps)
+    launch(norm_rows.norm_forward, (-(-count // tile.rows),), tensors, numbers, constants, tile.warps)
     return total, out, mean, rstd
 
 
@@ -162,7 +162,7 @@ def backward(
     steps = [t.step // unit for t in (grads, sums_of, rows, added)]
     numbers = (count, each, tokens_of(x), *steps, programs, eps)
     if count:
-        launch(x, norm_rows.norm_backward, (programs,), (*tensors, *numbers), constants, tile.warps)
+        launch(norm_rows.norm_backward, (programs,), tensors, numbers, constants, tile.warps)
     elif sums is not None:
         sums.zero_()
     wanted = (weight if need_weight else None, bias if need_bias else None, gamma if need_gamma else None)
@@ -204,7 +204,7 @@ def add_up(sums: Tensor, dtype: torch.dtype) -> Tensor:
     """[programs, C] in fp32 -> [C] in `dtype`, added in one order."""
     programs, C = sums.shape
     out = torch.empty(C, dtype=dtype, device=sums.device)
-    launch(sums, norm_rows.add_up, (-(-C // 32), 1), (sums, out, programs), {"C": C, "BM": 32, "BN": 32}, 4)
+    launch(norm_rows.add_up, (-(-C // 32), 1), (sums, out), (programs,), {"C": C, "BM": 32, "BN": 32}, 4)
     return out
 
 

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vitfast.kernels import layer_norm, linear_product, tuning
 from vitfast.kernels.compilation import Compilation
@@ -120,7 +119,7 @@ def fold(
     tensors = [weight if t is None else t for t in (weight, norm_weight, norm_bias, bias)]
     tensors += [folded, column_sums, folded_bias]
     grid = (-(-N // tile.rows),)
-    launch(weight, linear_product.fold_norm, grid, (*tensors, N, weight.stride(0) // unit), constants, tile.warps)
+    launch(linear_product.fold_norm, grid, tensors, (N, weight.stride(0) // unit), constants, tile.warps)
     return folded, column_sums, folded_bias
 
 
@@ -178,19 +177,18 @@ def product(
         mean, rstd, columns = folded.mean, folded.rstd, folded.column_sums
         mean = mean if folded.pieces is None else folded.pieces
     rest = [bias, after.gamma, after.row_scale, mean, rstd, columns, sums, pieces, partials, arrived]
-    # a kernel takes no None; what stands in its place is not touched
-    rest = [out if t is None else t for t in rest]
-    tiles = [x, weight, out, out if aside is None else aside, out if beside is None else beside]
-    steps = [x.stride(0) // unit, weight.stride(0) // unit, tiles[4].stride(0) // unit]
-    if config.descriptors:
-        tiles = _descriptors(tiles, config, across)
+    tiles = [x, weight, out, aside, beside]
+    boxes = _boxes(tiles, config, across) if config.descriptors else ()
+    steps = [x.stride(0) // unit, weight.stride(0) // unit, (out if beside is None else beside).stride(0) // unit]
     programs = tiles_m * tiles_n * split
     if config.persistent:
-        programs = min(programs, multiprocessors(x.device))
+        programs = min(programs, config.programs * multiprocessors(x.device))
     numbers = (M, N // unit, K // unit, *steps, after.tokens, programs, 0.0 if folded is None else folded.eps)
-    arguments = (*tiles, *rest, *numbers)
-    if M:
-        launch(x, linear_product.product, (programs,), arguments, constants, config.warps, config.stages)
+    # a kernel takes no None; what stands in its place is not touched
+    tensors = [out if t is None else t for t in (*tiles, *rest)]
+    launch(
+        linear_product.product, (programs,), tensors, numbers, constants, config.warps, config.stages, boxes=boxes
+    )
     if after.pieces:
         return out, aside, pieces
     return out, aside, None if sums is None else layer_norm.add_up(sums, torch.float32)
@@ -222,11 +220,11 @@ def _constants(config: Product, split: int, unit: int, K: int, across: bool, dty
     }  # fmt: skip
 
 
-def _descriptors(tiles: list[Tensor], config: Product, across: bool) -> list[TensorDescriptor]:
+def _boxes(tiles: list[Tensor | None], config: Product, across: bool) -> list[list[int] | None]:
     part = [config.block_m, config.block_n // config.parts]
     of_weight = [config.block_k, config.block_n] if across else [config.block_n, config.block_k]
     boxes = [[config.block_m, config.block_k], of_weight, part, part, part]
-    return [TensorDescriptor.from_tensor(t, box) for t, box in zip(tiles, boxes, strict=True)]
+    return [None if t is None else box for t, box in zip(tiles, boxes, strict=True)]
 
 
 def _by_blas(x, weight, after, out, beside, across):
@@ -260,12 +258,24 @@ def finish(
     tensors = [fresh if t is None else t for t in tensors]
     numbers = (M, N // unit, y.stride(0) // unit, tensors[3].stride(0) // unit, after.tokens)
     grid = (tiles_m * -(-N // tile.block_n),)
-    launch(y, linear_product.finish_rows, grid, (*tensors, *numbers), constants, tile.warps)
+    launch(linear_product.finish_rows, grid, tensors, numbers, constants, tile.warps)
     return fresh, aside, None if sums is None else layer_norm.add_up(sums, torch.float32)
 
 
-def config_for(x: Tensor, weight: Tensor, across: bool = False) -> Product:
-    """The table's choice for x [..., K]."""
+def form_of(norm: str, act: str, *around: Tensor | None) -> str:
+    """What `tuning.BLAS_FIRST` calls a linear layer: "norm" where a norm is all that is around the product."""
+    return "norm" if norm != "none" and act == "none" and all(t is None for t in around) else ""
+
+
+def _blas_first(device: torch.device, form: str) -> bool:
+    # in the interpreter the tiles are what there is to test
+    return device.type == "cuda" and form in tuning.BLAS_FIRST.get(architecture(device), ())
+
+
+def config_for(x: Tensor, weight: Tensor, across: bool = False, form: str = "") -> Product:
+    """The table's choice for x [..., K]; form: see `tuning.BLAS_FIRST`."""
+    if _blas_first(x.device, form):
+        return tuning.BLAS
     M, K = x.numel() // max(1, x.shape[-1]), x.shape[-1]
     N = weight.shape[1 if across else 0]
     bits = torch.finfo(weight.dtype).bits
@@ -273,11 +283,12 @@ def config_for(x: Tensor, weight: Tensor, across: bool = False) -> Product:
     return tuning.product_config(architecture(x.device), bits, M, N, K, multiprocessors(x.device), aligned)
 
 
-def configs(device: torch.device, dtype: torch.dtype, M: int, N: int, K: int) -> list[Product]:
+def configs(device: torch.device, dtype: torch.dtype, M: int, N: int, K: int, form: str = "") -> list[Product]:
     """Every configuration of the table that can run this, the built-in choice first."""
     aligned = K % UNIT == 0 and N % UNIT == 0
     bits = torch.finfo(dtype).bits
-    return tuning.product_candidates(architecture(device), bits, M, N, K, multiprocessors(device), aligned)
+    found = tuning.product_candidates(architecture(device), bits, M, N, K, multiprocessors(device), aligned)
+    return list(dict.fromkeys([tuning.BLAS, *found])) if _blas_first(device, form) else found
 
 
 def normed(
@@ -309,7 +320,7 @@ def forward(
     saves: bool, *, config: Product | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """(out, mean, rstd, pre, branch) of `ops.linear`; the last four None where no backward needs them."""
-    config = config or config_for(x, weight)
+    config = config or config_for(x, weight, form=form_of(norm, act, gamma, row_scale, residual))
     rows, folded, mean, rstd = normed(x, weight, bias, norm, norm_weight, norm_bias, norm_eps, config, saves)
     after = After(
         out_dtype(weight, gamma, row_scale, residual), bias, act, gamma=gamma, row_scale=row_scale,
@@ -399,7 +410,8 @@ def _product_compilation(config: Product, name: str, flags: dict[str, Any], spli
         part = (config.block_m, config.block_n // config.parts)
         of_weight = (config.block_n, config.block_k)
         boxes = {"x": (config.block_m, config.block_k), "w": of_weight[::-1] if constants["ACROSS"] else of_weight}
-        for argument in ("x", "w", "out", "aside", "beside"):
+        there = {"aside": constants["ASIDE"], "beside": constants["RESIDUAL"] or constants["SLOPE"]}
+        for argument in ("x", "w", "out", *(name for name in there if there[name])):
             rows, columns = boxes.get(argument, part)
             types[argument] = f"tensordesc<{types[argument][1:]}[{rows},{columns}]>"
     pointers = tuple(argument for argument, kind in types.items() if kind.startswith("*"))

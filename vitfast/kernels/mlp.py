@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vitfast.kernels import gated_rows, layer_norm, linear, mlp_whole, tuning
 from vitfast.kernels.compilation import Compilation
@@ -44,7 +43,7 @@ def forward(
     """(out, mean, rstd, pre, branch, hidden) of `ops.mlp`; all but the first None where no backward needs them."""
     keep = bool(saves)
     can_be_whole = not gated and saves in ("", "fc1") and not (keep and gamma is not None)
-    first = config or (can_be_whole and whole_choice(x, w1)) or linear.config_for(x, w1)
+    first = config or (can_be_whole and whole_choice(x, w1)) or linear.config_for(x, w1, form="mlp")
     if first.kernel == "whole":
         reasons = why_not_whole(x, w1, first) + ([] if can_be_whole else ["what its backward keeps, or a gate"])
         if reasons:
@@ -62,7 +61,7 @@ def forward(
         out_dtype(w1, gamma, row_scale, x), b2, gamma=gamma, row_scale=row_scale, tokens=layer_norm.tokens_of(x),
         beside=x, aside=keep and gamma is not None,
     )  # fmt: skip
-    out, branch, _ = product(hidden, rows_of(w2), last, config or linear.config_for(hidden, w2))
+    out, branch, _ = product(hidden, rows_of(w2), last, config or linear.config_for(hidden, w2, form="mlp"))
     shaped = lambda t: None if t is None else t.view(*x.shape[:-1], t.shape[-1])  # noqa: E731
     return shaped(out), mean, rstd, shaped(pre), shaped(branch), shaped(hidden) if saves == "none" else None
 
@@ -115,11 +114,12 @@ def whole(
         "ACT": act, "RMS": norm == "rms", "WEIGHT": norm_weight is not None, "BIAS": norm_bias is not None,
         "B1": b1 is not None, "B2": b2 is not None, "GAMMA": gamma is not None, "ROW_SCALE": row_scale is not None,
     }  # fmt: skip
-    if config.descriptors:
-        tiles = [TensorDescriptor.from_tensor(t, list(box)) for t, box in zip(tiles, _boxes(C, config), strict=True)]
     numbers = (M, rows.stride(0) // UNIT, layer_norm.tokens_of(x), norm_eps)
     grid = (-(-M // config.block_m),)
-    launch(x, mlp_whole.mlp_whole, grid, (*tiles, *vectors, *numbers), constants, config.warps, config.stages)
+    boxes = _boxes(C, config) if config.descriptors else ()
+    launch(
+        mlp_whole.mlp_whole, grid, (*tiles, *vectors), numbers, constants, config.warps, config.stages, boxes=boxes
+    )
     return out.view(x.shape)
 
 
@@ -201,13 +201,13 @@ def backward(
     grad_y, grad_gamma = layer_norm.branch_grads(grad, branch, gamma, row_scale, w1.dtype, need_gamma)
     grad_y, pre, hidden = rows_of(grad_y), rows_of(pre), rows_of(hidden)
     if pre is None and (need_pre or (need_w2 and hidden is None)):
-        first = linear.config_for(x, w1)
+        first = linear.config_for(x, w1, form="mlp_backward")
         rows, folded, *_ = linear.normed(x, w1, b1, norm, norm_weight, norm_bias, norm_eps, first, False)
         pre, *_ = product(rows, rows_of(w1), After(w1.dtype, b1), first, folded=folded)
     grad_x = grad_norm_weight = grad_norm_bias = grad_w1 = grad_b1 = grad_w2 = grad_b2 = None
     again = need_w2 and hidden is None
     if need_pre:
-        config = config or linear.config_for(grad_y, w2, across=True)
+        config = config or linear.config_for(grad_y, w2, across=True, form="mlp_backward")
         if gated:
             grad_hidden = grad_y @ w2
             grad_pre, made = gated_rows.backward(grad_hidden, pre, act, again)

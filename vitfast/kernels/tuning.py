@@ -1,8 +1,8 @@
 """Configurations of the kernels as data, by architecture: chosen by shape, never searched for while a model runs.
 
-The tables come from what compiles without spilling (`make aot`), and from measurements where there are any. A row
-holds what a kernel is compiled with; the launchers read the tables from top to bottom and take the first row that
-fits. Architectures: 80 (A100), 89 (its kin with 99 KB of shared memory: RTX 30 to 50, L4, L40), 90 (Hopper), 100.
+The tables come from what compiles without spilling (`make aot`), and on Hopper from measurements (benchmarks/results).
+A row holds what a kernel is compiled with; the launchers read the tables from top to bottom and take the first row
+that fits. Architectures: 80 (A100), 89 (its kin with 99 KB of shared memory: RTX 30 to 50, L4, L40), 90 (Hopper), 100.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ class Config:
         warps, stages: of a program, and of its loop over memory.
         peel: the last block of keys in code of its own, without masks in that of the others.
         loop: a program takes all queries of a head in turn (short forward only).
+        registers: of a thread at most, so that more programs share a multiprocessor; 0: as many as the compiler wants
+            (forward only).
         keys_m, keys_n, keys_warps: the same of the half that makes dk and dv, where that is a kernel of its own.
     """
 
@@ -34,6 +36,7 @@ class Config:
     stages: int = 2
     peel: bool = True
     loop: bool = False
+    registers: int = 0
     keys_m: int = 0
     keys_n: int = 0
     keys_warps: int = 0
@@ -81,7 +84,7 @@ FORWARD_FEW = [
     Row(Config("online", 16, 64, warps=1), width=64, programs_at_most=FEW, dropout=False),
     Row(Config("online", 16, 32, warps=2), programs_at_most=FEW),
 ]
-FORWARD_HOPPER = [
+FORWARD_BLACKWELL = [
     *FORWARD_FEW,
     Row(Config("short", 64), width=64, keys=272, programs_at_most=SOME, dropout=False),
     # keys and values cross the L2 cache once a head, which else takes longer than the memory does
@@ -98,12 +101,17 @@ FORWARD: dict[int, list[Row]] = {
         *FORWARD_FP32[80],
     ],
     90: [
-        *FORWARD_HOPPER,
+        Row(Config("short", 64), width=64, keys=272, programs_at_most=SOME, dropout=False),
+        Row(Config("online", 64, 32, stages=3, registers=96), width=64, keys=400, dropout=False),
+        Row(Config("online", 64, 64, stages=3, registers=128), width=64, dropout=False),
+        Row(Config("online", 64, 64, stages=3), width=80, dropout=False),
         Row(Config("online", 64, 64)),
+        *FORWARD_FEW,
+        Row(Config("short", 64, stages=2, loop=True), width=64, keys=272, dropout=False),
         *FORWARD_FP32[90],
     ],
     100: [
-        *FORWARD_HOPPER,
+        *FORWARD_BLACKWELL,
         Row(Config("online", 64, 64), dropout=False),
         Row(Config("online", 64, 64, warps=8)),
         *FORWARD_FP32[100],
@@ -116,6 +124,8 @@ BACKWARD_FP32 = tuple(
     for m, n, stages, km, kw, width in ((64, 32, 2, 32, 8, 64), (32, 32, 1, 16, 4, 80), (16, 16, 1, 16, 8, 128))
 )
 
+BACKWARD_HOPPER = Config("blocks", 64, 32, stages=3, keys_m=32, keys_n=64, keys_warps=4)
+
 BACKWARD: dict[int, list[Row]] = {
     80: [
         Row(Config("blocks", 32, 64, keys_m=32, keys_n=64, keys_warps=4), width=64, programs_at_most=FEW),
@@ -126,12 +136,18 @@ BACKWARD: dict[int, list[Row]] = {
         *BACKWARD_FP32,
     ],
     90: [
-        Row(Config("blocks", 32, 64, keys_m=32, keys_n=64, keys_warps=4), width=64, programs_at_most=FEW),
-        Row(Config("blocks", 32, 32, keys_m=32, keys_n=64, keys_warps=4), width=80, programs_at_most=FEW),
-        Row(Config("short", 32, warps=8), width=64, keys=256, dropout=False),
-        Row(Config("head", 32, 32, stages=1, peel=False), keys=256, dropout=False),
+        Row(BACKWARD_HOPPER, programs_at_most=FEW),
+        Row(
+            Config("blocks", 128, 64, warps=8, keys_m=32, keys_n=64, keys_warps=4), width=64, keys=400,
+            programs_at_most=SOME,
+        ),
+        Row(BACKWARD_HOPPER, width=64, keys=400),
+        Row(
+            Config("blocks", 128, 64, warps=8, stages=3, keys_m=64, keys_n=64, keys_warps=4), width=64, dropout=False
+        ),
+        Row(BACKWARD_HOPPER),
         Row(Config("blocks", 64, 64, keys_m=64, keys_n=64, keys_warps=4), width=80),
-        Row(Config("blocks", 64, 64, keys_m=32, keys_n=64, keys_warps=8)),
+        Row(Config("short", 32, warps=8), width=64, keys=256, dropout=False),
         *BACKWARD_FP32,
     ],
     100: [
@@ -179,9 +195,10 @@ class Product:
         warps, stages: of a program, and of its loop over the depth.
         parts: columns of a tile are finished in so many parts.
         descriptors: tiles move by bulk copies, which want rows at multiples of 16 bytes.
-        persistent: a program a multiprocessor, which takes tiles in turn.
+        persistent: `programs` a multiprocessor, which take tiles in turn.
         swap: the weight's rows are the rows of the matrix instruction, of which it wants 64.
         split: up to so many programs a tile, where tiles are too few.
+        programs: of a persistent kernel, a multiprocessor: one multiplies while the other finishes.
     """
 
     kernel: str = "tiles"
@@ -195,6 +212,7 @@ class Product:
     persistent: bool = False
     swap: bool = False
     split: int = 1
+    programs: int = 1
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -224,6 +242,12 @@ FINISH = Product("finish", 32, 128, warps=4)
 
 # cuBLAS multiplies fp32 with tiles that no kernel here comes near
 PRODUCT_FP32 = [ProductRow(BLAS, bits=32)]
+# on Hopper and Blackwell, where rows begin anywhere
+PRODUCT_POINTERS = [
+    ProductRow(Product("tiles", 16, 64, 64, stages=4, split=8), rows=16),
+    ProductRow(Product("tiles", 64, 64, 64, stages=4, split=4), tiles_at_most=1.0),
+    ProductRow(Product("tiles", 128, 64, 64, warps=4, stages=4, parts=2)),
+]
 
 PRODUCT: dict[int, list[ProductRow]] = {
     80: [
@@ -240,19 +264,28 @@ PRODUCT: dict[int, list[ProductRow]] = {
     ],
     90: [
         ProductRow(Product("tiles", 16, 64, 128, stages=4, descriptors=True, swap=True, split=8), rows=16),
+        ProductRow(Product("tiles", 64, 64, 128, stages=4, descriptors=True, split=4), tiles_at_most=0.2),
+        ProductRow(Product("tiles", 64, 128, 64, stages=4, parts=2, descriptors=True), tiles_at_most=1.0),
+        ProductRow(
+            Product("tiles", 128, 128, 64, stages=3, parts=2, descriptors=True, persistent=True, programs=2)
+        ),
+        ProductRow(Product("tiles", 128, 128, 64, warps=8, stages=3, parts=2, descriptors=True)),
+        ProductRow(Product("tiles", 128, 256, 64, warps=8, parts=4, descriptors=True, persistent=True)),
+        *PRODUCT_POINTERS,
+        *PRODUCT_FP32,
+    ],
+    100: [
+        ProductRow(Product("tiles", 16, 64, 128, stages=4, descriptors=True, swap=True, split=8), rows=16),
         ProductRow(Product("tiles", 64, 64, 128, stages=4, descriptors=True, split=4), tiles_at_most=1.0),
         ProductRow(
             Product("tiles", 128, 128, 64, warps=8, stages=4, parts=2, descriptors=True, persistent=True),
             tiles_at_most=4.0,
         ),
         ProductRow(Product("tiles", 128, 256, 64, warps=8, parts=4, descriptors=True, persistent=True)),
-        ProductRow(Product("tiles", 16, 64, 64, stages=4, split=8), rows=16),
-        ProductRow(Product("tiles", 64, 64, 64, stages=4, split=4), tiles_at_most=1.0),
-        ProductRow(Product("tiles", 128, 64, 64, warps=4, stages=4, parts=2)),
+        *PRODUCT_POINTERS,
         *PRODUCT_FP32,
     ],
 }
-PRODUCT[100] = PRODUCT[90]
 
 
 def _product_rows(arch: int, bits: int, M: int, N: int, multiprocessors: int, aligned: bool) -> list[Product]:
@@ -280,6 +313,9 @@ def product_candidates(
     others = [row.config for row in PRODUCT[arch] if row.bits == bits and (aligned or not row.config.descriptors)]
     return list(dict.fromkeys([*fits, *others, BLAS]))
 
+
+# what cuBLAS, with kernels before and after it, computes faster than any tile here (benchmarks/results)
+BLAS_FIRST: dict[int, tuple[str, ...]] = {90: ("norm", "mlp", "mlp_backward")}
 
 # both layers of an MLP in one kernel, by width and architecture. Tiles of 32 rows, all that fits on sm_80 and sm_89,
 # read the weights too often to be the built-in choice; `vitfast tune` tries them

@@ -16,6 +16,8 @@ from vitfast.switches import stock_only
 
 ACTIVATIONS = LINEAR_ACTIVATIONS[1:]
 RECOMPUTE = ("none", "act", "fc1")
+# with fewer, stock operators are as fast or up to 6 % faster (H200: 197 rows of 192, 384 and 768 numbers)
+LEAST_ROWS = 512
 
 
 def mlp(
@@ -150,7 +152,8 @@ def _mlp_kernel(x, norm_weight, norm_bias, norm_eps, norm, w1, b1, w2, b2, act, 
     if x.numel() and w1.numel():
         words = (norm, act, "gated" * gated, "scaled" if gamma is not None or row_scale is not None else "")
         found = _launch.attempt(
-            "mlp", "mlp", x, lambda kernels: kernels.why_not(x, w1), shape_of(x, w1, *words, saves), True,
+            "mlp", "mlp", x, lambda kernels: kernels.why_not(x, w1), shape_of(x, w1, *words, saves),
+            _launch.INTERPRETED or x.numel() // x.shape[-1] >= LEAST_ROWS,
             lambda kernels, config: kernels.forward(*args, config=kernels.Product(**config) if config else None),
         )  # fmt: skip
     return found or _mlp_stock(*args)
