@@ -19,7 +19,7 @@ from vitfast.bench import harness
 from vitfast.bench.case import DTYPES, Case, Variant, Work
 from vitfast.calls import NAMES, Call
 from vitfast.config import ViTConfig
-from vitfast.families import FAMILIES, Family, present
+from vitfast.families import FAMILIES, Family
 from vitfast.tuning_cache import Choice
 from vitfast.variants import config_for
 from vitfast.warm_up import SEED, batches_of, check_dtype, kernel_calls, models_in
@@ -192,7 +192,7 @@ def _case(
         return tuple(arg for arg in family.draw(call, generator) if isinstance(arg, Tensor))
 
     def way(run: Callable[[Sequence[Any]], tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-        return lambda *tensors: present(run(call.fill(tensors)))
+        return lambda *tensors: family.measurable(run(call.fill(tensors)))
 
     def kernel(config: dispatch.Config | None) -> Variant:
         return Variant(lambda: way(lambda args: family.with_config(args, config)), ours=True)
