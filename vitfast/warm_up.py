@@ -79,17 +79,20 @@ def warmup(
     """Check the kernels that a model on a GPU will run, and compile them, before the first image comes.
 
     Attention is checked and compiled without dropout, which is compiled when it is first called.
-    Each kernel's results on a few small inputs are held to the rule of `vitfast.acceptance`, next to stock operators. A
-    kernel that fails is switched off for the process, with one warning that names it. Then, or rather in the same go,
-    everything is compiled that these batches need. Neither weights and gradients nor the state of random number
-    generators are touched.
+    Every call that the model will make is made once, with numbers drawn for it: all that comes out must be finite, and
+    the first and last rows, those at the boundaries of tiles and 512 others (of attention and patches some images) are
+    held to the rule of `vitfast.acceptance`, next to stock operators; so are all results on a few small inputs. A
+    kernel that fails is switched off for the process, with one warning that names it. In the same go everything is
+    compiled that these batches need. Neither weights and gradients nor the state of random number generators are
+    touched.
 
     Args:
-        model: a `vitfast.ViT`, or a module that contains one. On a CPU nothing is compiled, and the report is empty.
+        model: a `vitfast.ViT`, one that `vitfast.prepare` made, or a module that contains some. On a CPU nothing is
+            compiled, and the report is empty.
         batch: numbers of images.
         dtype: float32, bfloat16 or float16: what the model computes in; by default autocast's where it is on for GPUs,
-            else that of the model's blocks.
-        training: also the backward.
+            else that of the model's blocks. A prepared model computes in its own.
+        training: also the backward, which a prepared model does not have.
         progress: print a line for each call on stderr.
 
     Returns:
