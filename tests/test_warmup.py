@@ -455,7 +455,8 @@ def test_small_calls_have_the_rows_of_the_call_or_other_weights(op):
 
 def own_calls(op):
     if op in PREPARED:
-        described = Prepared(vitfast.config_for("vit_tiny_patch16_224", img_size=64), torch.float32, torch.device("cpu"))
+        config = vitfast.config_for("vit_tiny_patch16_224", img_size=64)
+        described = Prepared(config, torch.float32, torch.device("cpu"))
         return [with_pieces(call) for call in calls_of_prepared(described, 2) if call.op == op]
     return layer_calls(op, torch.float32)
 

@@ -168,7 +168,7 @@ def test_wrong_product_of_a_prepared_model_stays_on(kernel, launcher, device, mo
 
 
 def test_choice_for_a_product_holds_for_one_of_another_kind(device, monkeypatch):
-    """Their keys were one: what was tuned for a layer with a norm before it held for one with the norm in its weights."""
+    """Their keys were one: what was tuned for a norm before a layer held for a norm in its weights."""
     restart(monkeypatch)
     model = model_of(torch.float16, device, depth=2)
     images = torch.randn(2, 3, 24, 24, device=device).half()

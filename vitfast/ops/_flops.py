@@ -118,8 +118,9 @@ def patch_embed_packed_backward(grad: Shape, images: Sequence[Shape], weight: Sh
 
 
 FORMULAS: tuple[Callable[..., int], ...] = (
-    linear, linear_backward, folded_linear, added_linear, mlp, mlp_backward, attention, attention_backward, attention_qkv, attention_qkv_backward,
-    patch_embed, patch_embed_backward, patch_embed_packed, patch_embed_packed_backward,
+    linear, linear_backward, folded_linear, added_linear, mlp, mlp_backward, attention, attention_backward,
+    attention_qkv, attention_qkv_backward, patch_embed, patch_embed_backward, patch_embed_packed,
+    patch_embed_packed_backward,
 )  # fmt: skip
 # these read where images begin, the others shapes only
 OF_TENSORS = attention_varlen, attention_varlen_backward
