@@ -12,6 +12,7 @@ from simulated_device import SimulatedDevice
 import vitfast
 from vitfast import cli, dispatch, info, tuning, tuning_cache
 from vitfast.bench import harness
+from vitfast.calls import Call, Prepared, contiguous
 from vitfast.families import FAMILIES
 from vitfast.warm_up import kernel_calls
 
@@ -159,6 +160,37 @@ def test_gradients_of_weights_are_cut_to_images_or_absent_results_counted(place,
     assert {shapes[2] for shapes in seen} == {call.likes()[2].shape}
 
 
+@pytest.mark.parametrize("op", ["folded_linear", "added_linear"])
+def test_a_product_of_a_prepared_model_is_not_measured(place, monkeypatch, op):
+    """With statistics of its rows, that come in as columns and go out of the kernel alone."""
+    config = vitfast.config_for("vit_tiny_patch16_224", img_size=64, depth=1)
+    described = Prepared(config, torch.float32, torch.device("cpu"))
+    call = next(c for c in kernel_calls([described], (5,), torch.bfloat16, True) if c.op == op)
+    rows, family, seen = 5 * 17, FAMILIES[op], []
+    if op == "folded_linear":
+        # cut in two by this model, whose last block is its first: keys and values
+        pieces = contiguous(3, 2, rows, dtype=torch.float32)
+        call = next(c for c in kernel_calls([described], (5,), torch.bfloat16, True) if c.args[0].shape[1] == 17)
+        call = Call(op, (*call.args[:5], pieces, *call.args[6:]))
+
+    def run(*args):
+        taken = dispatch.choose("fake", ("rows",), DEVICE, [], True)
+        place.work(5e-6, 1e-3 if taken else 2e-3)
+        seen.append([tuple(arg.shape) for arg in args if isinstance(arg, torch.Tensor)])
+        found = family.run(*args)
+        return (found[0], torch.zeros(3, 2, rows)) if op == "added_linear" and taken else found
+
+    monkeypatch.setitem(FAMILIES, op, replace(family, run=run, kernel="fake"))
+    (row,) = tuning.tune_calls([call], place, 10.0, lambda text: None).rows
+    assert row.use == "kernel" and not row.wrong and row.call.startswith(op), row
+    if op == "folded_linear":
+        assert {shapes[5] for shapes in seen} == {(3, 2, rows)}
+        # the truth is of the first images alone
+        given = family.draw(call, torch.Generator())
+        cut = family.cut(call, tuple(arg for arg in given if isinstance(arg, torch.Tensor)), 2)
+        assert torch.equal(cut[5], given[5][..., : 2 * 17]) and cut[0].shape[0] == 2 and cut[1] is given[1]
+
+
 def test_a_kernel_that_is_switched_off_cannot_be_measured(fake, place):
     with pytest.warns(RuntimeWarning):
         dispatch.switch_off("fake", "its built-in configuration is wrong here")
@@ -272,6 +304,19 @@ def test_the_command_succeeds_with_a_wrong_kernel_or_with_nothing(fake, gpu, cap
     fake.kernel = fake.timed(lambda config: 2, kernel)
     assert cli.main(["tune", "vit_tiny_patch16_224"]) == 1
     assert ("nothing was kept" in capsys.readouterr().out) == (kernel is full)
+
+
+def test_the_command_leaves_prepared_models_out(fake, gpu, capsys):
+    assert cli.main(["tune", "vit_tiny_patch16_224", "--dtype", "fp16", "--prepared"]) == 0
+    config = vitfast.config_for("vit_tiny_patch16_224")
+    assert gpu[0][0] == [config, Prepared(config, torch.float16, torch.device("cuda"))]
+
+
+def test_a_prepared_model_is_taken_for_the_model_that_it_was(fake, gpu):
+    model = vitfast.create_model("vit_tiny_patch16_224", img_size=32, depth=1).eval()
+    prepared = vitfast.prepare(model)
+    tuning.tune(prepared, progress=False)
+    assert gpu[0][0] == [Prepared(model.config, torch.float32, torch.device("cuda"))]
 
 
 def test_a_model_is_not_taken_in_place_of_its_config(fake, gpu):

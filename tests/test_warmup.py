@@ -11,8 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vitfast
 from vitfast import dispatch, warm_up
+from vitfast.acceptance import NotAccepted
 from vitfast.bench import device as devices
-from vitfast.calls import Call, Like, calls_of
+from vitfast.calls import Call, Like, Prepared, calls_of, calls_of_prepared, contiguous, distinct
+from vitfast.engine import PreparedViT
 from vitfast.families import FAMILIES
 from vitfast.families.family import arguments
 from vitfast.kernels import linear
@@ -35,8 +37,10 @@ def test_a_right_kernel_is_switched_off(fake, dtype):
     assert row[:4] == ("fake", str(rows(8, 64, dtype)), "kernel", "right") and row.seconds > 0
     assert dispatch.switched_off("fake") is None and fake.who(8, 64) == "kernel"
     assert "warmup 1/1" in line and "fake_softmax [8, 64]" in line and "right" in str(report)
-    # the call as it is first, by its own configuration; then small ones by the same, each next to stock operators
+    # the call as it is first, by its own configuration, of which some rows are compared; then small ones by the same,
+    # each next to stock operators
     small = [(17, 33), (64, 128)]
+    assert fake.ran.pop(1)[:2] == ("stock", None)
     expected = [("kernel", None, (8, 64))]
     expected += [each for size in small for each in (("stock", None, size), ("kernel", {"block": 64}, size))]
     assert fake.ran[:-1] == expected
@@ -50,6 +54,17 @@ def wrong_row(x, config=None):
 
 def wrong_at_odd_sizes(x, config=None):
     return wrong_row(x) if x.shape[-1] % 2 else right(x)
+
+
+def wrong_where_it_is_large(x, config=None):
+    return wrong_row(x) if x.shape == (8, 64) else right(x)
+
+
+def one_nan(x, config=None):
+    out = right(x)
+    # of a row in the middle, which nobody compares
+    out[5, 3] = torch.nan
+    return out
 
 
 def nan(x, config=None):
@@ -83,10 +98,12 @@ def raises_when_forced(x, config=None):
 WRONG = [
     (wrong_row, "not accepted: A: max error"),
     (wrong_at_odd_sizes, "fake_softmax [17, 33] fp32, result 0"),
-    (nan, "NaN in 561 places, expected 0"),
+    (wrong_where_it_is_large, "fake_softmax [8, 64] fp32, result 0"),
+    (nan, "512 of 512 numbers are not finite"),
+    (one_nan, "1 of 512 numbers are not finite"),
     (biased, "C: rms error"),
     (another_dtype, "expected torch.float32"),
-    (another_shape, "expected [17, 33]"),
+    (another_shape, "result 0: [7, 64], expected 8 rows or images, not 7"),
     (two_results, "2 results, expected 1"),
     (raises, "RuntimeError: Triton Error [CUDA]: too many resources requested for launch"),
     (raises_when_forced, "too many resources"),
@@ -132,7 +149,8 @@ def test_a_forced_kernel_that_cannot_run_is_warmed_up_as_stock(fake):
 def test_the_same_check_is_made_twice(fake):
     report, _ = warm(rows(8, 64), rows(9, 64))
     assert [row.check for row in report.rows] == ["right"] * 2
-    assert sum(who == "stock" for who, *_ in fake.ran) == 2
+    # the small ones, beside the rows of either call
+    assert sum(who == "stock" for who, *_ in fake.ran) == 2 + 2
 
 
 def broken_stock(x):
@@ -152,7 +170,7 @@ def test_a_kernel_is_blamed_for_stock_operators_or_passes_unchecked(fake, stock)
     fake.stock = stock
     with pytest.warns(RuntimeWarning, match="fake kernel was not checked: NoYardstick: stock operators") as told:
         report, _ = warm()
-    assert report.rows[0].runs == "kernel" and "not checked" in report.rows[0].check and len(told) == 2
+    assert report.rows[0].runs == "kernel" and "not checked" in report.rows[0].check and len(told) == 3
     assert dispatch.switched_off("fake") is None
 
 
@@ -226,16 +244,42 @@ def test_a_model_on_a_gpu_is_left_cold(monkeypatch, capsys):
     monkeypatch.setattr(devices, "of", lambda device: SimulatedDevice())
     report = vitfast.warmup(model, [1, 3], dtype=torch.bfloat16, training=True)
     # a norm of a sum is nowhere in a ViT: sums come out of linear layers; rows of pixels are for vit-pytorch's norm
-    ops = {op for op in FAMILIES if "add_layer_norm" not in op and op != "image_rows"}
+    ops = {op for op in FAMILIES if "add_layer_norm" not in op and op not in ("image_rows", *PREPARED)}
     half = len(report.rows) // 2
     for rows_of_batch in (report.rows[:half], report.rows[half:]):
         assert {row.call.split()[0] for row in rows_of_batch} == ops
-    assert {row.kernel for row in report.rows} == set(dispatch.KERNELS)
+    assert {row.kernel for row in report.rows} == set(dispatch.KERNELS) - set(PREPARED)
     assert all("[3, " in row.call and "bf16" in row.call for row in report.rows[half:])
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(",")[0] for line in lines] == [f"warmup {i}/{2 * half}" for i in range(1, 2 * half + 1)]
     vitfast.warmup(model, 1, dtype=torch.bfloat16, progress=False)
     assert not capsys.readouterr().err
+
+
+# ops and kernels of prepared models, by one name
+PREPARED = ("folded_linear", "added_linear")
+
+
+def test_a_prepared_model_on_a_gpu_is_left_cold(monkeypatch):
+    """Its products were no ops: neither checked nor compiled; tests/kernels/test_folded.py has the kernels in it."""
+    model = vitfast.ViT.from_config(vitfast.config_for("vit_tiny_patch16_224", **TINY | {"depth": 3})).to("meta")
+    prepared = PreparedViT(model.eval().half(), torch.float16, None)
+    prepared.parameters = lambda: iter([types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16)])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(devices, "of", lambda device: SimulatedDevice())
+    report = vitfast.warmup(torch.nn.ModuleList([prepared]), 2, dtype=torch.float32, training=True, progress=False)
+    calls = [row.call for row in report.rows]
+    assert calls == [str(call) for call in distinct(calls_of_prepared(description_of(prepared), 2))]
+    # in its own dtype, without a backward, qkv whole and cut, and five tokens or one in what comes after
+    assert all("fp16" in call and "backward" not in call for call in calls)
+    assert {row.kernel for row in report.rows} == {"patch_embed", "attention", "layer_norm", *PREPARED}
+    products = [call.split(" fp16")[0] for call in calls if call.startswith(PREPARED)]
+    assert [call for call in products if "[2, 1, 192]" in call or "[2, 1, 768]" in call] == products[4:5] + products[6:]
+    assert len(products) == 9
+
+
+def description_of(prepared):
+    return warm_up.description(prepared, torch.device("cuda"))
 
 
 def test_a_graph_that_is_captured_gets_kernels_compiled_into_it(monkeypatch):
@@ -404,6 +448,85 @@ def test_small_calls_have_the_rows_of_the_call_or_other_weights(op):
                     assert mine.dtype == theirs.dtype and (len(mine.shape) == 1 or rows in (197, 17, 394, 51))
                 else:
                     assert mine == theirs
+
+
+# calls as a model makes them, of which some rows or images are compared
+
+
+def own_calls(op):
+    if op in PREPARED:
+        config = vitfast.config_for("vit_tiny_patch16_224", img_size=64)
+        described = Prepared(config, torch.float32, torch.device("cpu"))
+        return [with_pieces(call) for call in calls_of_prepared(described, 2) if call.op == op]
+    return layer_calls(op, torch.float32)
+
+
+def with_pieces(call):
+    """On a CPU no product leaves statistics."""
+    args = list(call.args)
+    if call.op == "folded_linear" and args[0].shape[1] > 1:
+        args[5] = contiguous(3, 2, args[0].shape[0] * args[0].shape[1], dtype=torch.float32)
+    return Call(call.op, tuple(args))
+
+
+def result_of(op, call, change=lambda of: None):
+    """Family, arguments, results and places of a call, whose arguments were changed before it ran."""
+    family, generator = FAMILIES[op], torch.Generator().manual_seed(0)
+    args, places = family.draw(call, generator), family.places(call, generator)
+    args = family.quiet(call, args, places)
+    changed = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args]
+    # defaults at the end are left out
+    change(dict(zip(arguments(op), changed, strict=False)))
+    return family, args, family.results(changed), places
+
+
+def off(t, at):
+    t = t.clone()
+    t[at] += 0.01 * t.abs().max() + 1e-3
+    return t
+
+
+MODEL_OPS = [op for op in FAMILIES if "add_layer_norm" not in op and op != "image_rows"]
+
+
+@pytest.mark.parametrize("op", MODEL_OPS)
+def test_a_large_result_is_wrong_in_its_last_row_or_in_a_sum(op):
+    for call in own_calls(op):
+        family, args, outs, places = result_of(op, call)
+        assert warm_up.check_part(family, call, args, outs, places, SimulatedDevice()) == "right"
+    for i, out in enumerate(outs):
+        for wrong in ("off", "nan") if out is not None else ():
+            broken = list(outs)
+            broken[i] = off(out, -1) if wrong == "off" else out.clone().index_fill_(0, torch.tensor(0), torch.nan)
+            with pytest.raises(NotAccepted, match=f"result {i}.*{'not accepted' if wrong == 'off' else 'not finite'}"):
+                warm_up.check_part(family, call, args, tuple(broken), places, SimulatedDevice())
+
+
+@pytest.mark.parametrize("row", [0, 31, 32, -1])
+@pytest.mark.parametrize("op", ["linear_backward", "mlp_backward"])
+def test_a_sum_over_all_rows_lacks_one(op, row):
+    """34 of them: the last of a tile, the first of the next one, and the last of all."""
+    call = next(call for call in own_calls(op) if call.likes()[0].shape[1] > 1)
+
+    def lose(of):
+        of["grad"].view(-1, of["grad"].shape[-1])[row] = 0
+
+    family, args, outs, places = result_of(op, call, lose)
+    # what comes row by row is right, so that only the sums tell
+    kept = family.results(args)
+    outs = tuple(out if i in family.sums else good for i, (out, good) in enumerate(zip(outs, kept, strict=True)))
+    with pytest.raises(NotAccepted, match="result [1-7]"):
+        warm_up.check_part(family, call, args, outs, places, SimulatedDevice())
+
+
+@pytest.mark.parametrize("rows", [1, 2, 33, 197, 50432, 10**6])
+def test_a_row_beside_a_boundary_is_not_compared(rows):
+    call = Call("layer_norm", (contiguous(1, rows, 8, dtype=torch.float32),))
+    places = FAMILIES["layer_norm"].places(call, torch.Generator().manual_seed(0)).tolist()
+    step = 32 if rows < 65536 else 512
+    assert {0, rows - 1} <= set(places) <= set(range(rows)) and places == sorted(set(places))
+    assert {n + side for n in range(step, rows, step) for side in (-1, 0)} <= set(places)
+    assert min(rows, 33) <= len(places) <= 4096 + 512 + 2
 
 
 def test_a_backward_gets_what_no_forward_kept():

@@ -66,17 +66,45 @@ class Call(NamedTuple):
         return f"{self.op} {shapes} {NAMES[self.dtype]}{of_pixels}"
 
 
+class Prepared(NamedTuple):
+    """What `vitfast.prepare` makes of a model as `config` describes it."""
+
+    config: ViTConfig
+    dtype: torch.dtype
+    device: torch.device
+
+
 class _Recorder(TorchDispatchMode):
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
         super().__init__()
         # by call, in the order in which they came first
         self.calls: dict[Call, None] = {}
+        # where results have another shape than on 'meta'
+        self.device = device
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "vitfast":
             likes = tuple(_like(arg) for arg in args)
             self.calls[Call(func._schema.name.removeprefix("vitfast::"), likes)] = None
+            if self.device is not None:
+                return _as_on(self.device, func, args)
         return func(*args, **(kwargs or {}))
+
+
+def _as_on(device: torch.device, func: Any, args: Any) -> Any:
+    """What an op gives on a device, without either's numbers."""
+    # not with the package: `import vitfast` has a limit
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def move(t: Any, to: torch.device) -> Any:
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=to) if isinstance(t, Tensor) else t
+
+    meta = torch.device("meta")
+    with FakeTensorMode():
+        results = func(*(move(arg, device) for arg in args))
+    if isinstance(results, (tuple, list)):
+        return tuple(move(result, meta) for result in results)
+    return move(results, meta)
 
 
 def _like(arg: Any) -> Any:
@@ -94,21 +122,41 @@ def calls_of(config: ViTConfig, batch: int, dtype: torch.dtype, training: bool) 
         batch: images.
         dtype: of weights and images, or autocast's.
     """
-    # meta tensors would take the way of CPUs with it
-    small = config.replace(depth=min(config.depth, BLOCKS), attn_dropout=0.0)
-    size = small.image_size
-    if not small.dynamic_pad:
-        # a dynamic size need not be one that the patch divides
-        size = tuple(n * patch for n, patch in zip(small.grid_size, small.patch_size, strict=True))
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
-        with torch.device("meta"):
-            model = ViT.from_config(small).to(dtype).train(training)
-            images = torch.empty(batch, small.channels, *size, dtype=dtype)
+        model, images = _without_memory(config, batch, dtype)
+        model.train(training)
         with _Recorder() as recorder, torch.set_grad_enabled(training):
             out = model(images)
             if training:
                 out.sum().backward()
     return list(recorder.calls)
+
+
+def calls_of_prepared(prepared: Prepared, batch: int) -> list[Call]:
+    """`calls_of` of a prepared model on a GPU; in its own dtype, and with statistics of rows as its device makes them.
+
+    Those depend on what each product runs as there: on its shape, on what was tuned, and on what is switched off.
+    """
+    from vitfast.engine import PreparedViT
+
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]), torch.no_grad():
+        model, images = _without_memory(prepared.config, batch, prepared.dtype)
+        frozen = PreparedViT(model.eval(), prepared.dtype, None)
+        with _Recorder(prepared.device) as recorder:
+            frozen._forward(images, None)
+    return list(recorder.calls)
+
+
+def _without_memory(config: ViTConfig, batch: int, dtype: torch.dtype) -> tuple[ViT, Tensor]:
+    """A model with few blocks, and images for it."""
+    # meta tensors would take the way of CPUs with dropout of attention
+    small = config.replace(depth=min(config.depth, BLOCKS), attn_dropout=0.0)
+    size = small.image_size
+    if not small.dynamic_pad:
+        # a dynamic size need not be one that the patch divides
+        size = tuple(n * patch for n, patch in zip(small.grid_size, small.patch_size, strict=True))
+    with torch.device("meta"):
+        return ViT.from_config(small).to(dtype), torch.empty(batch, small.channels, *size, dtype=dtype)
 
 
 def distinct(found: Iterable[Call]) -> list[Call]:

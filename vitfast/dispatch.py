@@ -49,6 +49,8 @@ KERNELS: dict[str, Kernel] = {
     "layer_norm_backward": Kernel("kernels/norm_rows.py"),
     "linear": Kernel("kernels/linear_product.py", "for products with nothing around them but a bias"),
     "linear_backward": Kernel("kernels/linear_product.py", "for products with nothing around them but a bias"),
+    "folded_linear": Kernel("kernels/linear_product.py"),
+    "added_linear": Kernel("kernels/linear_product.py"),
     "mlp": Kernel("kernels/linear_product.py", "for fewer than 512 rows"),
     "mlp_backward": Kernel("kernels/linear_product.py"),
     "patch_embed": Kernel("csrc/patch_embed.cuh", "for weights in fp32"),

@@ -156,7 +156,7 @@ def _unusable(p: Tensor) -> list[str]:
 
 def folds(device: torch.device) -> bool:
     """Whether a model there is prepared for the Triton kernels, and not for those of a CPU."""
-    return device.type == "cuda" or _launch.INTERPRETED
+    return device.type != "cpu" or _launch.INTERPRETED
 
 
 def _device(model: ViT) -> torch.device:

@@ -2,7 +2,7 @@
 
 Nothing here is differentiable, and nothing is checked: `engine.prepare` builds these and guards their use. A residual
 stream travels with the statistics of its rows, which the product that wrote it has left (`pieces`), so that no norm
-has to read it for them. Where the kernels do not run, ops compute the same from the same weights.
+has to read it for them. Where a kernel does not run, its op computes the same from the same weights.
 Shapes: B images, N tokens, D channels, H heads.
 """
 
@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from vitfast import ops, reference
 from vitfast.fusion import stands_for
-from vitfast.layers import activation_name, eps_of, gamma_of, norm_kind, run_norm
+from vitfast.layers import activation_name, eps_of, gamma_of, norm_kind, norm_report, run_norm
 from vitfast.model import Attention, Block, Mlp
-from vitfast.ops import _launch
-from vitfast.ops.linear import shape_of
+from vitfast.ops._prepared import added_linear, folded_linear
 from vitfast.packed import frozen
 
 
@@ -42,26 +41,15 @@ class FoldedLinear(nn.Module):
         self.register_buffer("wide_bias", added)
         self.register_buffer("bias", added.to(dtype))
 
-    def rows(self, begin: int, end: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return tuple(t[begin:end] for t in (self.weight, self.sums, self.wide_bias, self.bias))
-
     def forward(
         self, x: Tensor, pieces: Tensor | None, act: str = "none", begin: int = 0, end: int | None = None
     ) -> Tensor:
         """x [..., K] -> [..., D], or its outputs from `begin` to `end`; pieces as `After.pieces`, of x's rows."""
-        weight, sums, wide_bias, bias = self.rows(begin, end)
-        found = None
-        if x.numel():
-            found = _launch.attempt(
-                "linear", "linear", x, lambda kernels: kernels.why_not(x, weight, self.kind, None, act, False),
-                shape_of(x, weight, self.kind, act), True,
-                lambda kernels, config: kernels.folded_forward(
-                    x, weight, sums, wide_bias, self.kind, self.eps, act, pieces, config and kernels.Product(**config)
-                ),
-            )  # fmt: skip
-        if found is not None:
-            return found
-        return ops.linear(x, weight, bias, norm=self.kind, norm_eps=self.eps, act=act)
+        if end is None and not begin:
+            weights = self.weight, self.sums, self.wide_bias, self.bias
+        else:
+            weights = (t[begin:end] for t in (self.weight, self.sums, self.wide_bias, self.bias))
+        return folded_linear(x, *weights, pieces, self.eps, self.kind, act)
 
 
 class AddedLinear(nn.Module):
@@ -78,16 +66,7 @@ class AddedLinear(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:
         """[..., D] and the statistics of its rows, where the kernel made them."""
-        found = None
-        if x.numel():
-            found = _launch.attempt(
-                "linear", "linear", x, lambda kernels: kernels.why_not(x, self.weight, "none", None, "none", False),
-                shape_of(x, self.weight, "none", "none", "around"), True,
-                lambda kernels, config: kernels.forward_with_pieces(
-                    x, self.weight, self.bias, residual, config and kernels.Product(**config)
-                ),
-            )  # fmt: skip
-        return found or (ops.linear(x, self.weight, self.bias, residual=residual), None)
+        return added_linear(x, self.weight, self.bias, residual)
 
 
 class FoldedBlock(nn.Module):
@@ -117,6 +96,19 @@ class FoldedBlock(nn.Module):
             and type(attn.norm) is type(mlp.norm) is nn.Identity
             and type(attn.proj) is nn.Linear
         )
+
+    def fusion_report(self) -> list[tuple[str, str, list[str]]]:
+        """`Block.fusion_report`: nothing here can be changed any more."""
+        gate = [("mlp gate", "", ["the activation and the product with it are stock operators"])] if self.gated else []
+        return [
+            ("norm1 + attn.qkv", "folded_linear", []),
+            *norm_report([("attn.q_norm", self.q_norm), ("attn.k_norm", self.k_norm)]),
+            ("attn softmax", "attention", []),
+            ("attn.proj + residual", "added_linear", []),
+            ("norm2 + mlp.fc1", "folded_linear", []),
+            *gate,
+            ("mlp.fc2 + residual", "added_linear", []),
+        ]
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, keep: int | None = None) -> Tensor:
         """Tokens [B, N, D] -> [B, N, D], or the first `keep` of them."""

@@ -17,12 +17,12 @@ from vitfast import dispatch, info, tuning_cache
 from vitfast.bench import device as devices
 from vitfast.bench import harness
 from vitfast.bench.case import DTYPES, Case, Variant, Work
-from vitfast.calls import NAMES, Call
+from vitfast.calls import NAMES, Call, Prepared
 from vitfast.config import ViTConfig
-from vitfast.families import FAMILIES, Family, present
+from vitfast.families import FAMILIES, Family
 from vitfast.tuning_cache import Choice
 from vitfast.variants import config_for
-from vitfast.warm_up import SEED, batches_of, check_dtype, kernel_calls, models_in
+from vitfast.warm_up import SEED, batches_of, check_dtype, description, kernel_calls, models_in
 
 Place = devices.Cpu | devices.Cuda
 
@@ -82,6 +82,7 @@ def tune(
     training: bool = False,
     *,
     device: torch.device | str = "cuda",
+    prepared: bool = False,
     budget_s: float = BUDGET_S,
     progress: bool = True,
 ) -> Report:
@@ -92,11 +93,12 @@ def tune(
     `vitfast.tuning_cache`. Nothing else should use the card meanwhile. Forgets what torch.compile compiled.
 
     Args:
-        models: `ViTConfig`s, or modules that are or contain a `vitfast.ViT`.
+        models: `ViTConfig`s, or modules that are or contain a `vitfast.ViT`, also one that `vitfast.prepare` made.
         batch: numbers of images.
-        dtype: float32, bfloat16 or float16.
-        training: also the backward.
+        dtype: float32, bfloat16 or float16; prepared models are measured in their own.
+        training: also the backward, which prepared models do not have.
         device: a CUDA device.
+        prepared: also what `vitfast.prepare` makes of these models in this dtype.
         budget_s: for all; what does not fit is left as it was.
         progress: print a line for each shape on stderr.
 
@@ -112,17 +114,21 @@ def tune(
         raise ValueError(f"tune: device must be a CUDA device, got {device}: kernels for CPUs have nothing to tune")
     if why := dispatch.why_no_kernels():
         raise NotImplementedError(f"tune: no kernel can run here: {why}")
-    calls = kernel_calls(_configs(models), batches, dtype, training)
+    described = _described(models, device)
+    if prepared:
+        described += [Prepared(each, dtype, device) for each in described if isinstance(each, ViTConfig)]
+    calls = kernel_calls(described, batches, dtype, training)
     say = (lambda text: print(text, file=sys.stderr, flush=True)) if progress else lambda text: None
     return tune_calls(calls, devices.of(device), budget_s, say)
 
 
-def _configs(models: Any) -> list[ViTConfig]:
+def _described(models: Any, device: torch.device) -> list[ViTConfig | Prepared]:
     if isinstance(models, (nn.Module, ViTConfig)):
         models = [models]
-    found: list[ViTConfig] = []
+    found: list[ViTConfig | Prepared] = []
     for model in models:
-        found += [model] if isinstance(model, ViTConfig) else [vit.config for vit in models_in("tune", model)]
+        alone = isinstance(model, ViTConfig)
+        found += [model] if alone else [description(vit, device) for vit in models_in("tune", model)]
     return found
 
 
@@ -192,7 +198,7 @@ def _case(
         return tuple(arg for arg in family.draw(call, generator) if isinstance(arg, Tensor))
 
     def way(run: Callable[[Sequence[Any]], tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-        return lambda *tensors: present(run(call.fill(tensors)))
+        return lambda *tensors: family.measurable(run(call.fill(tensors)))
 
     def kernel(config: dispatch.Config | None) -> Variant:
         return Variant(lambda: way(lambda args: family.with_config(args, config)), ours=True)
@@ -243,7 +249,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--budget must be more than 0, got {told.budget}")
         configs = [config_for(name, img_size=told.image_size) for name in told.model]
         report = tune(
-            configs, told.batch, DTYPES[told.dtype], told.training, device=device, budget_s=told.budget
+            configs, told.batch, DTYPES[told.dtype], told.training, device=device, prepared=told.prepared,
+            budget_s=told.budget,
         )  # fmt: skip
     except (ValueError, TypeError, NotImplementedError) as problem:
         print(f"vitfast tune: {problem}", file=sys.stderr)
@@ -272,6 +279,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch", nargs="+", type=int, default=[1], metavar="N", help="images (default: 1)")
     add("--dtype", choices=DTYPES, default="bf16", help="what the model computes in (default: %(default)s)")
     add("--training", action="store_true", help="also the backward")
+    add("--prepared", action="store_true", help="also what vitfast.prepare makes of the models")
     add("--image-size", type=int, metavar="PIXELS", help="another size than the models' own")
     add("--device", default="cuda", help="cuda, cuda:1 ... (default: %(default)s)")
     add("--budget", type=float, default=BUDGET_S, metavar="SECONDS", help="for all (default: %(default).0f)")

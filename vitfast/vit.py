@@ -393,7 +393,8 @@ class ViT(TimmSurface, nn.Module):
         if not self.config.input_norm:
             rows += norm_report([("norm_pre", self.norm_pre)])
         for i, block in enumerate(self.blocks):
-            if type(block) is not Block:
+            # of its own class: a class derived from a block may do anything
+            if "fusion_report" not in vars(type(block)):
                 rows.append((f"blocks.{i}", "", [f"is {type(block).__name__}, not Block"]))
                 continue
             rows += [(f"blocks.{i}: {part}", op, reasons) for part, op, reasons in block.fusion_report()]

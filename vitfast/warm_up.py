@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
 from vitfast import dispatch
 from vitfast.acceptance import RMS_RATIO, NotAccepted, accept, rms_ratio_of_few
-from vitfast.calls import Call, calls_of, distinct
+from vitfast.calls import Call, Prepared, calls_of, calls_of_prepared, distinct
 from vitfast.config import ViTConfig
+from vitfast.engine import PreparedViT
 from vitfast.vit import ViT
 
 if TYPE_CHECKING:
     from vitfast.bench.device import Cpu, Cuda
     from vitfast.families import Family
+    from vitfast.families.family import Results
 
     Place = Cpu | Cuda
 
@@ -76,17 +79,20 @@ def warmup(
     """Check the kernels that a model on a GPU will run, and compile them, before the first image comes.
 
     Attention is checked and compiled without dropout, which is compiled when it is first called.
-    Each kernel's results on a few small inputs are held to the rule of `vitfast.acceptance`, next to stock operators. A
-    kernel that fails is switched off for the process, with one warning that names it. Then, or rather in the same go,
-    everything is compiled that these batches need. Neither weights and gradients nor the state of random number
-    generators are touched.
+    Every call that the model will make is made once, with numbers drawn for it: all that comes out must be finite, and
+    the first and last rows, those at the boundaries of tiles and 512 others (of attention and patches some images) are
+    held to the rule of `vitfast.acceptance`, next to stock operators; so are all results on a few small inputs. A
+    kernel that fails is switched off for the process, with one warning that names it. In the same go everything is
+    compiled that these batches need. Neither weights and gradients nor the state of random number generators are
+    touched.
 
     Args:
-        model: a `vitfast.ViT`, or a module that contains one. On a CPU nothing is compiled, and the report is empty.
+        model: a `vitfast.ViT`, one that `vitfast.prepare` made, or a module that contains some. On a CPU nothing is
+            compiled, and the report is empty.
         batch: numbers of images.
         dtype: float32, bfloat16 or float16: what the model computes in; by default autocast's where it is on for GPUs,
-            else that of the model's blocks.
-        training: also the backward.
+            else that of the model's blocks. A prepared model computes in its own.
+        training: also the backward, which a prepared model does not have.
         progress: print a line for each call on stderr.
 
     Returns:
@@ -107,7 +113,7 @@ def warmup(
         return Report()
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError("warmup: a CUDA graph is being captured; warm up before the capture begins")
-    calls = kernel_calls((vit.config for vit in vits), batches, dtype, training)
+    calls = kernel_calls([description(vit, device) for vit in vits], batches, dtype, training)
     say = (lambda text: print(text, file=sys.stderr, flush=True)) if progress else lambda text: None
     from vitfast.bench import device as devices
 
@@ -121,6 +127,11 @@ def models_in(what: str, model: nn.Module) -> list[ViT]:
     if not vits:
         raise TypeError(f"{what}: model must be or contain a vitfast.ViT, got {type(model).__name__}")
     return vits
+
+
+def description(model: ViT, device: torch.device) -> ViTConfig | Prepared:
+    """What is to be known of a model to foresee its calls on a device."""
+    return Prepared(model.config, model.dtype, device) if isinstance(model, PreparedViT) else model.config
 
 
 def batches_of(what: str, batch: int | Iterable[int]) -> tuple[int, ...]:
@@ -140,13 +151,20 @@ def _dtype_of(model: ViT) -> torch.dtype:
 
 
 def kernel_calls(
-    configs: Iterable[ViTConfig], batches: Sequence[int], dtype: torch.dtype, training: bool
+    configs: Iterable[ViTConfig | Prepared], batches: Sequence[int], dtype: torch.dtype, training: bool
 ) -> list[Call]:
-    """The distinct calls of these models that a kernel may run."""
+    """The distinct calls of these models that a kernel may run; prepared ones compute in their own dtype, forward."""
     # not with the package: `import vitfast` has a limit
     from vitfast.families import FAMILIES
 
-    found = [call for config in configs for n in batches for call in calls_of(config, n, dtype, training)]
+    found = [
+        call
+        for config in configs
+        for n in batches
+        for call in (
+            calls_of_prepared(config, n) if isinstance(config, Prepared) else calls_of(config, n, dtype, training)
+        )
+    ]
     return distinct(call for call in found if call.op in FAMILIES)
 
 
@@ -177,8 +195,9 @@ def _warm_one(call: Call, place: Place, checked: dict[tuple, str]) -> tuple[str,
     generator = torch.Generator(place.device).manual_seed(SEED)
     with dispatch.watching() as seen:
         try:
-            args = family.draw(call, generator)
-            family.results(args)
+            args, places = family.draw(call, generator), family.places(call, generator)
+            args = family.quiet(call, args, places)
+            outs = family.results(args)
             place.synchronize()
         # the user's memory is full, which says nothing about the kernel
         except torch.OutOfMemoryError as problem:
@@ -194,19 +213,20 @@ def _warm_one(call: Call, place: Place, checked: dict[tuple, str]) -> tuple[str,
     config = dispatch.tuned_config(family.kernel, answer.shape, answer.device)
     tuned = "tuned, " if config is not None else ""
     configs = family.to_check(call, place.device) if config is None else [config]
-    said = set()
+    checks = {(call, None, "as it is"): lambda: check_part(family, call, args, outs, places, place)}
     for small, config in itertools.product(distinct(family.smaller(call)), configs):
         name = (small, None if config is None else tuple(sorted(config.items())))
+        checks[name] = functools.partial(check, family, small, config, place)
+    for name, one in checks.items():
         if name not in checked:
             try:
-                checked[name] = check(family, small, config, place)
+                checked[name] = one()
             except (torch.OutOfMemoryError, NoYardstick) as problem:
                 checked[name] = f"not checked: {first_line(problem)}"
                 warnings.warn(f"vitfast's {family.kernel} kernel was {checked[name]}", RuntimeWarning, stacklevel=4)
             except Exception as problem:
                 return _failed(family, place, problem)
-        said.add(checked[name])
-    return KERNEL, tuned + "; ".join(sorted(said))
+    return KERNEL, tuned + "; ".join(sorted({checked[name] for name in checks}))
 
 
 def _last(seen: Sequence[dispatch.Seen], family: Family) -> dispatch.Seen:
@@ -231,7 +251,7 @@ def _failed(family: Family, place: Place, problem: Exception) -> tuple[str, str]
 
 
 def check(family: Family, call: Call, config: dispatch.Config | None, place: Place) -> str:
-    """Hold one result of a kernel to the acceptance rule; returns what to say of it.
+    """Hold the result of a kernel to the acceptance rule; returns what to say of it.
 
     Raises:
         NotAccepted: it is wrong.
@@ -240,14 +260,45 @@ def check(family: Family, call: Call, config: dispatch.Config | None, place: Pla
     """
     generator = torch.Generator(place.device).manual_seed(SEED)
     args = family.draw(call, generator)
+    refs, lows = _yardsticks(family, args, place)
+    outs = family.comparable(family.with_config(args, config))
+    place.synchronize()
+    return _judge(family, call, outs, refs, lows)
+
+
+def check_part(
+    family: Family, call: Call, args: Sequence[Any], outs: Results, places: torch.Tensor, place: Place
+) -> str:
+    """`check` of results that are there: all are finite, and right at `places`, rows or images.
+
+    Of these alone the truth is computed. What sums up over all rows comes from gradients that are 0 everywhere else,
+    so that it is known from few rows and takes all of them to compute.
+    """
+    outs = family.comparable(outs)
+    count = family.units(call)
+    for i, out in enumerate(outs):
+        if out is None:
+            continue
+        if i not in family.sums and (found := out.shape[:-1].numel() if family.rows else len(out)) != count:
+            raise NotAccepted(f"{call}, result {i}: {list(out.shape)}, expected {count} rows or images, not {found}")
+        if wrong := out.numel() - int(out.isfinite().sum()):
+            raise NotAccepted(f"{call}, result {i}: {wrong} of {out.numel()} numbers are not finite")
+    refs, lows = _yardsticks(family, family.part(call, args, places), place)
+    return _judge(family, call, family.taken(outs, places), refs, lows)
+
+
+def _yardsticks(family: Family, args: Sequence[Any], place: Place) -> tuple[Results, Results]:
+    """What is true, and what stock operators say."""
     try:
-        refs, lows = family.true(args), family.stock(args)
+        found = family.comparable(family.true(args)), family.comparable(family.stock(args))
         place.synchronize()
     # none of this is the kernel's fault
     except Exception as problem:
         raise NoYardstick(f"stock operators failed: {problem}") from problem
-    outs = family.with_config(args, config)
-    place.synchronize()
+    return found
+
+
+def _judge(family: Family, call: Call, outs: Results, refs: Results, lows: Results) -> str:
     if len(outs) != len(lows):
         raise NotAccepted(f"{call}: {len(outs)} results, expected {len(lows)}")
     dtype = dtype_to_judge_by(call.dtype, convolution="patch_embed" in call.op)

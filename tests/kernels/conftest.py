@@ -14,6 +14,8 @@ import torch
 import triton
 from textbook import Textbook
 
+from vitfast.ops import _stock
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = ["*_gpu.py"] if INTERPRETED else []
 if not INTERPRETED and not torch.cuda.is_available():
@@ -71,3 +73,24 @@ def stock_products():
     """On a CPU what kernels are measured by, and the stock operators beside them, have products of no machine."""
     with Textbook() if INTERPRETED else contextlib.nullcontext():
         yield
+
+
+@pytest.fixture
+def stock_norms_of_a_gpu(monkeypatch):
+    """On a CPU they add up weights' gradients in half precision, and keep statistics in it."""
+    if not INTERPRETED:
+        return
+    forward, backward = _stock.norm_forward, _stock.norm_backward
+
+    def wide(t):
+        return t.float() if isinstance(t, torch.Tensor) and t.dtype == torch.float16 else t
+
+    def norm_forward(x, weight, bias, *rest):
+        return forward(wide(x), wide(weight), wide(bias), *rest)
+
+    def norm_backward(grad, x, mean, rstd, weight, bias, *rest):
+        found = backward(*map(wide, (grad, x, mean, rstd, weight, bias)), *rest)
+        return tuple(None if t is None else t.to(like.dtype) for t, like in zip(found, (x, weight, bias), strict=True))
+
+    monkeypatch.setattr(_stock, "norm_forward", norm_forward)
+    monkeypatch.setattr(_stock, "norm_backward", norm_backward)

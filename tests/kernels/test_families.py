@@ -9,12 +9,11 @@ import torch
 from vitfast import config_for, warm_up
 from vitfast.acceptance import NotAccepted
 from vitfast.bench import device as devices
-from vitfast.calls import Call, contiguous
+from vitfast.calls import Call, Prepared, contiguous
 from vitfast.dispatch import KERNELS
-from vitfast.families import FAMILIES
+from vitfast.families import FAMILIES, as_tuple
 from vitfast.kernels import layer_norm, linear, linear_grads, mlp
 from vitfast.kernels.tuning import Product
-from vitfast.ops import _stock
 from vitfast.ops._launch import INTERPRETED
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16} | ({} if INTERPRETED else {"bf16": torch.bfloat16})
@@ -32,25 +31,7 @@ MODELS = [
 TILES = [Product("tiles", 32, 32, 32).as_dict(), Product("tiles", 64, 32, 16, persistent=True, parts=2).as_dict()]
 
 
-@pytest.fixture(autouse=True)
-def stock_norms_of_a_gpu(monkeypatch):
-    """On a CPU they add up weights' gradients in half precision, and keep statistics in it."""
-    if not INTERPRETED:
-        return
-    forward, backward = _stock.norm_forward, _stock.norm_backward
-
-    def wide(t):
-        return t.float() if isinstance(t, torch.Tensor) and t.dtype == torch.float16 else t
-
-    def norm_forward(x, weight, bias, *rest):
-        return forward(wide(x), wide(weight), wide(bias), *rest)
-
-    def norm_backward(grad, x, mean, rstd, weight, bias, *rest):
-        found = backward(*map(wide, (grad, x, mean, rstd, weight, bias)), *rest)
-        return tuple(None if t is None else t.to(like.dtype) for t, like in zip(found, (x, weight, bias), strict=True))
-
-    monkeypatch.setattr(_stock, "norm_forward", norm_forward)
-    monkeypatch.setattr(_stock, "norm_backward", norm_backward)
+pytestmark = pytest.mark.usefixtures("stock_norms_of_a_gpu")
 
 
 @functools.cache
@@ -58,6 +39,8 @@ def calls_of_models(dtype):
     """The calls of tiny models, and those of norms of sums, which no model has."""
     configs = [config_for(name, **options) for name, options in MODELS]
     found = warm_up.kernel_calls(configs, (2,), dtype, True) + warm_up.kernel_calls(configs[:1], (2,), dtype, False)
+    place = torch.device("cpu" if INTERPRETED else "cuda")
+    found += warm_up.kernel_calls([Prepared(config, dtype, place) for config in configs], (2,), dtype, False)
     rows, vector = contiguous(2, 5, 64, dtype=dtype), contiguous(64, dtype=dtype)
     images, statistic = contiguous(2, dtype=dtype), contiguous(2, 5, 1, dtype=torch.float32)
     name = str(dtype)[6:]
@@ -116,7 +99,7 @@ def number(t):
 
 
 @pytest.mark.parametrize("wrong", [number, lambda t: None], ids=["a number", "nothing"])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", LAUNCHERS)
 def test_a_wrong_result_passes(op, wrong, device, monkeypatch):
     """Each result of the call with the most of them, one after the other."""
     module, name = LAUNCHERS[op]
@@ -137,6 +120,38 @@ def test_a_wrong_result_passes(op, wrong, device, monkeypatch):
         monkeypatch.setattr(module, name, broken)
         with pytest.raises(NotAccepted, match=f"result {i}"):
             warm_up.check(family, small, None, devices.of(device))
+
+
+def pieces(t):
+    """One number of the second row's statistics."""
+    t = t.clone()
+    t[-1, 0, 1] += 0.1
+    return t
+
+
+@pytest.mark.parametrize(
+    "op, launcher, i, wrong",
+    [
+        ("folded_linear", "folded_forward", 0, number), ("added_linear", "forward_with_pieces", 0, number),
+        ("added_linear", "forward_with_pieces", 1, pieces),
+    ],
+)  # fmt: skip
+def test_a_wrong_product_of_a_prepared_model_passes(op, launcher, i, wrong, device, monkeypatch):
+    """In half precision, for in fp32 they are the products of any model; with statistics that are given or made."""
+    family = FAMILIES[op]
+    call = max(calls_of(op, torch.float16), key=lambda call: len(call.likes()))
+    small, right = family.smaller(call)[1], getattr(linear, launcher)
+    found = family.with_config(family.draw(small, torch.Generator(device).manual_seed(0)), None)
+    assert len(small.likes()) == (6 if op == "folded_linear" else 4) and all(t is not None for t in found)
+
+    def broken(*args):
+        found = list(as_tuple(right(*args)))
+        found[i] = wrong(found[i])
+        return tuple(found) if len(found) > 1 else found[0]
+
+    monkeypatch.setattr(linear, launcher, broken)
+    with pytest.raises(NotAccepted, match=f"result {i}"):
+        warm_up.check(family, small, None, devices.of(device))
 
 
 def test_a_result_that_nobody_asked_for_passes(device):

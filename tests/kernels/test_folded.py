@@ -1,13 +1,18 @@
 """A prepared model through the kernels: norms and LayerScale in the weights, statistics from product to product."""
 
+import warnings
+
 import pytest
 import torch
 from attention_cases import every_dtype
+from fake_kernel import restart
 from launches import Launches
 
 import vitfast
-from vitfast import dispatch
+from vitfast import calls, dispatch, info, warm_up
 from vitfast.acceptance import accept_model
+from vitfast.bench import device as devices
+from vitfast.families import FAMILIES
 from vitfast.kernels import attention, layer_norm, linear
 from vitfast.kernels.tuning import Product
 
@@ -103,6 +108,121 @@ def test_statistics_are_written_past_their_end(N, monkeypatch, device):
     monkeypatch.setattr(torch, "empty", empty)
     assert pieces.shape == (N // 64, 2, 130) and made
     assert all((memory[numbers:] == 7).all() for memory, numbers in made)
+
+
+PRODUCTS = ("folded_linear", "added_linear")
+
+
+def warm_up_of(prepared, device):
+    """`vitfast.warmup`, which in Triton's interpreter has no device."""
+    described = warm_up.description(prepared, device)
+    found = warm_up.kernel_calls([described], (3,), torch.float32, False)
+    return warm_up.warm(found, devices.of(device), lambda line: None)
+
+
+@pytest.mark.usefixtures("stock_norms_of_a_gpu")
+def test_warm_up_passes_over_a_prepared_model(device, monkeypatch):
+    """Every call that it makes is checked, as it makes it: those products too, with statistics that travel."""
+    restart(monkeypatch)
+    model = model_of(torch.float16, device, depth=2)
+    prepared, images = vitfast.prepare(model), torch.randn(3, 3, 24, 24, device=device).half()
+    recorder = calls._Recorder()
+    with torch.no_grad(), recorder:
+        prepared._forward(images, None)
+    made = [str(call) for call in recorder.calls if call.op in FAMILIES]
+    with warnings.catch_warnings(action="error", category=RuntimeWarning):
+        report = warm_up_of(prepared, device)
+    assert [row.call for row in report.rows] == made and all(row.seconds > 0 for row in report.rows)
+    checked = {row.call: row.check for row in report.rows if row.runs == "kernel"}
+    assert set(checked.values()) == {"right"} and set(made) - set(checked) <= {made[0]}
+    # one number more a row of its statistics: that of pieces
+    assert sum(call.startswith("folded_linear") and ", 2, " in call for call in made) == 3
+
+
+@pytest.mark.usefixtures("stock_norms_of_a_gpu")
+@pytest.mark.parametrize(
+    "kernel, launcher", [("folded_linear", "folded_forward"), ("added_linear", "forward_with_pieces")]
+)
+def test_wrong_product_of_a_prepared_model_stays_on(kernel, launcher, device, monkeypatch):
+    """And the product of any other model stays: only what is wrong is switched off."""
+    restart(monkeypatch)
+    model = model_of(torch.float16, device, depth=2)
+    prepared, images = vitfast.prepare(model), torch.randn(3, 3, 24, 24, device=device).half()
+    right, expected = getattr(linear, launcher), prepared(images)
+
+    def wrong(x, *args):
+        found = right(x, *args)
+        out = found if isinstance(found, torch.Tensor) else found[0]
+        # the last row, where there is more than a small input has
+        out.view(-1, out.shape[-1])[-1] *= 1.0 if x.shape[0] < 3 or x.shape[1] == 17 else 1.1
+        return found
+
+    monkeypatch.setattr(linear, launcher, wrong)
+    with pytest.warns(RuntimeWarning, match=f"{kernel} kernel .*is switched off.*result 0.*not accepted: A: max error"):
+        report = warm_up_of(prepared, device)
+    assert {row.runs for row in report.rows if row.kernel == kernel} == {"stock operators"}
+    assert {row.kernel for row in report.rows if "switched off" in row.check} == {kernel}
+    assert f"{kernel} kernel" not in str(vitfast.explain(prepared)) and dispatch.switched_off("linear") is None
+    torch.testing.assert_close(prepared(images), expected, rtol=0, atol=4e-3 * expected.abs().max().item())
+    assert any(line.split()[0] == kernel and "switched off" in line for line in info.report().splitlines() if line)
+
+
+def test_choice_for_a_product_holds_for_one_of_another_kind(device, monkeypatch):
+    """Their keys were one: what was tuned for a norm before a layer held for a norm in its weights."""
+    restart(monkeypatch)
+    model = model_of(torch.float16, device, depth=2)
+    images = torch.randn(2, 3, 24, 24, device=device).half()
+    with dispatch.watching() as plainly, torch.no_grad():
+        model(images)
+    with dispatch.watching() as seen:
+        vitfast.prepare(model)(images)
+    keys, others = ({(each.kernel, each.shape) for each in found} for found in (seen, plainly))
+    assert {kernel for kernel, _ in keys - others} >= set(PRODUCTS)
+    assert not {kernel for kernel, _ in keys & others} & {*PRODUCTS, "linear", "mlp"}
+    # nor do those with statistics, which are other work, share one with those that take their own
+    assert {shape[-1].split()[-1] == "pieces" for kernel, shape in keys if kernel == "folded_linear"} == {True, False}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_product_of_a_prepared_model_is_no_op_to_torch(dtype, device):
+    x, residual = torch.randn(2, 5, 64, device=device).to(dtype), torch.randn(2, 5, 128, device=device).to(dtype)
+    weight, bias = torch.randn(128, 64, device=device).to(dtype) / 8, torch.randn(128, device=device)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    pieces = linear.forward_with_pieces(x, weight[:64].contiguous(), None, x)[1]
+    assert (pieces is None) is (dtype is torch.float32)
+    for given in (pieces, None):
+        args = (x, weight, weight.float().sum(1), bias, bias.to(dtype), given, 1e-6, "layer", "gelu")
+        torch.library.opcheck(torch.ops.vitfast.folded_linear.default, args, test_utils=tests)
+    torch.library.opcheck(torch.ops.vitfast.added_linear.default, (x, weight, None, residual), test_utils=tests)
+    with pytest.raises(NotImplementedError, match="vitfast::added_linear has neither gradient nor tangent"):
+        torch.ops.vitfast.added_linear(x.requires_grad_(), weight, None, residual)
+
+
+def test_statistics_are_foreseen_where_the_kernel_is_off(device, monkeypatch):
+    """Whoever asks for shapes alone is told what comes now, not what once came."""
+    restart(monkeypatch)
+    described = calls.Prepared(model_of(torch.float16, device).config, torch.float16, device)
+
+    def with_pieces():
+        found = [call for call in calls.calls_of_prepared(described, 2) if call.op == "folded_linear"]
+        return sum(len(call.likes()) == 6 for call in found)
+
+    assert with_pieces() == 3
+    with dispatch.backend("stock", op="added_linear"):
+        assert with_pieces() == 0
+    assert with_pieces() == 3
+
+
+def test_explanation_names_other_ops_than_a_prepared_model_calls(device):
+    prepared = vitfast.prepare(model_of(torch.float16, device, qk_norm=True, mlp="swiglu_packed", depth=1))
+    rows = {row.part: row.path for row in vitfast.explain(prepared).rows}
+    assert {part.removeprefix("blocks.0: "): path for part, path in rows.items() if part.startswith("blocks")} == {
+        "norm1 + attn.qkv": "op folded_linear", "attn.q_norm": "op layer_norm", "attn.k_norm": "op layer_norm",
+        "attn softmax": "op attention", "attn.proj + residual": "op added_linear",
+        "norm2 + mlp.fc1": "op folded_linear", "mlp gate": "its modules' own forward",
+        "mlp.fc2 + residual": "op added_linear",
+    }  # fmt: skip
+    assert set(PRODUCTS) <= set(info.collect()["kernels"]) & set(info.collect()["ops"])
 
 
 def test_prepared_model_takes_images_from_another_device(device):

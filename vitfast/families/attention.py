@@ -14,31 +14,53 @@ from torch import Tensor
 from vitfast import reference
 from vitfast.calls import Call, Like, contiguous
 from vitfast.dispatch import Config
-from vitfast.families.family import Family, Tensors, draw_all
+from vitfast.families.family import Family, Tensors, draw_all, some_images
+
+
+def _by_head(truth: Callable[..., Tensors], *tensors: Tensor) -> list[list[Tensors]]:
+    """`truth` of each head of each image: the weights of all of them in fp64 could take more memory than the model."""
+    B, H = tensors[0].shape[0], tensors[0].shape[2]
+    return [[truth(*(t[i : i + 1, :, h : h + 1] for t in tensors)) for h in range(H)] for i in range(B)]
+
+
+def _join(found: list[list[Tensors]], *dims: int) -> Tensors:
+    """The results of all heads of all images, each with its heads in the dim given."""
+    return tuple(
+        torch.cat([torch.cat([head[n] for head in image], dim) for image in found]) for n, dim in enumerate(dims)
+    )
 
 
 def _attention_truth(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensors:
-    """out and lse, image by image: the weights of a whole batch in fp64 could take more memory than the model."""
-    images = [_attend(*(t[i : i + 1] for t in (q, k, v)), scale) for i in range(len(q))]
-    return tuple(torch.cat(each) for each in zip(*images, strict=True))
+    """out and lse."""
 
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensors:
+        logits = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
+        return reference.attention(q, k, v, scale), torch.logsumexp(logits, dim=-1)
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensors:
-    logits = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
-    return reference.attention(q, k, v, scale), torch.logsumexp(logits, dim=-1)
+    return _join(_by_head(attend, q, k, v), 2, 1)
 
 
 def _attention_backward_truth(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> Tensors:
     """By autograd, from the inputs alone: `out` and `lse` carry the rounding of the forward that made them."""
-    images = []
-    for i in range(len(q)):
+
+    def gradients(grad: Tensor, *inputs: Tensor) -> Tensors:
         with torch.enable_grad():
-            leaves = [t[i : i + 1].detach().requires_grad_() for t in (q, k, v)]
-            found = reference.attention(*leaves, scale)
-            images.append(torch.autograd.grad(found, leaves, grad[i : i + 1]))
-    return tuple(torch.cat(each) for each in zip(*images, strict=True))
+            leaves = [t.detach().requires_grad_() for t in inputs]
+            return torch.autograd.grad(reference.attention(*leaves, scale), leaves, grad.flatten(2))
+
+    return _join(_by_head(gradients, grad.unflatten(-1, q.shape[2:]), q, k, v), 2, 2, 2)
+
+
+# of attention, in fp32: a GiB
+MOST_WEIGHTS = 1 << 28
+
+
+def _images(call: Call, generator: torch.Generator) -> Tensor:
+    """`some_images`, fewer where stock operators might have no room for so many at once."""
+    q, k = _parts(call)
+    return some_images(call, generator, max(1, min(4, MOST_WEIGHTS // (q.shape[1] * q.shape[2] * k.shape[1]))))
 
 
 def _draw_backward(call: Call, generator: torch.Generator) -> tuple[Any, ...]:
@@ -109,6 +131,7 @@ def _attention(op: str, truth: Callable[..., Any], grad: bool = False) -> Family
         configs=_attention_configs,
         draw=_draw_backward if grad else draw_all,
         grad=grad,
+        places=_images,
     )
 
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from vitfast import reference
 from vitfast.calls import Call, Like, contiguous
 from vitfast.dispatch import Config
-from vitfast.families.family import Family, Results, arguments
+from vitfast.families.family import Family, Results, arguments, some_rows
 
 VECTORS = ("weight", "norm_weight", "bias", "norm_bias", "b1", "b2", "gamma")
 MATRICES = ("weight", "w1", "w2")
-SHARED = frozenset({*VECTORS, *MATRICES})
+SHARED = frozenset({*VECTORS, *MATRICES, "sums", "wide_bias"})
 # what the forward leaves to the backward
 KEPT = ("mean", "rstd", "pre", "branch", "hidden")
 
@@ -58,6 +58,20 @@ def _draw_backward(call: Call, generator: torch.Generator) -> tuple[Any, ...]:
     kept = dict(zip(*_kept_by_forward(call.op, drawn), strict=True))
     given = {name: kept[name] for name in KEPT if name in kept and drawn[name] is not None}
     return tuple((drawn | given).values())
+
+
+def _draw_folded(call: Call, generator: torch.Generator) -> tuple[Any, ...]:
+    """Weights that belong together, and rows whose statistics matter, with those in as many pieces as the call has."""
+    of = _draw(call, generator)
+    x, pieces = of["x"], of["pieces"]
+    x += 2 * torch.randn(*x.shape[:-1], 1, generator=generator, device=x.device).to(x.dtype)
+    of |= {"sums": of["weight"].float().sum(1), "wide_bias": of["wide_bias"].mul_(0.1)}
+    of["bias"] = of["wide_bias"].to(of["bias"].dtype)
+    if pieces is not None:
+        parts = x.float().reshape(pieces.shape[2], pieces.shape[0], -1)
+        squares, mean = torch.var_mean(parts, -1, correction=0)
+        of["pieces"] = torch.stack([mean.T, squares.T * parts.shape[2]], 1)
+    return tuple(of.values())
 
 
 def _kept_by_forward(op: str, of: dict[str, Any]) -> tuple[Sequence[str], Results]:
@@ -103,6 +117,8 @@ def _resized(call: Call, images: int, tokens: int) -> Call:
     for name, arg in _arguments(call).items():
         if isinstance(arg, Like) and name == "row_scale":
             arg = contiguous(images, dtype=arg.dtype)
+        elif isinstance(arg, Like) and name == "pieces":
+            arg = contiguous(arg.shape[0], 2, images * tokens, dtype=arg.dtype)
         elif isinstance(arg, Like) and name not in SHARED:
             middle = () if len(arg.shape) == 2 else (tokens,)
             small = contiguous(images, *middle, arg.shape[-1], dtype=arg.dtype)
@@ -143,6 +159,26 @@ def _linear(
     pre = reference.linear(x, weight, bias, norm_weight, norm_bias, norm_eps, norm)
     branch = None if gamma is None else reference.activation(pre, act)
     return out, *_statistics(x, norm, norm_eps), None if act == "none" else pre, branch
+
+
+def _folded(x, weight, sums, wide_bias, bias, pieces, norm_eps, norm, act) -> Results:
+    return (reference.linear(x, weight, wide_bias, None, None, norm_eps, norm, act),)
+
+
+def _added(x, weight, bias, residual) -> Results:
+    return reference.linear(x, weight, bias, residual=residual), None
+
+
+def _with_statistics(results: Results) -> Results:
+    """Rows, and in place of `pieces` mean and deviation of each row, which are taken here where there are none."""
+    out, pieces = results
+    if pieces is None:
+        square, mean = torch.var_mean(out.to(torch.promote_types(out.dtype, torch.float32)), -1, correction=0)
+    else:
+        means, squares = pieces.unbind(1)
+        mean = means.mean(0)
+        square = squares.sum(0) / out.shape[-1] + (means - mean).square().mean(0)
+    return out, *(t.view(*out.shape[:-1], 1) for t in (mean, square.sqrt()))
 
 
 def _mlp(
@@ -244,7 +280,9 @@ def _linear_configs(call: Call, device: torch.device) -> list[Config]:
     from vitfast.kernels import linear
 
     of = _arguments(call)
-    form = linear.form_of(of["norm"], of["act"], of["gamma"], of["row_scale"], of["residual"])
+    # a norm in the weights is for tiles to finish
+    around = ("gamma", "row_scale", "residual")
+    form = linear.form_of(of["norm"], of["act"], *map(of.get, around)) if call.op == "linear" else ""
     return _products(call, device, *of["weight"].shape, form)
 
 
@@ -283,12 +321,12 @@ def _mlp_backward_configs(call: Call, device: torch.device) -> list[Config | Non
 def _family(op: str, truth: Callable[..., Results], **more: Any) -> Family:
     return Family(
         run=lambda *args: getattr(torch.ops.vitfast, op)(*args), truth=truth, smaller=_smaller, shared=SHARED,
-        **({"configs": _only_builtin} | more),
+        rows=True, places=some_rows, **({"configs": _only_builtin} | more),
     )  # fmt: skip
 
 
 def _forward(op: str, kernel: str, truth: Callable[..., Results], **more: Any) -> Family:
-    return _family(op, truth, kernel=kernel, draw=_draw_forward, **more)
+    return _family(op, truth, kernel=kernel, **({"draw": _draw_forward} | more))
 
 
 def _backward(op: str, kernel: str, truth: Callable[..., Results], sums: Sequence[int], **more: Any) -> Family:
@@ -305,6 +343,12 @@ LAYERS: dict[str, Family] = {
     ),
     "linear": _forward("linear", "linear", _linear, configs=_linear_configs),
     "linear_backward": _backward("linear_backward", "linear_backward", _linear_backward, (1, 2, 3, 4, 5)),
+    "folded_linear": _forward(
+        "folded_linear", "folded_linear", _folded, configs=_linear_configs, draw=_draw_folded
+    ),
+    "added_linear": _forward(
+        "added_linear", "added_linear", _added, configs=_linear_configs, extra=_with_statistics
+    ),
     "mlp": _forward("mlp", "mlp", _mlp, configs=_mlp_configs, builtin=_mlp_builtin),
     "mlp_backward": _backward(
         "mlp_backward", "mlp_backward", _mlp_backward, range(1, 8), configs=_mlp_backward_configs

@@ -164,9 +164,8 @@ def product(
     new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=x.device)  # noqa: E731
     sums = new(tiles_m, N) if after.sums else None
     partials = arrived = pieces = None
-    width = config.block_n // config.parts
-    if after.pieces and N % width == 0:
-        pieces = new(N // width, 2, M)
+    if after.pieces and (shape := _pieces(config, M, N)):
+        pieces = new(*shape)
         constants["PIECES_OUT"] = True
     if split > 1:
         partials = new(tiles_m * tiles_n * split * config.block_m * config.block_n)
@@ -202,6 +201,17 @@ def _results(
         out = torch.empty(M, N, dtype=after.dtype, device=x.device)
     aside = torch.empty(M, N, dtype=x.dtype, device=x.device) if after.aside else None
     return out, aside, rows_of(after.beside)
+
+
+def _pieces(config: Product, M: int, N: int) -> tuple[int, int, int] | None:
+    """The shape of `After.pieces`, None where this configuration does not make them."""
+    width = config.block_n // config.parts
+    return None if config.kernel == "blas" or N % width else (N // width, 2, M)
+
+
+def pieces_for(x: Tensor, weight: Tensor, config: Product | None = None) -> tuple[int, int, int] | None:
+    """The shape of the statistics that `forward_with_pieces` makes of such tensors, whatever is in them."""
+    return _pieces(config or config_for(x, weight), x.numel() // x.shape[-1], weight.shape[0])
 
 
 def _split(config: Product, tiles: int, K: int, multiprocessors: int) -> int:

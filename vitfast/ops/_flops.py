@@ -31,6 +31,14 @@ def linear_backward(grad: Shape, x: Shape, weight: Shape, *others: Any, **__: An
     return ((need_x or need_norm_weight or need_norm_bias) + need_weight) * linear(x, weight)
 
 
+def folded_linear(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    return linear(x, weight)
+
+
+def added_linear(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    return linear(x, weight)
+
+
 def mlp(x: Shape, norm_weight: Any, norm_bias: Any, eps: float, norm: str, w1: Shape, b1: Any, w2: Shape, *_: Any,
         **__: Any) -> int:  # fmt: skip
     return linear(x, w1) + 2 * _rows(x) * math.prod(w2)
@@ -110,8 +118,9 @@ def patch_embed_packed_backward(grad: Shape, images: Sequence[Shape], weight: Sh
 
 
 FORMULAS: tuple[Callable[..., int], ...] = (
-    linear, linear_backward, mlp, mlp_backward, attention, attention_backward, attention_qkv, attention_qkv_backward,
-    patch_embed, patch_embed_backward, patch_embed_packed, patch_embed_packed_backward,
+    linear, linear_backward, folded_linear, added_linear, mlp, mlp_backward, attention, attention_backward,
+    attention_qkv, attention_qkv_backward, patch_embed, patch_embed_backward, patch_embed_packed,
+    patch_embed_packed_backward,
 )  # fmt: skip
 # these read where images begin, the others shapes only
 OF_TENSORS = attention_varlen, attention_varlen_backward

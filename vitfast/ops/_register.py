@@ -37,7 +37,7 @@ NO_CPU_KERNEL = "stock operators are as fast, or nearly"
 
 def op(
     schema: str, *, cpu: Callable, cuda: Callable, fake: Callable, cpu_kernel: str | None = None,
-    cuda_kernel: str | None = None,
+    cuda_kernel: str | None = None, why_no_cpu_kernel: str = NO_CPU_KERNEL,
 ) -> Callable:  # fmt: skip
     """Define `vitfast::<schema>` for CPU and CUDA with its shape function; returns the callable op.
 
@@ -56,7 +56,9 @@ def op(
         CUDA_KERNELS[name] = cuda_kernel
     if not name.endswith("_backward"):
         IMPLEMENTATIONS[name] = {
-            "cpu": Implementation("C++", cpu_kernel, "") if cpu_kernel else Implementation(STOCK, None, NO_CPU_KERNEL),
+            "cpu": Implementation("C++", cpu_kernel, "")
+            if cpu_kernel
+            else Implementation(STOCK, None, why_no_cpu_kernel),
             "cuda": Implementation(_language(cuda_kernel), dispatch.KERNELS[cuda_kernel].file, "")
             if cuda_kernel
             else Implementation(STOCK, None, NO_CUDA_KERNEL),
