@@ -473,6 +473,8 @@ def result_of(op, call, change=lambda of: None):
     """Family, arguments, results and places of a call, whose arguments were changed before it ran."""
     family, generator = FAMILIES[op], torch.Generator().manual_seed(0)
     args, places = family.draw(call, generator), family.places(call, generator)
+    # not all of them, as of calls with more
+    places = places[places % 4 != 2] if family.rows else places[-1:]
     args = family.quiet(call, args, places)
     changed = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args]
     # defaults at the end are left out

@@ -118,7 +118,20 @@ class FoldedBlock(nn.Module):
         self, x: Tensor, pieces: Tensor | None, attn_mask: Tensor | None = None, keep: int | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """`forward` of tokens that come with the statistics of their rows, and so do the results."""
-        x, pieces = self.proj(self._attend(x, pieces, attn_mask, keep), x if keep is None else x[:, :keep])
+        return self._through_mlp(*self._through_attention(x, pieces, attn_mask, keep))
+
+    def attention_branch(self, x: Tensor) -> Tensor:
+        """Tokens [B, N, D] after attention, residual included."""
+        return self._through_attention(x, None, None, None)[0]
+
+    def mlp_branch(self, x: Tensor) -> Tensor:
+        """Tokens [B, N, D] after the MLP, residual included."""
+        return self._through_mlp(x, None)[0]
+
+    def _through_attention(self, x, pieces, mask, keep):
+        return self.proj(self._attend(x, pieces, mask, keep), x if keep is None else x[:, :keep])
+
+    def _through_mlp(self, x, pieces):
         if self.gated:
             gate, value = self.fc1(x, pieces).chunk(2, dim=-1)
             return self.fc2(reference.activation(gate, self.act) * value, x)

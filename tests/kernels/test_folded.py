@@ -59,6 +59,14 @@ def test_prepared_model_is_less_exact_than_the_model(config, dtype, device):
     accept_model(prepared.forward_features(images), ref, low, what="features")
 
 
+def test_prepared_model_has_no_intermediates(device):
+    prepared = vitfast.prepare(model_of(torch.float16, device, mlp="swiglu_packed", activation="silu"))
+    images = torch.randn(2, 3, 24, 24, device=device).half()
+    taps, logits = prepared.intermediates(images), prepared(images)
+    assert len(taps) == 2 * 3 + 4
+    torch.testing.assert_close(taps["logits"], logits, rtol=0, atol=4e-3 * logits.abs().max().item())
+
+
 def test_a_block_is_more_than_five_kernels(monkeypatch, device):
     """After the first norm, whose rows no product wrote."""
     prepared = vitfast.prepare(model_of(torch.float16, device, depth=2, pool="mean"))
