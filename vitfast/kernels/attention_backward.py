@@ -159,7 +159,8 @@ def keys_tile(
         last = tl.where(first < n, queries, 0)
     for i in tl.range(0, last, BM, num_stages=STAGES):
         left = queries - i
-        q0, q1 = load_rows(advance(q, i, q_row, UNIT), q_step, left, BM, W0, W1, D, True, WIDE)
+        # of a row of zeros a key of infinities would get NaN
+        q0, q1 = load_rows(advance(q, i, q_row, UNIT), q_step, left, BM, W0, W1, D, False, WIDE, True)
         g0, g1 = load_rows(advance(grad, i, out_row, 8), g_step, left, BM, W0, W1, D, True, WIDE)
         log_sum = tl.load(lse + i + rows, mask=rows < left, other=float("inf"))
         sums = tl.load(delta + i + rows, mask=rows < left, other=0.0)
@@ -361,7 +362,10 @@ def backward_short(
     rows = tl.arange(0, BM)
     for i in tl.range(0, queries, BM, num_stages=STAGES):
         left = queries - i
-        q0, q1 = load_rows(advance(q, i, q_row, UNIT), row_step(q_row, UNIT, WIDE), left, BM, W0, W1, D, True, WIDE)
+        # as in `keys_tile`
+        q0, q1 = load_rows(
+            advance(q, i, q_row, UNIT), row_step(q_row, UNIT, WIDE), left, BM, W0, W1, D, False, WIDE, True
+        )
         g0, g1 = load_rows(advance(grad, i, out_row, 8), row_step(out_row, 8, WIDE), left, BM, W0, W1, D, True, WIDE)
         o0, o1 = load_rows(advance(out, i, out_row, 8), row_step(out_row, 8, WIDE), left, BM, W0, W1, D, True, WIDE)
         delta = row_dot(o0, o1, g0, g1, W1)
