@@ -24,6 +24,7 @@ class Config:
         warps, stages: of a program, and of its loop over memory.
         peel: the last block of keys in code of its own, without masks in that of the others.
         loop: a program takes all queries of a head in turn (short forward only).
+        delta_first: the sums of grad * out by a kernel of their own (short backward only).
         keys_m, keys_n, keys_warps: the same of the half that makes dk and dv, where that is a kernel of its own.
     """
 
@@ -34,6 +35,7 @@ class Config:
     stages: int = 2
     peel: bool = True
     loop: bool = False
+    delta_first: bool = False
     keys_m: int = 0
     keys_n: int = 0
     keys_warps: int = 0
@@ -128,7 +130,11 @@ BACKWARD: dict[int, list[Row]] = {
     90: [
         Row(Config("blocks", 32, 64, keys_m=32, keys_n=64, keys_warps=4), width=64, programs_at_most=FEW),
         Row(Config("blocks", 32, 32, keys_m=32, keys_n=64, keys_warps=4), width=80, programs_at_most=FEW),
-        Row(Config("short", 32, warps=8), width=64, keys=256, dropout=False),
+        # with two stages each wgmma waits for the one before, and only that keeps the next rows out of the tile of
+        # gradients until it was multiplied
+        Row(Config("short", 32, warps=8, stages=1), width=64, keys=256, dropout=False),
+        # never first, for `vitfast tune`
+        Row(Config("short", 32, warps=8, stages=1, delta_first=True), width=64, keys=256, dropout=False),
         Row(Config("head", 32, 32, stages=1, peel=False), keys=256, dropout=False),
         Row(Config("blocks", 64, 64, keys_m=64, keys_n=64, keys_warps=4), width=80),
         Row(Config("blocks", 64, 64, keys_m=32, keys_n=64, keys_warps=8)),
