@@ -228,7 +228,7 @@ def cuda_rows(source: str, arch: int) -> dict[str, Row]:
         if dynamic := re.search(r"// dynamic shared memory: (\d+)", code[kernel]):
             memory["shared"] += int(dynamic.group(1))
         found = Found(**memory, **_instructions(code[kernel]))
-        slow = [f"ptxas: {line}" for line in re.findall(rf".*\bC75\d\d\b.*\b{kernel}\b.*", done.stderr)]
+        slow = [f"ptxas: {line}" for line in re.findall(rf".*\bC75(?!19)\d\d\b.*\b{kernel}\b.*", done.stderr)]
         row = _described(found, _memory(found, arch) + _refused_sass(sass[kernel]) + slow)
         rows[f"{key} {readable(kernel)}"] = row | {"sass": _listed(sass[kernel])}
     return rows or {key: {"kernels": 0}}

@@ -152,12 +152,13 @@ def test_wgmma_one_after_the_other_passes():
     assert found_in("FINE").serialised == ()
     ptx = 3 * "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%r1}, %rd1, %rd2, 1, 1, 1, 0, 1;\n"
     ptx += "wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;\n"
-    apart = "  HGMMA.64x32x16.F32.BF16 R24, gdesc[UR4], R24, gsb0 ;\n"
-    together = apart.replace(", gsb0", "") * 2 + apart
+    product, wait = "  HGMMA.64x32x16.F32.BF16 R24, gdesc[UR4], R24, gsb0 ;\n", "  WARPGROUP.DEPBAR.LE gsb0, 0x0 ;\n"
+    together = 3 * product + wait
     assert serialised(ptx, together, "") == serialised(ptx, 2 * together, "") == []
-    (why,) = serialised(ptx, 3 * apart, "")
-    assert why == "wgmma one after the other: 3 waits for 3 HGMMA, 1 groups of 3 were asked for"
+    (why,) = serialised(ptx, 3 * (product + wait), "")
+    assert why == "wgmma one after the other: 3 waits for 3 HGMMA, 1 for 3 were asked for"
     assert serialised(ptx, together, "ptxas info    : (C7515) Potential Performance Loss") != []
+    assert serialised(ptx, together, "ptxas info    : (C7519) warpgroup.arrive is injected") == []
 
 
 def without_barrier(ptx, number):
