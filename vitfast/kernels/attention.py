@@ -316,9 +316,9 @@ def _compilations(
     found = [(kernel, _forward_constants(call, config), config.warps, config.stages, True)]
     config = _config(tuning.BACKWARD[arch], call, 108)
     found += [(*each, config.stages, True) for each in _backward_constants(call, config)]
-    other = replace(config, delta_first=True)
+    other = replace(config, delta_first=not config.delta_first)
     if other in (row.config for row in tuning.BACKWARD[arch]):
-        found += [(*each, config.stages, other == config) for each in _backward_constants(call, other)]
+        found += [(*each, config.stages, False) for each in _backward_constants(call, other)]
     for kernel, constants, *how in found:
         # fp32 as `torch.set_float32_matmul_precision` says
         for precision in ("ieee", "tf32") if dtype is torch.float32 else ("ieee",):
