@@ -3,12 +3,14 @@
     python benchmarks/aot.py [--arch 80 89 90 100] [--only NAME-PART] [--defaults] [--write]
 
 Prints a line for each configuration of each Triton kernel and for each kernel of csrc/*.cu: registers, stack, shared
-memory, tensor core instructions, widths of loads, why it is refused; then what differs from the record. --write, which
+memory, programs a multiprocessor, tensor core instructions, widths of loads, instructions behind the last product,
+barriers in the loop around it, why it is refused; then what differs from the record. --write, which
 takes all configurations, renews the record: without times in it, so that the same versions write the same file.
 
 A configuration is refused where it does not compile; spills and some shape runs it by default; needs more shared memory
 than the card has; has no wgmma on sm_90, or no wide load, for its products; has TF32 where it promises IEEE products;
-or computes a row's offset in 32 bits.
+computes a row's offset in 32 bits; has its wgmma one after the other and some shape runs it by default; or may
+overwrite what another warpgroup still multiplies.
 
 Exit status: 0, differences from the record or not; 1 where one is refused; 2 for wrong use.
 """
@@ -190,8 +192,13 @@ def _numbers(row: Row) -> str:
     if "registers" not in row:
         return "no kernels" if row.get("kernels") == 0 else row.get("skipped", "")
     spills = f"stack {row['stack']}" if row["stack"] else ""
-    parts = [f"{row['registers']:3} registers", f"{row['shared'] / 1024:5.1f} KB shared", spills, row["mma"]]
-    return ", ".join(part for part in (*parts, f"loads: {row['loads']}") if part)
+    parts = [f"{row['registers']:3} registers", f"{row['shared'] / 1024:5.1f} KB shared", spills]
+    parts += [f"{row['programs']} programs"] if "programs" in row else []
+    parts += [row["mma"], f"loads: {row['loads']}"]
+    parts += [f"{row['epilogue']} behind the product"] if "epilogue" in row else []
+    parts += [f"barriers a loop: {row['barriers']}"] if "barriers" in row else []
+    parts += ["serialised"] if "serialised" in row else []
+    return ", ".join(filter(None, parts))
 
 
 def line_of(key: str, row: Row) -> str:

@@ -5,7 +5,9 @@ Every compile starts from an empty cache of its own: what is reported was made n
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import os
 import re
 import shutil
@@ -17,8 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import aot_machine
 import triton
 from aot_addresses import narrow_rows
+from aot_machine import TENSOR_MEMORY
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -28,8 +32,6 @@ from vitfast.kernels.compilation import Compilation
 ARCHS = (80, 89, 90, 100)
 # bytes that one block may have, by CUDA's programming guide
 SHARED_LIMITS = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
-# columns of sm_100's memory for accumulators
-TENSOR_MEMORY = 512
 WIDE = 16
 # of setup.py's architectures, by ours; code for sm_80 runs on sm_89
 CUDA_ARCHS = {80: "80", 90: "90a", 100: "100"}
@@ -58,6 +60,9 @@ class Found:
         dots: how often which `tl.dot`: (m, n, k, type of the operands).
         narrow_rows: 32-bit row arithmetic, see `aot_addresses`.
         tensor_memory: columns, on sm_100.
+        programs, epilogue, barriers: a multiprocessor; instructions behind the last one for tensor cores; barriers in
+            each innermost loop with such: see `aot_machine`.
+        serialised, unguarded: what is wrong with its wgmma, see `aot_machine`.
         seconds: compiling it.
     """
 
@@ -70,6 +75,11 @@ class Found:
     dots: dict[tuple[int, int, int, str], int] = field(default_factory=dict)
     narrow_rows: tuple[str, ...] = ()
     tensor_memory: int = 0
+    programs: int | None = None
+    epilogue: int | None = None
+    barriers: tuple[int, ...] = ()
+    serialised: tuple[str, ...] = ()
+    unguarded: tuple[str, ...] = ()
     seconds: float = 0.0
 
 
@@ -101,20 +111,28 @@ def compile_one(compilation: Compilation, arch: int) -> Found:
     )
     options = {"num_warps": compilation.warps, "num_stages": compilation.stages}
     options |= {"maxnreg": compilation.registers} if compilation.registers else {}
-    began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder, knobs.cache.scope():
-        knobs.cache.dir = folder
-        made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    began, said = time.perf_counter(), io.StringIO()
+    with tempfile.TemporaryDirectory() as folder, knobs.cache.scope(), knobs.nvidia.scope():
+        knobs.cache.dir, knobs.nvidia.dump_ptxas_log = folder, True
+        with contextlib.redirect_stdout(said):
+            made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
         seconds = time.perf_counter() - began
-        usage = _usage(made.asm["cubin"], Path(folder) / "kernel.cubin")
-    ttir = made.asm["ttir"]
+        file = Path(folder) / "kernel.cubin"
+        usage, sass = _usage(made.asm["cubin"], file), _disassembled(file)
+    ttir, ptx, shared, warps = made.asm["ttir"], made.asm["ptx"], made.metadata.shared, made.metadata.num_warps
+    tensor_memory = getattr(made.metadata, "tmem_size", None) or 0
     return Found(
         **usage,
-        shared=made.metadata.shared,
-        **_instructions(made.asm["ptx"]),
+        shared=shared,
+        **_instructions(ptx),
         dots=_dots(ttir),
         narrow_rows=tuple(narrow_rows(ttir)),
-        tensor_memory=getattr(made.metadata, "tmem_size", None) or 0,
+        tensor_memory=tensor_memory,
+        programs=aot_machine.programs(arch, usage["registers"], shared, warps, tensor_memory),
+        epilogue=aot_machine.epilogue(sass),
+        barriers=tuple(aot_machine.barriers(sass)),
+        serialised=tuple(aot_machine.serialised(ptx, sass, said.getvalue())),
+        unguarded=tuple(aot_machine.unguarded(ptx)) if warps > aot_machine.WARPGROUP else (),
         seconds=seconds,
     )
 
@@ -139,7 +157,9 @@ def gate(compilation: Compilation, arch: int, found: Found) -> list[str]:
             reasons.append(f"no wgmma for products of 64 rows or more: {_listed(found.mma)}")
         elif large and len(large) == len(found.dots) and "mma.sync" in kinds:
             reasons.append(f"some of its products are not wgmma: {_listed(found.mma)}")
-    return reasons + list(found.narrow_rows)
+    if compilation.default:
+        reasons += found.serialised
+    return reasons + list(found.unguarded + found.narrow_rows)
 
 
 def _memory(found: Found, arch: int, *, may_spill: bool = False) -> list[str]:
@@ -209,7 +229,8 @@ def cuda_rows(source: str, arch: int) -> dict[str, Row]:
         if dynamic := re.search(r"// dynamic shared memory: (\d+)", code[kernel]):
             memory["shared"] += int(dynamic.group(1))
         found = Found(**memory, **_instructions(code[kernel]))
-        row = _described(found, _memory(found, arch) + _refused_sass(sass[kernel]))
+        slow = [f"ptxas: {line}" for line in re.findall(rf".*\bC75(?!19)\d\d\b.*\b{kernel}\b.*", done.stderr)]
+        row = _described(found, _memory(found, arch) + _refused_sass(sass[kernel]) + slow)
         rows[f"{key} {readable(kernel)}"] = row | {"sass": _listed(sass[kernel])}
     return rows or {key: {"kernels": 0}}
 
@@ -229,13 +250,16 @@ def readable(kernel: str) -> str:
 
 def _sass(cubin: Path) -> dict[str, dict[str, int]]:
     """How often which of `SASS` stands in the machine code of each kernel."""
-    command = [knobs.nvidia.cuobjdump.path, "--dump-sass", str(cubin)]
-    said = subprocess.run(command, capture_output=True, text=True).stdout
-    parts = re.split(r"Function : (\w+)", said)[1:]
+    parts = re.split(r"Function : (\w+)", _disassembled(cubin))[1:]
     return {
         kernel: {name: n for name, pattern in SASS.items() if (n := len(re.findall(pattern, text)))}
         for kernel, text in zip(parts[::2], parts[1::2], strict=True)
     }
+
+
+def _disassembled(cubin: Path) -> str:
+    command = [knobs.nvidia.cuobjdump.path, "--dump-sass", str(cubin)]
+    return subprocess.run(command, capture_output=True, text=True).stdout
 
 
 def _refused_sass(counts: dict[str, int]) -> list[str]:
@@ -256,7 +280,15 @@ def _described(found: Found, refused: list[str]) -> Row:
     row: Row = {"registers": found.registers, "stack": found.stack, "shared": found.shared}
     if found.tensor_memory:
         row["tensor_memory"] = found.tensor_memory
+    if found.programs is not None:
+        row["programs"] = found.programs
     row |= {"mma": _listed(found.mma), "loads": _listed(found.loads), "tf32": found.tf32}
+    if found.epilogue is not None:
+        row["epilogue"] = found.epilogue
+    if found.barriers:
+        row["barriers"] = ", ".join(map(str, found.barriers))
+    if found.serialised:
+        row["serialised"] = True
     return row | ({"refused": refused} if refused else {}) | {"seconds": found.seconds}
 
 

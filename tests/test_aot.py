@@ -9,11 +9,13 @@ from pathlib import Path
 
 import aot
 import aot_compile
+import aot_machine
 import aot_samples as samples
 import pytest
 import triton
 from aot_addresses import narrow_rows
-from aot_compile import ARCHS, CUDA_ARCHS, NO_NVCC, SHARED_LIMITS, compile_one, cuda_rows, gate
+from aot_compile import ARCHS, CUDA_ARCHS, NO_NVCC, SHARED_LIMITS, compilations, compile_one, cuda_rows, gate
+from aot_machine import BARRIER, barriers, epilogue, programs, serialised, unguarded
 
 ROOT = Path(__file__).parent.parent
 NVCC = shutil.which("nvcc")
@@ -102,8 +104,8 @@ def test_a_good_kernel_is_refused(arch):
 
 
 def test_a_default_that_spills_passes():
-    (why,) = refused("SPILLING")
-    assert re.fullmatch(r"spills: \d+ bytes of stack", why)
+    spills, serialised = refused("SPILLING")
+    assert re.fullmatch(r"spills: \d+ bytes of stack", spills) and "C7511" in serialised
 
 
 def test_a_configuration_that_only_tuning_may_choose_must_not_spill():
@@ -138,6 +140,142 @@ def test_more_shared_memory_than_the_card_has_passes():
     assert [why for why in refused("TOO_MUCH_SHARED", 80) if "shared" in why] == []
     large = replace(found_in("FINE", 100), tensor_memory=1024)
     assert gate(samples.FINE, 100, large) == ["1024 columns of tensor memory, sm_100 has 512"]
+
+
+def test_wgmma_one_after_the_other_passes():
+    """What ptxas says of it; where it says nothing, the groups in machine code."""
+    kernel = samples.SPILLING
+    found = found_in("SPILLING")
+    (why,) = found.serialised
+    assert why.startswith("wgmma one after the other: ptxas: (C7511) Potential Performance Loss")
+    assert [why for why in gate(kernel._replace(default=False), 90, found) if "wgmma" in why] == []
+    assert found_in("FINE").serialised == ()
+    ptx = 3 * "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%r1}, %rd1, %rd2, 1, 1, 1, 0, 1;\n"
+    ptx += "wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;\n"
+    product, wait = "  HGMMA.64x32x16.F32.BF16 R24, gdesc[UR4], R24, gsb0 ;\n", "  WARPGROUP.DEPBAR.LE gsb0, 0x0 ;\n"
+    together = 3 * product + wait
+    assert serialised(ptx, together, "") == serialised(ptx, 2 * together, "") == []
+    (why,) = serialised(ptx, 3 * (product + wait), "")
+    assert why == "wgmma one after the other: 3 waits for 3 HGMMA, 1 for 3 were asked for"
+    assert serialised(ptx, together, "ptxas info    : (C7515) Potential Performance Loss") != []
+    assert serialised(ptx, together, "ptxas info    : (C7519) warpgroup.arrive is injected") == []
+
+
+def without_barrier(ptx, number):
+    """The PTX without its barrier of that number."""
+    begin, end = list(BARRIER.finditer(ptx))[number].span()
+    return ptx[:begin] + ptx[end:]
+
+
+EIGHT_WARPS = {
+    "cp.async.cg.shared.global": samples.of_attention("copies", bm=128, warps=8),
+    "st.shared": samples.of_attention("stores", bm=128, warps=8, stages=1),
+    "mbarrier.arrive": compilations("vitfast.kernels.linear", 90)[
+        "linear/product 128x128x64 w8 s4 desc persistent plain sm_90"
+    ],
+}
+
+
+@pytest.mark.parametrize("what", EIGHT_WARPS)
+def test_what_another_warpgroup_still_multiplies_is_overwritten(what, monkeypatch):
+    """With one barrier deleted after the other, of a loop's the one that keeps copies or stores from the operands."""
+    kept = []
+    monkeypatch.setattr(aot_machine, "unguarded", lambda ptx: kept.append(ptx) or unguarded(ptx))
+    assert gate(EIGHT_WARPS[what], 90, compile_one(EIGHT_WARPS[what], 90)) == []
+    count = len(BARRIER.findall(kept[0]))
+    found = [why for number in range(count) for why in unguarded(without_barrier(kept[0], number))]
+    assert any(f"no barrier between a wait for wgmma and {what}" in why for why in found), found
+    late = replace(found_in("FINE"), unguarded=("no barrier between a wait for wgmma and stmatrix",))
+    assert gate(samples.FINE._replace(default=False), 90, late) == list(late.unguarded)
+
+
+LOOP = """
+.visible .entry k(
+)
+{
+	mov.u32 %r1, %tid.x;
+	bra.uni 	$L__BB0_2;
+$L__BB0_1:
+	FIRST
+	wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%r1}, %rd1, %rd2, 1, 1, 1, 0, 1;
+	wgmma.wait_group.sync.aligned 0;
+	MIDDLE
+	wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%r1}, %rd1, %rd2, 1, 1, 1, 0, 1;
+	wgmma.wait_group.sync.aligned 0;
+	LAST
+	@%p1 bra 	$L__BB0_2;
+	bra.uni 	$L__BB0_3;
+$L__BB0_2:
+	SECOND
+	bra.uni 	$L__BB0_1;
+$L__BB0_3:
+	AFTER
+	ret;
+}
+"""
+STORE, COPY, SYNC = "st.shared.b32 [%r2], %r3;", "@%p2 cp.async.cg.shared.global [%r2], [%rd1], 16;", "bar.sync \t0;"
+
+
+@pytest.mark.parametrize(
+    "code, wrong",
+    [
+        ({"FIRST": STORE}, True), ({"FIRST": STORE, "SECOND": SYNC}, False), ({"FIRST": STORE, "LAST": SYNC}, False),
+        ({"FIRST": COPY}, True), ({"SECOND": COPY, "FIRST": SYNC}, True), ({"SECOND": SYNC + "\n" + COPY}, False),
+        ({"AFTER": STORE}, True), ({"AFTER": STORE, "LAST": SYNC}, False), ({"AFTER": STORE, "SECOND": SYNC}, True),
+        ({"MIDDLE": STORE}, True), ({"MIDDLE": STORE, "FIRST": SYNC}, False), ({"MIDDLE": COPY, "FIRST": SYNC}, True),
+        ({"MIDDLE": SYNC + "\n" + COPY}, False),
+        ({"LAST": "bar.sync 1, 128;\n" + STORE}, True), ({"LAST": "mbarrier.arrive.shared.b64 _, [%r1];"}, True),
+        ({"LAST": "ld.shared.b32 %r3, [%r2];"}, False), ({"SECOND": "// bar.sync 0;\n" + STORE}, True),
+    ],
+)  # fmt: skip
+def test_a_way_round_a_barrier_is_not_found(code, wrong):
+    """A round's end, the loop's end, barriers of some threads only, stores between two waits of one round."""
+    ptx = LOOP
+    for place in ("FIRST", "MIDDLE", "LAST", "SECOND", "AFTER"):
+        ptx = ptx.replace(place, code.get(place, ""))
+    assert (unguarded(ptx) != []) is wrong
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        # of CUDA's occupancy calculator
+        ((90, 128, 49152, 4), 4), ((90, 32, 0, 8), 8), ((90, 255, 114688, 8), 1), ((90, 168, 40000, 4), 3),
+        ((80, 64, 100 << 10, 4), 1), ((80, 64, 80 << 10, 4), 2), ((89, 40, 0, 4), 12), ((90, 16, 0, 1), 32),
+        ((90, 255, 0, 16), 0), ((100, 64, 1024, 4, 256), 2), ((90, 24, 228 << 10, 4), 0),
+    ],
+)  # fmt: skip
+def test_programs_of_a_multiprocessor_are_miscounted(arguments, expected):
+    assert programs(*arguments) == expected
+
+
+SASS = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;    /* 0x00000a00ff017b82 */
+                                                             /* 0x000fe20000000f00 */
+        /*0010*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0020*/                   MOV R2, R3 ;
+        /*0030*/                   HGMMA.64x256x16.F32.BF16 R24, gdesc[UR4], R24, gsb0 ;
+        /*0040*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0050*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0060*/              @!P0 BRA 0x20 ;
+        /*0070*/                   HMMA.16816.F32.BF16 R4, R4, R8, R4 ;
+        /*0080*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0090*/               @P1 BRA 0x70 ;
+        /*00a0*/               @P2 BRA 0x10 ;
+        /*00b0*/                   EXIT ;
+        /*00c0*/                   BRA 0x40 ;
+        /*00d0*/                   BRA 0xd0;
+        /*00e0*/                   NOP;
+"""
+
+
+def test_epilogue_or_barriers_of_a_loop_are_miscounted():
+    """In inner loops only, whatever lies behind the last exit, which are detours of a wait."""
+    assert epilogue(SASS) == 5 and barriers(SASS) == [2, 1]
+    plain = SASS.replace("HGMMA", "FADD").replace("HMMA", "FADD")
+    assert epilogue(plain) is None and barriers(plain) == []
+    row = aot_compile.kernel_row("aot_samples", "aot_samples/fine sm_90", 90)["aot_samples/fine sm_90"]
+    assert row["programs"] == 4 and row["barriers"] == "2" and row["epilogue"] > 100 and "serialised" not in row
 
 
 HOW = [

@@ -1,7 +1,9 @@
 """`vitfast.warmup`: wrong kernels are found and switched off, right ones stay, and nothing else changes."""
 
+import contextlib
 import sys
 import types
+import warnings
 
 import pytest
 import torch
@@ -174,13 +176,49 @@ def test_a_kernel_is_blamed_for_stock_operators_or_passes_unchecked(fake, stock)
     assert dispatch.switched_off("fake") is None
 
 
-def test_a_kernel_is_blamed_for_a_full_memory(fake):
+@pytest.mark.parametrize("checked", [False, True])
+@pytest.mark.parametrize(
+    "problem",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+    ],
+)
+def test_a_kernel_is_blamed_for_a_full_memory(fake, problem, checked):
     def too_large(x, config=None):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+        if config is None and checked:
+            return right(x)
+        raise problem
 
     fake.kernel = too_large
-    report, _ = warm()
-    assert "not compiled" in report.rows[0].check and dispatch.switched_off("fake") is None
+    with pytest.warns(RuntimeWarning, match="not checked") if checked else contextlib.nullcontext():
+        report, _ = warm()
+    assert report.rows[0].check.startswith("not checked: " if checked else "not compiled: ")
+    assert "out of memory" in report.rows[0].check and report.rows[0].runs == "kernel"
+    assert dispatch.switched_off("fake") is None
+
+
+@pytest.mark.parametrize("checked", [False, True])
+@pytest.mark.parametrize(
+    "problem, kind, message",
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+        (RuntimeError("Triton Error [CUDA]: operation not permitted when stream is capturing"), RuntimeError,
+         "fake: .*call once before capturing"),
+        (torch.AcceleratorError("CUDA error: invalid argument"), torch.AcceleratorError, "invalid argument"),
+    ],
+)  # fmt: skip
+def test_warming_up_blames_a_kernel_for_what_would_fail_any(fake, problem, kind, message, checked):
+    def fails(x, config=None):
+        if config is None and checked:
+            return right(x)
+        raise problem
+
+    fake.kernel = fails
+    with warnings.catch_warnings(), pytest.raises(kind, match=message):
+        warnings.simplefilter("error")
+        warm()
+    assert dispatch.switched_off("fake") is None
 
 
 def test_a_kernel_that_breaks_the_device_is_not_named(fake):
@@ -192,8 +230,9 @@ def test_a_kernel_that_breaks_the_device_is_not_named(fake):
 
     fake.kernel = breaks
     message = r"fake kernel broke the device.*set_backend\('stock', op='fake'\)"
-    with pytest.warns(RuntimeWarning), pytest.raises(RuntimeError, match=message):
+    with pytest.raises(RuntimeError, match=message):
         warm(place=place)
+    assert dispatch.switched_off("fake") is None
 
 
 def test_products_in_tf32_make_a_right_kernel_wrong(fake):

@@ -209,6 +209,56 @@ def switch_off(kernel: str, why: str) -> None:
     )
 
 
+# of a driver that loads a kernel, and of cuBLAS when it is first asked
+FULL = ("out of memory", "STATUS_ALLOC_FAILED")
+# after these nothing runs in this process (CUDA's documentation of cudaError_t)
+LOST = (
+    "illegal memory access", "illegal instruction", "misaligned address", "launch timed out", "context is destroyed",
+    "device-side assert", "hardware stack error", "on global/shared address space", "invalid program counter",
+    "unspecified launch failure", "uncorrectable",
+)  # fmt: skip
+
+
+def out_of_memory(problem: BaseException) -> bool:
+    """Whether memory of the device or the host is full, whoever says so."""
+    full = isinstance(problem, (torch.OutOfMemoryError, MemoryError))
+    return full or any(text in str(problem) for text in FULL)
+
+
+def _capturing() -> bool:
+    try:
+        return torch.cuda.is_current_stream_capturing()
+    # no driver, or a device that is lost
+    except RuntimeError:
+        return False
+
+
+def spare(kernel: str, problem: Exception) -> None:
+    """Raise what is wrong where `problem` says nothing about the kernel that it came out of; return where it does.
+
+    Raises:
+        torch.OutOfMemoryError: memory is full.
+        RuntimeError: a CUDA graph is being captured, into which no kernel can be loaded; chains `problem`.
+        Exception: `problem`, where the device is lost or one of torch's own operators failed.
+    """
+    said = str(problem)
+    if isinstance(problem, torch.OutOfMemoryError):
+        raise problem
+    if out_of_memory(problem):
+        raise torch.OutOfMemoryError(f"{kernel}: {said}") from problem
+    of_cuda = "CUDA" in said
+    # the stream of another thread may be the one
+    if _capturing() or (of_cuda and "captur" in said):
+        raise RuntimeError(
+            f"{kernel}: the first call of a kernel compiles and loads it, which must not happen while a CUDA graph is "
+            f"captured: call once before capturing, with the same shapes and dtypes ({type(problem).__name__}: {said})"
+        ) from problem
+    # torch's operators begin so; kernels' launchers do not
+    of_torch = isinstance(problem, torch.AcceleratorError) or said.startswith("CUDA error: ")
+    if of_torch or (of_cuda and any(text in said for text in LOST)):
+        raise problem
+
+
 def asked_for(kernel: str) -> bool:
     """Whether somebody forces this kernel, in this thread or for the process."""
     trial = _thread.trial

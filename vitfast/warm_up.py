@@ -199,11 +199,11 @@ def _warm_one(call: Call, place: Place, checked: dict[tuple, str]) -> tuple[str,
             args = family.quiet(call, args, places)
             outs = family.results(args)
             place.synchronize()
-        # the user's memory is full, which says nothing about the kernel
-        except torch.OutOfMemoryError as problem:
-            return STOCK if dispatch.switched_off(family.kernel) else KERNEL, f"not compiled: {first_line(problem)}"
         # a compiler or a driver may fail in any way
         except Exception as problem:
+            # the user's memory is full, which says nothing about the kernel
+            if dispatch.out_of_memory(problem):
+                return STOCK if dispatch.switched_off(family.kernel) else KERNEL, f"not compiled: {first_line(problem)}"
             if not _last(seen, family).taken:
                 raise
             return _failed(family, place, problem)
@@ -221,11 +221,11 @@ def _warm_one(call: Call, place: Place, checked: dict[tuple, str]) -> tuple[str,
         if name not in checked:
             try:
                 checked[name] = one()
-            except (torch.OutOfMemoryError, NoYardstick) as problem:
+            except Exception as problem:
+                if not (isinstance(problem, NoYardstick) or dispatch.out_of_memory(problem)):
+                    return _failed(family, place, problem)
                 checked[name] = f"not checked: {first_line(problem)}"
                 warnings.warn(f"vitfast's {family.kernel} kernel was {checked[name]}", RuntimeWarning, stacklevel=4)
-            except Exception as problem:
-                return _failed(family, place, problem)
     return KERNEL, tuned + "; ".join(sorted({checked[name] for name in checks}))
 
 
@@ -239,7 +239,6 @@ def _failed(family: Family, place: Place, problem: Exception) -> tuple[str, str]
     from vitfast.bench.device import first_line
 
     why = " ".join(str(problem).split())[:500] if isinstance(problem, NotAccepted) else first_line(problem)
-    dispatch.switch_off(family.kernel, why)
     try:
         place.synchronize()
     except Exception as lost:
@@ -247,6 +246,8 @@ def _failed(family: Family, place: Place, problem: Exception) -> tuple[str, str]
             f"warmup: the {family.kernel} kernel broke the device ({why}), and nothing will run on it in this process. "
             f"Start again with vitfast.set_backend('stock', op={family.kernel!r}), and please report this"
         ) from lost
+    dispatch.spare(family.kernel, problem)
+    dispatch.switch_off(family.kernel, why)
     return STOCK, f"switched off: {why}"
 
 

@@ -24,6 +24,7 @@ FORWARD = {
 }
 BACKWARD = {
     "short": Config("short", 32, warps=8),
+    "delta first": Config("short", 32, warps=8, stages=1, delta_first=True),
     "head": Config("head", 32, 64, stages=1),
     "blocks": Config("blocks", 64, 32, keys_m=32, keys_n=64, keys_warps=4),
 }

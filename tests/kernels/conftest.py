@@ -13,6 +13,7 @@ import pytest
 import torch
 import triton
 from textbook import Textbook
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vitfast.ops import _stock
 
@@ -66,6 +67,20 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def device():
     return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+@pytest.fixture
+def described(monkeypatch):
+    """The tensors that descriptors are made of; their rows begin where bulk copies can, and none lies in another."""
+    made, from_tensor = [], TensorDescriptor.from_tensor
+
+    def checked(tensor, *args):
+        made.append(tensor)
+        assert tensor.stride(0) >= tensor.shape[1] and tensor.stride(0) % 8 == tensor.data_ptr() % 16 == 0
+        return from_tensor(tensor, *args)
+
+    monkeypatch.setattr(TensorDescriptor, "from_tensor", checked)
+    return made
 
 
 @pytest.fixture(autouse=True)

@@ -331,3 +331,65 @@ def test_gradient_as_a_graph_draws_another_mask_or_sees_padding(how, device, mon
     for one, other in zip(by_kernel, as_graph, strict=True):
         assert other.requires_grad
         torch.testing.assert_close(other.detach(), one, rtol=1e-4, atol=1e-5)
+
+
+FORMS = {
+    "plain": {},
+    "lengths": {"lengths": [53, 9]},
+    "dropout": {"dropout_p": 0.3},
+    "packed": {},
+}  # fmt: skip
+
+
+@every_dtype
+@pytest.mark.parametrize("backward", BACKWARD)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("D", (64, 72))
+def test_key_of_weight_zero_gets_gradients_of_nan(D, form, backward, dtype, device):
+    """Its logits are -inf for all queries, of which the last tile is not full: 0 times -inf would be of no query.
+
+    dq is 0 times -inf in that channel, as stock's is.
+    """
+    if form == "packed" and backward != "blocks":
+        return
+    q, k, v, grad = tensors(2, 37, 53, 2, D, dtype, device)
+    q[..., 3] = q[..., 3].abs() + 1
+    k[0, 5, 0, 3] = k[1, 7, 1, 3] = float("-inf")
+    extras = {name: torch.tensor(n, dtype=torch.int32, device=device) if name == "lengths" else n
+              for name, n in FORMS[form].items()}  # fmt: skip
+    seed = torch.tensor([3], device=device)
+    if form == "dropout":
+        extras["seed"] = seed
+    scale = D**-0.5
+    given = (extras.get("lengths"), extras.get("dropout_p", 0.0), seed)
+    if form == "packed":
+        starts = [torch.tensor([0, n, 2 * n], dtype=torch.int32, device=device) for n in (37, 53)]
+        rows = [t.flatten(0, 1)[None] for t in (q, k, v)]
+        out, lse = attention.forward(*rows, scale, starts=(*starts, 37, 53))
+        grads = attention.backward(grad.flatten(0, 1)[None], *rows, out, lse, scale, starts=(*starts, 37, 53))
+        grads = [g.unflatten(1, (2, -1))[0] for g in grads]
+    else:
+        out, lse = attention.forward(q, k, v, scale, config=FORWARD["online"], **extras)
+        grads = attention.backward(grad, q, k, v, out, lse, scale, config=BACKWARD[backward], **extras)
+    wide = [t.double() for t in (q, k, v)]
+    ref, ref_lse = attention_formula(*wide, scale, *given)
+    refs = attention_formula_backward(grad.double(), *wide, ref, ref_lse, scale, *given)
+    assert out.isfinite().all() and lse.isfinite().all() and refs[1].isfinite().all() and refs[2].isfinite().all()
+    for name, got, true in zip(("dq", "dk", "dv"), grads, refs, strict=True):
+        assert torch.equal(got.isnan(), true.isnan()) and not got.isinf().any(), name
+        near = 1e-5 if dtype is torch.float32 else 2e-2
+        torch.testing.assert_close(got.double(), true, rtol=near, atol=near, equal_nan=True)
+    for g in grads[1:]:
+        assert not g[0, 5, 0].any() and not g[1, 7, 1].any()
+
+
+@pytest.mark.parametrize("kind", (torch.float32, torch.bool), ids=str)
+def test_key_that_a_mask_takes_from_all_queries_gets_gradients(kind, device):
+    q, k, v, grad = tensors(2, 37, 53, 2, 64, torch.float32, device)
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    there = torch.arange(53, device=device) % 5 != 2
+    mask = there if kind is torch.bool else torch.zeros(53, device=device).masked_fill(~there, float("-inf"))
+    out = ops.attention(*leaves, mask=mask.expand(37, -1))
+    dq, dk, dv = torch.autograd.grad(out, leaves, grad)
+    assert dq.isfinite().all() and not dk[:, ~there].any() and not dv[:, ~there].any()
+    assert (dk[:, there] != 0).any(-1).all() and (dv[:, there] != 0).any(-1).all()

@@ -173,6 +173,28 @@ def test_one_row_for_all_images_or_a_transposed_weight_is_misread(mechanism, dev
     check_forward(MECHANISMS[mechanism], given)
 
 
+OVERLAPPING = {
+    "one row for all": lambda t: t[:, :1].expand(-1, t.shape[1], -1),
+    "windows": lambda t: t.flatten().unfold(0, t.shape[-1], 8)[None, : t.shape[1]],
+}
+
+
+@pytest.mark.parametrize("rows", OVERLAPPING)
+@pytest.mark.parametrize("which", ("x", "residual", "weight"))
+@pytest.mark.parametrize("mechanism", [name for name, config in MECHANISMS.items() if config.descriptors])
+def test_descriptor_is_made_of_rows_that_overlap(mechanism, which, rows, described, device):
+    """Bulk copies are for rows of which none lies in another."""
+    given = layer(1, 5, 64, 64, torch.float16, device, residual="same")
+    plain = check_forward(MECHANISMS[mechanism], given)
+    assert len(described) == 5
+    given[which] = OVERLAPPING[rows](given[which][None] if which == "weight" else given[which])
+    if which == "weight":
+        given[which] = given[which][0]
+    described.clear()
+    out, *_ = check_forward(MECHANISMS[mechanism], given)
+    assert described == [] and not torch.equal(out, plain[0])
+
+
 EXTREME = {
     "a channel of 1e3": lambda t: t + 1e3 * (torch.arange(t.shape[-1], device=t.device) == 17),
     "mean 30": lambda t: 30 + 0.05 * t,

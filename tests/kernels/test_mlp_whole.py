@@ -71,6 +71,20 @@ def test_rows_of_another_stride_or_past_the_end_are_read(config, device):
     assert torch.equal(mlp.forward(*args, "", config=CONFIGS[config])[0], expected)
 
 
+@pytest.mark.parametrize("rows", ("one row for all", "windows", "odd start"))
+@pytest.mark.parametrize("which", ("x", "w2"))
+def test_tuned_choice_gets_rows_that_it_does_not_take(which, rows, described, device):
+    """It was measured for a shape, whatever the strides; bulk copies are for rows of which none lies in another."""
+    args = list(arguments(1, 40, 64, 64, torch.float16, device))
+    at = 0 if which == "x" else 7
+    t = args[at].reshape(-1, 64)
+    memory = torch.cat([t.flatten(), t.flatten()])
+    step, first = {"one row for all": (0, 0), "windows": (8, 0), "odd start": (64, 1)}[rows]
+    args[at] = memory.as_strided(t.shape, (step, 1), first).view(args[at].shape)
+    check(args, mlp.forward(*args, "", config=CONFIGS["descriptors"])[0])
+    assert (described == []) is (which == "x")
+
+
 @every_config
 def test_bad_row_spoils_another(config, device):
     args = arguments(2, 33, 192, 64, torch.float16, device)

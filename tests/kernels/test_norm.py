@@ -207,6 +207,25 @@ def test_statistics_are_not_fp32(rows, kind, device):
 
 
 @every_dtype
+@every_kind
+def test_rows_past_the_end_are_divided_by_nothing(kind, dtype, device):
+    """Without eps the deviation of what is not there is 0, and the sums over all rows hold it."""
+    given = parts(768, dtype, device, kind, of_sum=True, shape=(1, 5))
+    x, branch, gamma, weight, bias = given.values()
+    grads = [draw(1, 5, 768, dtype=dtype, device=device, seed=seed) for seed in (6, 7)]
+    need = {"need_weight": True, "need_bias": bias is not None, "need_gamma": True, "branch_dtype": dtype}
+    found = layer_norm.backward(
+        grads[0], x, weight, bias, 0.0, kind, total_grad=grads[1], branch=branch, gamma=gamma, **need
+    )
+    leaves = [t.double().requires_grad_() for t in (x, weight)]
+    out = reference.layer_norm(leaves[0], leaves[1], None, 0.0, kind)
+    (dweight,) = torch.autograd.grad(out, leaves[1:], grads[0].double())
+    assert all(t is None or t.isfinite().all() for t in found)
+    torch.testing.assert_close(found[1].double(), dweight, rtol=2e-2, atol=2e-2)
+
+
+
+@every_dtype
 @pytest.mark.parametrize("value", (0.0, 3.0, -0.5, 1024.0))
 def test_constant_row_is_divided_by_nothing(value, dtype, device):
     """Sums that every order has exactly: the normed row is the bias, and no gradient is infinite."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -134,17 +135,18 @@ def backward(
     fresh = torch.zeros_like if call.packed else torch.empty_like
     dq, dk, dv = into or tuple(fresh(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     config = config or backward_config(call)
-    delta = torch.empty_like(lse) if config.kernel != "short" else None
+    delta = torch.empty_like(lse) if config.kernel != "short" or config.delta_first else lse
     q_strides, k_strides = _units(dq, 2), _units(dk, 2)
     sizes = (call.H, call.Nq, call.Nk)
     numbers = (call.scale, call.threshold, call.inv_keep)
     for each in _backward_constants(call, config):
         kernel, constants, warps = each
         programs, own = call.B * call.H, sizes
-        if kernel is backward_kernels.backward_short:
-            tensors = (q, k, v, grad, out, lse, dq, dk, dv, call.lengths, call.seed)
-            strides = (*call.strides, *q_strides, *k_strides)
-        elif kernel is backward_kernels.backward_head:
+        if kernel is backward_kernels.backward_delta:
+            programs *= -(-call.Nq // constants["BM"])
+            launch(kernel, (programs,), (grad, out, delta), sizes[:2], constants, warps)
+            continue
+        if kernel in (backward_kernels.backward_short, backward_kernels.backward_head):
             tensors = (q, k, v, grad, out, lse, delta, dq, dk, dv, call.lengths, call.seed)
             strides = (*call.strides, *q_strides, *k_strides)
         elif kernel is backward_kernels.backward_queries:
@@ -262,7 +264,13 @@ def _backward_constants(call: _Call, config: Config) -> list[tuple[Any, dict[str
     if config.kernel == "short":
         P0 = min(128, triton.next_power_of_2(max(call.Nk, 16)))
         P1 = 0 if call.Nk <= P0 else triton.next_power_of_2(max(call.Nk - P0, 16))
-        return [(backward_kernels.backward_short, common | {"P0": P0, "P1": P1}, config.warps)]
+        if P1 == 64 and config.stages == 1:
+            # which spills, and 128 do not
+            P1 = 128
+        short = common | {"P0": P0, "P1": P1, "DELTA": config.delta_first}
+        before = {name: common[name] for name in ("D", "W0", "W1", "WIDE")} | {"BM": 64}
+        first = [(backward_kernels.backward_delta, before, 4)] if config.delta_first else []
+        return [*first, (backward_kernels.backward_short, short, config.warps)]
     if config.kernel == "head":
         constants = common | {"BN": config.block_n, "PEEL": config.peel}
         return [(backward_kernels.backward_head, constants, config.warps)]
@@ -277,19 +285,19 @@ def _backward_constants(call: _Call, config: Config) -> list[tuple[Any, dict[str
     ]  # fmt: skip
 
 
-# what ViTs run: (tokens, head dim), from a B/32 to a S/14 at 518 pixels and So400m
+# what ViTs run: (tokens, head dim), from a B/32 to a S/14 at 518 pixels and So400m; and parts of keys of all sizes
 SHAPES = (
     (50, 64), (197, 64), (257, 64), (577, 64), (197, 16), (197, 32), (197, 72), (729, 72), (257, 80),
-    (196, 80), (729, 96), (196, 96), (729, 128), (196, 128),
+    (196, 80), (729, 96), (196, 96), (729, 128), (196, 128), (101, 64), (130, 64), (145, 64), (170, 64),
 )  # fmt: skip
 # variants with registers of their own, at (577, 64) and (197, 64)
 VARIANTS = {"dropout": {"dropout_p": 0.1}, "lengths": {"lengths": True}, "packed": {"packed": True}}
 
 
 def compilations(arch: int) -> Iterator[Compilation]:
-    """What the tables of `arch` choose for the shapes of ViTs, in large batches and for one image."""
+    """What the tables of `arch` choose for the shapes of ViTs, in batches large and small and for one image."""
     seen: set[str] = set()
-    for B in (1, 64):
+    for B in (1, 8, 64):
         for N, D in SHAPES:
             # fp16 compiles to the same as bf16
             for dtype in (torch.bfloat16, torch.float32) if D in (64, 80, 128) else (torch.bfloat16,):
@@ -311,21 +319,26 @@ def _compilations(
     # of an A100, the smallest of those with tables of their own
     config = _config(tuning.FORWARD[arch], call, 108)
     kernel = forward_kernels.forward_short if config.kernel == "short" else forward_kernels.forward_online
-    found = [(kernel, _forward_constants(call, config), config.warps, config.stages)]
+    found = [(kernel, _forward_constants(call, config), config.warps, config.stages, True, config.registers)]
     config = _config(tuning.BACKWARD[arch], call, 108)
-    found += [(*each, config.stages) for each in _backward_constants(call, config)]
-    for kernel, constants, warps, stages in found:
+    found += [(*each, config.stages, True, 0) for each in _backward_constants(call, config)]
+    other = replace(config, delta_first=not config.delta_first)
+    if other in (row.config for row in tuning.BACKWARD[arch]):
+        found += [(*each, config.stages, False, 0) for each in _backward_constants(call, other)]
+    for kernel, constants, *how in found:
         # fp32 as `torch.set_float32_matmul_precision` says
         for precision in ("ieee", "tf32") if dtype is torch.float32 else ("ieee",):
-            given = constants | {"PRECISION": precision}
-            yield from _compilation(kernel, call, given, warps, stages, seen, variant)
+            given = constants | ({"PRECISION": precision} if "PRECISION" in constants else {})
+            yield from _compilation(kernel, call, given, *how, seen, variant)
 
 
-def _compilation(kernel, call, constants, warps, stages, seen, variant) -> Iterator[Compilation]:
+def _compilation(kernel, call, constants, warps, stages, default, registers, seen, variant) -> Iterator[Compilation]:
     sizes = [f"{name}{constants[name]}" for name in ("D", "BM", "BN", "P0", "P1", "P2") if constants.get(name)]
-    more = [constants["PRECISION"]] if call.dtype is torch.float32 else []
+    more = [constants["PRECISION"]] if call.dtype is torch.float32 and "PRECISION" in constants else []
     more += ["loop"] * bool(constants.get("LOOP")) + ["masked"] * (constants.get("PEEL") is False)
-    more += [variant] * bool(variant)
+    more += [f"r{registers}"] * bool(registers)
+    more += ["delta first"] * bool(constants.get("DELTA"))
+    more += [variant] * bool(variant and "LENGTHS" in constants)
     dtype = DTYPES[call.dtype]
     name = " ".join([kernel.__name__, dtype, *sizes, f"w{warps}", f"s{stages}", *more])
     if name in seen:
@@ -342,5 +355,5 @@ def _compilation(kernel, call, constants, warps, stages, seen, variant) -> Itera
         if argument not in constants
     }
     pointers = tuple(argument for argument, kind in types.items() if kind.startswith("*"))
-    ieee = call.dtype is torch.float32 and constants["PRECISION"] == "ieee"
-    yield Compilation(name, kernel, types, constants, pointers, warps, stages, ieee=ieee)
+    ieee = call.dtype is torch.float32 and constants.get("PRECISION") == "ieee"
+    yield Compilation(name, kernel, types, constants, pointers, warps, stages, default, ieee, registers)

@@ -3,7 +3,8 @@
 With P the weights, dP = grad v^T and delta = rowsum(grad * out): dS = P * (dP - delta), dq = scale dS k,
 dk = scale dS^T q, dv = P^T grad (Dao et al., "FlashAttention", 2022, appendix B.4). P is computed again from lse.
 
-`backward_short`: one program a head, up to 256 keys in registers, queries in blocks: five products a tile.
+`backward_short`: one program a head, up to 256 keys in registers, queries in blocks: five products a tile. It makes
+delta as it goes, or reads what `backward_delta` has left.
 `backward_head`: one program a head that first makes dq, then dk and dv, in blocks of both: seven products a tile, small
 tiles, for devices and head dims where the first does not fit.
 `backward_queries`, `backward_keys`: the same two halves, one program a block of queries and one a block of keys, for
@@ -159,7 +160,8 @@ def keys_tile(
         last = tl.where(first < n, queries, 0)
     for i in tl.range(0, last, BM, num_stages=STAGES):
         left = queries - i
-        q0, q1 = load_rows(advance(q, i, q_row, UNIT), q_step, left, BM, W0, W1, D, True, WIDE)
+        # of a row of zeros a key of infinities would get NaN
+        q0, q1 = load_rows(advance(q, i, q_row, UNIT), q_step, left, BM, W0, W1, D, False, WIDE, True)
         g0, g1 = load_rows(advance(grad, i, out_row, 8), g_step, left, BM, W0, W1, D, True, WIDE)
         log_sum = tl.load(lse + i + rows, mask=rows < left, other=float("inf"))
         sums = tl.load(delta + i + rows, mask=rows < left, other=0.0)
@@ -317,15 +319,33 @@ def backward_head(
 
 
 @triton.jit(do_not_specialize=RUNTIME)
+def backward_delta(
+    grad, out, delta, heads, queries,
+    D: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, BM: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(queries, BM)
+    first = tl.program_id(0) % tiles * BM
+    bh = tl.program_id(0) // tiles
+    left = queries - first
+    out_row = heads * (D // 8)
+    at_out = ((bh // heads).to(tl.int64) * queries * heads + bh % heads) * D
+    step = row_step(out_row, 8, WIDE)
+    g0, g1 = load_rows(advance(grad + at_out, first, out_row, 8), step, left, BM, W0, W1, D, True, WIDE)
+    o0, o1 = load_rows(advance(out + at_out, first, out_row, 8), step, left, BM, W0, W1, D, True, WIDE)
+    rows = tl.arange(0, BM)
+    tl.store(delta + bh.to(tl.int64) * queries + first + rows, row_dot(o0, o1, g0, g1, W1), mask=rows < left)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
 def backward_short(
-    q, k, v, grad, out, lse, dq, dk, dv, lengths, seed,
+    q, k, v, grad, out, lse, delta, dq, dk, dv, lengths, seed,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, dq_batch, dq_row, dk_batch, dk_row,
     heads, queries, keys, scale, threshold, inv_keep,
     D: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, BM: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
     STAGES: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DELTA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Keys in one part, or in two of P0 and P1."""
+    """Keys in one part, or in two of P0 and P1. DELTA: it is there already."""
     bh = tl.program_id(0)
     b = bh // heads
     h = bh % heads
@@ -340,6 +360,7 @@ def backward_short(
     grad += at_out
     out += at_out
     lse += bh.to(tl.int64) * queries
+    delta += bh.to(tl.int64) * queries
     n = keys
     if LENGTHS:
         n = tl.minimum(tl.load(lengths + b), keys)
@@ -361,20 +382,26 @@ def backward_short(
     rows = tl.arange(0, BM)
     for i in tl.range(0, queries, BM, num_stages=STAGES):
         left = queries - i
-        q0, q1 = load_rows(advance(q, i, q_row, UNIT), row_step(q_row, UNIT, WIDE), left, BM, W0, W1, D, True, WIDE)
+        # as in `keys_tile`
+        q0, q1 = load_rows(
+            advance(q, i, q_row, UNIT), row_step(q_row, UNIT, WIDE), left, BM, W0, W1, D, False, WIDE, True
+        )
         g0, g1 = load_rows(advance(grad, i, out_row, 8), row_step(out_row, 8, WIDE), left, BM, W0, W1, D, True, WIDE)
-        o0, o1 = load_rows(advance(out, i, out_row, 8), row_step(out_row, 8, WIDE), left, BM, W0, W1, D, True, WIDE)
-        delta = row_dot(o0, o1, g0, g1, W1)
+        if DELTA:
+            sums = tl.load(delta + i + rows, mask=rows < left, other=0.0)
+        else:
+            o0, o1 = load_rows(advance(out, i, out_row, 8), row_step(out_row, 8, WIDE), left, BM, W0, W1, D, True, WIDE)
+            sums = row_dot(o0, o1, g0, g1, W1)
         log_sum = tl.load(lse + i + rows, mask=rows < left, other=float("inf"))
         dk00, dk01, dv00, dv01, ds0 = key_step(
-            q0, q1, g0, g1, log_sum, delta, k00, k01, v00, v01, dk00, dk01, dv00, dv01, i, 0, n, bh, number,
+            q0, q1, g0, g1, log_sum, sums, k00, k01, v00, v01, dk00, dk01, dv00, dv01, i, 0, n, bh, number,
             scale, threshold, inv_keep, W1, BM, P0, LENGTHS or P1 == 0, DROPOUT, PRECISION,
         )  # fmt: skip
         dq0, dq1 = zero_rows(BM, W0, W1)
         dq0, dq1 = add_product(tl.trans(ds0), k00, k01, dq0, dq1, W1, PRECISION)
         if P1 > 0:
             dk10, dk11, dv10, dv11, ds1 = key_step(
-                q0, q1, g0, g1, log_sum, delta, k10, k11, v10, v11, dk10, dk11, dv10, dv11, i, P0, n, bh, number,
+                q0, q1, g0, g1, log_sum, sums, k10, k11, v10, v11, dk10, dk11, dv10, dv11, i, P0, n, bh, number,
                 scale, threshold, inv_keep, W1, BM, P1, True, DROPOUT, PRECISION,
             )  # fmt: skip
             dq0, dq1 = add_product(tl.trans(ds1), k10, k11, dq0, dq1, W1, PRECISION)

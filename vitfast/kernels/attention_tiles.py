@@ -16,10 +16,15 @@ import triton.language as tl
 @triton.jit
 def load_part(
     ptr, step, left, ROWS: tl.constexpr, START: tl.constexpr, W: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
-    """[ROWS, W] from row 0 at `ptr`; zeros from row `left` on (where MASKED) and from column D on."""
+    """[ROWS, W] from row 0 at `ptr`; zeros from row `left` on (where MASKED) and from column D on.
+
+    AGAIN: in place of those from row `left` on, row 0 again.
+    """
     rows = tl.arange(0, ROWS)
+    if AGAIN:
+        rows = tl.where(rows < left, rows, 0)
     columns = START + tl.arange(0, W)
     # separate names: what a mask reads must not become 64-bit
     at = rows
@@ -41,13 +46,13 @@ def load_part(
 @triton.jit
 def load_rows(
     ptr, step, left, ROWS: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr, AGAIN: tl.constexpr = False,
 ):  # fmt: skip
     """Both parts of the rows; the first one again in place of a second that there is not."""
-    first = load_part(ptr, step, left, ROWS, 0, W0, D, MASKED, WIDE)
+    first = load_part(ptr, step, left, ROWS, 0, W0, D, MASKED, WIDE, AGAIN)
     second = first
     if W1 > 0:
-        second = load_part(ptr, step, left, ROWS, W0, W1, D, MASKED, WIDE)
+        second = load_part(ptr, step, left, ROWS, W0, W1, D, MASKED, WIDE, AGAIN)
     return first, second
 
 

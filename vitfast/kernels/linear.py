@@ -130,6 +130,11 @@ def _aligned(*tensors: Tensor | None) -> bool:
     )
 
 
+def describable(*tensors: Tensor | None) -> bool:
+    """Whether bulk copies take all of them: rows as `_aligned` says, none of which lies in another."""
+    return _aligned(*tensors) and all(t is None or t.stride(0) >= t.shape[1] for t in tensors)
+
+
 def product(
     x: Tensor, weight: Tensor, after: After, config: Product, *, across: bool = False, folded: Folded | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -147,15 +152,13 @@ def product(
     (M, K), N = x.shape, weight.shape[1 if across else 0]
     out, aside, beside = _results(x, M, N, after)
     bits = torch.finfo(x.dtype).bits
-    aligned = _aligned(x, weight, out, aside, beside)
-    if config.descriptors and not aligned:
-        # rows that bulk copies cannot begin at
+    if config.descriptors and not describable(x, weight, out, aside, beside):
         config = tuning.product_config(architecture(x.device), bits, M, N, K, multiprocessors(x.device), False)
     if config.kernel == "blas":
         return _by_blas(x, weight, after, out, beside, across)
     tiles_m, tiles_n = -(-M // config.block_m), -(-N // config.block_n)
     split = _split(config, tiles_m * tiles_n, K, multiprocessors(x.device))
-    unit = UNIT if aligned else 1
+    unit = UNIT if _aligned(x, weight, out, aside, beside) else 1
     constants = _constants(config, split, unit, K, across, x.dtype) | after.flags()
     if folded is not None:
         constants |= {"NORM": folded.kind, "BIAS": True}

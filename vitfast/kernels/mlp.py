@@ -42,6 +42,9 @@ def forward(
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """(out, mean, rstd, pre, branch, hidden) of `ops.mlp`; all but the first None where no backward needs them."""
     keep = bool(saves)
+    if config is not None and config.kernel == "whole" and not _lies_well(x, w1):
+        # tuned for rows of another stride
+        config = None
     can_be_whole = not gated and saves in ("", "fc1") and not (keep and gamma is not None)
     first = config or (can_be_whole and whole_choice(x, w1)) or linear.config_for(x, w1, form="mlp")
     if first.kernel == "whole":
@@ -76,10 +79,13 @@ def why_not_whole(x: Tensor, w1: Tensor, config: Product) -> list[str]:
         reasons.append(f"width {C} (one or two powers of two from 16 on only)")
     if F % config.block_n:
         reasons.append(f"{F} hidden numbers (multiples of {config.block_n} only)")
-    rows = rows_of(x)
-    if rows.stride(0) % UNIT or rows.data_ptr() % 16 or w1.data_ptr() % 16 or not w1.is_contiguous():
-        reasons.append("rows that do not begin at multiples of 16 bytes")
+    if not _lies_well(x, w1):
+        reasons.append("rows that do not begin at multiples of 16 bytes, or that overlap")
     return reasons
+
+
+def _lies_well(x: Tensor, w1: Tensor) -> bool:
+    return w1.is_contiguous() and linear.describable(rows_of(x), w1)
 
 
 def whole_choice(x: Tensor, w1: Tensor) -> Product | None:
@@ -105,6 +111,8 @@ def whole(
 ) -> Tensor:  # fmt: skip
     """`ops.mlp` in one kernel."""
     rows, w2 = rows_of(x), w2.contiguous()
+    if not linear.describable(w2):
+        w2 = w2.clone()
     (M, C), F = rows.shape, w1.shape[0]
     W0, W1 = _parts(C)
     out = torch.empty(M, C, dtype=out_dtype(w1, gamma, row_scale, x), device=x.device)

@@ -123,6 +123,8 @@ def norm_backward(
         d = tl.zeros((BM, BLOCK), tl.float32)
         if NORM:
             centered, _, rstd = statistics(load_tile(x, first, x_row, left, columns, C, BM, UNIT), columns, eps, C, RMS)
+            # without eps infinite past the end, whose rows are added to the others
+            rstd = tl.where(tl.arange(0, BM) < left, rstd, 0.0)
             x_hat = centered * rstd[:, None]
             g = load_tile(grad, first, grad_row, left, columns, C, BM, UNIT)
             if DWEIGHT:

@@ -26,6 +26,7 @@ class Config:
         loop: a program takes all queries of a head in turn (short forward only).
         registers: of a thread at most, so that more programs share a multiprocessor; 0: as many as the compiler wants
             (forward only).
+        delta_first: the sums of grad * out by a kernel of their own (short backward only).
         keys_m, keys_n, keys_warps: the same of the half that makes dk and dv, where that is a kernel of its own.
     """
 
@@ -37,6 +38,7 @@ class Config:
     peel: bool = True
     loop: bool = False
     registers: int = 0
+    delta_first: bool = False
     keys_m: int = 0
     keys_n: int = 0
     keys_warps: int = 0
@@ -147,7 +149,9 @@ BACKWARD: dict[int, list[Row]] = {
         ),
         Row(BACKWARD_HOPPER),
         Row(Config("blocks", 64, 64, keys_m=64, keys_n=64, keys_warps=4), width=80),
-        Row(Config("short", 32, warps=8), width=64, keys=256, dropout=False),
+        # with two stages each wgmma waits for the one before, and only that keeps the next rows out of the tile of
+        # gradients until it was multiplied
+        Row(Config("short", 32, warps=8, stages=1, delta_first=True), width=64, keys=256, dropout=False),
         *BACKWARD_FP32,
     ],
     100: [

@@ -9,7 +9,6 @@ from collections.abc import Callable, Hashable, Sequence
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vitfast import dispatch
@@ -48,15 +47,19 @@ def launched(kernel: str, launch: Callable[[], Any]) -> Any:
     """What `launch` returns; None, with the kernel switched off and a warning, where it does not compile or start.
 
     Raises:
-        Exception: whatever it was, where the user forced the kernel; torch.OutOfMemoryError and DoesNotFit always.
+        DoesNotFit, and what `dispatch.spare` raises: stock operators could do nothing about it.
+        Exception: whatever it was, where the user forced the kernel.
     """
     try:
         return launch()
-    except (torch.OutOfMemoryError, DoesNotFit):
+    except DoesNotFit:
         raise
     # compilers and drivers fail in many ways, and stock operators would have done it
     except Exception as problem:
-        if INTERPRETED or dispatch.asked_for(kernel):
+        if INTERPRETED:
+            raise
+        dispatch.spare(kernel, problem)
+        if dispatch.asked_for(kernel):
             raise
         dispatch.switch_off(kernel, f"{type(problem).__name__}: {problem}".splitlines()[0])
         return None
