@@ -503,12 +503,12 @@ def test_a_kernel_that_could_not_be_loaded_never_runs_again(monkeypatch, tmp_pat
     driver, sample = Driver(), triton.JITFunction(aot_samples.copy_rows.fn)
     monkeypatch.setattr(triton.runtime.driver, "_active", driver)
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
-    tensor = types.SimpleNamespace(is_cuda=False, dtype=torch.float32, data_ptr=lambda: 64)
+    tensor = types.SimpleNamespace(get_device=lambda: -1, dtype=torch.float32, data_ptr=lambda: 64)
 
     def copy(how):
         constants = {"HOW": how, "BM": 16, "C": 32}
         return _launch.launched(
-            "attention", lambda: launch.launch(tensor, sample, (1,), (tensor, tensor, 32, 1), constants, 4) or "done"
+            "attention", lambda: launch.launch(sample, (1,), (tensor, tensor), (32, 1), constants, 4) or "done"
         )
 
     assert copy("narrow") == "done"
