@@ -80,7 +80,7 @@ def short_tile(
     if LENGTHS:
         # no key at all: all weights are exp2(-inf - 0)
         top = tl.where(n > 0, top, 0.0)
-    shift = top * scale_log2
+    shift = tl.fma(top, scale_log2, 0.0)
     acc0, acc1 = zero_rows(BM, W0, W1)
     p0, total = part_weights(s0, shift, scale_log2, seed, bh, m, 0, threshold, BM, P0, DROPOUT)
     acc0, acc1 = add_product(p0.to(v00.dtype), v00, v01, acc0, acc1, W1, PRECISION)
@@ -190,7 +190,8 @@ def online_step(
     s = part_scores(q0, q1, k0, k1, j, n, BN, W1, MASKED, PRECISION)
     higher = tl.maximum(top, tl.max(s, 1))
     # as long as every logit was -inf there is nothing to scale, and -inf - -inf is no number
-    shift_now = tl.where(higher == float("-inf"), 0.0, higher) * scale_log2
+    # fma, lest a compiler makes one of the product and the difference below, which would be of another shift
+    shift_now = tl.fma(tl.where(higher == float("-inf"), 0.0, higher), scale_log2, 0.0)
     shrink = tl.exp2(shift - shift_now)
     p, more = part_weights(s, shift_now, scale_log2, seed, bh, m, j, threshold, BM, BN, DROPOUT)
     acc0 = acc0 * shrink[:, None]
