@@ -1,0 +1,59 @@
+"""Kernels touch nothing but what is theirs: guarded_kernels.py in processes of their own, on memory whose ends fault."""
+
+from pathlib import Path
+
+import pytest
+from attention_cases import INTERPRETED
+from guarded_memory import CASE, run_guarded
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="compute-sanitizer is there for kernels on a GPU")
+
+CASES = Path(__file__).parent / "guarded_kernels.py"
+GROUPS = ("attention", "prepared_model", "mlp", "linear", "statistics", "norm", "far")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", GROUPS)
+def test_kernel_touches_what_is_not_its_own(group, tmp_path_factory):
+    """Reads and writes past either end of any tensor, also those of no consequence, and results that nobody wrote."""
+    wrong = run_guarded(tmp_path_factory, CASES, "-k", f"test_{group}")
+    assert wrong is None, wrong
+
+
+def test_group_of_cases_is_left_out():
+    names = {line.split("(")[0][9:] for line in CASES.read_text().splitlines() if line.startswith("def test_")}
+    assert names == set(GROUPS)
+
+
+PLANTED = """
+import ctypes
+import pytest
+import torch
+
+@pytest.mark.parametrize("placement", ["end", "begin"])
+def test_planted(placement):
+    t = torch.empty(24, dtype=torch.float16)
+    assert t.isnan().all()
+    number = ctypes.c_int16.from_address(t.data_ptr() + {at})
+    {what}
+"""
+READ, WRITE = "assert number.value", "number.value = 5"
+BOTH = {"end", "begin"}
+
+
+@pytest.mark.parametrize(
+    "what, at, seen",
+    [
+        (READ, 64, {"end"}), (WRITE, 64, {"end"}), (READ, -2, {"begin"}), (WRITE, -2, BOTH), (READ, 48 << 20, BOTH),
+        # between the end and what it is aligned to
+        (WRITE, 48, BOTH), (WRITE, 46, set()),
+    ],
+)  # fmt: skip
+def test_memory_has_no_guard(what, at, seen, tmp_path, tmp_path_factory):
+    """Around a tensor of 48 bytes, which ends 16 bytes before the memory that faults or begins behind it."""
+    planted = tmp_path / "planted.py"
+    planted.write_text(PLANTED.format(what=what, at=at))
+    for placement in BOTH:
+        wrong = run_guarded(tmp_path_factory, planted, "-k", placement)
+        assert (wrong is not None) == (placement in seen), wrong
+        assert wrong is None or wrong.startswith(f"{CASE}test_planted[{placement}]"), wrong
