@@ -17,6 +17,7 @@ import torch
 from attention_cases import BACKWARD, FORWARD, draw, fits
 from guarded_memory import PLACEMENTS
 from linear_cases import ACTIVATIONS, MECHANISMS, few_programs, layer, mlp_layer, multiprocessors
+from triton.runtime import interpreter
 
 import vitfast
 from vitfast import dispatch, ops
@@ -343,3 +344,67 @@ def test_prepared_model(product, width, changes, images, placement, monkeypatch)
     images = draw(images, 3, 24, 24, dtype=torch.float16)
     # of the logits the last block has class tokens only
     finite(out=prepared(images) if len(images) == 1 else prepared.forward_features(images))
+
+
+# far ends
+
+
+@pytest.fixture
+def last_programs(monkeypatch):
+    """Of the grids of these modules only the last two programs run, whose places need more than 32 bits."""
+    builder = interpreter.interpreter_builder
+
+    def launch(like, kernel, grid, arguments, constants, warps, stages=2):
+        at, few = builder.set_grid_idx, (min(2, grid[0]), *grid[1:])
+        with monkeypatch.context() as patch:
+            patch.setattr(builder, "set_grid_dim", lambda x, y, z: set_dim(*grid, *(1,) * (3 - len(grid))))
+            patch.setattr(builder, "set_grid_idx", lambda x, y, z: at(x + grid[0] - few[0], y, z))
+            kernel[few](*arguments, **constants)
+
+    set_dim = builder.set_grid_dim
+    for module in (attention, gated_rows, layer_norm, linear, mlp):
+        monkeypatch.setattr(module, "launch", launch)
+
+
+def one_row(*shape, dtype=torch.float16):
+    """So many rows in the memory of one."""
+    return draw(*(1 for _ in shape[:-1]), shape[-1], dtype=dtype).expand(shape)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("kernel", ["norm", "linear", "slope", "pieces", "split", "gated", "whole", "attention"])
+def test_far(kernel, placement, last_programs, monkeypatch):
+    """The last programs of grids whose results are more than 2**31 numbers: where they write is past 32 bits.
+
+    What the others would have written is never touched, and 0: of so much memory nothing is filled.
+    """
+    C = {"norm": 4096, "gated": 1024, "whole": 192, "split": 256}.get(kernel, 64)
+    M = (1 << 31) // C + 100
+    x, weight, nothing = one_row(M, C), draw(64, C, dtype=torch.float16), (None, None)
+    if kernel == "norm":
+        out = layer_norm.forward(x, *nothing, 1e-6, "layer", x.dtype, statistics=False)[1]
+    elif kernel in ("linear", "slope"):
+        after = After(x.dtype, act="gelu", slope=kernel == "slope", beside=x)
+        out = linear.product(x, weight, after, MECHANISMS["pointers"])[0]
+    elif kernel == "pieces":
+        x = one_row((1 << 31) // 14 + 100, C)
+        config = replace(MECHANISMS["pointers"], parts=8)
+        _, _, pieces = linear.product(x, weight, After(x.dtype, beside=x, pieces=True), config)
+        assert pieces.numel() > 1 << 31
+        out = pieces[-1].t()
+    elif kernel == "split":
+        # as if three of the four programs of each tile had come already
+        monkeypatch.setattr(linear, "multiprocessors", lambda device: 1 << 30)
+        monkeypatch.setattr(torch, "zeros", lambda *shape, **how: torch.full(shape, 3, **how))
+        out = linear.product(x, weight, After(x.dtype), MECHANISMS["split"])[0]
+    elif kernel == "gated":
+        out = gated_rows.forward(one_row(M, 2 * C), "silu")
+    elif kernel == "whole":
+        out = mlp.whole(
+            x, *nothing, 1e-6, "layer", weight, None, weight.t(), None, "gelu", *nothing, WHOLE[80][192]
+        )  # fmt: skip
+    else:
+        qkv = one_row(M // 16, 16, 3, 1, C)
+        out = attention.forward(*qkv.unbind(2), 0.1, config=FORWARD["online small"])[0].flatten(0, 1)
+    finite(out=out[-2:])
+    assert out[-2:].any(-1).all()

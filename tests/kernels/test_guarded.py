@@ -44,7 +44,7 @@ BOTH = {"end", "begin"}
 @pytest.mark.parametrize(
     "what, at, seen",
     [
-        (READ, 64, {"end"}), (WRITE, 64, {"end"}), (READ, -2, {"begin"}), (WRITE, -2, BOTH), (READ, 48 << 20, BOTH),
+        (READ, 64, {"end"}), (WRITE, 64, BOTH), (READ, -2, {"begin"}), (WRITE, -2, BOTH), (READ, 48 << 20, BOTH),
         # between the end and what it is aligned to
         (WRITE, 48, BOTH), (WRITE, 46, set()),
     ],
