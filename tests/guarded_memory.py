@@ -7,15 +7,19 @@ is about, else the environment does.
 
 import ctypes
 import fcntl
+import itertools
 import os
+import random
 import subprocess
 import sys
 
 import pytest
+import torch
 from native_build import PROGRAMS, ROOT, find_compiler
 
 PLACEMENTS = {"end": 1, "begin": 2}
 CASE = "on guarded memory: "
+EVERY = os.environ.get("EVERY_CASE") == "1"
 
 
 def library(tmp_path_factory):
@@ -46,7 +50,7 @@ def run_guarded(tmp_path_factory, file, *options, **environment):
     )  # fmt: skip
     if done.returncode == 0:
         return None
-    lines = [line for line in done.stdout.splitlines() if "/_pytest/" not in line and "/pluggy/" not in line]
+    lines = [line for line in done.stdout.splitlines() if "/site-packages/" not in line]
     last = next((line for line in reversed(lines) if line.startswith(CASE)), "before any case")
     return "\n".join([last, *lines[-40:]])
 
@@ -63,3 +67,81 @@ def pytest_runtest_call(item):
         preloaded.guarded_memory(0)
         preloaded.guarded_blocks(ctypes.byref(wrong))
         assert wrong.value is None, wrong.value.decode()
+
+
+def cases(allowed=lambda case: True, together=(), **factors):
+    """Parameters of a test: of `factors`, by name the values, each pair.
+
+    In the matrix each combination of those `together`, and of all where these are none, with the others as drawn.
+    """
+    factors |= {"placement": tuple(PLACEMENTS)}
+    chosen = combinations(factors, allowed, together or tuple(factors)) if EVERY else pairs(factors, allowed)
+    values = [tuple(case.values()) for case in chosen]
+    return pytest.mark.parametrize(", ".join(factors), values, ids=lambda value: str(value).replace(" ", "_"))
+
+
+def _drawn(chance, factors, allowed, fixed, at_most):
+    """So many allowed cases with what is fixed: fewer, or none, where luck finds no more."""
+    draws = ({name: chance.choice(factors[name]) for name in factors} | fixed for _ in range(500))
+    return list(itertools.islice(filter(allowed, draws), at_most))
+
+
+def pairs(factors, allowed):
+    """Cases in which each two values meet that are allowed to: the best of some drawn ones in turn.
+
+    What decides nothing is drawn too, unlike by `linear_cases.pairwise`, which also takes its time with so many factors.
+    """
+    chance = random.Random(0)
+    values = [[(name, value) for value in factors[name]] for name in factors]
+    missing = dict.fromkeys(itertools.chain(*(itertools.product(*two) for two in itertools.combinations(values, 2))))
+    while missing:
+        pair = next(iter(missing))
+        some = _drawn(chance, factors, allowed, dict(pair), 20)
+        new = [[two for two in itertools.combinations(case.items(), 2) if two in missing] for case in some]
+        # without any these two are never allowed
+        most = max(new, key=len, default=[pair])
+        for two in most:
+            del missing[two]
+        if some:
+            yield some[new.index(most)]
+
+
+def combinations(factors, allowed, together):
+    chance, together = random.Random(0), [*together, "placement"]
+    for values in itertools.product(*(factors[name] for name in together)):
+        yield from _drawn(chance, factors, allowed, dict(zip(together, values, strict=True)), 1)
+
+
+def finite(**tensors):
+    for name, t in tensors.items():
+        if isinstance(t, (tuple, list)):
+            finite(**{f"{name}[{i}]": each for i, each in enumerate(t)})
+        elif t is not None:
+            assert t.isfinite().all(), f"{name} was not written, or of memory that is nobody's"
+
+
+def nothing(dtype):
+    """What nobody may read."""
+    return float("nan") if dtype.is_floating_point else 255
+
+
+def columns(t, before, after):
+    """In rows of wider memory, which begins or ends with them."""
+    whole = t.new_full((*t.shape[:-1], before + t.shape[-1] + after), nothing(t.dtype))
+    return whole[..., before : before + t.shape[-1]].copy_(t)
+
+
+def shifted(t):
+    """One number behind the beginning of its memory, so that nothing is aligned, and up to the end of it."""
+    return t.new_full((t.numel() + 1,), nothing(t.dtype))[1:].view(t.shape).copy_(t)
+
+
+PLACES = {
+    "whole": lambda t: t.clone(memory_format=torch.contiguous_format),
+    "first columns": lambda t: columns(t, 0, 8),
+    "last columns": lambda t: columns(t, 8, 0),
+    "shifted": shifted,
+    "one image for all": lambda t: t[:1].clone().expand_as(t),
+    "one number for all": lambda t: t[..., :1].clone().expand_as(t),
+    "images inside": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+}
