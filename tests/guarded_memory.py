@@ -89,7 +89,7 @@ def _drawn(chance, factors, allowed, fixed, at_most):
 def pairs(factors, allowed):
     """Cases in which each two values meet that are allowed to: the best of some drawn ones in turn.
 
-    What decides nothing is drawn too, unlike by `linear_cases.pairwise`, which also takes its time with so many factors.
+    What decides nothing is drawn too, unlike by `linear_cases.pairwise`, which takes its time with so many factors.
     """
     chance = random.Random(0)
     values = [[(name, value) for value in factors[name]] for name in factors]

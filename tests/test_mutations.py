@@ -132,7 +132,8 @@ MUTANTS = {
     ),
     # what has no other effect than on memory of somebody else
     "statistics written past their end": (
-        "linear_finish.py", "inside = (rows < M) & (column < N)", "inside = rows < M", "test_kernel_touches and statistics",
+        "linear_finish.py", "inside = (rows < M) & (column < N)", "inside = rows < M",
+        "test_kernel_touches and statistics",
     ),
     "mask of a load dropped": (
         "norm_rows.py", "mask=(rows < left)[:, None] & (columns < C)[None, :], other=0.0).to(tl.float32)",

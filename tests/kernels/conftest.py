@@ -97,8 +97,8 @@ def _poisoned(make):
 def poisoned_memory(monkeypatch):
     """What kernels are to write is NaN before: a part that none writes can't be right by luck.
 
-    Their launchers are Python, so it is enough that Python sees these. `torch.utils.deterministic` fills memory only with
-    deterministic algorithms, which are others than those under test.
+    Their launchers are Python, so it is enough that Python sees these. `torch.utils.deterministic` fills memory with
+    deterministic algorithms only, which are others than those under test.
     """
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))

@@ -1,4 +1,4 @@
-"""Kernels touch nothing but what is theirs: guarded_kernels.py in processes of their own, on memory whose ends fault."""
+"""Kernels touch nothing but what is theirs: guarded_kernels.py in processes, on memory whose ends fault."""
 
 from pathlib import Path
 
