@@ -41,7 +41,7 @@ HEADS = {
 
 @cases(
     lengths=((1, 1), (17, 5), (33, 65), (197, 197), (3, 1030)), D=(8, 13, 16, 64, 72, 128), heads=tuple(HEADS),
-    with_lse=(True, False), **every_isa, **every_dtype,
+    with_lse=(True, False), **every_isa, **every_dtype, together=("lengths", "D", "heads", "isa", "dtype"),
     allowed=lambda case: case["heads"] != "packed" or case["lengths"][0] == case["lengths"][1],
 )  # fmt: skip
 def test_attention(lengths, D, heads, with_lse, isa, dtype, placement):
@@ -78,7 +78,7 @@ def test_layer_norm(rows, D, vectors, at, isa, dtype, placement):
 @cases(
     M=(1, 5, 64, 130), K=(2, 64, 198, 768), D=(1, 10, 72, 192, 1152), norm=("none", "weight", "both"),
     act=("none", *native.ACTIVATIONS), residual=(False, True), bias=(False, True), at=("start", "odd"), **every_isa,
-    dtype=(torch.float32, torch.bfloat16), allowed=multiplies,
+    dtype=(torch.float32, torch.bfloat16), allowed=multiplies, together=("M", "K", "D", "norm", "isa", "dtype"),
 )  # fmt: skip
 def test_linear(M, K, D, norm, act, residual, bias, at, isa, dtype, placement):
     """Rows, columns or depth of a tile past the end; packed weights whose last panel is broken."""
@@ -117,6 +117,7 @@ IMAGES = PLACES | {"channels last": lambda t: t.contiguous(memory_format=torch.c
 patches = {
     "B": (1, 3), "C": (1, 3, 4), "size": ((8, 8), (16, 24), (13, 21), (50, 33)), "patch": ((8, 8), (4, 7), (1, 5)),
     "place": tuple(IMAGES), "image_dtype": tuple(native.DTYPES), "scaled": (False, True),
+    "together": ("size", "patch", "place", "image_dtype", "isa", "dtype"),
 }  # fmt: skip
 
 

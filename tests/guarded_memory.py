@@ -107,7 +107,7 @@ def pairs(factors, allowed):
 
 
 def combinations(factors, allowed, together):
-    chance, together = random.Random(0), [*together, "placement"]
+    chance, together = random.Random(0), dict.fromkeys([*together, "placement"])
     for values in itertools.product(*(factors[name] for name in together)):
         yield from _drawn(chance, factors, allowed, dict(zip(together, values, strict=True)), 1)
 

@@ -2,7 +2,7 @@
 
     make matrix
 
-The cases of guarded_kernels.py in all their combinations, and the tests of every file here as they are.
+The cases of guarded_kernels.py and guarded_cpu.py in all their combinations, and the other tests here as they are.
 """
 
 from pathlib import Path
@@ -30,4 +30,10 @@ def test_combination_touches_what_is_not_its_own(group, placement, tmp_path_fact
 def test_other_test_touches_what_is_not_its_own(file, placement, tmp_path_factory):
     """Reads and writes past either end where numbers come out right."""
     wrong = run_guarded(tmp_path_factory, file, VITFAST_GUARDED_MEMORY=placement)
+    assert wrong is None, wrong
+
+
+def test_combination_on_a_cpu_touches_what_is_not_its_own(tmp_path_factory):
+    cases = Path(__file__).parents[1] / "guarded_cpu.py"
+    wrong = run_guarded(tmp_path_factory, cases, EVERY_CASE="1", TRITON_INTERPRET="0")
     assert wrong is None, wrong
