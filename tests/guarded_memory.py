@@ -24,6 +24,8 @@ EVERY = os.environ.get("EVERY_CASE") == "1"
 
 def library(tmp_path_factory):
     """Built once for all of xdist's processes."""
+    if sys.platform != "linux":
+        pytest.skip("LD_PRELOAD, and the functions it is for, are Linux's")
     folder = tmp_path_factory.getbasetemp()
     folder = folder.parent if folder.name.startswith("popen-") else folder
     target = folder / "guarded_memory.so"

@@ -9,7 +9,6 @@
 
 #include <dlfcn.h>
 #include <pthread.h>
-#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -22,7 +21,8 @@ enum Placement { OFF, END, BEGIN };
 
 // of torch's tensors on a CPU (c10's gAlignment)
 constexpr size_t ALIGNMENT = 64;
-constexpr size_t PAGE = 4096, SLOT = size_t(64) << 20, SLOTS = 1 << 14;
+const size_t PAGE = sysconf(_SC_PAGESIZE);
+constexpr size_t SLOT = size_t(64) << 20, SLOTS = 1 << 14;
 // what is larger is not filled: tests have tensors of which they touch little
 constexpr size_t FILLED = size_t(256) << 20;
 
