@@ -40,9 +40,9 @@ pytest: $(VENV)/.test
 test-newest: ## all tests with the newest PyTorch and Triton, in .venv-newest
 	$(MAKE) pytest VENV=.venv-newest CONSTRAINTS=constraints-newest.txt
 
-matrix: $(VENV)/.test ## attention in every combination of length, head dim, layout and values, in the interpreter
+matrix: $(VENV)/.test ## kernels in every combination: attention's numbers, and all of them on guarded memory
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -p no:warnings --tb short \
-		tests/kernels/attention_matrix.py
+		tests/kernels/attention_matrix.py tests/kernels/guarded_matrix.py
 
 lint: $(VENV)/.test ## ruff
 	$(BIN)/ruff check .

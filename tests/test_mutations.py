@@ -130,6 +130,23 @@ MUTANTS = {
         "linear_finish.py", "        v = tl.where((rows < M)[:, None], v, 0.0)\n", "",
         "test_mlp_is_wrong_in_one_way or test_gradient_of_an_mlp",
     ),
+    # what has no other effect than on memory of somebody else
+    "statistics written past their end": (
+        "linear_finish.py", "inside = (rows < M) & (column < N)", "inside = rows < M",
+        "test_kernel_touches and statistics",
+    ),
+    "mask of a load dropped": (
+        "norm_rows.py", "mask=(rows < left)[:, None] & (columns < C)[None, :], other=0.0).to(tl.float32)",
+        "mask=(columns < C)[None, :], other=0.0).to(tl.float32)", "test_kernel_touches and norm",
+    ),
+    "store of a row too far": (
+        "attention_tiles.py", "    mask = (rows < left)[:, None]\n", "    mask = (rows < left + 1)[:, None]\n",
+        "test_kernel_touches and attention",
+    ),
+    "grid of a program too many": (
+        "linear.py", "    programs = tiles_m * tiles_n * split\n", "    programs = tiles_m * tiles_n * split + 1\n",
+        "test_kernel_touches and linear",
+    ),
 }  # fmt: skip
 
 

@@ -1,0 +1,149 @@
+"""Tests on memory whose ends fault: each tensor ends, or begins, at 64 MiB that nobody may touch, and is NaN at first.
+
+A parent runs the tests of a file in a process with tests/native/guarded_memory.cpp preloaded, where this module is a
+plugin of pytest: on where a test's body begins, off where it ends. A test says by an argument `placement` which end it
+is about, else the environment does.
+"""
+
+import ctypes
+import fcntl
+import itertools
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from native_build import PROGRAMS, ROOT, find_compiler
+
+PLACEMENTS = {"end": 1, "begin": 2}
+CASE = "on guarded memory: "
+EVERY = os.environ.get("EVERY_CASE") == "1"
+
+
+def library(tmp_path_factory):
+    """Built once for all of xdist's processes."""
+    if sys.platform != "linux":
+        pytest.skip("LD_PRELOAD, and the functions it is for, are Linux's")
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if folder.name.startswith("popen-") else folder
+    target = folder / "guarded_memory.so"
+    with open(folder / "guarded_memory.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            flags = ["-std=c++17", "-O1", "-Wall", "-Werror", "-fPIC", "-shared"]
+            command = [*find_compiler().split(), *flags, PROGRAMS / "guarded_memory.cpp", "-o", target, "-ldl"]
+            built = subprocess.run(command, capture_output=True, text=True)
+            assert built.returncode == 0, built.stderr
+    return target
+
+
+def run_guarded(tmp_path_factory, file, *options, **environment):
+    """Run tests of a file on guarded memory up to the first that fails: its name and why, or None where none does."""
+    preloaded = library(tmp_path_factory)
+    command = [sys.executable, "-m", "pytest", "-p", "guarded_memory", "-c", ROOT / "pyproject.toml", "-n", "0", "-x"]
+    # what is written as the process dies must not be captured in it
+    command += ["-q", "-s", "--tb", "short", "-p", "no:cacheprovider", "-p", "no:warnings", *options, file]
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT / "tests")]))
+    done = subprocess.run(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=preloaded.parent,
+        env=os.environ | {"LD_PRELOAD": str(preloaded), "PYTHONPATH": path} | environment,
+    )  # fmt: skip
+    if done.returncode == 0:
+        return None
+    lines = [line for line in done.stdout.splitlines() if "/site-packages/" not in line]
+    last = next((line for line in reversed(lines) if line.startswith(CASE)), "before any case")
+    return "\n".join([last, *lines[-40:]])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    print(f"\n{CASE}{item.name}", flush=True)
+    preloaded, wrong = ctypes.CDLL(None), ctypes.c_char_p()
+    placement = getattr(item, "callspec", None) and item.callspec.params.get("placement")
+    preloaded.guarded_memory(PLACEMENTS[placement or os.environ["VITFAST_GUARDED_MEMORY"]])
+    try:
+        return (yield)
+    finally:
+        preloaded.guarded_memory(0)
+        preloaded.guarded_blocks(ctypes.byref(wrong))
+        assert wrong.value is None, wrong.value.decode()
+
+
+def cases(allowed=lambda case: True, together=(), **factors):
+    """Parameters of a test: of `factors`, by name the values, each pair.
+
+    In the matrix each combination of those `together`, and of all where these are none, with the others as drawn.
+    """
+    factors |= {"placement": tuple(PLACEMENTS)}
+    chosen = combinations(factors, allowed, together or tuple(factors)) if EVERY else pairs(factors, allowed)
+    values = [tuple(case.values()) for case in chosen]
+    return pytest.mark.parametrize(", ".join(factors), values, ids=lambda value: str(value).replace(" ", "_"))
+
+
+def _drawn(chance, factors, allowed, fixed, at_most):
+    """So many allowed cases with what is fixed: fewer, or none, where luck finds no more."""
+    draws = ({name: chance.choice(factors[name]) for name in factors} | fixed for _ in range(500))
+    return list(itertools.islice(filter(allowed, draws), at_most))
+
+
+def pairs(factors, allowed):
+    """Cases in which each two values meet that are allowed to: the best of some drawn ones in turn.
+
+    What decides nothing is drawn too, unlike by `linear_cases.pairwise`, which takes its time with so many factors.
+    """
+    chance = random.Random(0)
+    values = [[(name, value) for value in factors[name]] for name in factors]
+    missing = dict.fromkeys(itertools.chain(*(itertools.product(*two) for two in itertools.combinations(values, 2))))
+    while missing:
+        pair = next(iter(missing))
+        some = _drawn(chance, factors, allowed, dict(pair), 20)
+        new = [[two for two in itertools.combinations(case.items(), 2) if two in missing] for case in some]
+        # without any these two are never allowed
+        most = max(new, key=len, default=[pair])
+        for two in most:
+            del missing[two]
+        if some:
+            yield some[new.index(most)]
+
+
+def combinations(factors, allowed, together):
+    chance, together = random.Random(0), dict.fromkeys([*together, "placement"])
+    for values in itertools.product(*(factors[name] for name in together)):
+        yield from _drawn(chance, factors, allowed, dict(zip(together, values, strict=True)), 1)
+
+
+def finite(**tensors):
+    for name, t in tensors.items():
+        if isinstance(t, (tuple, list)):
+            finite(**{f"{name}[{i}]": each for i, each in enumerate(t)})
+        elif t is not None:
+            assert t.isfinite().all(), f"{name} was not written, or of memory that is nobody's"
+
+
+def nothing(dtype):
+    """What nobody may read."""
+    return float("nan") if dtype.is_floating_point else 255
+
+
+def columns(t, before, after):
+    """In rows of wider memory, which begins or ends with them."""
+    whole = t.new_full((*t.shape[:-1], before + t.shape[-1] + after), nothing(t.dtype))
+    return whole[..., before : before + t.shape[-1]].copy_(t)
+
+
+def shifted(t):
+    """One number behind the beginning of its memory, so that nothing is aligned, and up to the end of it."""
+    return t.new_full((t.numel() + 1,), nothing(t.dtype))[1:].view(t.shape).copy_(t)
+
+
+PLACES = {
+    "whole": lambda t: t.clone(memory_format=torch.contiguous_format),
+    "first columns": lambda t: columns(t, 0, 8),
+    "last columns": lambda t: columns(t, 8, 0),
+    "shifted": shifted,
+    "one image for all": lambda t: t[:1].clone().expand_as(t),
+    "one number for all": lambda t: t[..., :1].clone().expand_as(t),
+    "images inside": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+}
