@@ -174,9 +174,20 @@ def largest_batch(rows: Iterable[Row]) -> list[Row]:
     return list(best.values())
 
 
+# a replay that takes longer than its calls from the host ran other operators than these
+SLOWER_REPLAYED = 1.2
+
+
 def timed(variant: Row) -> bool:
-    """Whether a variant has a time that may be shown: ours only where it was accepted."""
-    return variant.get("ms") is not None and bool(variant.get("accepted") or not variant.get("ours"))
+    """Whether a variant has a time that may be shown: ours only where it was accepted, and nobody's replay of a graph
+    that takes longer than the calls do."""
+    shown = variant.get("ms") is not None and not slower_replayed(variant)
+    return shown and bool(variant.get("accepted") or not variant.get("ours"))
+
+
+def slower_replayed(variant: Row) -> bool:
+    ms, wall_ms = variant.get("ms"), variant.get("wall_ms")
+    return bool(ms and wall_ms and variant.get("graph") and ms > SLOWER_REPLAYED * wall_ms)
 
 
 def ratio_text(variant: Row) -> str:

@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
     began = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sets", nargs="*", choices=[*SETS, []], metavar="SET", help=f"of {', '.join(SETS)}")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "sweep.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "sweeps" / "sweep.json")
     parser.add_argument("--limit", type=float, default=500.0, help="seconds for all")
     parser.add_argument("--compile", type=float, default=120.0, help="seconds of that for compiling")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))

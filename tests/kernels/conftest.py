@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import triton
 from textbook import Textbook
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from vitfast.kernels import launch, tuning
 from vitfast.ops import _stock
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -73,6 +75,8 @@ def device():
 @pytest.fixture
 def described(monkeypatch):
     """The tensors that descriptors are made of; their rows begin where bulk copies can, and none lies in another."""
+    # what is compiled already gets by without
+    monkeypatch.setattr(launch, "_compiled", {})
     made, from_tensor = [], TensorDescriptor.from_tensor
 
     def checked(tensor, *args):
@@ -89,6 +93,14 @@ def stock_products():
     """On a CPU what kernels are measured by, and the stock operators beside them, have products of no machine."""
     with Textbook() if INTERPRETED else contextlib.nullcontext():
         yield
+
+
+@pytest.fixture
+def tiles_first(monkeypatch):
+    """No op leaves its product to cuBLAS, nor few rows to stock operators, as they do on some cards."""
+    monkeypatch.setattr(tuning, "BLAS_FIRST", {})
+    # the package has a function of that name
+    monkeypatch.setattr(sys.modules["vitfast.ops.mlp"], "LEAST_ROWS", 0)
 
 
 @pytest.fixture

@@ -323,7 +323,7 @@ def test_two_runs_differ(device):
 # ops
 
 
-def test_op_runs_something_else(monkeypatch, device):
+def test_op_runs_something_else(monkeypatch, device, tiles_first):
     launches = Launches(monkeypatch, layer_norm, linear, gated_rows)
     dtype = torch.float16
     given = layer(2, 9, 64, 72, dtype, device, norm="layer", act="gelu")

@@ -96,7 +96,7 @@ def test_bad_row_spoils_another(config, device):
     assert torch.equal(out, expected)
 
 
-def test_gradients_differ_where_the_forward_kept_nothing(device, monkeypatch):
+def test_gradients_differ_where_the_forward_kept_nothing(device, monkeypatch, tiles_first):
     """The built-in choice for many rows: with 'fc1' computed again the forward is one kernel."""
     monkeypatch.setattr(mlp, "multiprocessors", lambda device: 1)
     monkeypatch.setitem(WHOLE, 90, {192: CONFIGS["descriptors"]})

@@ -170,7 +170,10 @@ def _added(x, weight, bias, residual) -> Results:
 
 
 def _with_statistics(results: Results) -> Results:
-    """Rows, and in place of `pieces` mean and deviation of each row, which are taken here where there are none."""
+    """Rows, and in place of `pieces` the rows normed by them, or where there are none by statistics taken here.
+
+    Of a row these are as far from what is true as its numbers are; mean and deviation alone are off by luck.
+    """
     out, pieces = results
     if pieces is None:
         square, mean = torch.var_mean(out.to(torch.promote_types(out.dtype, torch.float32)), -1, correction=0)
@@ -178,7 +181,8 @@ def _with_statistics(results: Results) -> Results:
         means, squares = pieces.unbind(1)
         mean = means.mean(0)
         square = squares.sum(0) / out.shape[-1] + (means - mean).square().mean(0)
-    return out, *(t.view(*out.shape[:-1], 1) for t in (mean, square.sqrt()))
+    mean, deviation = (t.view(*out.shape[:-1], 1) for t in (mean, square.sqrt()))
+    return out, (out - mean) / deviation
 
 
 def _mlp(
