@@ -399,9 +399,12 @@ def compilations(arch: int) -> Iterator[Compilation]:
     for config in dict.fromkeys(row.config for row in tuning.PRODUCT[arch]):
         if config.kernel == "blas":
             continue
+        first, by_blas = tuning.some_choice(arch, config), tuning.BLAS_FIRST.get(arch, ())
         for name, flags in AROUND.items():
+            # only the backward of an MLP has that around it
+            default = first and not (name == "slope" and "mlp_backward" in by_blas)
             for split in (1, config.split) if config.split > 1 else (1,):
-                yield _product_compilation(config, name, flags, split)
+                yield _product_compilation(config, name, flags, split, default)
     for name, flags in AROUND.items():
         if "norm" not in name and "pieces" not in name:
             yield _finish_compilation(name, flags)
@@ -415,7 +418,9 @@ def compilations(arch: int) -> Iterator[Compilation]:
     )  # fmt: skip
 
 
-def _product_compilation(config: Product, name: str, flags: dict[str, Any], split: int) -> Compilation:
+def _product_compilation(
+    config: Product, name: str, flags: dict[str, Any], split: int, default: bool = True
+) -> Compilation:
     constants = _constants(config, split, UNIT, 1 << 20, False, torch.bfloat16) | NO_FLAGS | flags
     wide = "wide" in name
     types = _types(linear_product.product.arg_names, constants, wide, folded=constants["NORM"] != "none")
@@ -434,8 +439,9 @@ def _product_compilation(config: Product, name: str, flags: dict[str, Any], spli
         f"split{split}" if split > 1 else "", name,
     ]  # fmt: skip
     return Compilation(
-        " ".join(filter(None, words)), linear_product.product, types, constants, pointers, config.warps, config.stages
-    )
+        " ".join(filter(None, words)), linear_product.product, types, constants, pointers, config.warps, config.stages,
+        default,
+    )  # fmt: skip
 
 
 def _finish_compilation(name: str, flags: dict[str, Any]) -> Compilation:

@@ -89,8 +89,6 @@ FORWARD_FEW = [
 FORWARD_BLACKWELL = [
     *FORWARD_FEW,
     Row(Config("short", 64), width=64, keys=272, programs_at_most=SOME, dropout=False),
-    # keys and values cross the L2 cache once a head, which else takes longer than the memory does
-    Row(Config("short", 64, stages=1, loop=True), width=64, keys=272, dropout=False),
     Row(Config("online", 128, 64, warps=8), width=64, dropout=False),
 ]
 
@@ -302,6 +300,17 @@ def _product_rows(arch: int, bits: int, M: int, N: int, multiprocessors: int, al
         and (not row.tiles_at_most or tiles <= row.tiles_at_most)
         and (aligned or not row.config.descriptors)
     ]
+
+
+def some_choice(arch: int, config: Product) -> bool:
+    """Whether some shape runs this configuration where nobody tuned: a row before it may leave nothing to it."""
+    for row in PRODUCT[arch]:
+        if row.config == config:
+            return True
+        takes_all = row.rows == 1 << 31 and not row.tiles_at_most and row.bits == 16
+        if takes_all and (config.descriptors or not row.config.descriptors):
+            return False
+    return False
 
 
 def product_config(arch: int, bits: int, M: int, N: int, K: int, multiprocessors: int, aligned: bool) -> Product:
