@@ -27,7 +27,7 @@ MUTANTS = {
         "    if False:\n        p = tl.where((columns", "test_large_logits_overflow",
     ),
     "scale from the padded head dim": (
-        "attention.py", "self.scale = scale\n", "self.scale = scale * (self.D / self.width) ** 0.5\n",
+        "attention.py", "self.scale = float(scale)\n", "self.scale = scale * (self.D / self.width) ** 0.5\n",
         "test_head_dim_is_padded_wrongly and fp32",
     ),
     "stride of v ignored": (
@@ -42,7 +42,8 @@ MUTANTS = {
         for kernels in ("attention", "norm", "linear")
     },
     "lse of base 2": (
-        "attention_forward.py", "top * scale + tl.log2(total) * LN2", "top * scale_log2 + tl.log2(total)",
+        "attention_forward.py", "top * scale + (tl.log2(total) - tl.fma(top, scale_log2, -shift)) * LN2",
+        "top * scale_log2 + tl.log2(total)",
         "test_forward_kernel_is_wrong_at_a_length and fp32",
     ),
     "lse read in base 2": (
