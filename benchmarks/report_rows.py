@@ -90,7 +90,7 @@ def load(folder: Path) -> tuple[list[Device], list[str]]:
         of_device = files.get((gpu, name), [])
         merged = record.merge(of_device) if of_device else {"rows": [], "earlier": [], "run": {}}
         runs = [*merged["earlier"], merged["run"]]
-        devices.append(Device(name, gpu, merged["rows"], _ceilings(of_device), runs, parts.get((gpu, name), {})))
+        devices.append(Device(name, gpu, fair(merged["rows"]), _ceilings(of_device), runs, parts.get((gpu, name), {})))
     return devices, ignored
 
 
@@ -174,18 +174,30 @@ def largest_batch(rows: Iterable[Row]) -> list[Row]:
     return list(best.values())
 
 
+def timed(variant: Row) -> bool:
+    """Whether a variant has a time that may be shown: ours only where it was accepted."""
+    return variant.get("ms") is not None and bool(variant.get("accepted") or not variant.get("ours"))
+
+
 # a replay that takes longer than its calls from the host ran other operators than these
 SLOWER_REPLAYED = 1.2
+OTHER_OPERATORS = "replayed from a graph it runs other operators than its calls do, and slower ones"
 
 
-def timed(variant: Row) -> bool:
-    """Whether a variant has a time that may be shown: ours only where it was accepted, and nobody's replay of a graph
-    that takes longer than the calls do."""
-    shown = variant.get("ms") is not None and not slower_replayed(variant)
-    return shown and bool(variant.get("accepted") or not variant.get("ours"))
+def fair(rows: Iterable[Row]) -> list[Row]:
+    """The rows, without times of graphs of any variant that a graph once made slower than its calls."""
+    rows = list(rows)
+    unfair = {name for row in rows for name, variant in row["variants"].items() if _slower_replayed(variant)}
+
+    def shown(name: str, variant: Row) -> Row:
+        if name not in unfair or not variant.get("graph"):
+            return variant
+        return {key: value for key, value in variant.items() if key != "ms"} | {"not_timed": OTHER_OPERATORS}
+
+    return [row | {"variants": {name: shown(name, v) for name, v in row["variants"].items()}} for row in rows]
 
 
-def slower_replayed(variant: Row) -> bool:
+def _slower_replayed(variant: Row) -> bool:
     ms, wall_ms = variant.get("ms"), variant.get("wall_ms")
     return bool(ms and wall_ms and variant.get("graph") and ms > SLOWER_REPLAYED * wall_ms)
 

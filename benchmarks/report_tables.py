@@ -6,19 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import report_rows as rows_of
-from report_rows import (
-    Device,
-    Row,
-    dtype,
-    images_per_s,
-    joined,
-    largest_batch,
-    ours,
-    ratio_text,
-    rival,
-    slower_replayed,
-    timed,
-)
+from report_rows import Device, Row, dtype, images_per_s, joined, largest_batch, ours, ratio_text, rival, timed
 
 NOT_MEASURED = "not measured"
 PACKAGES = ("torch", "triton", "timm", "transformers", "cuda", "driver")
@@ -55,8 +43,6 @@ def cell(row: Row, name: str, value: Callable[[Row], str], notes: Notes, with_ra
         return "absent"
     if not timed(variant):
         why = variant.get("not_timed") or variant.get("why_not_accepted") or "its result was not accepted"
-        if slower_replayed(variant):
-            why = "its graph took longer than its calls do, so that other operators were in it"
         return f"not timed {notes(_one_line(why))}"
     text = value(variant)
     if with_ratio and name != row["baseline"] and ratio_text(variant):

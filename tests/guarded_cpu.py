@@ -5,7 +5,7 @@ What they keep for themselves the sanitizers see (tests/native); here it is tens
 
 import pytest
 import torch
-from guarded_memory import PLACES, cases, columns, finite, shifted
+from guarded_memory import MODELS, PLACES, cases, columns, finite, model_of, shifted
 
 import vitfast
 from vitfast import extension, native
@@ -154,14 +154,6 @@ def test_embed(B, C, size, patch, place, image_dtype, scaled, D, tokens, isa, dt
     finite(out=native.embed(images, patch, weight, positions, prefix, *scaling(C, scaled)))
 
 
-MODELS = {
-    "plain": {},
-    "scaled, registers": {"layer_scale": 0.3, "register_tokens": 2},
-    "rms, gated": {"norm": "rms", "mlp": "swiglu_packed", "activation": "silu"},
-    "qk norm, mean": {"qk_norm": True, "pool": "mean"},
-}
-
-
 @cases(
     width=(64, 192, 384, 768, 1152), changes=tuple(MODELS), how=("prepared", "as it is", "training"), **every_isa,
     **every_dtype, allowed=lambda case: case["how"] != "prepared" or case["dtype"] is not torch.float16,
@@ -170,9 +162,7 @@ def test_model(width, changes, how, isa, dtype, placement, monkeypatch):
     """What a model hands from kernel to kernel."""
     monkeypatch.setenv("VITFAST_CPU_ISA", isa)
     native.kernels.cache_clear()
-    sizes = {"image_size": 24, "patch_size": 8, "dim": width, "depth": 2, "heads": width // 64, "mlp_dim": width}
-    config = vitfast.ViTConfig(**sizes, num_classes=7, **MODELS[changes])
-    model = vitfast.ViT.from_config(config).to(dtype).train(how == "training")
+    model = model_of(width, changes).to(dtype).train(how == "training")
     images = torch.randn(3, 3, 24, 24).to(dtype)
     if how == "training":
         out = model(images)

@@ -17,6 +17,8 @@ import pytest
 import torch
 from native_build import PROGRAMS, ROOT, find_compiler
 
+import vitfast
+
 PLACEMENTS = {"end": 1, "begin": 2}
 CASE = "on guarded memory: "
 EVERY = os.environ.get("EVERY_CASE") == "1"
@@ -147,3 +149,17 @@ PLACES = {
     "one number for all": lambda t: t[..., :1].clone().expand_as(t),
     "images inside": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
 }
+
+
+MODELS = {
+    "plain": {},
+    "scaled, registers": {"layer_scale": 0.3, "register_tokens": 2},
+    "rms, gated": {"norm": "rms", "mlp": "swiglu_packed", "activation": "silu"},
+    "qk norm, mean": {"qk_norm": True, "pool": "mean"},
+}
+
+
+def model_of(width, changes):
+    """Of this width with heads of 64, for images of 24 x 24."""
+    sizes = {"image_size": 24, "patch_size": 8, "dim": width, "depth": 2, "heads": width // 64, "mlp_dim": width}
+    return vitfast.ViT.from_config(vitfast.ViTConfig(**sizes, num_classes=7, **MODELS[changes]))

@@ -6,23 +6,17 @@ import subprocess
 import sys
 import threading
 import time
-import types
 import warnings
 from pathlib import Path
 
-import aot_samples
 import pytest
 import torch
-import triton
 from fake_kernel import DEVICE, KEY, prepared, restart
-from triton.backends.compiler import GPUTarget
-from triton.runtime.errors import OutOfResources
 
 import vitfast
 from vitfast import dispatch, info, tuning_cache
 from vitfast.families import FAMILIES
-from vitfast.kernels import launch
-from vitfast.ops import _attention_run, _launch, _register
+from vitfast.ops import _register
 from vitfast.tuning_cache import Choice
 
 fake_fixture = pytest.fixture(prepared, name="fake")
@@ -349,172 +343,3 @@ def test_info_hides_where_stock_operators_are_faster(fake, monkeypatch):
     assert "stock for rows bf16 4 3" in text
     assert f"tuned on this GPU: 2 shapes in {tuning_cache.path_of(KEY)}" in text
     assert info.collect()["kernels"]["fake"]["tuned_to_stock"] == [["rows", "bf16", 4, 3]]
-
-
-def test_kernel_that_does_not_compile_ends_the_step(monkeypatch):
-    """No C compiler, a card that the assembler does not know: stock operators take over, with a warning, once."""
-    restart(monkeypatch)
-
-    def broken(problem):
-        raise problem
-
-    failing = RuntimeError("Failed to find C compiler.\nPlease specify")
-    with pytest.warns(RuntimeWarning, match="attention .*Failed to find C compiler"):
-        assert _attention_run.launched("attention", lambda: broken(failing)) is None
-    assert "C compiler" in dispatch.switched_off("attention")
-    assert _attention_run.launched("attention_backward", lambda: 7) == 7
-    with pytest.raises(torch.OutOfMemoryError):
-        _attention_run.launched("attention_backward", lambda: broken(torch.OutOfMemoryError("full")))
-    assert dispatch.switched_off("attention_backward") is None
-    with vitfast.backend("kernel", op="attention"), pytest.raises(RuntimeError, match="C compiler"):
-        _attention_run.launched("attention_backward", lambda: broken(failing))
-
-
-def raising(problem):
-    def launch():
-        raise problem
-
-    return launch
-
-
-CAPTURED = RuntimeError("Triton Error [CUDA]: operation not permitted when stream is capturing")
-NOT_STARTED = "patch_embed did not start: CUDA error 900: operation not permitted when stream is capturing"
-
-
-@pytest.mark.parametrize("forced", [False, True])
-@pytest.mark.parametrize(
-    "kernel, problem, capturing",
-    [
-        ("attention", CAPTURED, True),
-        ("attention", OutOfResources(99, 98, "shared memory"), True),
-        ("patch_embed", RuntimeError(NOT_STARTED), True),
-        # a capture in another thread
-        ("linear", CAPTURED, False),
-        ("mlp", torch.AcceleratorError("CUDA error: operation failed due to a previous error during capture"), False),
-    ],
-)
-def test_a_first_call_inside_a_capture_switches_a_kernel_off(monkeypatch, kernel, problem, capturing, forced):
-    restart(monkeypatch)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    with vitfast.backend("kernel" if forced else "auto", op=kernel), warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with pytest.raises(RuntimeError, match=f"^{kernel}: .*call once before capturing") as raised:
-            _launch.launched(kernel, raising(problem))
-    assert raised.value.__cause__ is problem and str(problem) in str(raised.value)
-    assert dispatch.switched_off(kernel) is None
-    assert _launch.launched(kernel, lambda: 7) == 7
-
-
-FULL = {
-    "of torch": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
-    "when a module is loaded": RuntimeError("Triton Error [CUDA]: out of memory"),
-    "when the extension starts": RuntimeError("patch_embed did not start: CUDA error 2: out of memory"),
-    "of cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-    "of the host": MemoryError(),
-}
-LOST = "an illegal memory access was encountered"
-BROKEN = {
-    "by torch": torch.AcceleratorError(f"CUDA error: {LOST}"),
-    "by an older torch": RuntimeError(f"CUDA error: {LOST}"),
-    "by Triton": RuntimeError(f"Triton Error [CUDA]: {LOST}"),
-    "by the extension": RuntimeError("patch_rows did not start: CUDA error 719: unspecified launch failure"),
-    "by cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling cublasGemmEx"),
-}
-
-
-def stays_on(problem, kind):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with pytest.raises(kind) as raised:
-            _launch.launched("attention", raising(problem))
-    assert problem in (raised.value, raised.value.__cause__)
-    assert dispatch.switched_off("attention") is None
-
-
-@pytest.mark.parametrize("capturing", [False, True])
-@pytest.mark.parametrize("problem", FULL.values(), ids=FULL)
-def test_a_full_memory_switches_a_kernel_off_or_cannot_be_caught_as_torch_raises_it(monkeypatch, problem, capturing):
-    restart(monkeypatch)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    stays_on(problem, torch.OutOfMemoryError)
-
-
-@pytest.mark.parametrize("problem", BROKEN.values(), ids=BROKEN)
-def test_a_lost_device_switches_a_kernel_off(monkeypatch, problem):
-    restart(monkeypatch)
-    stays_on(problem, type(problem))
-
-
-def test_an_interrupt_switches_a_kernel_off(monkeypatch):
-    restart(monkeypatch)
-    stays_on(KeyboardInterrupt(), KeyboardInterrupt)
-
-
-@pytest.mark.parametrize(
-    "problem",
-    [
-        OutOfResources(300000, 232448, "shared memory"),
-        RuntimeError("Triton Error [CUDA]: too many resources requested for launch"),
-        RuntimeError("patch_embed did not start: CUDA error 701: too many resources requested for launch"),
-        RuntimeError("Triton Error [CUDA]: device kernel image is invalid"),
-        ValueError("captured by no grammar: an illegal instruction"),
-    ],
-)
-def test_a_kernel_that_a_card_has_no_room_for_ends_the_step(monkeypatch, problem):
-    restart(monkeypatch)
-    with pytest.warns(RuntimeWarning, match="attention kernel"):
-        assert _launch.launched("attention", raising(problem)) is None
-    assert dispatch.switched_off("attention")
-
-
-class Driver:
-    """Of a GPU that refuses to load kernels until it is told otherwise; `started` has what was started with which."""
-
-    def __init__(self):
-        self.problem, self.utils, self.started = None, self, []
-        self.launcher_cls = lambda source, metadata: lambda x, y, z, stream, function, *rest: self.start(function)
-
-    def start(self, function):
-        if function is None:
-            raise TypeError("'NoneType' object cannot be interpreted as an integer")
-        self.started.append(function)
-
-    def load_binary(self, *_):
-        if self.problem is not None:
-            raise self.problem
-        return "module", "function", 16, 0, 1024
-
-    def get_device_properties(self, device):
-        return {"max_shared_mem": 1 << 17}
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-
-def test_a_kernel_that_could_not_be_loaded_never_runs_again(monkeypatch, tmp_path):
-    """Triton keeps what it compiled, and has to try again to load it."""
-    restart(monkeypatch)
-    driver, sample = Driver(), triton.JITFunction(aot_samples.copy_rows.fn)
-    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
-    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
-    tensor = types.SimpleNamespace(get_device=lambda: -1, dtype=torch.float32, data_ptr=lambda: 64)
-
-    def copy(how):
-        constants = {"HOW": how, "BM": 16, "C": 32}
-        return _launch.launched(
-            "attention", lambda: launch.launch(sample, (1,), (tensor, tensor), (32, 1), constants, 4) or "done"
-        )
-
-    assert copy("narrow") == "done"
-    for driver.problem in (RuntimeError("Triton Error [CUDA]: out of memory"), CAPTURED):
-        with pytest.raises(RuntimeError):
-            copy("wide")
-    driver.problem = None
-    assert copy("wide") == copy("narrow") == "done" and driver.started == ["function"] * 3
-    assert dispatch.switched_off("attention") is None

@@ -38,6 +38,24 @@ def test_warm_up_checks_another_configuration_than_runs(direction):
         assert configs(q.device, dtype, 12 * B, 64, N, N)[0] == runs
 
 
+@pytest.mark.parametrize("arch", tuning.ARCHITECTURES)
+def test_a_choice_may_spill_as_one_that_no_shape_gets(arch):
+    """`make aot` refuses spills of what `some_choice` names; from one row to many, and from one tile to thousands."""
+    sizes = itertools.product((1, 16, 17, 197, 1576, 50_432), (64, 192, 768, 3072), (True, False))
+    chosen = {tuning.product_config(arch, 16, M, N, 768, 132, aligned) for M, N, aligned in sizes}
+    listed = {row.config for row in tuning.PRODUCT[arch] if row.bits == 16}
+    assert chosen == {config for config in listed if tuning.some_choice(arch, config)}
+
+
+@pytest.mark.parametrize("arch", tuning.ARCHITECTURES)
+@pytest.mark.parametrize("form", ["", "norm", "mlp", "mlp_backward"])
+def test_cublas_is_first_elsewhere_or_no_candidate(arch, form, monkeypatch):
+    monkeypatch.setattr(linear, "architecture", lambda device: arch)
+    monkeypatch.setattr(linear, "multiprocessors", lambda device: 132)
+    found = linear.configs(torch.device("cuda"), torch.bfloat16, 50_432, 2304, 768, form)
+    assert (found[0] == tuning.BLAS) is (arch == 90 and form != "") and found.count(tuning.BLAS) == 1
+
+
 def test_parts_leave_a_key_out_or_read_one_past_the_end_unmasked():
     for keys in range(1, 513):
         parts = [part for part in attention.key_parts(keys) if part]

@@ -214,6 +214,16 @@ def test_the_product_alone_is_a_rival_or_not_set_against_ours(site):
     assert cells[7] == "F.linear" and cells[-1] == "80 % |"
 
 
+def test_a_rival_looks_slow_for_what_a_graph_made_it_run():
+    """One row shows that its replays are not its calls, and then none of its replays is shown."""
+    replayed = {"graph": True, "ms": 30.0, "wall_ms": 10.0}
+    shown = {"slow": replayed | {"ms": 9.0}, "called": replayed | {"graph": False}, "other": replayed | {"ms": 11.0}}
+    first, second = report_rows.fair([{"variants": {"slow": replayed, "called": replayed}}, {"variants": shown}])
+    for row, name in ((first, "slow"), (first, "called"), (second, "slow")):
+        assert not report_rows.timed(row["variants"][name]) and "other operators" in row["variants"][name]["not_timed"]
+    assert second["variants"]["called"] == shown["called"] and second["variants"]["other"] == shown["other"]
+
+
 def test_absent_and_failed_rivals_are_not_told_apart(site):
     absent, failed = {"ours": False, "absent": "it is not installed"}, {"ours": False, "not_timed": "out of memory"}
     row = one_row(site)

@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 import torch
 from attention_cases import BACKWARD, FORWARD, draw, fits
-from guarded_memory import EVERY, PLACEMENTS, PLACES, cases, columns, finite, shifted
+from guarded_memory import EVERY, MODELS, PLACEMENTS, PLACES, cases, columns, finite, model_of, shifted
 from linear_cases import ACTIVATIONS, MECHANISMS, few_programs, layer, mlp_layer, multiprocessors
 from triton.runtime import interpreter
 
@@ -257,14 +257,6 @@ def test_attention(forward, backward, lengths, D, heads, extras, dtype, placemen
 
 # prepared models
 
-MODELS = {
-    "plain": {},
-    "scaled, registers": {"layer_scale": 0.3, "register_tokens": 2},
-    "rms, gated": {"norm": "rms", "mlp": "swiglu_packed", "activation": "silu"},
-    "qk norm, mean": {"qk_norm": True, "pool": "mean"},
-}
-
-
 @cases(
     product=("table", *PRODUCTS), width=WIDTHS, changes=tuple(MODELS), images=(1, 3, 14),
     together=("product", "width", "changes"),
@@ -275,8 +267,7 @@ MODELS = {
 )  # fmt: skip
 def test_prepared_model(product, width, changes, images, placement, monkeypatch):
     """What one product leaves for the next, as `vitfast.prepare` has them follow one another."""
-    sizes = {"image_size": 24, "patch_size": 8, "dim": width, "depth": 2, "heads": width // 64, "mlp_dim": width}
-    model = vitfast.ViT.from_config(vitfast.ViTConfig(**sizes, num_classes=7, **MODELS[changes])).eval().half()
+    model = model_of(width, changes).eval().half()
     if product != "table":
         config = PRODUCTS[product]
         monkeypatch.setitem(tuning.PRODUCT, 90, [tuning.ProductRow(config)])
@@ -295,14 +286,14 @@ def last_programs(monkeypatch):
     """Of the grids of these modules only the last two programs run, whose places need more than 32 bits."""
     builder = interpreter.interpreter_builder
 
-    def launch(like, kernel, grid, arguments, constants, warps, stages=2):
+    def launch(kernel, grid, *given, **more):
         at, few = builder.set_grid_idx, (min(2, grid[0]), *grid[1:])
         with monkeypatch.context() as patch:
             patch.setattr(builder, "set_grid_dim", lambda x, y, z: set_dim(*grid, *(1,) * (3 - len(grid))))
             patch.setattr(builder, "set_grid_idx", lambda x, y, z: at(x + grid[0] - few[0], y, z))
-            kernel[few](*arguments, **constants)
+            start(kernel, few, *given, **more)
 
-    set_dim = builder.set_grid_dim
+    start, set_dim = linear.launch, builder.set_grid_dim
     for module in (attention, gated_rows, layer_norm, linear, mlp):
         monkeypatch.setattr(module, "launch", launch)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -295,7 +294,10 @@ VARIANTS = {"dropout": {"dropout_p": 0.1}, "lengths": {"lengths": True}, "packed
 
 
 def compilations(arch: int) -> Iterator[Compilation]:
-    """What the tables of `arch` choose for the shapes of ViTs, in batches large and small and for one image."""
+    """What the tables of `arch` choose for the shapes of ViTs, in batches large and small and for one image.
+
+    And at (197, 64) what else they list, for `vitfast tune`.
+    """
     seen: set[str] = set()
     for B in (1, 8, 64):
         for N, D in SHAPES:
@@ -305,11 +307,13 @@ def compilations(arch: int) -> Iterator[Compilation]:
         for N in (197, 577):
             for name, extras in VARIANTS.items():
                 yield from _compilations(arch, B, N, 64, torch.bfloat16, seen, name, **extras)
+    yield from _compilations(arch, 64, 197, 64, torch.bfloat16, seen, default=False)
 
 
 def _compilations(
-    arch: int, B: int, N: int, D: int, dtype: torch.dtype, seen: set[str], variant: str = "", **extras: Any
-) -> Iterator[Compilation]:
+    arch: int, B: int, N: int, D: int, dtype: torch.dtype, seen: set[str], variant: str = "", default: bool = True,
+    **extras: Any,
+) -> Iterator[Compilation]:  # fmt: skip
     q, k, v = torch.empty(B, N, 3, 12, D, dtype=dtype, device="meta").unbind(2)
     index = torch.empty(B + 1, dtype=torch.int32, device="meta")
     call = _Call(
@@ -317,14 +321,16 @@ def _compilations(
         torch.empty(1, dtype=torch.int64, device="meta"), (index, index, N, N) if extras.get("packed") else None,
     )  # fmt: skip
     # of an A100, the smallest of those with tables of their own
-    config = _config(tuning.FORWARD[arch], call, 108)
-    kernel = forward_kernels.forward_short if config.kernel == "short" else forward_kernels.forward_online
-    found = [(kernel, _forward_constants(call, config), config.warps, config.stages, True, config.registers)]
-    config = _config(tuning.BACKWARD[arch], call, 108)
-    found += [(*each, config.stages, True, 0) for each in _backward_constants(call, config)]
-    other = replace(config, delta_first=not config.delta_first)
-    if other in (row.config for row in tuning.BACKWARD[arch]):
-        found += [(*each, config.stages, False, 0) for each in _backward_constants(call, other)]
+    tables, programs = (tuning.FORWARD[arch], tuning.BACKWARD[arch]), call.tiles / 108
+    forwards, backwards = ([_config(table, call, 108)] for table in tables)
+    if not default:
+        forwards, backwards = (tuning.candidates(table, call.bits, call.width, N, programs) for table in tables)
+    found = []
+    for config in forwards:
+        kernel = forward_kernels.forward_short if config.kernel == "short" else forward_kernels.forward_online
+        found += [(kernel, _forward_constants(call, config), config.warps, config.stages, default, config.registers)]
+    for config in backwards:
+        found += [(*each, config.stages, default, 0) for each in _backward_constants(call, config)]
     for kernel, constants, *how in found:
         # fp32 as `torch.set_float32_matmul_precision` says
         for precision in ("ieee", "tf32") if dtype is torch.float32 else ("ieee",):
