@@ -492,3 +492,16 @@ def test_a_record_of_another_schema_is_read(of_samples, capsys):
         aot.RECORD.write_text(text)
         assert of_samples([]) == 2
         assert f"aot.json: {why}" in capsys.readouterr().err
+
+
+def test_two_blocks_of_keys_are_weighed_by_shifts_that_differ_by_a_rounding(monkeypatch):
+    """A compiler that makes one operation of a product and the difference behind it takes the product unrounded."""
+    kept = []
+    monkeypatch.setattr(aot_machine, "unguarded", lambda ptx: kept.append(ptx) or [])
+    online = next(each for name, each in compilations("vitfast.kernels.attention", 90).items()
+                  if name.startswith("attention/forward_online fp32 D64"))  # fmt: skip
+    gate(online, 90, compile_one(online, 90))
+    by = {register: operation for operation, register in re.findall(r"(\S+)\s+(%\w+),", kept[0])}
+    arguments = re.findall(r"ex2\.approx\.ftz\.f32\s+%\w+,\s*(%\w+)", kept[0])
+    # of a weight, and of what an earlier block has summed up
+    assert {by[each] for each in arguments} == {"fma.rn.f32", "sub.f32"}
