@@ -2,7 +2,8 @@
 
 import torch
 
-from vitfast import dispatch, families, tuning_cache
+from vitfast import builtin, dispatch, families, tuning_cache
+from vitfast.builtin import Builtin
 from vitfast.calls import Call, contiguous
 
 KEY = {"device": "Fake GPU 9000", "driver": "1.2.3", "torch": "2", "triton": "3", "vitfast": "0"}
@@ -21,14 +22,14 @@ class Fake:
 
     def __init__(self):
         self.kernel, self.stock = right, lambda x: torch.softmax(x, -1)
-        self.why_not, self.builtin = [], True
+        self.why_not, self.builtin, self.builtin_config = [], True, None
         self.configs = [{"block": 64}]
         self.ran = []
 
     def run(self, x):
         shape = ("rows", *x.shape)
-        if dispatch.choose("fake", shape, DEVICE, self.why_not, self.builtin):
-            config = dispatch.tuned_config("fake", shape, DEVICE)
+        if dispatch.choose("fake", shape, DEVICE, self.why_not):
+            config = dispatch.config_for("fake", shape, DEVICE)
             self.ran.append(("kernel", config, tuple(x.shape)))
             return self.kernel(x, config)
         self.ran.append(("stock", None, tuple(x.shape)))
@@ -64,7 +65,10 @@ def prepared(monkeypatch, tmp_path):
     restart(monkeypatch)
     monkeypatch.setenv("VITFAST_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tuning_cache, "key_of", lambda device: dict(KEY))
-    monkeypatch.setitem(dispatch.KERNELS, "fake", dispatch.Kernel("kernels/fake.py"))
+    monkeypatch.setitem(dispatch.KERNELS, "fake", "kernels/fake.py")
     made = Fake()
+    said = lambda *asked: Builtin(made.builtin, made.builtin_config, "as the test says")  # noqa: E731
+    monkeypatch.setattr(builtin, "builtin", said)
+    monkeypatch.setattr(dispatch, "_architecture", lambda device: 90)
     monkeypatch.setitem(families.FAMILIES, "fake_softmax", made.family())
     return made

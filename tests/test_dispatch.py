@@ -14,7 +14,8 @@ import torch
 from fake_kernel import DEVICE, KEY, prepared, restart
 
 import vitfast
-from vitfast import dispatch, info, tuning_cache
+from vitfast import builtin, dispatch, info, tuning_cache
+from vitfast.builtin import Builtin
 from vitfast.families import FAMILIES
 from vitfast.ops import _register
 from vitfast.tuning_cache import Choice
@@ -127,7 +128,7 @@ def test_a_choice_takes_longer_than_a_few_microseconds(fake):
     for _ in range(5):
         began = time.process_time()
         for _ in range(10000):
-            dispatch.choose("fake", shape, DEVICE, (), True)
+            dispatch.choose("fake", shape, DEVICE, ())
         took.append((time.process_time() - began) / 10000)
     assert min(took) < 5e-6
 
@@ -160,7 +161,8 @@ import torch
 before = set(sys.modules)
 import vitfast
 print(sorted({{name.split(".")[0] for name in set(sys.modules) - before}} & {{"triton", "pynvml"}}))
-print([name for name in sys.modules if name.startswith(("vitfast.bench", "vitfast.kernels"))])
+data = ("vitfast.kernels", "vitfast.kernels.tuning")
+print([name for name in sys.modules if name.startswith(("vitfast.bench", "vitfast.kernels")) and name not in data])
 """
 
 
@@ -187,8 +189,8 @@ def test_a_stored_choice_is_lost_or_changed(fake, monkeypatch):
         ("fake", ("rows", "bf16", 2, 3)): CHOICES["fake", ("rows", "bf16", 2, 3)],
         ("fake", ("rows", "bf16", 4, 3)): Choice(True, {"block": 8}),
     }
-    assert dispatch.tuned_config("fake", ("rows", "bf16", 4, 3), DEVICE) == {"block": 8}
-    assert dispatch.tuned_config("fake", ("rows", "bf16", 5, 3), DEVICE) is None
+    assert dispatch.config_for("fake", ("rows", "bf16", 4, 3), DEVICE) == {"block": 8}
+    assert dispatch.config_for("fake", ("rows", "bf16", 5, 3), DEVICE) is None
 
 
 def whole():
@@ -333,13 +335,18 @@ def test_info_hides_who_runs_an_op(op_with_kernel, monkeypatch):
 
 
 def test_info_hides_where_stock_operators_are_faster(fake, monkeypatch):
-    monkeypatch.setitem(dispatch.KERNELS, "fake", dispatch.Kernel("kernels/fake.py", "for one query"))
+    monkeypatch.setitem(dispatch.KERNELS, "fake", "kernels/fake.py")
     tuning_cache.store(DEVICE, CHOICES)
     cuda = {"name": "Fake", "capability": "9.0", "memory_gib": 1.0, "runtime": "13", "devices": 1}
     real = info._device()
     monkeypatch.setattr(info, "_device", lambda: {**real, "cuda": cuda})
+    row = builtin.Measured("fake", (), Builtin(True, None, ""), {"Fake": 1.5})
+    monkeypatch.setattr(builtin, "table", lambda arch: [row, row._replace(choice=Builtin(False, None, ""))])
     text = info.report()
-    assert "auto; built in: stock operators for one query; tuned: 2 shapes, 1 of them to stock" in text
+    assert (
+        "auto; built in, sm_90: measured for 2 shapes on Fake: the kernel for 1 (1.50 to 1.50 x stock), stock for 1; "
+        "tuned: 2 shapes, 1 of them to stock"
+    ) in text
     assert "stock for rows bf16 4 3" in text
     assert f"tuned on this GPU: 2 shapes in {tuning_cache.path_of(KEY)}" in text
     assert info.collect()["kernels"]["fake"]["tuned_to_stock"] == [["rows", "bf16", 4, 3]]

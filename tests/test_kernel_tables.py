@@ -47,15 +47,6 @@ def test_a_choice_may_spill_as_one_that_no_shape_gets(arch):
     assert chosen == {config for config in listed if tuning.some_choice(arch, config)}
 
 
-@pytest.mark.parametrize("arch", tuning.ARCHITECTURES)
-@pytest.mark.parametrize("form", ["", "norm", "mlp", "mlp_backward"])
-def test_cublas_is_first_elsewhere_or_no_candidate(arch, form, monkeypatch):
-    monkeypatch.setattr(linear, "architecture", lambda device: arch)
-    monkeypatch.setattr(linear, "multiprocessors", lambda device: 132)
-    found = linear.configs(torch.device("cuda"), torch.bfloat16, 50_432, 2304, 768, form)
-    assert (found[0] == tuning.BLAS) is (arch == 90 and form != "") and found.count(tuning.BLAS) == 1
-
-
 def test_parts_leave_a_key_out_or_read_one_past_the_end_unmasked():
     for keys in range(1, 513):
         parts = [part for part in attention.key_parts(keys) if part]

@@ -58,8 +58,8 @@ def test_the_fastest_configuration_is_not_the_one_that_runs(fake, place, monkeyp
     assert "| kernel | block=128 |" in str(report)
     # at once, and in a later process
     for _ in range(2):
-        assert dispatch.tuned_config("fake", ("rows", 8, 64), DEVICE) == {"block": 128}
-        assert dispatch.tuned_config("fake", ("rows", 9, 64), DEVICE) is None
+        assert dispatch.config_for("fake", ("rows", 8, 64), DEVICE) == {"block": 128}
+        assert dispatch.config_for("fake", ("rows", 9, 64), DEVICE) is None
         restart(monkeypatch)
     (kept,) = json.loads(report.path.read_text())["choices"]
     assert kept["use"] == "kernel" and kept["shape"] == ["rows", 8, 64] and kept["stock_ms"] == row.stock_ms
@@ -147,7 +147,7 @@ def test_gradients_of_weights_are_cut_to_images_or_absent_results_counted(place,
 
     def run(*args):
         # on a CPU the op does not ask
-        dispatch.choose("fake", ("rows",), DEVICE, [], True)
+        dispatch.choose("fake", ("rows",), DEVICE, [])
         place.work(5e-6, 1e-3)
         seen.append([tuple(arg.shape) for arg in args if isinstance(arg, torch.Tensor)])
         return family.run(*args)
@@ -174,7 +174,7 @@ def test_a_product_of_a_prepared_model_is_not_measured(place, monkeypatch, op):
         call = Call(op, (*call.args[:5], pieces, *call.args[6:]))
 
     def run(*args):
-        taken = dispatch.choose("fake", ("rows",), DEVICE, [], True)
+        taken = dispatch.choose("fake", ("rows",), DEVICE, [])
         place.work(5e-6, 1e-3 if taken else 2e-3)
         seen.append([tuple(arg.shape) for arg in args if isinstance(arg, torch.Tensor)])
         found = family.run(*args)
@@ -217,7 +217,7 @@ def test_a_folder_that_cannot_be_written_loses_the_choice(fake, place, tmp_path)
     with pytest.warns(RuntimeWarning, match="holds for this process only") as told:
         report, _ = tune(place)
     assert len(told) == 1 and report.path is None and report.rows[0].use == "kernel"
-    assert dispatch.tuned_config("fake", ("rows", 8, 64), DEVICE) == {"block": 128}
+    assert dispatch.config_for("fake", ("rows", 8, 64), DEVICE) == {"block": 128}
 
 
 def test_what_was_finished_is_lost_with_the_device(fake, place):

@@ -5,7 +5,7 @@ Every call of an op asks `choose`. What decides, the first that applies:
 1. what the user forces, with `set_backend` or `backend`;
 2. whether the kernel can run here at all, and passed `vitfast.warmup`'s check;
 3. what `vitfast tune` measured on this card for this shape;
-4. the built-in table, made from measurements on the cards that the project has.
+4. `vitfast.builtin`: what was measured on cards of this architecture, or where nothing was, a careful choice.
 
 Nothing here imports triton or asks a device for anything until an op runs on one.
 """
@@ -13,6 +13,7 @@ Nothing here imports triton or asks a device for anything until an op runs on on
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import threading
 import warnings
@@ -21,7 +22,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vitfast import tuning_cache
+from vitfast import builtin, tuning_cache
+from vitfast.builtin import Builtin
+from vitfast.kernels import tuning
 from vitfast.tuning_cache import Choice, Table
 
 BACKENDS = ("auto", "kernel", "stock")
@@ -29,32 +32,21 @@ BACKENDS = ("auto", "kernel", "stock")
 Config = Mapping[str, int | str]
 
 
-class Kernel(NamedTuple):
-    """A kernel that ops may choose.
-
-    Attributes:
-        file: its source, relative to the package, or under csrc/ to that of the repository.
-        stock_where: in words, where the built-in table prefers the stock operators; "" for nowhere.
-    """
-
-    file: str
-    stock_where: str = ""
-
-
-# by the name of the torch op whose work it is; a backward is chosen apart from its forward
-KERNELS: dict[str, Kernel] = {
-    "attention": Kernel("kernels/attention_forward.py"),
-    "attention_backward": Kernel("kernels/attention_backward.py"),
-    "layer_norm": Kernel("kernels/norm_rows.py"),
-    "layer_norm_backward": Kernel("kernels/norm_rows.py"),
-    "linear": Kernel("kernels/linear_product.py", "for products with nothing around them but a bias"),
-    "linear_backward": Kernel("kernels/linear_product.py", "for products with nothing around them but a bias"),
-    "folded_linear": Kernel("kernels/linear_product.py"),
-    "added_linear": Kernel("kernels/linear_product.py"),
-    "mlp": Kernel("kernels/linear_product.py", "for fewer than 512 rows"),
-    "mlp_backward": Kernel("kernels/linear_product.py"),
-    "patch_embed": Kernel("csrc/patch_embed.cuh", "for weights in fp32"),
-    "patch_embed_backward": Kernel("csrc/patch_gradient.cuh", "for weights in fp32"),
+# by the name of the torch op whose work it is, its source: relative to the package, or under csrc/ to that of the
+# repository. A backward is chosen apart from its forward
+KERNELS: dict[str, str] = {
+    "attention": "kernels/attention_forward.py",
+    "attention_backward": "kernels/attention_backward.py",
+    "layer_norm": "kernels/norm_rows.py",
+    "layer_norm_backward": "kernels/norm_rows.py",
+    "linear": "kernels/linear_product.py",
+    "linear_backward": "kernels/linear_product.py",
+    "folded_linear": "kernels/linear_product.py",
+    "added_linear": "kernels/linear_product.py",
+    "mlp": "kernels/linear_product.py",
+    "mlp_backward": "kernels/linear_product.py",
+    "patch_embed": "csrc/patch_embed.cuh",
+    "patch_embed_backward": "csrc/patch_gradient.cuh",
 }
 
 
@@ -131,15 +123,14 @@ def _names(op: str | None) -> list[str]:
     return names
 
 
-def choose(kernel: str, shape: tuple[Hashable, ...], device: Hashable, why_not: Sequence[str], builtin: bool) -> bool:
+def choose(kernel: str, shape: tuple[Hashable, ...], device: Hashable, why_not: Sequence[str]) -> bool:
     """Whether the kernel runs this call: True for the kernel, False for stock operators.
 
     Args:
         kernel: a name of `KERNELS`.
-        shape: what tuned choices are kept under: strings and ints, as coarse as the kernel's own choices are.
+        shape: what choices are kept under: strings and ints, as coarse as the kernel's own choices are.
         device: index of the CUDA device; None in Triton's interpreter.
         why_not: reasons why the kernel cannot run this call; empty where it can.
-        builtin: what the built-in table says of this shape.
 
     Raises:
         NotImplementedError: the kernel was asked for and cannot run; with all the reasons.
@@ -160,19 +151,44 @@ def choose(kernel: str, shape: tuple[Hashable, ...], device: Hashable, why_not: 
         taken = False
     else:
         choice = _table(device).get((kernel, shape))
-        taken = builtin if choice is None else choice.kernel
+        taken = built_in(kernel, shape, device).kernel if choice is None else choice.kernel
     if _thread.seen is not None:
         _thread.seen.append(Seen(kernel, shape, device, taken))
     return taken
 
 
-def tuned_config(kernel: str, shape: tuple[Hashable, ...], device: Hashable) -> Config | None:
-    """The configuration that the kernel shall run this shape with, None for its built-in choice."""
+def config_for(kernel: str, shape: tuple[Hashable, ...], device: Hashable) -> Config | None:
+    """The configuration that the kernel shall run this shape with; None where its launcher is to choose."""
     trial = _thread.trial
     if trial is not None and trial.kernel == kernel:
         return trial.config
     choice = _table(device).get((kernel, shape))
-    return None if choice is None else choice.config
+    if choice is not None and choice.config is not None:
+        return choice.config
+    found = built_in(kernel, shape, device)
+    return found.config if found.kernel else None
+
+
+def stock_config(kernel: str, shape: tuple[Hashable, ...], device: Hashable) -> Config | None:
+    """Which stock operators shall run this shape where the kernel does not; None for the usual ones."""
+    trial = _thread.trial
+    if trial is not None and trial.kernel == kernel:
+        return trial.config if trial.backend == "stock" else None
+    found = built_in(kernel, shape, device)
+    return None if found.kernel or kernel in _forced or (kernel, shape) in _table(device) else found.config
+
+
+def built_in(kernel: str, shape: tuple[Hashable, ...], device: Hashable) -> Builtin:
+    """What `vitfast.builtin` says for this device."""
+    # without a device it is Triton's interpreter, which is there to test kernels
+    if device is None or builtin.EVERYWHERE:
+        return builtin.ALWAYS
+    return builtin.builtin(kernel, shape, _architecture(device))
+
+
+@functools.cache
+def _architecture(device: Hashable) -> int:
+    return tuning.architecture_of(torch.cuda.get_device_capability(device))
 
 
 def _table(device: Hashable) -> Table:
@@ -201,7 +217,7 @@ def switch_off(kernel: str, why: str) -> None:
         return
     _off[kernel] = why
     warnings.warn(
-        f"vitfast's {kernel} kernel ({KERNELS[kernel].file}) is switched off for this process: {why}. Stock PyTorch "
+        f"vitfast's {kernel} kernel ({KERNELS[kernel]}) is switched off for this process: {why}. Stock PyTorch "
         "operators take its place: right, and usually slower. Please report this with what `vitfast info` prints; "
         f"vitfast.set_backend('stock', op={kernel!r}) avoids the kernel and this warning",
         RuntimeWarning,
@@ -313,15 +329,22 @@ def state(kernel: str) -> str:
     return f"switched off: {why}" if why else "auto"
 
 
+def _archs(device: int | None) -> Sequence[int]:
+    """The architecture of a device, or where there is none all that were measured."""
+    if device is not None:
+        return [_architecture(device)]
+    return [arch for arch in tuning.ARCHITECTURES if builtin.table(arch)]
+
+
 def facts(kernel: str, device: int | None) -> dict[str, Any]:
     """What `vitfast info` says of a kernel; device None where there is none."""
     choices = {} if device is None else tuned(kernel, device)
     return {
-        "file": KERNELS[kernel].file,
+        "file": KERNELS[kernel],
         "backend": _forced.get(kernel, "auto"),
         "switched_off": _off.get(kernel),
         "state": state(kernel),
-        "stock_where": KERNELS[kernel].stock_where,
+        "builtin": {f"sm_{arch}": builtin.summary(kernel, arch) for arch in _archs(device)},
         "tuned_shapes": len(choices),
         "tuned_to_stock": [list(shape) for shape, choice in choices.items() if not choice.kernel],
     }

@@ -132,8 +132,7 @@ def _kernel_lines(kernels: dict[str, Any], triton: dict[str, Any], tuning: dict[
     width = max(map(len, kernels))
     for name, facts in kernels.items():
         parts = [facts["state"]]
-        if facts["stock_where"]:
-            parts.append(f"built in: stock operators {facts['stock_where']}")
+        parts += [f"built in, {arch}: {words}" for arch, words in facts["builtin"].items()]
         if facts["tuned_shapes"]:
             parts.append(f"tuned: {facts['tuned_shapes']} shapes, {len(facts['tuned_to_stock'])} of them to stock")
         lines.append(f"  {name:<{width}}  {'; '.join(parts)}")

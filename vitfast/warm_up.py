@@ -210,7 +210,7 @@ def _warm_one(call: Call, place: Place, checked: dict[tuple, str]) -> tuple[str,
     answer = _last(seen, family)
     if not answer.taken:
         return STOCK, dispatch.state(family.kernel)
-    config = dispatch.tuned_config(family.kernel, answer.shape, answer.device)
+    config = dispatch.config_for(family.kernel, answer.shape, answer.device)
     tuned = "tuned, " if config is not None else ""
     configs = family.to_check(call, place.device) if config is None else [config]
     checks = {(call, None, "as it is"): lambda: check_part(family, call, args, outs, places, place)}

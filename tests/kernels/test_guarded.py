@@ -65,7 +65,7 @@ def test_memory_has_no_guard(what, at, seen, tmp_path, tmp_path_factory):
         assert wrong is None or wrong.startswith(f"{CASE}test_planted[{placement}]"), wrong
 
 
-def test_what_no_kernel_wrote_is_right_by_luck(monkeypatch, device, tiles_first):
+def test_what_no_kernel_wrote_is_right_by_luck(monkeypatch, device):
     """Of ops whose kernels do nothing all is NaN, on every device: they have made the memory themselves."""
     x, w1, w2 = (draw(*shape, device=device).half() for shape in ((2, 5, 64), (128, 64), (64, 64)))
     x.requires_grad_()

@@ -7,7 +7,7 @@ from attention_cases import INTERPRETED, draw
 from vitfast import dispatch, ops, reference
 from vitfast.acceptance import accept, rms_ratio_of_few
 from vitfast.kernels import mlp
-from vitfast.kernels.tuning import WHOLE, Product
+from vitfast.kernels.tuning import Product
 
 CONFIGS = {
     "pointers": Product("whole", 32, 32, warps=4, stages=2),
@@ -96,10 +96,8 @@ def test_bad_row_spoils_another(config, device):
     assert torch.equal(out, expected)
 
 
-def test_gradients_differ_where_the_forward_kept_nothing(device, monkeypatch, tiles_first):
-    """The built-in choice for many rows: with 'fc1' computed again the forward is one kernel."""
-    monkeypatch.setattr(mlp, "multiprocessors", lambda device: 1)
-    monkeypatch.setitem(WHOLE, 90, {192: CONFIGS["descriptors"]})
+def test_gradients_differ_where_the_forward_kept_nothing(device, monkeypatch):
+    """With 'fc1' computed again the forward may be one kernel."""
     ran = []
     whole = mlp.whole
     monkeypatch.setattr(mlp, "whole", lambda *args: ran.append(1) or whole(*args))
@@ -107,8 +105,9 @@ def test_gradients_differ_where_the_forward_kept_nothing(device, monkeypatch, ti
     leaves = [t.requires_grad_() for t in (x, nw, nb, w1, b1, w2, b2)]
     cotangent = draw(2, 37, 192, dtype=torch.float16, device=device, seed=9)
     found = {}
-    for recompute in ("fc1", "act"):
-        out = ops.mlp(*leaves, recompute=recompute)
+    for recompute, config in (("fc1", CONFIGS["descriptors"].as_dict()), ("act", None)):
+        with dispatch.trying("mlp", "kernel", config):
+            out = ops.mlp(*leaves, recompute=recompute)
         found[recompute] = torch.autograd.grad(out, leaves, cotangent)
     assert len(ran) == 1
     wide = [t.detach().double().requires_grad_() for t in leaves]

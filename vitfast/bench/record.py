@@ -206,13 +206,18 @@ def _same_devices(runs: Mapping[str, Mapping[str, Any]]) -> None:
 
 def write_json(path: Path | str, data: Mapping[str, Any]) -> None:
     """Write `data` so that at any time `path` holds either all that it held before or all of `data`."""
+    write_text(path, json.dumps(plain(data), indent=1, allow_nan=False))
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write `text` so that at any time `path` holds either all that it held before or all of `text`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # in the same folder, because only within one file system a rename is atomic
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(plain(data), file, indent=1, allow_nan=False)
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)

@@ -58,7 +58,7 @@ class Family:
 
     Attributes:
         kernel: its name in `dispatch.KERNELS`.
-        run: the op. It asks `dispatch.choose` with that name, and `dispatch.tuned_config`.
+        run: the op. It asks `dispatch.choose` with that name, and `dispatch.config_for`.
         truth: the op's results in fp64, from fp64 arguments.
         smaller: a few small calls, odd sizes among them, that any configuration of the given call can run.
         configs: what may run a call on a device, the built-in choice first. None is that choice, for kernels that

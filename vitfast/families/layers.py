@@ -271,55 +271,45 @@ def _only_builtin(call: Call, device: torch.device) -> list[None]:
     return [None]
 
 
-def _products(call: Call, device: torch.device, N: int, K: int, form: str) -> list[Config]:
+def _products(call: Call, device: torch.device, N: int, K: int) -> list[Config]:
     from vitfast.kernels import linear
 
     of = _arguments(call)
     dtype = of["weight" if "weight" in of else "w1"].dtype
     M = math.prod(of["x"].shape[:-1])
-    return [config.as_dict() for config in linear.configs(device, dtype, M, N, K, form)]
+    return [config.as_dict() for config in linear.configs(device, dtype, M, N, K)]
 
 
 def _linear_configs(call: Call, device: torch.device) -> list[Config]:
-    from vitfast.kernels import linear
-
-    of = _arguments(call)
-    # a norm in the weights is for tiles to finish
-    around = ("gamma", "row_scale", "residual")
-    form = linear.form_of(of["norm"], of["act"], *map(of.get, around)) if call.op == "linear" else ""
-    return _products(call, device, *of["weight"].shape, form)
+    return _products(call, device, *_arguments(call)["weight"].shape)
 
 
-def _whole(call: Call, device: torch.device) -> tuple[list[Config], bool]:
-    """One kernel for all of an MLP, where there is one, and whether it is the built-in choice."""
+def _whole(call: Call, device: torch.device) -> list[Config]:
+    """One kernel for all of an MLP, where there is one."""
     from vitfast.kernels import mlp
 
     of = _arguments(call)
     if of["gated"] or of["saves"] not in ("", "fc1") or (of["saves"] and of["gamma"] is not None):
-        return [], False
-    M, w1 = math.prod(of["x"].shape[:-1]), of["w1"]
-    found, first = mlp.whole_configs(device, of["x"].dtype, w1.dtype, M, *w1.shape)
-    return [config.as_dict() for config in found], first
+        return []
+    w1 = of["w1"]
+    return [config.as_dict() for config in mlp.whole_configs(device, of["x"].dtype, w1.dtype, *w1.shape)]
 
 
 def _mlp_configs(call: Call, device: torch.device) -> list[Config | None]:
-    """One for both products or for all at once, or by None the built-in choice of each."""
-    return [None, *_products(call, device, *_arguments(call)["w1"].shape, "mlp"), *_whole(call, device)[0]]
+    """One for both products or for all at once, or by None the launcher's choice of each."""
+    return [None, *_products(call, device, *_arguments(call)["w1"].shape), *_whole(call, device)]
 
 
 def _mlp_builtin(call: Call, device: torch.device) -> list[Config]:
-    whole, first = _whole(call, device)
-    if first:
-        return whole
     of = _arguments(call)
-    found = [_products(call, device, *of[weight].shape, "mlp")[0] for weight in ("w1", "w2")]
+    found = [_products(call, device, *of[weight].shape)[0] for weight in ("w1", "w2")]
     return found[: 1 if found[0] == found[1] else 2]
 
 
 def _mlp_backward_configs(call: Call, device: torch.device) -> list[Config | None]:
     """Of the product with the activation's slope after it; without gates, which have kernels of their own."""
     of = _arguments(call)
-    return [None] if of["gated"] else _products(call, device, *of["w2"].shape[::-1], "mlp_backward")
+    return [None] if of["gated"] else _products(call, device, *of["w2"].shape[::-1])
 
 
 def _family(op: str, truth: Callable[..., Results], **more: Any) -> Family:

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vitfast.kernels import addresses
+from vitfast.kernels import addresses, tuning
 
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 # elements that strides are counted in where all of them are multiples: rows then begin at multiples of 16 bytes
@@ -124,13 +124,7 @@ def architecture(device: torch.device) -> int:
     """The architecture whose tables a device uses."""
     if device.type != "cuda":
         return 90
-    return architecture_of(torch.cuda.get_device_capability(device))
-
-
-def architecture_of(capability: tuple[int, int]) -> int:
-    """Of devices that are none of the four, one with the least shared memory."""
-    major, minor = capability
-    return 10 * major if (major, minor) == (8, 0) or major in (9, 10) else 89
+    return tuning.architecture_of(torch.cuda.get_device_capability(device))
 
 
 def dot_precision(dtype: torch.dtype) -> str:

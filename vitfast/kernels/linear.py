@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from vitfast import builtin
 from vitfast.kernels import layer_norm, linear_product, tuning
 from vitfast.kernels.compilation import Compilation
 from vitfast.kernels.launch import (
@@ -275,20 +276,8 @@ def finish(
     return fresh, aside, None if sums is None else layer_norm.add_up(sums, torch.float32)
 
 
-def form_of(norm: str, act: str, *around: Tensor | None) -> str:
-    """What `tuning.BLAS_FIRST` calls a linear layer: "norm" where a norm is all that is around the product."""
-    return "norm" if norm != "none" and act == "none" and all(t is None for t in around) else ""
-
-
-def _blas_first(device: torch.device, form: str) -> bool:
-    # in the interpreter the tiles are what there is to test
-    return device.type == "cuda" and form in tuning.BLAS_FIRST.get(architecture(device), ())
-
-
-def config_for(x: Tensor, weight: Tensor, across: bool = False, form: str = "") -> Product:
-    """The table's choice for x [..., K]; form: see `tuning.BLAS_FIRST`."""
-    if _blas_first(x.device, form):
-        return tuning.BLAS
+def config_for(x: Tensor, weight: Tensor, across: bool = False) -> Product:
+    """The choice of `tuning.PRODUCT` for x [..., K], where nobody gives another."""
     M, K = x.numel() // max(1, x.shape[-1]), x.shape[-1]
     N = weight.shape[1 if across else 0]
     bits = torch.finfo(weight.dtype).bits
@@ -296,12 +285,11 @@ def config_for(x: Tensor, weight: Tensor, across: bool = False, form: str = "") 
     return tuning.product_config(architecture(x.device), bits, M, N, K, multiprocessors(x.device), aligned)
 
 
-def configs(device: torch.device, dtype: torch.dtype, M: int, N: int, K: int, form: str = "") -> list[Product]:
-    """Every configuration of the table that can run this, the built-in choice first."""
+def configs(device: torch.device, dtype: torch.dtype, M: int, N: int, K: int) -> list[Product]:
+    """Every configuration of the table that can run this, that of `config_for` first."""
     aligned = K % UNIT == 0 and N % UNIT == 0
     bits = torch.finfo(dtype).bits
-    found = tuning.product_candidates(architecture(device), bits, M, N, K, multiprocessors(device), aligned)
-    return list(dict.fromkeys([tuning.BLAS, *found])) if _blas_first(device, form) else found
+    return tuning.product_candidates(architecture(device), bits, M, N, K, multiprocessors(device), aligned)
 
 
 def normed(
@@ -333,7 +321,7 @@ def forward(
     saves: bool, *, config: Product | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """(out, mean, rstd, pre, branch) of `ops.linear`; the last four None where no backward needs them."""
-    config = config or config_for(x, weight, form=form_of(norm, act, gamma, row_scale, residual))
+    config = config or config_for(x, weight)
     rows, folded, mean, rstd = normed(x, weight, bias, norm, norm_weight, norm_bias, norm_eps, config, saves)
     after = After(
         out_dtype(weight, gamma, row_scale, residual), bias, act, gamma=gamma, row_scale=row_scale,
@@ -395,14 +383,17 @@ NO_FLAGS = {
 
 
 def compilations(arch: int) -> Iterator[Compilation]:
-    """Every configuration of the table of `arch` around the products of ViTs, and the kernels beside them."""
-    for config in dict.fromkeys(row.config for row in tuning.PRODUCT[arch]):
-        if config.kernel == "blas":
+    """Every configuration of the tables of `arch` around the products of ViTs, and the kernels beside them."""
+    chosen, sloped = (
+        [Product(**config) for config in builtin.configs(arch, *kernels)]
+        for kernels in (("linear", "folded_linear", "added_linear", "mlp"), ("mlp_backward",))
+    )
+    for config in dict.fromkeys([*(row.config for row in tuning.PRODUCT[arch]), *chosen, *sloped]):
+        if config.kernel != "tiles":
             continue
-        first, by_blas = tuning.some_choice(arch, config), tuning.BLAS_FIRST.get(arch, ())
         for name, flags in AROUND.items():
-            # only the backward of an MLP has that around it
-            default = first and not (name == "slope" and "mlp_backward" in by_blas)
+            # only the backward of an MLP has that around it, and where it was not measured cuBLAS computes it
+            default = config in sloped if name == "slope" else config in chosen or tuning.some_choice(arch, config)
             for split in (1, config.split) if config.split > 1 else (1,):
                 yield _product_compilation(config, name, flags, split, default)
     for name, flags in AROUND.items():
@@ -435,7 +426,8 @@ def _product_compilation(
     pointers = tuple(argument for argument, kind in types.items() if kind.startswith("*"))
     words = [
         f"product {config.block_m}x{config.block_n}x{config.block_k} w{config.warps} s{config.stages}",
-        "desc" * config.descriptors, "persistent" * config.persistent, "swap" * config.swap,
+        f"p{config.parts}" if config.parts > 1 else "", "desc" * config.descriptors,
+        f"persistent{config.programs}" if config.persistent else "", "swap" * config.swap,
         f"split{split}" if split > 1 else "", name,
     ]  # fmt: skip
     return Compilation(

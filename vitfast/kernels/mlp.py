@@ -17,7 +17,6 @@ from vitfast.kernels.launch import (
     device_reasons,
     dot_precision,
     launch,
-    multiprocessors,
     rows_of,
 )
 from vitfast.kernels.linear import After, out_dtype, product
@@ -46,7 +45,7 @@ def forward(
         # tuned for rows of another stride
         config = None
     can_be_whole = not gated and saves in ("", "fc1") and not (keep and gamma is not None)
-    first = config or (can_be_whole and whole_choice(x, w1)) or linear.config_for(x, w1, form="mlp")
+    first = config or linear.config_for(x, w1)
     if first.kernel == "whole":
         reasons = why_not_whole(x, w1, first) + ([] if can_be_whole else ["what its backward keeps, or a gate"])
         if reasons:
@@ -64,7 +63,7 @@ def forward(
         out_dtype(w1, gamma, row_scale, x), b2, gamma=gamma, row_scale=row_scale, tokens=layer_norm.tokens_of(x),
         beside=x, aside=keep and gamma is not None,
     )  # fmt: skip
-    out, branch, _ = product(hidden, rows_of(w2), last, config or linear.config_for(hidden, w2, form="mlp"))
+    out, branch, _ = product(hidden, rows_of(w2), last, config or linear.config_for(hidden, w2))
     shaped = lambda t: None if t is None else t.view(*x.shape[:-1], t.shape[-1])  # noqa: E731
     return shaped(out), mean, rstd, shaped(pre), shaped(branch), shaped(hidden) if saves == "none" else None
 
@@ -86,15 +85,6 @@ def why_not_whole(x: Tensor, w1: Tensor, config: Product) -> list[str]:
 
 def _lies_well(x: Tensor, w1: Tensor) -> bool:
     return w1.is_contiguous() and linear.describable(rows_of(x), w1)
-
-
-def whole_choice(x: Tensor, w1: Tensor) -> Product | None:
-    """The table's configuration of one kernel for all, where that is the built-in choice and can run."""
-    arch, C = architecture(x.device), x.shape[-1]
-    if not tuning.whole_first(arch, C, x.numel() // max(1, C), multiprocessors(x.device)):
-        return None
-    config = tuning.WHOLE[arch][C]
-    return None if why_not_whole(x, w1, config) else config
 
 
 def _parts(C: int) -> tuple[int, int]:
@@ -148,14 +138,12 @@ def _boxes(C: int, config: Product) -> list[tuple[int, int]]:
 
 
 def whole_configs(
-    device: torch.device, dtype: torch.dtype, weight_dtype: torch.dtype, M: int, F: int, C: int
-) -> tuple[list[Product], bool]:
-    """What computes an MLP without a gate in one kernel, and whether that is the built-in choice."""
+    device: torch.device, dtype: torch.dtype, weight_dtype: torch.dtype, F: int, C: int
+) -> list[Product]:
+    """What computes an MLP without a gate in one kernel."""
     config = tuning.WHOLE[architecture(device)].get(C)
     x, w1 = (torch.empty(n, C, dtype=t, device="meta") for n, t in ((1, dtype), (F, weight_dtype)))
-    if config is None or why_not_whole(x, w1, config):
-        return [], False
-    return [config], tuning.whole_first(architecture(device), C, M, multiprocessors(device))
+    return [] if config is None or why_not_whole(x, w1, config) else [config]
 
 
 def compilations(arch: int) -> Iterator[Compilation]:
@@ -209,13 +197,13 @@ def backward(
     grad_y, grad_gamma = layer_norm.branch_grads(grad, branch, gamma, row_scale, w1.dtype, need_gamma)
     grad_y, pre, hidden = rows_of(grad_y), rows_of(pre), rows_of(hidden)
     if pre is None and (need_pre or (need_w2 and hidden is None)):
-        first = linear.config_for(x, w1, form="mlp_backward")
+        first = config or linear.config_for(x, w1)
         rows, folded, *_ = linear.normed(x, w1, b1, norm, norm_weight, norm_bias, norm_eps, first, False)
         pre, *_ = product(rows, rows_of(w1), After(w1.dtype, b1), first, folded=folded)
     grad_x = grad_norm_weight = grad_norm_bias = grad_w1 = grad_b1 = grad_w2 = grad_b2 = None
     again = need_w2 and hidden is None
     if need_pre:
-        config = config or linear.config_for(grad_y, w2, across=True, form="mlp_backward")
+        config = config or linear.config_for(grad_y, w2, across=True)
         if gated:
             grad_hidden = grad_y @ w2
             grad_pre, made = gated_rows.backward(grad_hidden, pre, act, again)

@@ -1,8 +1,9 @@
 """Configurations of the kernels as data, by architecture: chosen by shape, never searched for while a model runs.
 
-The tables come from what compiles without spilling (`make aot`), and on Hopper from measurements (benchmarks/results).
-A row holds what a kernel is compiled with; the launchers read the tables from top to bottom and take the first row
-that fits. Architectures: 80 (A100), 89 (its kin with 99 KB of shared memory: RTX 30 to 50, L4, L40), 90 (Hopper), 100.
+Whether a kernel runs, and what was measured to be its fastest configuration, is in `vitfast.builtin`. These are the
+configurations that there are, which come from what compiles without spilling (`make aot`); where none was measured the
+launchers read them from top to bottom and take the first row that fits. A row holds what a kernel is compiled with.
+Architectures: 80 (A100), 89 (its kin with 99 KB of shared memory: RTX 30 to 50, L4, L40), 90 (Hopper), 100.
 """
 
 from __future__ import annotations
@@ -11,6 +12,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 ARCHITECTURES = (80, 89, 90, 100)
+
+
+def architecture_of(capability: tuple[int, int]) -> int:
+    """Of devices that are none of the four, one with the least shared memory."""
+    major, minor = capability
+    return 10 * major if (major, minor) == (8, 0) or major in (9, 10) else 89
 
 
 @dataclass(frozen=True)
@@ -327,9 +334,6 @@ def product_candidates(
     return list(dict.fromkeys([*fits, *others, BLAS]))
 
 
-# what cuBLAS, with kernels before and after it, computes faster than any tile here (benchmarks/results)
-BLAS_FIRST: dict[int, tuple[str, ...]] = {90: ("norm", "mlp", "mlp_backward")}
-
 # both layers of an MLP in one kernel, by width and architecture. Tiles of 32 rows, all that fits on sm_80 and sm_89,
 # read the weights too often to be the built-in choice; `vitfast tune` tries them
 WHOLE: dict[int, dict[int, Product]] = {
@@ -341,14 +345,6 @@ WHOLE: dict[int, dict[int, Product]] = {
 }
 WHOLE[89] = WHOLE[80]
 WHOLE[100] = WHOLE[90]
-# widths at which that is the built-in choice, on the architectures with wide tiles; at 384 the weights cross the L2
-# cache twice as often as two products take in all
+# widths at which that is the careful choice (`vitfast.builtin`), on the architectures with wide tiles; at 384 the
+# weights cross the L2 cache twice as often as two products take in all
 WHOLE_FIRST = {90: (192,), 100: (192,)}
-# fewer rows leave a device idle
-WHOLE_ROWS = 64
-
-
-def whole_first(arch: int, width: int, M: int, multiprocessors: int) -> bool:
-    """Whether one kernel for the whole MLP is the built-in choice."""
-    enough = WHOLE_ROWS * multiprocessors
-    return width in WHOLE_FIRST.get(arch, ()) and enough <= M

@@ -28,7 +28,7 @@ def kernels_run(q: Tensor, scale: float) -> bool:
     if not may_be_kernels(q) or torch.compiler.is_compiling():
         return may_be_kernels(q)
     why_not = _why_not(q.device, q.dtype, q.shape[3], scale >= SMALLEST_SCALE)
-    return dispatch.choose("attention", (), q.device.index, why_not, True)
+    return dispatch.choose("attention", (), q.device.index, why_not)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -40,7 +40,7 @@ def _why_not(device: torch.device, dtype: torch.dtype, head_dim: int, positive: 
 def kernels_for(
     kernel: str, q: Tensor, k: Tensor, scale: float, extras: bool = False
 ) -> tuple[ModuleType, Any] | None:
-    """The kernels' launchers and the tuned configuration, if there is one, where they compute this; else None.
+    """The kernels' launchers and the chosen configuration, if there is one, where they compute this; else None.
 
     Args:
         kernel: its name in `dispatch.KERNELS`.
@@ -53,14 +53,14 @@ def kernels_for(
         return None
     why_not = _why_not(q.device, q.dtype, q.shape[3], scale >= SMALLEST_SCALE)
     module, shape = kernels("attention")[0], () if extras else shape_key(q, k)
-    if not dispatch.choose(kernel, shape, q.device.index, why_not, True):
+    if not dispatch.choose(kernel, shape, q.device.index, why_not):
         return None
-    tuned = dispatch.tuned_config(kernel, shape, q.device.index)
-    return module, None if tuned is None else module.Config(**tuned)
+    config = dispatch.config_for(kernel, shape, q.device.index)
+    return module, None if config is None else module.Config(**config)
 
 
 def shape_key(q: Tensor, k: Tensor) -> tuple[Hashable, ...]:
-    """What tuned choices are kept under: heads of all images by powers of two, since a few more change nothing."""
+    """What choices are kept under: heads of all images by powers of two, since a few more change nothing."""
     heads = (q.shape[0] * q.shape[2]).bit_length()
     return str(q.dtype)[6:], heads, q.shape[1], k.shape[1], q.shape[3]
 
@@ -112,7 +112,11 @@ def attention_cpu(q, k, v, scale, lengths=None, dropout_p=0.0, seed=None):
 def attention_cuda(q, k, v, scale, lengths=None, dropout_p=0.0, seed=None):
     if not q.numel() or not k.numel():
         return nothing(q)
-    return _forward(q, k, v, scale, lengths, dropout_p, seed) or stock.attention_cuda(q, k, v, scale)
+    found = _forward(q, k, v, scale, lengths, dropout_p, seed)
+    if found is None:
+        which = dispatch.stock_config("attention", shape_key(q, k), q.device.index)
+        found = stock.attention_cuda(q, k, v, scale, **(which or {}))
+    return found
 
 
 def attention_qkv_cpu(qkv, scale, lengths=None, dropout_p=0.0, seed=None):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import warnings
 
 import torch
+from torch.backends.cuda import cudnn_sdp_enabled
 
 from vitfast import native, reference
 
@@ -73,14 +75,60 @@ def attention_backward_cpu(grad, q, k, v, out, lse, scale):
     return tuple(g.transpose(1, 2).contiguous() for g in grads)
 
 
-def attention_cuda(q, k, v, scale):
+def attention_cuda(q, k, v, scale, backend="flash"):
+    """`attention` below its checks; backend: "flash", or "cudnn" where that was measured to be faster."""
     if not q.numel() or not k.numel():
         return nothing(q)
     if not _flash_takes(q):
         return attention_formula(q, k, v, scale)
     q, k, v = (_rows_of_heads(t) for t in (q, k, v))
+    if backend == "cudnn" and cudnn_sdp_enabled() and _cudnn_agrees(q.device, q.dtype, q.shape[-1]):
+        return _by_cudnn(q, k, v, scale)
     out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)
     return _rows(out), lse.contiguous()
+
+
+def _by_cudnn(q, k, v, scale):
+    """Of [B, H, N, D]; lse comes as [B, H, N] or [B, H, N, 1], as torch's version has it."""
+    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, False, False, scale=scale)
+    return _rows(out), lse.reshape(q.shape[:3]).contiguous()
+
+
+# known by device, dtype and head dim
+_agrees: dict[tuple, bool] = {}
+
+
+def _cudnn_agrees(device, dtype, head_dim):
+    """Whether cuDNN's attention takes this, and its lse is the one that our backward and flash attention's read.
+
+    Nothing that PyTorch documents says so: it is tried once, on few numbers; until then a graph gets flash attention.
+    """
+    key = device, dtype, head_dim
+    if key not in _agrees:
+        if torch.cuda.is_current_stream_capturing():
+            return False
+        generator = torch.Generator(device).manual_seed(0)
+        q, k, v = torch.randn(3, 2, 3, 40, head_dim, generator=generator, device=device).to(dtype).unbind(0)
+        q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))
+        expected = attention_formula(*(t.transpose(1, 2) for t in (q, k, v)), head_dim**-0.5)
+        why = "it differs from the formula"
+        try:
+            found = _by_cudnn(q, k, v, head_dim**-0.5)
+            pairs = zip(found, expected, strict=True)
+            _agrees[key] = all(torch.allclose(a.float(), b.float(), 0.02, 0.02) for a, b in pairs)
+        # cuDNN refuses in many ways
+        except RuntimeError as problem:
+            if isinstance(problem, torch.OutOfMemoryError):
+                raise
+            why, _agrees[key] = str(problem).splitlines()[0], False
+        if not _agrees[key]:
+            warnings.warn(
+                f"cuDNN's attention, measured to be the fastest here, is not used for {dtype} and head dim {head_dim}: "
+                f"{why}. PyTorch's flash attention takes its place",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+    return _agrees[key]
 
 
 def attention_backward_cuda(grad, q, k, v, out, lse, scale):

@@ -71,7 +71,6 @@ def attempt(
     like: Tensor,
     why_not: Callable[[ModuleType], Sequence[str]],
     shape: tuple[Hashable, ...],
-    builtin: bool,
     launch: Callable[[ModuleType, dispatch.Config | None], Any],
 ) -> Any:
     """What the kernel returns, None where stock operators are to run.
@@ -80,9 +79,8 @@ def attempt(
         kernel: its name in `dispatch.KERNELS`.
         module: of `vitfast.kernels`, which `why_not` and `launch` are given.
         like: a tensor on the call's device.
-        shape: what tuned choices are kept under.
-        builtin: what the built-in table says of the shape.
-        launch: runs the kernel, with the tuned configuration if there is one.
+        shape: what choices are kept under.
+        launch: runs the kernel, with the chosen configuration if there is one.
 
     Raises:
         NotImplementedError: the user forced the kernel where it cannot run; says all the reasons.
@@ -91,7 +89,7 @@ def attempt(
         return None
     found, why = kernels(module)
     reasons = (why,) if found is None else why_not(found)
-    if not dispatch.choose(kernel, shape, like.device.index, reasons, builtin):
+    if not dispatch.choose(kernel, shape, like.device.index, reasons):
         return None
-    tuned = dispatch.tuned_config(kernel, shape, like.device.index)
-    return launched(kernel, lambda: launch(found, tuned))
+    config = dispatch.config_for(kernel, shape, like.device.index)
+    return launched(kernel, lambda: launch(found, config))

@@ -18,8 +18,6 @@ from vitfast.ops.linear import _linear_stock, shape_of
 from vitfast.switches import stock_only
 
 WHY_NO_CPU_KERNEL = "models prepared for a CPU have packed products, which are no ops"
-# what the built-in table says of either: the kernel, whatever the shape
-FOLDED_BUILTIN = ADDED_BUILTIN = True
 
 
 def folded_linear(
@@ -72,7 +70,7 @@ def _folded_kernel(x, weight, sums, wide_bias, bias, pieces, norm_eps, norm, act
     if x.numel():
         found = _launch.attempt(
             "folded_linear", "linear", x, lambda kernels: kernels.why_not(x, weight, norm, None, act, False),
-            shape_of(x, weight, norm, act, "" if pieces is None else "pieces"), FOLDED_BUILTIN, launch,
+            shape_of(x, weight, norm, act, "" if pieces is None else "pieces"), launch,
         )  # fmt: skip
     return _folded_stock(x, weight, sums, wide_bias, bias, pieces, norm_eps, norm, act) if found is None else found
 
@@ -100,7 +98,7 @@ def _attempt_added(x, weight, launch):
         return None
     return _launch.attempt(
         "added_linear", "linear", x, lambda kernels: kernels.why_not(x, weight, "none", None, "none", False),
-        shape_of(x, weight), ADDED_BUILTIN, launch,
+        shape_of(x, weight), launch,
     )  # fmt: skip
 
 

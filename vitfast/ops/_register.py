@@ -59,7 +59,7 @@ def op(
             "cpu": Implementation("C++", cpu_kernel, "")
             if cpu_kernel
             else Implementation(STOCK, None, why_no_cpu_kernel),
-            "cuda": Implementation(_language(cuda_kernel), dispatch.KERNELS[cuda_kernel].file, "")
+            "cuda": Implementation(_language(cuda_kernel), dispatch.KERNELS[cuda_kernel], "")
             if cuda_kernel
             else Implementation(STOCK, None, NO_CUDA_KERNEL),
         }
@@ -73,7 +73,7 @@ def _why_no_cuda_part() -> str:
 
 
 def _language(kernel: str) -> str:
-    return "CUDA" if dispatch.KERNELS[kernel].file.startswith("csrc/") else "Triton"
+    return "CUDA" if dispatch.KERNELS[kernel].startswith("csrc/") else "Triton"
 
 
 def implementations() -> dict[str, dict[str, Implementation]]:

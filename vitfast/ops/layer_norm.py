@@ -114,7 +114,7 @@ def _attempt(kernel, x, others, extra, launch):
         return None
     shape = (str(x.dtype)[6:], (x.numel() // x.shape[-1]).bit_length(), x.shape[-1], extra)
     return _launch.attempt(
-        kernel, "layer_norm", x, lambda kernels: kernels.why_not(x, *others), shape, True,
+        kernel, "layer_norm", x, lambda kernels: kernels.why_not(x, *others), shape,
         lambda kernels, config: launch(kernels),
     )  # fmt: skip
 

@@ -139,7 +139,7 @@ def _linear_stock(x, weight, bias, norm_weight, norm_bias, norm_eps, norm, act, 
 
 
 def shape_of(x, weight, *words):
-    """What tuned choices are kept under: rows by powers of two, since a few more change nothing."""
+    """What choices are kept under: rows by powers of two, since a few more change nothing."""
     rows = (x.numel() // x.shape[-1]).bit_length()
     return str(x.dtype)[6:], str(weight.dtype)[6:], rows, *weight.shape, " ".join(filter(None, words))
 
@@ -152,8 +152,6 @@ def _linear_kernel(x, weight, bias, norm_weight, norm_bias, norm_eps, norm, act,
         found = _launch.attempt(
             "linear", "linear", x, lambda kernels: kernels.why_not(x, weight, norm, gamma, act, saves),
             shape_of(x, weight, norm, act, "around" if around else ""),
-            # a product alone is what cuBLAS is for
-            norm != "none" or act != "none" or bool(around),
             lambda kernels, config: kernels.forward(*args, config=kernels.Product(**config) if config else None),
         )  # fmt: skip
     return found or _linear_stock(*args)
@@ -203,7 +201,6 @@ def _linear_backward_kernel(
         found = _launch.attempt(
             "linear_backward", "linear_grads", x, lambda kernels: kernels.why_not(x, weight, norm),
             shape_of(x, weight, norm, act, "around" if gamma is not None or row_scale is not None else ""),
-            norm != "none" or act != "none" or gamma is not None or row_scale is not None,
             lambda kernels, config: kernels.backward(*args),
         )  # fmt: skip
     return found or _linear_backward_stock(

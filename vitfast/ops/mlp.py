@@ -153,7 +153,6 @@ def _mlp_kernel(x, norm_weight, norm_bias, norm_eps, norm, w1, b1, w2, b2, act, 
         words = (norm, act, "gated" * gated, "scaled" if gamma is not None or row_scale is not None else "")
         found = _launch.attempt(
             "mlp", "mlp", x, lambda kernels: kernels.why_not(x, w1), shape_of(x, w1, *words, saves),
-            _launch.INTERPRETED or x.numel() // x.shape[-1] >= LEAST_ROWS,
             lambda kernels, config: kernels.forward(*args, config=kernels.Product(**config) if config else None),
         )  # fmt: skip
     return found or _mlp_stock(*args)
@@ -221,7 +220,7 @@ def _mlp_backward_kernel(
         words = (norm, act, "gated" * gated, "scaled" if gamma is not None or row_scale is not None else "")
         kept = "none" if hidden is not None else "fc1" if pre is None else "act"
         found = _launch.attempt(
-            "mlp_backward", "mlp", x, lambda kernels: kernels.why_not(x, w1), shape_of(x, w1, *words, kept), True,
+            "mlp_backward", "mlp", x, lambda kernels: kernels.why_not(x, w1), shape_of(x, w1, *words, kept),
             lambda kernels, config: kernels.backward(
                 *tensors, *how, config=kernels.Product(**config) if config else None
             ),

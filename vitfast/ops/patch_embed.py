@@ -206,15 +206,10 @@ def _patch_embed_cpu(images, weight, bias, pos_embed, prefix, mean, std):
 
 
 def shape_of(images, weight):
-    """What tuned choices are kept under: patches by powers of two, since a few more change nothing."""
+    """What choices are kept under: patches by powers of two, since a few more change nothing."""
     patches = images.shape[0] * patches_of(images, weight.shape[2:])
     kinds = [str(t.dtype)[6:] for t in (images, weight)]
     return *kinds, patches.bit_length(), *weight.shape, "channels last" if images.stride(1) == 1 else "channels apart"
-
-
-def kernel_wins(weight):
-    # in fp32 products are not for tensor cores, and cuDNN's are as good as any
-    return weight.dtype != torch.float32
 
 
 def _patch_embed_kernel(images, weight, bias, pos_embed, prefix, mean, std):
@@ -223,7 +218,7 @@ def _patch_embed_kernel(images, weight, bias, pos_embed, prefix, mean, std):
         found = _launch.attempt(
             "patch_embed", "patch_embed", images,
             lambda kernels: kernels.why_not(images, weight.dtype, weight.shape[2:], pos_embed, prefix),
-            shape_of(images, weight), kernel_wins(weight), lambda kernels, config: _by_kernel(kernels, *args, config),
+            shape_of(images, weight), lambda kernels, config: _by_kernel(kernels, *args, config),
         )  # fmt: skip
     if found is not None:
         return found
@@ -282,7 +277,7 @@ def _grads_of_product(grad, images, weight, P, mean, std, mask):
         found = _launch.attempt(
             "patch_embed_backward", "patch_embed", images,
             lambda kernels: kernels.why_not(images, weight.dtype, weight.shape[2:]),
-            shape_of(images, weight), kernel_wins(weight),
+            shape_of(images, weight),
             lambda kernels, config: (
                 _images_backward(patches, images, weight) if mask[0] else None,
                 kernels.weight_gradient(images, weight, grad, P, mean, std, config) if mask[1] else None,
@@ -365,7 +360,7 @@ def _image_rows_kernel(images, patch, dtype, mean, std, order):
         like = images.new_empty(0, C, *patch, dtype=dtype)
         found = _launch.attempt(
             "patch_embed", "patch_embed", images, lambda kernels: kernels.why_not(images, dtype, patch),
-            (*shape_of(images, like), "rows"), True,
+            (*shape_of(images, like), "rows"),
             lambda kernels, config: kernels.rows(images, patch, dtype, mean, std, order),
         )  # fmt: skip
     if found is not None:

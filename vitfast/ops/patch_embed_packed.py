@@ -12,7 +12,7 @@ from vitfast import native, reference
 from vitfast.ops import _higher, _launch, _register
 from vitfast.ops._check import FLOATS, autocast_dtype, cast
 from vitfast.ops._register import call, wants_gradient
-from vitfast.ops.patch_embed import check, kernel_wins, patches_of, token_dtype
+from vitfast.ops.patch_embed import check, patches_of, token_dtype
 from vitfast.switches import stock_only
 
 
@@ -139,7 +139,7 @@ def _packed_run(images, weight, bias, positions, prefix, mean, std):
         found = _launch.attempt(
             "patch_embed", "patch_embed", weight,
             lambda kernels: _why_not(kernels, images, weight, positions, prefix),
-            _packed_shape_of(images, weight), kernel_wins(weight),
+            _packed_shape_of(images, weight),
             lambda kernels, config: kernels.embed(
                 images, weight, bias, positions, prefix, None, mean, std, dtype, config
             ),
@@ -177,7 +177,7 @@ def _packed_grads(grad, images, weight, positions, prefix, mean, std, mask):
     if need_weight:
         grad_weight = _launch.attempt(
             "patch_embed_backward", "patch_embed", weight, lambda kernels: _why_not(kernels, images, weight),
-            _packed_shape_of(images, weight), kernel_wins(weight),
+            _packed_shape_of(images, weight),
             lambda kernels, config: kernels.weight_gradient(
                 images, weight, grad.to(weight.dtype), P, mean, std, config
             ),

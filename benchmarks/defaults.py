@@ -1,0 +1,235 @@
+"""Write the tables of built-in choices (`vitfast.builtin`) from the records of `sweep.py`, and from nothing else.
+
+    python benchmarks/defaults.py [--from FILE ...] [--write] [--into FOLDER]
+
+Reads benchmarks/results/sweeps/*.json, and the files after --from beside them. Prints what each table has, and which
+choices change; --write writes the tables, all of them or none.
+
+The rule: the kernel runs a shape where one of its configurations was faster than every stock operator that could take
+its place, beyond the noise, in every record that has the shape: of cards that disagree none may lose. Beyond the noise
+is: the median is below every round of the other, and every round below the other's median. What was not accepted, or
+computes something else for comparison, counts for nothing. Among configurations that won, those within 2 % of the best
+count as equal, and of them the one that is so in most rows is taken: fewer configurations take less time to compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+# a plain copy of the source tree is not installed
+sys.path.insert(0, str(ROOT))
+
+from vitfast import builtin  # noqa: E402
+from vitfast.bench.record import write_text  # noqa: E402
+from vitfast.kernels import tuning  # noqa: E402
+
+SWEEPS = ROOT / "benchmarks" / "results" / "sweeps"
+RECORD_SCHEMA = 2
+# times that count as equal
+EQUAL = 1.02
+# what an op can call in a kernel's place, of the stock operators that a row has beside the usual one
+REACHABLE = {"attention": ("flash", "cudnn"), "attention_backward": ("flash",)}
+STANDS = ("device", "driver", "torch", "triton", "commit", "date")
+
+Key = tuple[str, tuple[Any, ...]]
+Variant = Mapping[str, Any]
+
+
+class Evidence(NamedTuple):
+    """One row of a record: who ran a shape on a card, and how fast."""
+
+    card: str
+    row: str
+    stock: Mapping[str, Variant]
+    ours: Mapping[str, Variant]
+    beyond_reach: Mapping[str, Variant]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A record of `sweep.py`.
+
+    Raises:
+        ValueError: it is no whole JSON, or of another schema; names the file.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as problem:
+        raise ValueError(f"{path}: no whole JSON: {problem}") from None
+    if not isinstance(data, dict) or data.get("schema") != RECORD_SCHEMA:
+        raise ValueError(f"{path}: schema {data.get('schema')!r} is not known, expected {RECORD_SCHEMA}")
+    return data
+
+
+def named(config: Mapping[str, Any] | None) -> str:
+    """A configuration as a key; of stock operators the usual ones have none."""
+    return "" if config is None else json.dumps(config, sort_keys=True)
+
+
+def arch_of(record: Mapping[str, Any]) -> int:
+    major, minor = record["machine"]["capability"].split(".")
+    return tuning.architecture_of((int(major), int(minor)))
+
+
+def evidence(records: Iterable[Mapping[str, Any]]) -> dict[int, dict[Key, list[Evidence]]]:
+    """Rows that decide something, by architecture and by kernel and shape."""
+    found: dict[int, dict[Key, list[Evidence]]] = {}
+    for record in records:
+        for name, row in record["rows"].items():
+            if row["kernel"] is None:
+                continue
+            timed = {v: each for v, each in row["variants"].items() if "ms" in each and each.get("accepted", True)}
+            reachable = REACHABLE.get(row["kernel"], ())
+            stock: dict[str, Variant] = {}
+            beyond: dict[str, Variant] = {}
+            for variant, each in timed.items():
+                backend = (each["config"] or {}).get("backend")
+                if each["role"] == "stock" and (backend is None or backend in reachable):
+                    stock[named(None if backend == "flash" else each["config"])] = each
+                elif each["role"] == "stock":
+                    beyond[variant] = each
+            ours = {named(each["config"]): each for each in timed.values() if each["role"] == "ours"}
+            if len(ours) > 1:
+                # what the launcher chose on that day, which is among them by name
+                ours.pop("", None)
+            if stock and ours:
+                key = row["kernel"], tuple(row["shape"])
+                one = Evidence(record["machine"]["device"], name, stock, ours, beyond)
+                found.setdefault(arch_of(record), {}).setdefault(key, []).append(one)
+    return found
+
+
+def faster(a: Variant, b: Variant) -> bool:
+    """Whether a was faster than b beyond the noise."""
+    return a["ms"] < b["lowest"] and a["highest"] < b["ms"]
+
+
+def winners(rows: Sequence[Evidence]) -> dict[str, float]:
+    """The configurations that beat all stock operators in all of these rows, and how far each is behind the best."""
+    everywhere = set.intersection(*(set(row.ours) for row in rows))
+    won = [c for c in everywhere if all(faster(row.ours[c], stock) for row in rows for stock in row.stock.values())]
+    times = {c: sum(math.log(row.ours[c]["ms"]) for row in rows) / len(rows) for c in won}
+    best = min(times.values(), default=0.0)
+    return {c: math.exp(time - best) for c, time in times.items()}
+
+
+def ratios(rows: Sequence[Evidence], config: str | None) -> dict[str, float]:
+    """The fastest stock operator's time by that of the configuration, None: of the fastest; the lowest by card."""
+    found: dict[str, float] = {}
+    for row in rows:
+        stock = min(each["ms"] for each in row.stock.values())
+        ours = min(each["ms"] for each in row.ours.values()) if config is None else row.ours[config]["ms"]
+        found[row.card] = min(found.get(row.card, math.inf), stock / ours)
+    return {card: round(ratio, 3) for card, ratio in sorted(found.items())}
+
+
+def best_stock(rows: Sequence[Evidence]) -> str:
+    """The stock operator that beats the usual one in all of these rows, if one does."""
+    others = set.intersection(*(set(row.stock) for row in rows)) - {""}
+    better = [c for c in others if all("" in row.stock and faster(row.stock[c], row.stock[""]) for row in rows)]
+    return min(better, key=lambda c: sum(row.stock[c]["ms"] for row in rows), default="")
+
+
+def table(shapes: Mapping[Key, Sequence[Evidence]]) -> list[dict[str, Any]]:
+    """The rows of an architecture's table."""
+    won = {key: winners(rows) for key, rows in shapes.items()}
+    often = Counter((key[0], c) for key, each in won.items() for c, behind in each.items() if behind <= EQUAL)
+    lines = []
+    for (kernel, shape), rows in sorted(shapes.items(), key=lambda item: (item[0][0], str(item[0][1]))):
+        each = won[kernel, shape]
+        equal = [c for c, behind in each.items() if behind <= EQUAL]
+        line: dict[str, Any] = {"kernel": kernel, "shape": list(shape), "use": "kernel" if equal else "stock"}
+        if equal:
+            chosen = min(equal, key=lambda c: (-often[kernel, c], each[c], c))
+            line |= {"config": _config(chosen), "ratio": ratios(rows, chosen)}
+        else:
+            line |= {"config": _config(best_stock(rows)), "ratio": ratios(rows, None)}
+        if note := _note(rows, line):
+            line["note"] = note
+        lines.append(line)
+    return lines
+
+
+def _config(name: str) -> dict[str, Any] | None:
+    return json.loads(name) if name else None
+
+
+def _note(rows: Sequence[Evidence], line: Mapping[str, Any]) -> str:
+    """What else is to be said of the choice: what was faster and is no choice, and what was timed in another way."""
+    by, notes = set(), []
+    for row in rows:
+        taken = (row.ours if line["use"] == "kernel" else row.stock)[named(line["config"])]
+        by |= {name for name, each in row.beyond_reach.items() if faster(each, taken)}
+    if by:
+        notes.append(f"{', '.join(sorted(by))} faster, which the op can't call")
+    if any(each.get("graph") is False for row in rows for each in row.stock.values()):
+        notes.append("stock operators' time has the host's in it")
+    return "; ".join(notes)
+
+
+def tables(records: Mapping[str, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
+    """What to write, by architecture; `records` by the name that rows' sources are to have."""
+    found = evidence(records.values())
+    made = {}
+    for arch, shapes in sorted(found.items()):
+        of_arch = {name: data for name, data in records.items() if arch_of(data) == arch}
+        stands = [{"record": name} | {k: data["machine"][k] for k in STANDS} for name, data in of_arch.items()]
+        made[arch] = {"schema": builtin.SCHEMA, "arch": arch, "records": stands, "rows": table(shapes)}
+    return made
+
+
+def text_of(data: Mapping[str, Any]) -> str:
+    """A table's file, with a line for each row."""
+    head = {name: value for name, value in data.items() if name != "rows"}
+    lines = ",\n".join("  " + json.dumps(row) for row in data["rows"])
+    return json.dumps(head, indent=1)[:-2] + ',\n "rows": [\n' + lines + "\n ]\n}\n"
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Choices that are others, a line for each."""
+    old, new = ({(r["kernel"], str(r["shape"])): r for r in t.get("rows", ())} for t in (before, after))
+    lines = [f"gone: {' '.join(key)}" for key in old if key not in new]
+    for key, row in new.items():
+        was = old.get(key)
+        if was is None or (was["use"], was["config"]) != (row["use"], row["config"]):
+            lines.append(f"{' '.join(key)}: {'new' if was is None else _text(was)} -> {_text(row)}")
+    return lines
+
+
+def _text(row: Mapping[str, Any]) -> str:
+    config = " ".join(f"{k}={v}" for k, v in (row["config"] or {}).items())
+    return " ".join(filter(None, [row["use"], config, builtin.reason_of(row)]))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--from", dest="more", nargs="*", type=Path, default=[], metavar="FILE", help="more records")
+    parser.add_argument("--write", action="store_true", help="write the tables")
+    parser.add_argument("--into", type=Path, default=builtin.FOLDER, help=argparse.SUPPRESS)
+    told = parser.parse_args(argv)
+    try:
+        records = {path.name: read(path) for path in itertools.chain(sorted(SWEEPS.glob("*.json")), told.more)}
+        made = tables(records)
+    except (OSError, ValueError, KeyError) as problem:
+        print(f"defaults: {type(problem).__name__}: {problem}", file=sys.stderr)
+        return 1
+    for arch, data in made.items():
+        path = told.into / builtin.path_of(arch).name
+        before = json.loads(path.read_text()) if path.exists() else {}
+        lines, ours = changes(before, data), sum(row["use"] == "kernel" for row in data["rows"])
+        print("\n".join([*lines, f"sm_{arch}: {len(data['rows'])} shapes, {ours} by kernels, {len(lines)} changed"]))
+        if told.write:
+            write_text(path, text_of(data))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
