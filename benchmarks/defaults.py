@@ -64,8 +64,9 @@ def read(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as problem:
         raise ValueError(f"{path}: no whole JSON: {problem}") from None
-    if not isinstance(data, dict) or data.get("schema") != RECORD_SCHEMA:
-        raise ValueError(f"{path}: schema {data.get('schema')!r} is not known, expected {RECORD_SCHEMA}")
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if schema != RECORD_SCHEMA:
+        raise ValueError(f"{path}: schema {schema!r} is not known, expected {RECORD_SCHEMA}")
     return data
 
 

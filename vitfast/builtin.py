@@ -235,4 +235,5 @@ def summary(kernel: str, arch: int) -> str:
     won = [ratio for row in rows if row.choice.kernel for ratio in row.ratio.values()]
     ratios = f" ({min(won):.2f} to {max(won):.2f} x stock)" if won else ""
     ours = sum(row.choice.kernel for row in rows)
-    return f"measured for {len(rows)} shapes on {cards}: the kernel for {ours}{ratios}, stock for {len(rows) - ours}"
+    shapes = f"{len(rows)} shape" + "s" * (len(rows) > 1)
+    return f"measured for {shapes} on {cards}: the kernel for {ours}{ratios}, stock for {len(rows) - ours}"
