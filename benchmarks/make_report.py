@@ -2,9 +2,9 @@
 
     python benchmarks/make_report.py [--check]
 
-Every `<!-- report: DEVICE TABLE -->` ... `<!-- end -->` in README.md is filled anew, DEVICE being gpu or cpu; pictures
-are written next to the JSON files as report_*.svg. Where nothing was measured it says so. Files of the format before
-there was a schema are named and not read.
+Every `<!-- report: DEVICE TABLE -->` ... `<!-- end -->` in README.md is filled anew, DEVICE being gpu or cpu, and
+`<!-- report: choices -->` with the built-in choices; pictures are written next to the JSON files as report_*.svg. Where
+nothing was measured it says so. Files of the format before there was a schema are named and not read.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 import sys
 from pathlib import Path
 
+import report_choices
 import report_parts
 import report_pictures
 import report_rows
@@ -52,9 +53,11 @@ def fill(readme: str, devices: list[Device], folder: str) -> tuple[str, dict[str
 
     def block(found: re.Match) -> str:
         begin, name, _, end = found.groups()
+        if name == "choices":
+            return f"{begin}\n{report_choices.choices()}\n\n{end}"
         kind, _, table = name.partition(" ")
         if kind not in KINDS or table not in TABLES:
-            known = ", ".join(f"{kind} {table}" for kind in KINDS for table in TABLES)
+            known = ", ".join(["choices", *(f"{kind} {table}" for kind in KINDS for table in TABLES)])
             raise ValueError(f"README: no report is named {name!r}, only {known}")
         return f"{begin}\n{_contents(table, [d for d in devices if d.gpu is KINDS[kind]], folder, pictures)}\n\n{end}"
 

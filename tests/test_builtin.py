@@ -4,9 +4,10 @@ import itertools
 import json
 
 import pytest
+import report_choices
 import torch
 
-from vitfast import builtin, dispatch
+from vitfast import builtin, dispatch, fusion
 from vitfast.builtin import Builtin, Measured
 from vitfast.kernels import attention, linear, mlp, tuning
 
@@ -314,3 +315,28 @@ def test_cudnn_is_tried_inside_a_capture_or_against_the_users_will(cudnn, monkey
     monkeypatch.setattr(stock, "cudnn_sdp_enabled", lambda: False)
     stock.attention_cuda(q, k, v, 0.125, backend="cudnn")
     assert made.calls == 0
+
+
+# in words
+
+
+def test_explain_hides_what_was_measured(hopper):
+    hopper(("linear", product(8), True, None), ("linear_backward", product(8), False, None))
+    found = fusion._built_in([fusion.Row("fc", "op linear", ""), fusion.Row("norm", "op layer_norm", "")],
+                             torch.device("cuda"))  # fmt: skip
+    assert found == [
+        "built in, layer_norm: unmeasured on sm_90",
+        "built in, layer_norm_backward: unmeasured on sm_90",
+        "built in, linear: measured for 1 shape on Fake: the kernel for 1 (1.00 to 1.00 x stock), stock for 0",
+        "built in, linear_backward: measured for 1 shape on Fake: the kernel for 0, stock for 1",
+    ]
+
+
+def test_the_readme_has_other_choices_than_ops(tables):
+    tables(
+        ("linear", product(8), True, tuning.BLAS.as_dict()), ("linear", product(12), True, {"kernel": "tiles"}),
+        ("attention", heads(9, 197), False, {"backend": "cudnn"}),
+    )  # fmt: skip
+    text = report_choices.choices()
+    assert "| `linear` | LayerNorm before | 2 | 2 | 1.00× | 0 | - | cuBLAS and kernels around it 1, one kern" in text
+    assert "| `attention` | head dim 64 | 1 | 0 | - | 1 | 1.00× | cuDNN 1 |" in text

@@ -75,7 +75,7 @@ def builtin(kernel: str, shape: Shape, arch: int) -> Builtin:
         shape: what the op asks `dispatch.choose` with.
         arch: of `kernels.tuning.ARCHITECTURES`.
     """
-    return _nearest(kernel, shape, arch) or _careful(kernel, shape, arch)
+    return _nearest(kernel, shape, arch) or careful(kernel, shape, arch)
 
 
 def path_of(arch: int) -> Path:
@@ -168,7 +168,8 @@ def _stock(why: str) -> Builtin:
     return Builtin(False, None, f"unmeasured: {why}")
 
 
-def _careful(kernel: str, shape: Shape, arch: int) -> Builtin:
+def careful(kernel: str, shape: Shape, arch: int) -> Builtin:
+    """The choice for a call of which nothing was measured."""
     op = kernel.removesuffix("_backward")
     if op == "attention":
         return _careful_attention(kernel, shape)

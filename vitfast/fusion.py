@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.modules import module as torch_module
@@ -138,11 +139,24 @@ def explain(model: nn.Module) -> Explanation:
                 rows.append(Row(name, "its modules' own forward", "; ".join(reasons)))
             else:
                 rows.append(Row(name, f"op {op_name}", ""))
-    device = next(vits[0][1].parameters()).device.type
+    device = next(vits[0][1].parameters()).device
     without: dict[tuple[str, str], list[str]] = {}
     for op, devices in implementations().items():
-        here = devices.get(device)
+        here = devices.get(device.type)
         if here is not None and here.kernel is None:
             without.setdefault((here.path, here.why_no_kernel), []).append(op)
-    notes = [f"on {device}, {path} ({why}): {', '.join(found)}" for (path, why), found in without.items()]
-    return Explanation(rows, notes)
+    notes = [f"on {device.type}, {path} ({why}): {', '.join(found)}" for (path, why), found in without.items()]
+    return Explanation(rows, notes + (_built_in(rows, device) if device.type == "cuda" else []))
+
+
+def _built_in(rows: list[Row], device: torch.device) -> list[str]:
+    """What was measured, on cards like this one, of each kernel that may run a part."""
+    from vitfast import dispatch
+
+    ops = {row.path.removeprefix("op ") for row in rows}
+    return [
+        f"built in, {name}: {words}"
+        for name in dispatch.KERNELS
+        if name.removesuffix("_backward") in ops
+        for words in dispatch.facts(name, device.index or 0)["builtin"].values()
+    ]
