@@ -155,6 +155,8 @@ def table(shapes: Mapping[Key, Sequence[Evidence]]) -> list[dict[str, Any]]:
             line |= {"config": _config(best_stock(rows)), "ratio": ratios(rows, None)}
         if note := _note(rows, line):
             line["note"] = note
+        if any(each.get("graph") is False for one in rows for each in one.stock.values()):
+            line["host"] = True
         lines.append(line)
     return lines
 
@@ -164,16 +166,12 @@ def _config(name: str) -> dict[str, Any] | None:
 
 
 def _note(rows: Sequence[Evidence], line: Mapping[str, Any]) -> str:
-    """What else is to be said of the choice: what was faster and is no choice, and what was timed in another way."""
-    by, notes = set(), []
+    """What was faster than the choice and is no choice, in words."""
+    by = set()
     for row in rows:
         taken = (row.ours if line["use"] == "kernel" else row.stock)[named(line["config"])]
         by |= {name for name, each in row.beyond_reach.items() if faster(each, taken)}
-    if by:
-        notes.append(f"{', '.join(sorted(by))} faster, which the op can't call")
-    if any(each.get("graph") is False for row in rows for each in row.stock.values()):
-        notes.append("stock operators' time has the host's in it")
-    return "; ".join(notes)
+    return f"{', '.join(sorted(by))} faster, which the op can't call" if by else ""
 
 
 def tables(records: Mapping[str, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:

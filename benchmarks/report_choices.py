@@ -62,7 +62,7 @@ def _cells(name: tuple[str, str], rows: Sequence[Measured]) -> list[str]:
 
 
 def _range(rows: Sequence[Measured]) -> str:
-    found = [ratio for row in rows for ratio in row.ratio.values()]
+    found = [ratio for row in rows if not row.host for ratio in row.ratio.values()]
     return "-".join(dict.fromkeys(f"{ratio:.2f}" for ratio in (min(found), max(found)))) + "×" if found else "-"
 
 

@@ -29,6 +29,7 @@ SCHEMA = 1
 FOLDER = Path(__file__).parent
 # for tests of kernels, which would test little where stock operators are the choice; the interpreter does likewise
 EVERYWHERE = os.environ.get("VITFAST_KERNELS_EVERYWHERE") == "1"
+HOST = "of stock operators' time some may be the host's"
 # of the logarithms of two sizes: a factor of two
 NEAR = 1.0
 # where in a key the sizes are: those kept as bit lengths, and those kept as they are
@@ -54,12 +55,17 @@ class Builtin(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """A row of a table: the choice, and times of stock operators by those of the fastest configuration, by card."""
+    """A row of a table: the choice, and times of stock operators by those of the fastest configuration, by card.
+
+    Of stock operators that started one after the other and not in a graph the time may be the host's: such a ratio says
+    who is faster, and not by how much.
+    """
 
     kernel: str
     shape: Shape
     choice: Builtin
     ratio: Mapping[str, float]
+    host: bool = False
 
 
 # what `dispatch` takes there in place of the tables
@@ -101,7 +107,7 @@ def parsed(data: Mapping[str, Any]) -> tuple[Measured, ...]:
     return tuple(
         Measured(
             row["kernel"], tuple(row["shape"]), Builtin(row["use"] == "kernel", row["config"], reason_of(row)),
-            row["ratio"],
+            row["ratio"], row.get("host", False),
         )
         for row in data["rows"]
     )  # fmt: skip
@@ -117,7 +123,8 @@ def reason_of(row: Mapping[str, Any]) -> str:
     """A row in words."""
     each = ", ".join(f"{ratio:.2f} x stock on {card}" for card, ratio in row["ratio"].items())
     lost = "" if row["use"] == "kernel" else "not faster beyond the noise: "
-    return f"measured: {lost}{each}" + (f"; {row['note']}" if row.get("note") else "")
+    notes = [row.get("note"), HOST if row.get("host") else None]
+    return "; ".join(filter(None, [f"measured: {lost}{each}", *notes]))
 
 
 def class_and_sizes(kernel: str, shape: Shape) -> tuple[Shape, tuple[float, ...]]:
@@ -233,7 +240,7 @@ def summary(kernel: str, arch: int) -> str:
     if not rows:
         return f"unmeasured on sm_{arch}"
     cards = ", ".join(dict.fromkeys(card for row in rows for card in row.ratio))
-    won = [ratio for row in rows if row.choice.kernel for ratio in row.ratio.values()]
+    won = [ratio for row in rows if row.choice.kernel and not row.host for ratio in row.ratio.values()]
     ratios = f" ({min(won):.2f} to {max(won):.2f} x stock)" if won else ""
     ours = sum(row.choice.kernel for row in rows)
     shapes = f"{len(rows)} shape" + "s" * (len(rows) > 1)
