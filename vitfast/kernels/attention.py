@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from vitfast import builtin
 from vitfast.kernels import attention_backward as backward_kernels
 from vitfast.kernels import attention_forward as forward_kernels
 from vitfast.kernels import tuning
@@ -296,7 +297,8 @@ VARIANTS = {"dropout": {"dropout_p": 0.1}, "lengths": {"lengths": True}, "packed
 def compilations(arch: int) -> Iterator[Compilation]:
     """What the tables of `arch` choose for the shapes of ViTs, in batches large and small and for one image.
 
-    And at (197, 64) what else they list, for `vitfast tune`.
+    And what was measured to be fastest, at the shapes that it runs; and at (197, 64) what else they list, for `vitfast
+    tune`.
     """
     seen: set[str] = set()
     for B in (1, 8, 64):
@@ -307,12 +309,17 @@ def compilations(arch: int) -> Iterator[Compilation]:
         for N in (197, 577):
             for name, extras in VARIANTS.items():
                 yield from _compilations(arch, B, N, 64, torch.bfloat16, seen, name, **extras)
+    for row in builtin.table(arch):
+        if row.kernel.startswith("attention") and row.choice.kernel and row.choice.config is not None:
+            config = Config(**row.choice.config)
+            only = ([], [config]) if row.kernel.endswith("_backward") else ([config], [])
+            yield from _compilations(arch, 64, *row.shape[3:], torch.bfloat16, seen, only=only)
     yield from _compilations(arch, 64, 197, 64, torch.bfloat16, seen, default=False)
 
 
 def _compilations(
     arch: int, B: int, N: int, D: int, dtype: torch.dtype, seen: set[str], variant: str = "", default: bool = True,
-    **extras: Any,
+    only: tuple[list[Config], list[Config]] | None = None, **extras: Any,
 ) -> Iterator[Compilation]:  # fmt: skip
     q, k, v = torch.empty(B, N, 3, 12, D, dtype=dtype, device="meta").unbind(2)
     index = torch.empty(B + 1, dtype=torch.int32, device="meta")
@@ -323,7 +330,9 @@ def _compilations(
     # of an A100, the smallest of those with tables of their own
     tables, programs = (tuning.FORWARD[arch], tuning.BACKWARD[arch]), call.tiles / 108
     forwards, backwards = ([_config(table, call, 108)] for table in tables)
-    if not default:
+    if only is not None:
+        forwards, backwards = only
+    elif not default:
         forwards, backwards = (tuning.candidates(table, call.bits, call.width, N, programs) for table in tables)
     found = []
     for config in forwards:

@@ -388,6 +388,7 @@ def compilations(arch: int) -> Iterator[Compilation]:
         [Product(**config) for config in builtin.configs(arch, *kernels)]
         for kernels in (("linear", "folded_linear", "added_linear", "mlp"), ("mlp_backward",))
     )
+    made: dict[str, Compilation] = {}
     for config in dict.fromkeys([*(row.config for row in tuning.PRODUCT[arch]), *chosen, *sloped]):
         if config.kernel != "tiles":
             continue
@@ -395,7 +396,11 @@ def compilations(arch: int) -> Iterator[Compilation]:
             # only the backward of an MLP has that around it, and where it was not measured cuBLAS computes it
             default = config in sloped if name == "slope" else config in chosen or tuning.some_choice(arch, config)
             for split in (1, config.split) if config.split > 1 else (1,):
-                yield _product_compilation(config, name, flags, split, default)
+                each = _product_compilation(config, name, flags, split, default)
+                # configurations that differ in the most programs of a tile only share what takes one
+                if default or each.name not in made:
+                    made[each.name] = each
+    yield from made.values()
     for name, flags in AROUND.items():
         if "norm" not in name and "pieces" not in name:
             yield _finish_compilation(name, flags)
