@@ -185,6 +185,11 @@ def _table(device: Hashable) -> Table:
     return table
 
 
+def cached(kernel: str, shape: tuple[Hashable, ...], device: Hashable) -> Choice | None:
+    """What was tuned or measured for this shape, None where nothing was."""
+    return _table(device).get((kernel, shape))
+
+
 def learn(device: Hashable, choices: Table) -> None:
     """Let `choices` hold from now on, in this process."""
     _tables[device] = {**_table(device), **choices}
