@@ -27,6 +27,8 @@ from vitfast.warm_up import SEED, see_device
 SECONDS, SAMPLE_MS = 0.1, 5.0
 # what a model's op reads and no cache holds is large, so that few sets of it fill one; drawing more takes time
 MOST_SETS = 32
+# no host needs as long to issue a call: to find that out would take longer than to time it
+LONG_MS = 1.0
 
 
 class Measurer:
@@ -77,12 +79,12 @@ class Measurer:
         if not self.at_work:
             place.warm_up(calls[STOCK])
             self.at_work = True
-        arranged = devices.arrange(calls, dict.fromkeys(calls, True), place, count)
         sampler = place.sampler()
         sampler.min_ms = SAMPLE_MS
-        return interleaved_medians(
-            {name: each.call for name, each in arranged.items()}, budget_s=SECONDS, sampler=sampler
-        )
+        if min([sampler(call, 2) for call in calls.values()]) < LONG_MS:
+            arranged = devices.arrange(calls, dict.fromkeys(calls, True), place, count)
+            calls = {name: each.call for name, each in arranged.items()}
+        return interleaved_medians(calls, budget_s=SECONDS, sampler=sampler)
 
     def keep(self) -> None:
         """Write what came out for later processes, but for what others have written meanwhile: they may have tuned."""
