@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import random
 import types
 import warnings
 from dataclasses import replace
@@ -75,6 +76,18 @@ def test_a_slower_kernel_runs_or_a_faster_one_does_not(fake, place, monkeypatch,
             assert (row.runs, row.check, row.kernel_ms) == (runs, check, None)
         assert kept() == {NAME: Choice(runs == "kernel", None, pytest.approx(ms, 0.02), pytest.approx(STOCK_MS, 0.02))}
         restart(monkeypatch)
+
+
+def test_a_kernel_wins_by_less_than_the_noise(fake, place):
+    drawn = random.Random(0)
+
+    def noisy(ms, run):
+        return lambda *args: fake.timed(ms * drawn.uniform(0.95, 1.05), run)(*args)
+
+    fake.kernel, fake.stock = noisy(3.96, right), noisy(4.0, lambda x: torch.softmax(x, -1))
+    (row,) = warm(place)[0].rows
+    ratio = float(row.check.removeprefix("right; the kernel is ").removesuffix(" x as fast, within the noise"))
+    assert ratio > 1 and row.runs == "stock operators"
 
 
 def test_a_host_that_is_slower_than_the_device_decides(fake, place):

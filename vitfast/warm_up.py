@@ -92,11 +92,12 @@ def warmup(
     compiled that these batches need. Neither weights and gradients nor the state of random number generators are
     touched.
 
-    What is right is timed next to stock operators, as it runs where nobody tuned, in rounds of 0.1 s or a little more
-    for a call. From then on the kernel runs only where it was faster beyond the noise, in this process and by the file
-    of `vitfast tune`, the thorough way, in later ones. What that file or this process decided before is neither
-    measured nor changed, nor is a backend that was set; attention with dropout or lengths is not measured. Compiled
-    models follow, CUDA graphs stay as they were captured. Nothing else should use the card meanwhile.
+    What is right is timed next to stock operators, as it runs where nobody tuned, for 0.1 to 0.2 s of the card's time a
+    call, longer where one takes more than 5 ms. From then on the kernel runs only where it was faster beyond the noise,
+    in this process and by the file of `vitfast tune`, the thorough way, in later ones. What that file or this process
+    decided before is neither measured nor changed, nor is a backend that was set; attention with dropout or lengths is
+    not measured. Compiled models follow, CUDA graphs stay as they were captured. Nothing else should use the card
+    meanwhile.
 
     Which one is faster may come out differently from one time to the next where both are close, and they differ in
     their last bits. So under `torch.use_deterministic_algorithms` nothing is measured: choices in the file are used as
