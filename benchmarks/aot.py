@@ -18,7 +18,6 @@ Exit status: 0, differences from the record or not; 1 where one is refused; 2 fo
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import multiprocessing
 import os
@@ -37,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 from aot_compile import ARCHS, CUDA_ARCHS, Row, compilations, cuda_rows, kernel_row, nvcc_release  # noqa: E402
 
 from vitfast.bench import machine, record  # noqa: E402
+from vitfast.tuning_cache import digest_of  # noqa: E402
 
 RECORD = ROOT / "benchmarks" / "aot.json"
 SCHEMA = 1
@@ -128,12 +128,9 @@ def read(path: Path) -> dict[str, Any]:
 
 def sources() -> str:
     """A digest of the kernels' source: a record with another one is of other kernels."""
-    digest = hashlib.sha256()
     # headers that only kernels for CPUs include are none of these
     of_cuda = [path for path in (ROOT / "csrc").glob("*.*") if ".cu" in path.suffix or path.stem in CUDA_HEADERS]
-    for path in sorted([*(ROOT / "vitfast" / "kernels").glob("*.py"), *of_cuda]):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+    return digest_of(sorted([*(ROOT / "vitfast" / "kernels").glob("*.py"), *of_cuda]))
 
 
 def record_of(rows: dict[str, Row], before: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from vitfast import builtin, dispatch, families, tuning_cache
 from vitfast.builtin import Builtin
 from vitfast.calls import Call, contiguous
 
-KEY = {"device": "Fake GPU 9000", "driver": "1.2.3", "torch": "2", "triton": "3", "vitfast": "0"}
+KEY = {"device": "Fake GPU 9000", "driver": "1.2.3", "torch": "2", "triton": "3", "vitfast": "0", "kernels": "0"}
 DEVICE = 0
 
 

@@ -1,19 +1,24 @@
 """`vitfast tune`: on a simulated device the fastest right configuration wins, and only if it beats stock operators."""
 
 import contextlib
+import functools
 import json
+import time
+import types
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
-from fake_kernel import DEVICE, prepared, restart, right, rows
+from fake_kernel import DEVICE, KEY, prepared, restart, right, rows
 from simulated_device import SimulatedDevice
 
 import vitfast
 from vitfast import cli, dispatch, info, tuning, tuning_cache
-from vitfast.bench import harness
+from vitfast.bench import harness, machine, nvml
 from vitfast.calls import Call, Prepared, contiguous
 from vitfast.families import FAMILIES
+from vitfast.tuning_cache import Choice, key_of
 from vitfast.warm_up import kernel_calls
 
 fake_fixture = pytest.fixture(prepared, name="fake")
@@ -229,6 +234,74 @@ def test_what_was_finished_is_lost_with_the_device(fake, place):
     with pytest.raises(harness.DeviceLost):
         tune(place, rows(8, 64), rows(9, 64))
     assert len(tuning_cache.load(DEVICE)) == 1
+
+
+# for what a choice holds
+
+
+@pytest.mark.parametrize("part", KEY)
+def test_a_choice_of_other_circumstances_is_used_or_lost(fake, monkeypatch, part):
+    name = "fake", ("rows", 8, 64)
+    path = tuning_cache.store(DEVICE, {name: Choice(False)})
+    assert fake.who(8, 64) == "stock"
+    restart(monkeypatch)
+    monkeypatch.setattr(tuning_cache, "key_of", lambda device: {**KEY, part: "other"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fake.who(8, 64) == "kernel"
+        assert tuning_cache.store(DEVICE, {name: Choice(True)}) != path
+    restart(monkeypatch)
+    monkeypatch.setattr(tuning_cache, "key_of", lambda device: dict(KEY))
+    assert fake.who(8, 64) == "stock"
+
+
+@pytest.fixture
+def card(monkeypatch):
+    properties = types.SimpleNamespace(name="Fake GPU", uuid="1")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(nvml, "source", lambda device: {"driver": "1.2"})
+    monkeypatch.setattr(tuning_cache, "kernels", functools.cache(tuning_cache.kernels.__wrapped__))
+
+
+def test_the_key_leaves_out_what_a_choice_depends_on(card):
+    versions = {"torch": torch.__version__, "triton": machine.version("triton") or "none"}
+    expected = {"device": "Fake GPU", "driver": "1.2", **versions, "vitfast": vitfast.__version__}
+    key = tuning_cache.key_of(DEVICE)
+    assert key == {**expected, "kernels": tuning_cache.kernels()} and list(key) == list(KEY)
+
+
+@pytest.mark.parametrize(
+    "change, same",
+    [
+        (lambda folder: (folder / "kernels/linear.py").write_text("tiles = 128"), False),
+        (lambda folder: (folder / "kernels/new.py").write_text("1"), False),
+        (lambda folder: (folder / "_C.cpython-311-x86_64-linux-gnu.so").write_bytes(b"other"), False),
+        (lambda folder: (folder / "vit.py").write_text("other"), True),
+    ],
+    ids=["kernel", "new kernel", "extension", "model"],
+)
+def test_what_other_kernels_did_is_used(fake, card, monkeypatch, tmp_path, change, same):
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels/linear.py").write_text("tiles = 64")
+    (tmp_path / "_C.cpython-311-x86_64-linux-gnu.so").write_bytes(b"binary")
+    monkeypatch.setattr(tuning_cache, "PACKAGE", tmp_path)
+    monkeypatch.setattr(tuning_cache, "key_of", key_of)
+    tuning_cache.store(DEVICE, {("fake", ("rows", 8, 64)): Choice(False)})
+    for began_anew in (False, True):
+        assert fake.who(8, 64) == ("stock" if same or not began_anew else "kernel")
+        restart(monkeypatch)
+        change(tmp_path)
+        # a process reads its sources once: those that it runs
+        assert tuning_cache.load(DEVICE) or began_anew
+        tuning_cache.kernels.cache_clear()
+
+
+def test_the_digest_is_of_no_file(card):
+    """Of this package as it is, and in no time to speak of: an op waits for it."""
+    began = time.perf_counter()
+    found = tuning_cache.kernels()
+    assert time.perf_counter() - began < 1.0 and len(found) == 16 and found != tuning_cache.digest_of([])
+    assert (tuning_cache.PACKAGE / "kernels" / "linear.py").is_file()
 
 
 # the public function and the command

@@ -4,7 +4,7 @@ Every call of an op asks `choose`. What decides, the first that applies:
 
 1. what the user forces, with `set_backend` or `backend`;
 2. whether the kernel can run here at all, and passed `vitfast.warmup`'s check;
-3. what `vitfast tune` measured on this card for this shape;
+3. what `vitfast tune` or `vitfast.warmup` measured on this card for this shape;
 4. `vitfast.builtin`: what was measured on cards of this architecture, or where nothing was, a careful choice.
 
 Nothing here imports triton or asks a device for anything until an op runs on one.
@@ -199,6 +199,11 @@ def _table(device: Hashable) -> Table:
     if table is None:
         table = _tables[device] = tuning_cache.load(device)
     return table
+
+
+def cached(kernel: str, shape: tuple[Hashable, ...], device: Hashable) -> Choice | None:
+    """What was tuned or measured for this shape, None where nothing was."""
+    return _table(device).get((kernel, shape))
 
 
 def learn(device: Hashable, choices: Table) -> None:

@@ -89,8 +89,9 @@ def tune(
     """Time every configuration of every kernel that these models may run against stock operators; keep the fastest.
 
     What is wrong by `vitfast.acceptance` is not timed, and a kernel that is not faster than stock beyond the noise
-    loses. What won holds at once, and for every later process with the same card, driver and versions: see
-    `vitfast.tuning_cache`. Nothing else should use the card meanwhile. Forgets what torch.compile compiled.
+    loses. What won holds at once, and for every later process with the same card, driver, versions and
+    kernels: see `vitfast.tuning_cache`. Nothing else should use the card meanwhile. Forgets what torch.compile
+    compiled.
 
     Args:
         models: `ViTConfig`s, or modules that are or contain a `vitfast.ViT`, also one that `vitfast.prepare` made.
@@ -152,7 +153,7 @@ def tune_calls(calls: Sequence[Call], place: Place, budget_s: float, say: Callab
         if row.use:
             done.add(name)
             choice = Choice(row.use == "kernel", row.config, row.kernel_ms, row.stock_ms)
-            report.path = _keep(asked.device, {name: choice}) or report.path
+            report.path = keep(asked.device, {name: choice}, "tune", stacklevel=4) or report.path
         left = budget_s - (place.clock() - began)
         say(f"tune {i + 1}/{len(calls)}, {max(left, 0):.0f} s left: {call}: {row.use or 'as before'}, {row.why}")
     return report
@@ -168,16 +169,16 @@ def _asked(family: Family, call: Call, place: Place) -> tuple[dispatch.Seen | No
     return (asked[-1] if asked else None), family.by_image(results)
 
 
-def _keep(device: Any, choices: tuning_cache.Table) -> Path | None:
-    """Let `choices` hold in this process, and in later ones if they can be written."""
+def keep(device: Any, choices: tuning_cache.Table, what: str, stacklevel: int) -> Path | None:
+    """Let `choices` hold in this process, and in later ones if they can be written; `what` warns if not."""
     dispatch.learn(device, choices)
     try:
         return tuning_cache.store(device, choices)
     except OSError as problem:
         warnings.warn(
-            f"tune: {tuning_cache.folder()} cannot be written, so that this holds for this process only: {problem}",
+            f"{what}: {tuning_cache.folder()} cannot be written, so that this holds for this process only: {problem}",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
         return None
 
@@ -214,6 +215,12 @@ def _case(
     )  # fmt: skip
 
 
+def verdict(ratio: float, within_noise: bool) -> tuple[str, str]:
+    """Who runs what was timed, and why: the kernel only where it is faster beyond the noise."""
+    noise = ", within the noise" if within_noise else ""
+    return "kernel" if ratio > 1 and not within_noise else "stock", f"the kernel is {ratio:.2f} x as fast{noise}"
+
+
 def _decided(
     kernel: str, call: Call, variants: Mapping[str, Any], configs: Mapping[str, dispatch.Config | None]
 ) -> Row:
@@ -225,9 +232,7 @@ def _decided(
     if timed:
         best = min(timed, key=lambda name: variants[name]["ms"])
         found = variants[best]
-        use = "kernel" if found["ratio"] > 1 and not found["within_noise"] else "stock"
-        noise = ", within the noise" if found["within_noise"] else ""
-        why = f"the kernel is {found['ratio']:.2f} x as fast{noise}"
+        use, why = verdict(found["ratio"], found["within_noise"])
         return Row(kernel, str(call), use, stock["ms"], found["ms"], configs[best], why, wrong)
     reasons = [variants[name].get("not_timed", "not timed") for name in configs]
     open_yet = any(reason.startswith(UNDECIDED) for reason in reasons)
@@ -272,7 +277,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Time this package's kernels against stock PyTorch operators on this GPU, for the shapes of some "
         "models, and keep for each shape what is faster. Nothing else should use the GPU meanwhile.",
         epilog=f"The file is in {tuning_cache.folder()} ($VITFAST_CACHE_DIR names another folder) and holds for this "
-        "card, driver, torch, triton and vitfast only.",
+        "card, driver, torch, triton, vitfast and source of its kernels only.",
     )
     add = parser.add_argument
     add("model", nargs="+", metavar="MODEL", help="timm's names, see `vitfast models`")

@@ -1,9 +1,9 @@
-"""What `vitfast tune` measured on a card: one JSON file for each device and set of versions.
+"""What `vitfast tune` and `vitfast.warmup` measured on a card: one JSON file for each device and set of versions.
 
     $VITFAST_CACHE_DIR/tuning/<device>-<hash>.json     (~/.cache/vitfast where the variable is not set)
 
     {"schema": 1,
-     "key": {"device", "driver", "torch", "triton", "vitfast"},   for which it holds, and for nothing else
+     "key": {"device", "driver", "torch", "triton", "vitfast", "kernels"},   for which it holds, and for nothing else
      "choices": [{"kernel", "shape", "use": "kernel" | "stock", "config", "kernel_ms", "stock_ms"}]}
 
 Reading happens in the middle of somebody's training step, so a file that cannot be used is no error: it is as if there
@@ -13,18 +13,20 @@ later one's choices may be all that is kept; no reader ever sees half a file.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import re
 import warnings
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 SCHEMA = 1
+PACKAGE = Path(__file__).parent
 
 
 class Choice(NamedTuple):
@@ -59,7 +61,22 @@ def key_of(device: Hashable) -> dict[str, str]:
         "torch": torch.__version__,
         "triton": version("triton") or "none",
         "vitfast": __version__,
+        "kernels": kernels(),
     }
+
+
+@functools.cache
+def kernels() -> str:
+    """A digest of what runs on a card: versions stay the same from one commit to the next."""
+    return digest_of([*sorted((PACKAGE / "kernels").glob("*.py")), *sorted(PACKAGE.glob("_C.*"))])
+
+
+def digest_of(paths: Iterable[Path]) -> str:
+    """A digest of what is in these files, in this order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def path_of(key: Mapping[str, str]) -> Path:

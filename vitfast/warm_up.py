@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 
     Place = Cpu | Cuda
 
-KERNEL, STOCK = "kernel", "stock operators"
+KERNEL, STOCK, RIGHT = "kernel", "stock operators", "right"
 SEED = 0
+# a prepared model makes other calls where an earlier product no longer leaves its rows' statistics
+PASSES = 4
 
 
 class NoYardstick(Exception):
@@ -45,6 +47,7 @@ class Row(NamedTuple):
         runs: who computes it from now on: `KERNEL` or `STOCK`.
         check: what came out, in words.
         seconds: compiling, checking and all.
+        stock_ms, kernel_ms: time of one call, where it was measured.
     """
 
     kernel: str
@@ -52,6 +55,8 @@ class Row(NamedTuple):
     runs: str
     check: str
     seconds: float
+    stock_ms: float | None = None
+    kernel_ms: float | None = None
 
 
 @dataclass
@@ -75,8 +80,9 @@ def warmup(
     dtype: torch.dtype | None = None,
     training: bool = False,
     progress: bool = True,
+    measure: bool = True,
 ) -> Report:
-    """Check the kernels that a model on a GPU will run, and compile them, before the first image comes.
+    """Check the kernels that a model on a GPU will run, compile and measure them, before the first image comes.
 
     Attention is checked and compiled without dropout, which is compiled when it is first called.
     Every call that the model will make is made once, with numbers drawn for it: all that comes out must be finite, and
@@ -86,6 +92,18 @@ def warmup(
     compiled that these batches need. Neither weights and gradients nor the state of random number generators are
     touched.
 
+    What is right is timed next to stock operators, as it runs where nobody tuned, for 0.1 to 0.2 s of the card's time a
+    call, longer where one takes more than 5 ms. From then on the kernel runs only where it was faster beyond the noise,
+    in this process and by the file of `vitfast tune`, the thorough way, in later ones. What that file or this process
+    decided before is neither measured nor changed, nor is a backend that was set; attention with dropout or lengths is
+    not measured. Compiled models follow, CUDA graphs stay as they were captured. Nothing else should use the card
+    meanwhile.
+
+    Which one is faster may come out differently from one time to the next where both are close, and they differ in
+    their last bits. So under `torch.use_deterministic_algorithms` nothing is measured: choices in the file are used as
+    they are. Every process of a distributed training has its own choices, read from that file by its first op: warm up
+    in rank 0 before the others begin, or they may choose differently.
+
     Args:
         model: a `vitfast.ViT`, one that `vitfast.prepare` made, or a module that contains some. On a CPU nothing is
             compiled, and the report is empty.
@@ -94,9 +112,13 @@ def warmup(
             else that of the model's blocks. A prepared model computes in its own.
         training: also the backward, which a prepared model does not have.
         progress: print a line for each call on stderr.
+        measure: also who is faster.
 
     Returns:
         A `Report`.
+
+    Warns:
+        RuntimeWarning: a kernel was switched off or could not be checked; or the file cannot be written.
 
     Raises:
         TypeError, ValueError: the argument, what was expected and what came.
@@ -113,13 +135,21 @@ def warmup(
         return Report()
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError("warmup: a CUDA graph is being captured; warm up before the capture begins")
-    calls = kernel_calls([description(vit, device) for vit in vits], batches, dtype, training)
+    described = [description(vit, device) for vit in vits]
+    measure = measure and not torch.are_deterministic_algorithms_enabled()
     say = (lambda text: print(text, file=sys.stderr, flush=True)) if progress else lambda text: None
     from vitfast.bench import device as devices
 
     place = devices.of(device)
+    report, done = Report(), set()
     with place.current():
-        return warm(calls, place, say)
+        for _ in range(PASSES):
+            calls = [call for call in kernel_calls(described, batches, dtype, training) if call not in done]
+            if not calls:
+                break
+            done.update(calls)
+            report.rows += warm(calls, place, say, measure).rows
+    return report
 
 
 def models_in(what: str, model: nn.Module) -> list[ViT]:
@@ -168,26 +198,34 @@ def kernel_calls(
     return distinct(call for call in found if call.op in FAMILIES)
 
 
-def warm(calls: Sequence[Call], place: Place, say: Callable[[str], None]) -> Report:
-    """Run each call once as it is, which compiles it, and check the kernels that ran.
+def warm(calls: Sequence[Call], place: Place, say: Callable[[str], None], measure: bool = False) -> Report:
+    """Run each call once as it is, which compiles it, and check the kernels that ran; `measure` those that are right.
 
     As it is, at its own batch: a smaller one may get another configuration, or another compilation of the same one.
     That takes less memory than a single block of the model does at that batch.
     """
     from vitfast.families import FAMILIES
+    from vitfast.measuring import Measurer
 
-    report, checked = Report(), {}
+    report, checked, measurer = Report(), {}, Measurer(place)
     began = time.perf_counter()
-    for i, call in enumerate(calls):
-        row_began = time.perf_counter()
-        runs, check = _warm_one(call, place, checked)
-        took = time.perf_counter() - row_began
-        report.rows.append(Row(FAMILIES[call.op].kernel, str(call), runs, check, took))
-        say(f"warmup {i + 1}/{len(calls)}, {time.perf_counter() - began:.1f} s: {call}: {runs}, {check}")
+    try:
+        for i, call in enumerate(calls):
+            family, row_began, times = FAMILIES[call.op], time.perf_counter(), ()
+            runs, check, right = _warm_one(call, place, checked)
+            if measure and right is not None and (found := measurer.row(family, call, right)):
+                runs = STOCK if found.use == "stock" else KERNEL
+                check, times = f"{check}; {found.why}", (found.stock_ms, found.kernel_ms)
+            took = time.perf_counter() - row_began
+            report.rows.append(Row(family.kernel, str(call), runs, check, took, *times))
+            say(f"warmup {i + 1}/{len(calls)}, {time.perf_counter() - began:.1f} s: {call}: {runs}, {check}")
+    finally:
+        measurer.keep()
     return report
 
 
-def _warm_one(call: Call, place: Place, checked: dict[tuple, str]) -> tuple[str, str]:
+def _warm_one(call: Call, place: Place, checked: dict[tuple, str]) -> tuple[str, str, dispatch.Seen | None]:
+    """Who runs the call, what came out, and where the kernel was found right what the op asked."""
     from vitfast.bench.device import first_line
     from vitfast.families import FAMILIES
 
@@ -203,15 +241,17 @@ def _warm_one(call: Call, place: Place, checked: dict[tuple, str]) -> tuple[str,
         except Exception as problem:
             # the user's memory is full, which says nothing about the kernel
             if dispatch.out_of_memory(problem):
-                return STOCK if dispatch.switched_off(family.kernel) else KERNEL, f"not compiled: {first_line(problem)}"
+                runs = STOCK if dispatch.switched_off(family.kernel) else KERNEL
+                return runs, f"not compiled: {first_line(problem)}", None
             if not _last(seen, family).taken:
                 raise
-            return _failed(family, place, problem)
+            return *_failed(family, place, problem), None
     answer = _last(seen, family)
+    state, before = dispatch.state(family.kernel), dispatch.cached(family.kernel, answer.shape, answer.device)
     if not answer.taken:
-        return STOCK, dispatch.state(family.kernel)
+        return STOCK, state if before is None or state != "auto" else "measured before", None
     config = dispatch.config_for(family.kernel, answer.shape, answer.device)
-    tuned = "tuned, " if config is not None else ""
+    known = "" if before is None else "measured before, " if before.config is None else "tuned, "
     configs = family.to_check(call, place.device) if config is None else [config]
     checks = {(call, None, "as it is"): lambda: check_part(family, call, args, outs, places, place)}
     for small, config in itertools.product(distinct(family.smaller(call)), configs):
@@ -223,10 +263,11 @@ def _warm_one(call: Call, place: Place, checked: dict[tuple, str]) -> tuple[str,
                 checked[name] = one()
             except Exception as problem:
                 if not (isinstance(problem, NoYardstick) or dispatch.out_of_memory(problem)):
-                    return _failed(family, place, problem)
+                    return *_failed(family, place, problem), None
                 checked[name] = f"not checked: {first_line(problem)}"
                 warnings.warn(f"vitfast's {family.kernel} kernel was {checked[name]}", RuntimeWarning, stacklevel=4)
-    return KERNEL, tuned + "; ".join(sorted({checked[name] for name in checks}))
+    said = {checked[name] for name in checks}
+    return KERNEL, known + "; ".join(sorted(said)), answer if said == {RIGHT} else None
 
 
 def _last(seen: Sequence[dispatch.Seen], family: Family) -> dispatch.Seen:
@@ -239,6 +280,14 @@ def _failed(family: Family, place: Place, problem: Exception) -> tuple[str, str]
     from vitfast.bench.device import first_line
 
     why = " ".join(str(problem).split())[:500] if isinstance(problem, NotAccepted) else first_line(problem)
+    see_device(family, place, why)
+    dispatch.spare(family.kernel, problem)
+    dispatch.switch_off(family.kernel, why)
+    return STOCK, f"switched off: {why}"
+
+
+def see_device(family: Family, place: Place, why: str) -> None:
+    """Raise RuntimeError where the device is lost."""
     try:
         place.synchronize()
     except Exception as lost:
@@ -246,9 +295,6 @@ def _failed(family: Family, place: Place, problem: Exception) -> tuple[str, str]
             f"warmup: the {family.kernel} kernel broke the device ({why}), and nothing will run on it in this process. "
             f"Start again with vitfast.set_backend('stock', op={family.kernel!r}), and please report this"
         ) from lost
-    dispatch.spare(family.kernel, problem)
-    dispatch.switch_off(family.kernel, why)
-    return STOCK, f"switched off: {why}"
 
 
 def check(family: Family, call: Call, config: dispatch.Config | None, place: Place) -> str:
@@ -319,7 +365,7 @@ def _judge(family: Family, call: Call, outs: Results, refs: Results, lows: Resul
             raise NoYardstick(f"stock operators are no yardstick: {' '.join(str(fault).split())}") from None
         k = rms_ratio_of_few(low.numel(), dtype)
         accept(out, ref, low, dtype=dtype, grad=family.grad, k=k, what=what)
-    return "right"
+    return RIGHT
 
 
 def dtype_to_judge_by(dtype: torch.dtype, convolution: bool = False) -> torch.dtype:
