@@ -376,6 +376,12 @@ AROUND: dict[str, dict[str, Any]] = {
     "pieces gelu": {"NORM": "layer", "ACT": "gelu", "PIECES": 12, "PIECE": 64},
     "residual pieces": {"RESIDUAL": True, "PIECES_OUT": True},
 }
+# what of these an op has
+OWN_FORMS = {
+    "linear": ("plain", "norm", "residual", "scaled residual", "norm gelu", "norm gelu aside"),
+    "folded_linear": ("pieces", "pieces gelu"), "added_linear": ("residual pieces",),
+    "mlp": ("norm gelu", "norm gelu aside", "residual", "scaled residual"), "mlp_backward": ("slope",),
+}  # fmt: skip
 NO_FLAGS = {
     "NORM": "none", "BIAS": True, "ACT": "none", "SLOPE": False, "ASIDE": False, "GAMMA": False, "ROW_SCALE": False,
     "RESIDUAL": False, "SUMS": False, "ACROSS": False,
@@ -384,17 +390,15 @@ NO_FLAGS = {
 
 def compilations(arch: int) -> Iterator[Compilation]:
     """Every configuration of the tables of `arch` around the products of ViTs, and the kernels beside them."""
-    chosen, sloped = (
-        [Product(**config) for config in builtin.configs(arch, *kernels)]
-        for kernels in (("linear", "folded_linear", "added_linear", "mlp"), ("mlp_backward",))
-    )
+    measured = {name: [Product(**config) for config in builtin.configs(arch, name)] for name in OWN_FORMS}
     made: dict[str, Compilation] = {}
-    for config in dict.fromkeys([*(row.config for row in tuning.PRODUCT[arch]), *chosen, *sloped]):
+    for config in dict.fromkeys([row.config for row in tuning.PRODUCT[arch]] + sum(measured.values(), [])):
         if config.kernel != "tiles":
             continue
         for name, flags in AROUND.items():
-            # only the backward of an MLP has that around it, and where it was not measured cuBLAS computes it
-            default = config in sloped if name == "slope" else config in chosen or tuning.some_choice(arch, config)
+            default = any(name in OWN_FORMS[op] and config in configs for op, configs in measured.items())
+            # where an MLP's backward was not measured cuBLAS computes it
+            default |= name != "slope" and tuning.some_choice(arch, config)
             for split in (1, config.split) if config.split > 1 else (1,):
                 each = _product_compilation(config, name, flags, split, default)
                 # configurations that differ in the most programs of a tile only share what takes one
