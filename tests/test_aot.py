@@ -171,7 +171,7 @@ EIGHT_WARPS = {
     "cp.async.cg.shared.global": samples.of_attention("copies", bm=128, warps=8),
     "st.shared": samples.of_attention("stores", bm=128, warps=8, stages=1),
     "mbarrier.arrive": compilations("vitfast.kernels.linear", 90)[
-        "linear/product 128x256x64 w8 s3 desc persistent plain sm_90"
+        "linear/product 128x256x64 w8 s3 p4 desc persistent1 plain sm_90"
     ],
 }
 
