@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vitfast
 from vitfast import dispatch
-from vitfast.calls import NAMES, Call, Prepared, contiguous
+from vitfast.calls import Call, Prepared, contiguous
 from vitfast.dispatch import Config as Choice
 from vitfast.families import FAMILIES, Family
 from vitfast.families.family import arguments
