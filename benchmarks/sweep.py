@@ -36,6 +36,7 @@ where the device was lost; 4 where the time was up before the last row.
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import json
 import os
@@ -264,6 +265,8 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(1)
     place = devices.of(device)
     rows = sweep_rows.rows(device, told.sets or SETS, told.tiny)
+    # what imports made is not to be looked through after every row
+    gc.freeze()
     if told.claims is not None:
         data = json.loads(told.out.read_text(encoding="utf-8"))
         waiting = [row for row in rows if not finished(row, data["rows"].get(row.name))]

@@ -256,7 +256,7 @@ class CountedCompilations:
         with contextlib.suppress(ImportError):
             from triton import knobs
 
-            self.before, knobs.compilation.listener = knobs.compilation.listener, self
+            knobs.compilation.listener = self
 
     def __call__(self, *, cache_hit: bool, **told: Any) -> None:
         self.compiled += not cache_hit
