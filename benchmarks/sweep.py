@@ -26,8 +26,8 @@ Without it an earlier file gets the suffix .before.
 
 Seconds on 16 cores, from 2,400 variants that an H200 compiled in 43 s in 14 processes and timed in 120 s, 7 samples of
 4 ms each: 3,900 variants of 270 rows compile in 70 s, take 55 ms each to check and time briefly and 0.9 s a row for the
-best: 70 + 215 + 245 s. Those of the base and the small model at 256, 64 and 1 images, which come first, are 1,700
-variants of 120 rows: 35 + 95 + 110 s.
+best: 70 + 215 + 245 s. Those of the base and the small model at 256, 64 and 1 images, which come first, are 1,600
+variants of 117 rows: 30 + 90 + 105 s.
 
 Exit status: 0 where all is done; 1 where a result of ours was wrong, after everything else ran; 2 for wrong use; 3
 where the device was lost; 4 where the time was up before the last row.

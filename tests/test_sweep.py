@@ -262,7 +262,8 @@ def say(name):
     with open(sys.argv[1], "a") as file: file.write(name + "\\n")
 def fail(): raise ValueError("first line\\nsecond line")
 tasks = [("fine", lambda: say("fine")), ("raises", fail), ("dies", lambda: os._exit(7)),
-         ("later", lambda: say("later")), ("hangs", lambda: time.sleep(1000)), ("hangs too", lambda: time.sleep(1000)), ("not reached", lambda: None)]
+         ("later", lambda: say("later")), ("hangs", lambda: time.sleep(1000)), ("hangs too", lambda: time.sleep(1000)),
+         ("not reached", lambda: None)]
 workers.work(Path(sys.argv[sys.argv.index(workers.FLAG) + 1]), tasks)
 """
 
