@@ -1,12 +1,15 @@
 """What `sweep.py` times: for each call that a ViT makes, the configurations of our kernel and what people use instead.
 
-Shapes: B images, N tokens, D channels, H heads. Everything is in bf16.
+Calls come from the models themselves (`vitfast.calls`), their configurations, arguments and truths from
+`vitfast.families`; a few configurations that no table has yet are added. Rows come in order of value: what comes last
+may have to wait for another half hour. Of a model's last block, which computes one token of an image, only that of the
+base model is here. Shapes: B images, N tokens, D channels, H heads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,68 +19,75 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vitfast
-from vitfast import dispatch, ops
-from vitfast.families import FAMILIES, present
-from vitfast.kernels import tuning
+from vitfast import dispatch
+from vitfast.calls import Call, Prepared, contiguous
+from vitfast.dispatch import Config as Choice
+from vitfast.families import FAMILIES, Family
+from vitfast.families.family import arguments
+from vitfast.kernels.launch import multiprocessors
 from vitfast.kernels.tuning import Config, Product
-from vitfast.tuning import words
+from vitfast.tuning import BUILT_IN, words
 from vitfast.variants import config_for
 from vitfast.warm_up import kernel_calls
 
-DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
-# of a H100 and a H200; on others a few rows may be missing, or too many
-MULTIPROCESSORS, ARCH = 132, 90
-NAMES = {192: "vit_tiny_patch16_224", 384: "vit_small_patch16_224", 768: "vit_base_patch16_224",
-         1024: "vit_large_patch16_224"}  # fmt: skip
-BASE = NAMES[768]
+STOCK, OURS, OTHER = "stock", "ours", "other"
+# what a row belongs to
+SETS = {
+    "attention": "attention, forward and backward, beside every backend of SDPA",
+    "prepared": "the other ops of prepared models",
+    "layers": "the other ops of models as they are, inference and training",
+    "models": "whole models, to see what the parts come to",
+}
+BASE, SMALL = "vit_base_patch16_224", "vit_small_patch16_224"
+TINY, LARGE = "vit_tiny_patch16_224", "vit_large_patch16_224"
+SO400M, BASE_384, BASE_518 = "vit_so400m_patch14_siglip_224", "vit_base_patch16_384", "vit_base_patch14_dinov2"
+INFERENCE, TRAINING, PREPARED = "inference", "training", "prepared"
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }  # fmt: skip
-Variants = dict[str, Callable[[], Callable[[], Any]]]
+# columns whose statistics are together, of a device whose products leave none
+PIECE = 64
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute a row.
+
+    Attributes:
+        role: `STOCK`, `OURS`, or `OTHER` for what is no choice: whole models, and comparisons, whose names are in
+            parentheses.
+        make: from the row's arguments what is timed; what this does itself is not.
+        family: whose rule the results are held to; None for what is not judged.
+        config: ours: None for the kernel's own choice; stock: {"backend": ...} of SDPA, else None.
+    """
+
+    role: str
+    make: Callable[[Any], Callable[[], Any]]
+    family: Family | None = None
+    config: Choice | None = None
 
 
 @dataclass(frozen=True)
 class Row:
-    """Calls that compute the same, the first of them the measure.
+    """Ways to compute the same, by name, stock operators first.
 
     Attributes:
-        inputs: makes what they share.
-        variants: what makes each, by name. Its names must not depend on the inputs, which are None for them.
+        group: a name of `SETS`.
+        call: of an op of this package; None for whole models.
+        draw: makes on a device what the variants share; of a call, its arguments.
         grad: with gradients enabled.
     """
 
     name: str
-    inputs: Callable[[], Any]
-    variants: Callable[[Any], Variants]
+    group: str
+    call: Call | None
+    draw: Callable[[torch.Generator], Any]
+    variants: Mapping[str, Variant]
     grad: bool = False
 
-    def names(self) -> list[str]:
-        return list(self.variants(None))
 
-
-def differentiated(call: Any) -> bool:
-    """Whether `call` is the backward of a forward that ran before."""
-    return isinstance(call, partial) and call.func is torch.autograd.grad
-
-
-def trying(kernel: str, config: Config | Product, call: Callable[[], Any]) -> Callable[[], Any]:
-    def run() -> Any:
-        with dispatch.trying(kernel, "kernel", config.as_dict()):
-            return call()
-
-    return run
-
-
-def under(backend: str, call: Callable[[], Any]) -> Callable[[], Any]:
-    def run() -> Any:
-        with dispatch.backend(backend):
-            return call()
-
-    return run
-
-
-# products
+# configurations that no table has
 
 TILES = partial(Product, "tiles", descriptors=True)
 MANY = (
@@ -97,114 +107,6 @@ FEW = (
     TILES(64, 128, 128, stages=3, parts=2), TILES(128, 64, 64, stages=4, parts=2),
     TILES(128, 64, 128, stages=3, parts=2),
 )  # fmt: skip
-
-
-def products(M: int, N: int, K: int) -> list[Product]:
-    tiles = -(-M // 128) * -(-N // 128) / MULTIPROCESSORS
-    more = FEW if tiles <= 1 else (*MANY, *FEW) if tiles <= 4 else MANY
-    table = tuning.product_candidates(ARCH, 16, M, N, K, MULTIPROCESSORS, True)
-    return list(dict.fromkeys([*table, *more]))
-
-
-def block_of(D: int, B: int, N: int) -> dict[str, Any]:
-    """A block, the same folded, and inputs of its products."""
-    from vitfast.folded import FoldedBlock
-
-    torch.manual_seed(0)
-    model = vitfast.ViT.from_config(config_for(NAMES[D]).replace(depth=1)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    block = model.blocks[0].to(DEVICE)
-    folded = FoldedBlock(block, DTYPE).to(DEVICE)
-    x, residual, hidden = (torch.randn(B, N, n, device=DEVICE).to(DTYPE) for n in (D, D, 4 * D))
-    parts = x.float().view(-1, D // 64, 64)
-    mean = parts.mean(-1)
-    pieces = torch.stack((mean, (parts - mean[..., None]).square().sum(-1)), 1).permute(2, 1, 0).contiguous()
-    made = {"block": block.to(DTYPE), "folded": folded, "x": x, "residual": residual}
-    return made | {"hidden": hidden, "pieces": pieces}
-
-
-def normed(x: Tensor, norm: Any) -> Tensor:
-    with dispatch.trying("layer_norm", "kernel"):
-        return ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
-
-
-def folded_row(part: str, D: int, B: int, N: int, kernel: str = "folded_linear") -> Row:
-    """qkv or fc1 of a prepared block."""
-    act, columns = ("gelu", 4 * D) if part == "fc1" else ("none", 3 * D)
-    after = F.gelu if part == "fc1" else lambda t: t
-
-    def variants(given: Any) -> Variants:
-        def parts() -> tuple[Any, Any, Tensor]:
-            block = given["block"]
-            norm, linear = (block.norm1, block.attn.qkv) if part == "qkv" else (block.norm2, block.mlp.fc1)
-            return norm, linear, given["x"]
-
-        def stock() -> Callable[[], Tensor]:
-            norm, linear, x = parts()
-            return lambda: after(
-                F.linear(F.layer_norm(x, (D,), norm.weight, norm.bias, norm.eps), linear.weight, linear.bias)
-            )
-
-        def ours_and_cublas() -> Callable[[], Tensor]:
-            norm, linear, x = parts()
-            return lambda: after(F.linear(normed(x, norm), linear.weight, linear.bias))
-
-        def alone() -> Callable[[], Tensor]:
-            _, linear, x = parts()
-            return lambda: F.linear(x, linear.weight, linear.bias)
-
-        found: Variants = {"stock": stock, "our norm, cuBLAS": ours_and_cublas, "(cuBLAS alone)": alone}
-        for config in products(B * N, columns, D):
-            if config.kernel == "tiles":
-                found[words(config.as_dict())] = lambda config=config: trying(
-                    kernel, config, lambda: getattr(given["folded"], part)(given["x"], given["pieces"], act)
-                )
-        return found
-
-    return Row(f"prepared {part} D{D} B{B} N{N}", lambda: block_of(D, B, N), variants)
-
-
-def added_row(part: str, D: int, B: int, N: int, kernel: str = "added_linear") -> Row:
-    """proj or fc2 of a prepared block."""
-    K = D if part == "proj" else 4 * D
-
-    def variants(given: Any) -> Variants:
-        def parts() -> tuple[Any, Tensor, Tensor]:
-            block = given["block"]
-            linear = block.attn.proj if part == "proj" else block.mlp.fc2
-            return linear, given["x" if part == "proj" else "hidden"], given["residual"]
-
-        def stock() -> Callable[[], Tensor]:
-            linear, x, residual = parts()
-            return lambda: residual + F.linear(x, linear.weight, linear.bias)
-
-        def addmm() -> Callable[[], Tensor]:
-            linear, x, residual = parts()
-            both = (residual + linear.bias).view(-1, D)
-            return lambda: torch.addmm(both, x.view(-1, K), linear.weight.t()).view(B, N, D)
-
-        def in_place() -> Callable[[], Tensor]:
-            linear, x, residual = parts()
-            both = residual.clone().view(-1, D)
-            return lambda: both.addmm_(x.view(-1, K), linear.weight.t())
-
-        found: Variants = {"stock": stock, "addmm of residual and bias": addmm, "(addmm_ in place)": in_place}
-        for config in products(B * N, D, K):
-            def of(config: Product = config) -> Callable[[], Any]:
-                _, x, residual = parts()
-                return trying(kernel, config, lambda: getattr(given["folded"], part)(x, residual)[0])
-
-            found[words(config.as_dict())] = of
-        return found
-
-    return Row(f"prepared {part} D{D} B{B} N{N}", lambda: block_of(D, B, N), variants)
-
-
-# attention
-
 FORWARD = (
     Config("short", 64), Config("short", 64, stages=1, loop=True), Config("short", 64, stages=2, loop=True),
     *(Config("online", 64, n, stages=s, registers=r) for n, s in ((32, 3), (32, 4), (64, 3)) for r in (0, 96, 128)),
@@ -220,166 +122,261 @@ BACKWARD = (
     BLOCKS(64, 64, keys_m=16, keys_n=64, keys_warps=4), BLOCKS(128, 32, warps=8, stages=3, keys_m=32, keys_n=64,
                                                               keys_warps=4),
 )  # fmt: skip
+# keys that a kernel with all of them in a tile can have
 LONGEST = {"short": 272, "head": 256}
 
 
-def sdpa(qkv: Tensor, backend: SDPBackend) -> Tensor:
+def _more(call: Call, device: torch.device) -> Iterable[Config | Product]:
+    """Configurations beside those of the tables, in half precision."""
+    if torch.finfo(call.dtype).bits != 16:
+        return ()
+    if is_attention(call):
+        backward = call.op.endswith("_backward")
+        # queries and keys are of one packed tensor, or keys are the second
+        keys = call.args[backward + ("qkv" not in call.op)].shape[1]
+        return [config for config in (BACKWARD if backward else FORWARD) if LONGEST.get(config.kernel, keys) >= keys]
+    if call.op not in ("linear", "folded_linear", "added_linear", "mlp", "mlp_backward"):
+        return ()
+    of = dict(zip(arguments(call.op), call.args, strict=True))
+    N = of["w1" if "w1" in of else "weight"].shape[0]
+    tiles = -(-_rows_of(of["x"].shape) // 128) * -(-N // 128) / multiprocessors(device)
+    if call.op in ("folded_linear", "added_linear"):
+        return FEW if tiles <= 1 else (*MANY, *FEW) if tiles <= 4 else MANY
+    return FEW[:6] if tiles <= 4 else MANY[:4]
+
+
+def _rows_of(shape: Sequence[int]) -> int:
+    return torch.Size(shape[:-1]).numel()
+
+
+# rows that are calls
+
+
+def row_of(call: Call, form: str, device: torch.device) -> Row:
+    """A call of an op: stock operators, every configuration of its kernel, and comparisons."""
+    family = FAMILIES[call.op]
+    found = {"stock": Variant(STOCK, lambda args: partial(family.stock, args), family)}
+    if call.op in ("attention_qkv", "attention_qkv_backward"):
+        found |= _sdpa(family)
+    for config in [*family.configs(call, device), *(each.as_dict() for each in _more(call, device))]:
+        made = Variant(OURS, partial(_ours, family, config), family, config)
+        found.setdefault(words(config) or BUILT_IN, made)
+    group = "attention" if is_attention(call) else "prepared" if call.op in COMPARISONS else "layers"
+    if call.op in COMPARISONS:
+        name, compared = COMPARISONS[call.op]
+        found[name] = Variant(OTHER, compared)
+    return Row(f"{form} {call}", group, call, partial(family.draw, call), found)
+
+
+def _ours(family: Family, config: Choice | None, args: Sequence[Any]) -> Callable[[], Any]:
+    return partial(family.with_config, args, config)
+
+
+def _sdpa(family: Family) -> dict[str, Variant]:
+    """Every backend of torch's attention, which returns no statistics."""
+    make = _sdpa_backward if family.grad else _sdpa_forward
+    judged = family if family.grad else replace(family, extra=lambda results: results[:1])
+    return {
+        f"SDPA {name}": Variant(STOCK, partial(make, backend), judged, {"backend": name})
+        for name, backend in BACKENDS.items()
+    }
+
+
+def _attend(qkv: Tensor, scale: float, backend: SDPBackend) -> Tensor:
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     with sdpa_kernel(backend):
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
 
 
-def attention_rows(H: int, B: int, N: int = 197, D: int = 64, directions: str = "forward backward") -> list[Row]:
-    scale, programs = D**-0.5, B * H * -(-N // 64) / MULTIPROCESSORS
-
-    def inputs() -> dict[str, Tensor]:
-        generator = torch.Generator(DEVICE).manual_seed(0)
-        draw = lambda *shape: torch.randn(*shape, device=DEVICE, generator=generator).to(DTYPE)  # noqa: E731
-        return {"qkv": draw(B, N, 3, H, D), "grad": draw(B, N, H * D)}
-
-    def listed(table: list[Any], more: Iterable[Config]) -> list[Config]:
-        found = dict.fromkeys([*tuning.candidates(table, 16, D, N, programs), *more])
-        return [config for config in found if LONGEST.get(config.kernel, N) >= N]
-
-    def forward(given: Any) -> Variants:
-        found: Variants = {
-            f"SDPA {name}": lambda backend=backend: partial(sdpa, given["qkv"], backend)
-            for name, backend in BACKENDS.items()
-        }
-        for config in listed(tuning.FORWARD[ARCH], FORWARD):
-            found[words(config.as_dict())] = lambda config=config: trying(
-                "attention", config, lambda: torch.ops.vitfast.attention_qkv(given["qkv"], scale)[0]
-            )
-        return found
-
-    def backward(given: Any) -> Variants:
-        def by(backend: SDPBackend) -> Callable[[], Any]:
-            with torch.enable_grad():
-                leaf = given["qkv"].detach().requires_grad_()
-                out = sdpa(leaf, backend)
-            return partial(torch.autograd.grad, out, leaf, given["grad"], retain_graph=True)
-
-        found: Variants = {f"SDPA {name}": partial(by, backend) for name, backend in BACKENDS.items()}
-        for config in listed(tuning.BACKWARD[ARCH], BACKWARD):
-            def of(config: Config = config) -> Callable[[], Any]:
-                if "out" not in given:
-                    with dispatch.trying("attention", "stock"), torch.no_grad():
-                        given["out"], given["lse"] = torch.ops.vitfast.attention_qkv(given["qkv"], scale)
-                kept = (given["grad"], given["qkv"], given["out"], given["lse"], scale)
-                return trying("attention_backward", config, lambda: torch.ops.vitfast.attention_qkv_backward(*kept))
-
-            found[words(config.as_dict())] = of
-        return found
-
-    ways = {"forward": forward, "backward": backward}
-    return [Row(f"attention {way} H{H} B{B} N{N} D{D}", inputs, ways[way]) for way in directions.split()]
+def _sdpa_forward(backend: SDPBackend, args: Sequence[Any]) -> Callable[[], Tensor]:
+    return partial(_attend, *args, backend)
 
 
-# every other op, as models call it
+def _sdpa_backward(backend: SDPBackend, args: Sequence[Any]) -> Callable[[], Any]:
+    grad, qkv, _, _, scale = args
+    with torch.enable_grad():
+        leaf = qkv.detach().requires_grad_()
+        out = _attend(leaf, scale, backend)
+    return partial(torch.autograd.grad, out, leaf, grad, retain_graph=True)
 
 
-def model_calls(name: str, B: int, training: bool) -> list[Row]:
-    """The calls of a model, without those of attention and those with one token of an image."""
-    rows = []
-    for call in kernel_calls([config_for(name)], (B,), DTYPE, training):
-        if call.op.startswith("attention") or (len(call.likes()[0].shape) == 3 and call.likes()[0].shape[1] == 1):
-            continue
-
-        def inputs(call=call) -> tuple[Any, ...]:
-            return FAMILIES[call.op].draw(call, torch.Generator(DEVICE).manual_seed(0))
-
-        def variants(given: Any, call=call) -> Variants:
-            family = FAMILIES[call.op]
-            configs = list(family.configs(call, DEVICE))
-            if call.op in ("linear", "mlp", "mlp_backward"):
-                configs += [config.as_dict() for config in (MANY[:4] if B >= 64 else FEW[:6])]
-            found: Variants = {"stock": lambda: lambda: present(family.stock(given))}
-            for config in configs:
-                found.setdefault(
-                    words(config) or "built-in",
-                    lambda config=config: lambda: present(family.with_config(given, config)),
-                )
-            return found
-
-        rows.append(Row(f"{name} {call}", inputs, variants))
-    return rows
+def _product_alone(args: Sequence[Any]) -> Callable[[], Tensor]:
+    x, weight, _, _, bias, *_ = args
+    return partial(F.linear, x, weight, bias)
 
 
-def model_rows(name: str, B: int, training: bool = False) -> list[Row]:
-    """Whole models, to see what the parts come to; without what takes a compiler minutes."""
-    import timm
+def _addmm(args: Sequence[Any]) -> Callable[[], Tensor]:
+    x, weight, bias, residual = args
+    both = (residual + bias).flatten(0, -2)
+    return lambda: torch.addmm(both, x.flatten(0, -2), weight.t()).view(residual.shape)
 
-    def inputs() -> dict[str, Any]:
-        torch.manual_seed(0)
-        ours, theirs = vitfast.create_model(name), timm.create_model(name)
+
+# of the ops that prepared models alone call
+COMPARISONS: dict[str, tuple[str, Callable[[Sequence[Any]], Callable[[], Any]]]] = {
+    "folded_linear": ("(cuBLAS alone)", _product_alone),
+    "added_linear": ("(addmm of residual and bias)", _addmm),
+}
+
+
+def calls(
+    name: str, B: int, form: str, device: torch.device, dtype: torch.dtype = torch.bfloat16, **changed: Any
+) -> list[Call]:
+    """The calls of a model that a kernel may run; of a prepared one each product after a norm in both of its forms."""
+    config = config_for(name, **changed)
+    if form != PREPARED:
+        return kernel_calls([config], (B,), dtype, form == TRAINING)
+    found = kernel_calls([Prepared(config, dtype, device)], (B,), dtype, False)
+    return list(dict.fromkeys(each for call in found for each in _with_and_without_pieces(call)))
+
+
+def _with_and_without_pieces(call: Call) -> Iterator[Call]:
+    yield call
+    if call.op != "folded_linear":
+        return
+    at = arguments(call.op).index("pieces")
+    x, pieces = call.args[0], call.args[at]
+    statistics = contiguous(x.shape[-1] // PIECE, 2, _rows_of(x.shape), dtype=torch.float32)
+    yield call._replace(args=(*call.args[:at], statistics if pieces is None else None, *call.args[at + 1 :]))
+
+
+def is_attention(call: Call) -> bool:
+    return call.op.startswith("attention")
+
+
+def of_one_token(call: Call) -> bool:
+    """Whether an image has one row: its class token."""
+    first = call.likes()[0].shape
+    return len(first) > 2 and first[1] == 1
+
+
+def _without_saving(call: Call) -> Call:
+    """The same for a linear layer whether or not it saves for its backward: that is no part of its choice."""
+    return call._replace(args=(*call.args[:-1], False)) if call.op == "linear" else call
+
+
+def pixels_as_bytes(call: Call) -> Call:
+    """The same patch embedding of images in uint8, normalised on the way."""
+    images = call.args[0]
+    vector = contiguous(images.shape[1], dtype=torch.float32)
+    changed = {"images": images._replace(dtype=torch.uint8), "mean": vector, "std": vector}
+    return call._replace(args=tuple(changed.get(n, a) for n, a in zip(arguments(call.op), call.args, strict=True)))
+
+
+# whole models
+
+
+def model_row(name: str, B: int, training: bool = False, **changed: Any) -> Row:
+    """A whole model in bf16, without what takes a compiler minutes."""
+
+    def draw(generator: torch.Generator) -> dict[str, Any]:
+        import timm
+
+        device, dtype = generator.device, torch.bfloat16
+        ours, theirs = vitfast.create_model(name, **changed), timm.create_model(name, **changed)
         theirs.load_state_dict(ours.state_dict())
-        models = {key: m.train(training).to(DEVICE, DTYPE) for key, m in (("ours", ours), ("timm", theirs))}
-        images = torch.randn(B, 3, 224, 224, device=DEVICE, dtype=DTYPE)
-        return models | {"images": images, "labels": torch.randint(0, 1000, (B,), device=DEVICE)}
+        models = {key: m.train(training).to(device, dtype) for key, m in (("ours", ours), ("timm", theirs))}
+        shape = B, ours.config.channels, *ours.config.image_size
+        images = torch.randn(shape, device=device, generator=generator).to(dtype)
+        classes = ours.config.num_classes
+        return models | {"images": images, "labels": torch.arange(B, device=device) % classes}
 
-    def step(given: Any, which: str) -> Callable[[], Any]:
-        model = given[which]
+    def step(which: str, given: Mapping[str, Any]) -> Callable[[], Any]:
+        model, images = given[which], given["images"]
         if not training:
-            return lambda: model(given["images"])
+            return lambda: model(images)
         parameters = list(model.parameters())
 
         def run() -> Any:
-            loss = F.cross_entropy(model(given["images"]).float(), given["labels"])
+            loss = F.cross_entropy(model(images).float(), given["labels"])
             return loss.detach(), *torch.autograd.grad(loss, parameters)[-4:]
 
         return run
 
-    def variants(given: Any) -> Variants:
-        found: Variants = {
-            "timm": lambda: step(given, "timm"), "ours": lambda: step(given, "ours"),
-            "ours, stock operators": lambda: under("stock", step(given, "ours")),
-        }  # fmt: skip
-        if not training:
-            def prepared() -> Callable[[], Any]:
-                model = vitfast.prepare(given["ours"])
-                return lambda: model(given["images"])
+    def on_stock(given: Mapping[str, Any]) -> Callable[[], Any]:
+        call = step("ours", given)
 
-            found["ours, prepared"] = prepared
-        return found
+        def run() -> Any:
+            with dispatch.backend("stock"):
+                return call()
 
-    kind = "training" if training else "inference"
-    return [Row(f"{kind} {name} B{B}", inputs, variants, grad=training)]
+        return run
 
+    def prepared(given: Mapping[str, Any]) -> Callable[[], Any]:
+        return partial(vitfast.prepare(given["ours"]), given["images"])
 
-def attention() -> list[Row]:
-    rows = [row for H, B in ((12, 256), (6, 256), (12, 64), (12, 8), (3, 64)) for row in attention_rows(H, B)]
-    for H, B, N, D in ((12, 64, 577, 64), (16, 64, 257, 64), (16, 64, 729, 72), (16, 64, 257, 80), (6, 64, 1370, 64),
-                       (12, 4, 577, 64)):  # fmt: skip
-        rows += attention_rows(H, B, N, D)
-    for B, N in ((1, 197), (1, 577), (1, 1370)):
-        rows += attention_rows(12, B, N)
-    return rows
+    ways = {"timm": partial(step, "timm"), "ours": partial(step, "ours"), "ours, stock operators": on_stock}
+    if not training:
+        ways["ours, prepared"] = prepared
+    variants = {way: Variant(OTHER, make) for way, make in ways.items()}
+    return Row(f"{TRAINING if training else INFERENCE} {name} B{B}", "models", None, draw, variants, grad=training)
 
 
-def prepared() -> list[Row]:
-    sizes = [(768, B) for B in (256, 64, 8, 1)] + [(384, B) for B in (256, 64, 8, 1)]
-    sizes += [(192, 256), (192, 64), (192, 1), (1024, 64), (1024, 8)]
-    makers = (folded_row, "qkv"), (added_row, "proj"), (folded_row, "fc1"), (added_row, "fc2")
-    return [make(part, D, B, 197) for D, B in sizes for make, part in makers]
+# in order of value
 
 
-def layers() -> list[Row]:
-    rows = []
-    for name, B, training in (
-        (BASE, 256, True), (NAMES[384], 256, True), (BASE, 32, True), (BASE, 64, False), (BASE, 8, False),
-        (BASE, 1, False), (NAMES[192], 256, True), (NAMES[384], 64, False), (NAMES[384], 8, False),
-        (NAMES[384], 1, False), (NAMES[192], 64, False), (NAMES[192], 1, False), (NAMES[1024], 64, True),
+def _in_order(device: torch.device) -> Iterator[tuple[str, Call]]:
+    """Form and call, some of them more than once."""
+
+    def of(names: Sequence[str], batches: Sequence[int], *forms: str, **more: Any) -> Iterator[tuple[str, Call]]:
+        for name in names:
+            for B in batches:
+                for form in forms:
+                    yield from ((form, call) for call in calls(name, B, form, device, **more))
+
+    def only(keep: Callable[[Call], bool], pairs: Iterable[tuple[str, Call]]) -> Iterator[tuple[str, Call]]:
+        return (pair for pair in pairs if keep(pair[1]))
+
+    def all_tokens(call: Call) -> bool:
+        return not of_one_token(call)
+
+    def attention(call: Call) -> bool:
+        return is_attention(call) and all_tokens(call)
+
+    first = (BASE, SMALL)
+    yield from only(attention, of(first, (256, 64, 1), INFERENCE, TRAINING))
+    yield from only(all_tokens, of(first, (256, 64, 1), INFERENCE, PREPARED))
+    yield from only(all_tokens, of(first, (256, 64), TRAINING))
+    yield from only(all_tokens, of(first, (8,), INFERENCE, PREPARED))
+    yield from only(all_tokens, of((TINY,), (256, 64), INFERENCE, PREPARED))
+    yield from only(all_tokens, of((TINY,), (256,), TRAINING))
+    yield from only(all_tokens, of((LARGE, SO400M), (64,), INFERENCE, PREPARED, TRAINING))
+    yield from only(all_tokens, of((BASE_384, BASE_518), (32,), INFERENCE, PREPARED))
+    yield from only(attention, of((BASE_384, BASE_518), (32,), TRAINING))
+    for B in (256, 64, 1):
+        embeds = [call for call in calls(BASE, B, INFERENCE, device) if call.op == "patch_embed"]
+        yield from ((INFERENCE, pixels_as_bytes(call)) for call in embeds)
+    yield from only(of_one_token, of((BASE,), (64,), INFERENCE, PREPARED))
+    for dtype in (torch.float16, torch.float32):
+        spot = [call for call in calls(BASE, 64, INFERENCE, device, dtype) if all_tokens(call)]
+        yield from ((INFERENCE, call) for call in spot if call.op in ("attention_qkv", "mlp"))
+
+
+def rows(device: torch.device, sets: Iterable[str] = tuple(SETS), tiny: bool = False) -> list[Row]:
+    """The rows of these sets, most valuable first, none of them twice.
+
+    Args:
+        device: whose configurations are meant.
+        tiny: a few of small sizes, to see that everything works.
+    """
+    pairs = _tiny(device) if tiny else _in_order(device)
+    found: dict[Call, Row] = {}
+    for form, call in pairs:
+        chosen_by = _without_saving(call)
+        if chosen_by not in found:
+            found[chosen_by] = row_of(call, form, device)
+    if tiny:
+        models = [model_row(TINY, 2, img_size=32)]
+    else:
+        sizes = ((BASE, 256), (BASE, 64), (BASE, 1), (SMALL, 256))
+        models = [*(model_row(name, B) for name, B in sizes), model_row(BASE, 128, training=True)]
+    chosen = set(sets)
+    return [row for row in (*found.values(), *models) if row.group in chosen]
+
+
+def _tiny(device: torch.device) -> Iterator[tuple[str, Call]]:
+    for form, ops in (
+        (INFERENCE, ("attention_qkv", "mlp")), (PREPARED, ("folded_linear", "added_linear")),
+        (TRAINING, ("attention_qkv_backward", "linear_backward")),
     ):  # fmt: skip
-        known = {row.name for row in rows}
-        rows += [row for row in model_calls(name, B, training) if row.name not in known]
-    return rows
-
-
-def models() -> list[Row]:
-    rows = [row for name, B in ((BASE, 256), (BASE, 64), (BASE, 1), (NAMES[384], 256)) for row in model_rows(name, B)]
-    return rows + model_rows(BASE, 128, training=True)
-
-
-SETS: dict[str, Callable[[], list[Row]]] = {
-    "attention": attention, "prepared": prepared, "layers": layers, "models": models,
-}  # fmt: skip
+        found = calls(TINY, 2, form, device, img_size=32)
+        yield from ((form, call) for call in found if call.op in ops and not of_one_token(call))
