@@ -37,7 +37,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import hashlib
 import json
 import os
 import shlex
@@ -58,7 +57,7 @@ import workers  # noqa: E402
 from sweep_rows import OURS, SETS, STOCK, Row  # noqa: E402
 from sweep_time import NOT_CHECKED, CountedCompilations, Phases, RowInMaking, summary  # noqa: E402
 
-from vitfast import dispatch  # noqa: E402
+from vitfast import dispatch, tuning_cache  # noqa: E402
 from vitfast.bench import device as devices  # noqa: E402
 from vitfast.bench import machine  # noqa: E402
 from vitfast.bench.harness import DeviceLost  # noqa: E402
@@ -242,10 +241,7 @@ def read(path: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def kernels_digest() -> str:
     """Changes with the source of any kernel, or of what launches it."""
-    digest = hashlib.sha256()
-    for file in sorted([*(ROOT / "vitfast" / "kernels").glob("*.py"), *(ROOT / "csrc").glob("*.*")]):
-        digest.update(file.name.encode() + file.read_bytes())
-    return digest.hexdigest()[:12]
+    return tuning_cache.digest_of(sorted([*(ROOT / "vitfast" / "kernels").glob("*.py"), *(ROOT / "csrc").glob("*.*")]))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vitfast
-from vitfast import dispatch
+from vitfast import builtin, dispatch
 from vitfast.calls import Call, Prepared, contiguous
 from vitfast.dispatch import Config as Choice
 from vitfast.families import FAMILIES, Family
@@ -122,8 +122,6 @@ BACKWARD = (
     BLOCKS(64, 64, keys_m=16, keys_n=64, keys_warps=4), BLOCKS(128, 32, warps=8, stages=3, keys_m=32, keys_n=64,
                                                               keys_warps=4),
 )  # fmt: skip
-# keys that a kernel with all of them in a tile can have
-LONGEST = {"short": 272, "head": 256}
 
 
 def _more(call: Call, device: torch.device) -> Iterable[Config | Product]:
@@ -134,7 +132,8 @@ def _more(call: Call, device: torch.device) -> Iterable[Config | Product]:
         backward = call.op.endswith("_backward")
         # queries and keys are of one packed tensor, or keys are the second
         keys = call.args[backward + ("qkv" not in call.op)].shape[1]
-        return [config for config in (BACKWARD if backward else FORWARD) if LONGEST.get(config.kernel, keys) >= keys]
+        table = BACKWARD if backward else FORWARD
+        return [config for config in table if builtin.LONGEST.get(config.kernel, keys) >= keys]
     if call.op not in ("linear", "folded_linear", "added_linear", "mlp", "mlp_backward"):
         return ()
     of = dict(zip(arguments(call.op), call.args, strict=True))

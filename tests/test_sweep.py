@@ -21,7 +21,7 @@ from simulated_device import SimulatedDevice
 from vitfast import dispatch
 from vitfast.bench.harness import DeviceLost
 from vitfast.families import FAMILIES
-from vitfast.kernels import attention, linear, mlp
+from vitfast.kernels import attention, linear
 
 ROOT = Path(sweep.__file__).parents[1]
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ def record(path):
 
 @pytest.fixture
 def like_hopper(monkeypatch):
-    for module in (attention, linear, mlp, sweep_rows):
+    for module in (attention, linear, sweep_rows):
         monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
 
 
@@ -308,7 +308,7 @@ def variant(place, device_s=1e-5, role=sweep_rows.OURS, op="linear", times=1.0, 
                 raise problem
             results = family.stock(args)
             if role == sweep_rows.OURS:
-                dispatch.choose(family.kernel, ("made", "up", 1), None, (), True)
+                dispatch.choose(family.kernel, ("made", "up", 1), None, ())
             return tuple(t if t is None else t * times for t in results)
 
         return call

@@ -399,3 +399,10 @@ def test_a_model_is_not_taken_in_place_of_its_config(fake, gpu):
     assert gpu[0][0] == [model.config, model.config]
     with pytest.raises(TypeError, match="must be or contain a vitfast.ViT"):
         tuning.tune([torch.nn.Linear(1, 1)])
+
+
+def test_what_the_table_has_is_not_tried(fake, place):
+    """A configuration that was measured on another card of the architecture, and that no list of the kernel has."""
+    fake.builtin_config, fake.configs = {"block": 128}, [{"block": 64}]
+    report, _ = tune(place)
+    assert report.rows[0].config == {"block": 128}

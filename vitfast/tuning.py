@@ -148,7 +148,12 @@ def tune_calls(calls: Sequence[Call], place: Place, budget_s: float, say: Callab
         name = asked.kernel, asked.shape
         if name in done:
             continue
-        row = _tune_one(family, call, by_image, place, left, max(LEAST_S, min(SECONDS, left / (len(calls) - i))))
+        known = dispatch.built_in(*name, asked.device)
+        configs = list(family.configs(call, place.device))
+        if known.kernel and known.config is not None and known.config not in configs:
+            configs.append(known.config)
+        seconds = max(LEAST_S, min(SECONDS, left / (len(calls) - i)))
+        row = _tune_one(family, call, configs, by_image, place, left, seconds)
         report.rows.append(row)
         if row.use:
             done.add(name)
@@ -184,9 +189,10 @@ def keep(device: Any, choices: tuning_cache.Table, what: str, stacklevel: int) -
 
 
 def _tune_one(
-    family: Family, call: Call, by_image: tuple[bool, ...], place: Place, left: float, seconds: float
-) -> Row:
-    configs = {words(config) or BUILT_IN: config for config in family.configs(call, place.device)}
+    family: Family, call: Call, listed: Sequence[dispatch.Config | None], by_image: tuple[bool, ...], place: Place,
+    left: float, seconds: float,
+) -> Row:  # fmt: skip
+    configs = {words(config) or BUILT_IN: config for config in listed}
     case = _case(family, call, by_image, configs, place)
     row = harness.run_case(case, seconds=seconds, place=place, deadline=place.clock() + left)
     return _decided(family.kernel, call, row["variants"], configs)
