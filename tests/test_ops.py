@@ -97,13 +97,13 @@ def judged(variant, tensors, dtype):
     return [(name, out[name], ref[name], low[name]) for name in ref]
 
 
-@every_variant
 @pytest.fixture(autouse=True)
 def kernels_everywhere(monkeypatch):
     """For tensors as small as these stock operators are the choice on a GPU, and no kernel would be tested."""
     monkeypatch.setattr(builtin, "EVERYWHERE", True)
 
 
+@every_variant
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_fp64_result_or_gradient_differs_from_the_reference(variant, size, device):
     """A wrong formula, a wrong formula of the gradient, a lost row or tile at an odd size."""
