@@ -67,6 +67,9 @@ def tests(
         done.write_text("\n".join(outcomes.done))
         status, _, text = started(command, left, run, merge, PYTHONPATH=path)
         facts["last"] = last_lines(text)
+        if status is not None:
+            outcomes.died(f"its process ended with status {status}", facts["last"])
+            merge()
         if status is None or not outcomes.left:
             break
     new = {name: each for name, each in outcomes.failed.items() if name not in before}

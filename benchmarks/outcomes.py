@@ -44,7 +44,7 @@ class Outcomes:
                 continue
             name, became = line.pop("id"), line.pop("is")
             self.running.discard(name)
-            if became == "began":
+            if became == "began" and name not in self.done:
                 self.running.add(name)
             elif became == "failed":
                 # of several reasons the first: what came later may follow from it
@@ -55,6 +55,12 @@ class Outcomes:
             elif name not in self.failed and name not in self.skipped:
                 self.passed.add(name)
         return self
+
+    def died(self, why: str, text: str) -> None:
+        """The process is gone: what has begun has no other end."""
+        for name in self.running:
+            self.failed[name] = {"phase": "call", "message": why, "traceback": text}
+        self.running = set()
 
     @property
     def done(self) -> set[str]:

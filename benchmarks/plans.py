@@ -53,18 +53,6 @@ def block(run: Run) -> Iterator[Callable[[], Case]]:
                 yield without(maker, *(COMPILERS[1:] if with_compiler else COMPILERS))
 
 
-def autotuned(run: Run, batch: int, mode: str = "forward") -> Iterator[Callable[[], Case]]:
-    """The products of a block, with compilers."""
-    if run.tiny:
-        # any shape that the other stages do not have
-        yield from op_rows.tiny(BLOCK[:1], device=str(run.device), dtypes=["fp32"], batches=[2 + batch], modes=[mode])
-        return
-    yield from op_rows.listed(
-        BLOCK[:2], device=str(run.device), dtypes=["bf16"], batches=[batch], modes=[mode], tokens=(197,),
-        widths=BLOCK_WIDTHS,
-    )  # fmt: skip
-
-
 def ops(run: Run, *, first: bool) -> Iterator[Callable[[], Case]]:
     """Short sequences at all widths, or with `first` False the longer ones; what `block` has not."""
     listed = partial(op_rows.listed, device=str(run.device), dtypes=["bf16"], batches=[BATCH])
@@ -191,14 +179,11 @@ PLANS: dict[str, tuple[Stage, ...]] = {
         measured("larger images", 15, 15, larger),
         measured("autocast", 20, 20, of(*BASE_AND_SMALL, batches=(64, 1), autocast=True)),
         measured("training with autocast", 20, 20, of(*BASE_AND_SMALL, batches=(64,), mode="training", autocast=True)),
-        measured("ops, long", 50, 50, partial(ops, first=False)),
+        measured("ops, long", 40, 50, partial(ops, first=False)),
         measured("vit-pytorch", 15, 15, of(models.VIT_PYTORCH, batches=(64, 1))),
-        compiled_first("rest", 60, 60),
-        measured("compiled, more sizes", 30, 90, of(*TINY_AND_LARGE, group="compiled")),
+        compiled_first("rest", 50, 50),
+        measured("compiled, more sizes", 40, 90, of(*TINY_AND_LARGE, group="compiled")),
         measured("larger images, compiled", 15, 60, partial(larger, group="compiled")),
-        measured("autotuned ops", 10, 210, partial(autotuned, batch=BLOCK_BATCH)),
-        measured("autotuned ops, one image", 5, 90, partial(autotuned, batch=1)),
-        measured("autotuned ops, backward", 5, 175, partial(autotuned, batch=BLOCK_BATCH, mode="forward+backward")),
     ),
     "cpu": (
         Stage("ceilings", 40, 28, measure_ceilings),

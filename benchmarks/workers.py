@@ -46,7 +46,8 @@ def claimed(folder: Path, name: str) -> bool:
 
 def compiles(name: str, variant: Variant) -> bool:
     """Not what is compiled in a process of its own, nor what measures while it compiles: others would disturb that."""
-    return variant.apart is None and not variant.missing() and (variant.ours or name.endswith(COMPILERS))
+    measures = variant.apart is not None or name.endswith("max-autotune")
+    return not measures and not variant.missing() and (variant.ours or name.endswith(COMPILERS))
 
 
 def gib(case: Case) -> float:
