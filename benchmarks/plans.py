@@ -135,7 +135,7 @@ PLANS: dict[str, tuple[Stage, ...]] = {
     "check": (
         EXTENSION,
         stage_of("smoke", 100, 60, of=SMOKE, marked="gpu and not alone"),
-        stage_of("smoke under compute-sanitizer", 45, 30, of=SMOKE, marked="gpu and alone", workers=1, each_s=60.0),
+        stage_of("smoke under compute-sanitizer", 60, 40, of=SMOKE, marked="gpu and alone", workers=1),
         CEILINGS,
     ),
     "tune": (

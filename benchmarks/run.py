@@ -13,7 +13,7 @@ all      all of them, for as long as it takes
 cpu      ceilings, models and ops against what people would use instead
 
 Each is over in nine minutes, check in five; on sixteen cores, with nothing compiled before, the stages of check take
-about 160 s, of tune 230, of models 580, of tests 410, of profile 110 (benchmarks/plans.py has each). Needs nothing but
+about 165 s, of tune 230, of models 565, of tests 410, of profile 110 (benchmarks/plans.py has each). Needs nothing but
 this source tree and a python with torch, triton, timm, transformers, pytest and xdist: no network, nothing installed.
 
 Stages come in order of value, each with a budget; what one leaves goes to the next ones, one that fails or overruns
@@ -55,7 +55,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from plans import LIMITS_S, ORDER, PLANS  # noqa: E402
 from report import slug  # noqa: E402
-from stages import STATE, Kept, Run, go, is_finished, say  # noqa: E402
+from stages import STATE, Kept, Run, go, is_finished, same_keys, say  # noqa: E402
 
 from vitfast.bench import harness, machine, record  # noqa: E402
 from vitfast.info import cpu_name  # noqa: E402
@@ -222,6 +222,7 @@ def main(argv: list[str] | None = None) -> int:
         print("run: torch finds no GPU here, `vitfast info` says why; --device cpu --tiny tries it", file=sys.stderr)
         return 2
     keep_caches(torch.device(device))
+    same_keys()
     # so that what it started is ended and noted
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     call = Call(told)

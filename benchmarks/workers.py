@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
-from stages import Kept, Run, ends_with_parent  # noqa: E402
+from stages import Kept, Run, ends_with_parent, same_keys  # noqa: E402
 
 from vitfast.bench import device as devices  # noqa: E402
 from vitfast.bench import record  # noqa: E402
@@ -30,7 +30,7 @@ from vitfast.bench.case import DTYPES, Case, Variant  # noqa: E402
 from vitfast.bench.harness import COMPILERS, SEED  # noqa: E402
 
 # one that needs more is left to few processes
-LIGHT_GIB = 3.0
+LIGHT_GIB = 4.0
 # of the memory, for those; the rest is for the others, and what a process needs before it computes anything
 SHARE = 0.6
 
@@ -123,9 +123,9 @@ def compile_some(plan: str, run: Run, claims: Path, number: int) -> None:
     few = max(1, int(SHARE * memory / max(heaviest, LIGHT_GIB)))
     log = claims / f"log-{number}"
     log.touch()
-    for i, case in enumerate(found):
-        if gib(case) > LIGHT_GIB and number >= few:
-            continue
+    numbered = [(i, case) for i, case in enumerate(found) if gib(case) <= LIGHT_GIB or number < few]
+    # who can takes those first, since few can
+    for i, case in sorted(numbered, key=lambda each: gib(each[1]) <= LIGHT_GIB):
         for j, (name, variant) in enumerate(case.variants.items()):
             if not compiles(name, variant) or not claimed(claims, f"{i}-{j}"):
                 continue
@@ -156,6 +156,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--number", type=int, required=True)
     parser.add_argument("--tiny", action="store_true")
     told = parser.parse_args(argv)
+    same_keys()
     run = Run(told.device, Kept(told.record, record.read(told.record), told.record.parent), 0.0, told.tiny, told.plan)
     compile_some(told.plan, run, told.claims, told.number)
 
