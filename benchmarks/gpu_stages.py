@@ -23,10 +23,12 @@ from vitfast.bench.case import Case
 from vitfast.timing import Sampler
 
 SWEEP, DEFAULTS = (ROOT / "benchmarks" / name for name in ("sweep.py", "defaults.py"))
+# with less time than that no extension is built
+BUILD_S = 30.0
 # exit status of sweep.py when the time was up with rows left
 MORE = 4
-# of the sweep's time, at most, for compiling
-COMPILE_S = 150.0
+# of the sweep's time, at most, for compiling; and for its last row
+COMPILE_S, ROW_S = 150.0, 8.0
 
 
 def extension(run: Run, stage: Stage, budget_s: float) -> Outcome:
@@ -35,7 +37,7 @@ def extension(run: Run, stage: Stage, budget_s: float) -> Outcome:
     cuda = run.device.type == "cuda"
     there = (ROOT / "vitfast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").exists()
     # one that was built where there was no nvcc is of no use on a GPU
-    if not run.tiny and not (there and (not cuda or compiled_half.build_report()["cuda"])):
+    if not run.tiny and budget_s > BUILD_S and not (there and (not cuda or compiled_half.build_report()["cuda"])):
         if cuda:
             # for this card only: a third of the time
             capability = torch.cuda.get_device_capability(run.device)
@@ -156,9 +158,10 @@ def compilations() -> Iterator[dict[str, int]]:
 
 def compiled_by_many(run: Run, stage: Stage, budget_s: float, plan: str) -> Outcome:
     """Fill the compilers' caches for the rows that are left, with a process for almost every core."""
-    seconds, counts, problems = workers.many(run, plan, budget_s)
-    run.note("compiled", {"seconds": seconds, **counts, "problems": problems})
-    say(f"compiled in {seconds:.0f} s: {counts}")
+    # not what others left: one that hangs would take all of it
+    took, counts, problems = workers.many(run, plan, min(budget_s, stage.budget_s * run.patience))
+    run.note("compiled", {"seconds": took, **counts, "problems": problems})
+    say(f"compiled in {took:.0f} s: {counts}")
     return Outcome()
 
 
@@ -167,12 +170,13 @@ def compiled_by_many(run: Run, stage: Stage, budget_s: float, plan: str) -> Outc
 
 def sweep(run: Run, stage: Stage, budget_s: float) -> Outcome:
     """What every configuration takes; a process of its own, which goes on with the rows that are there."""
-    command = [
-        sys.executable, str(SWEEP), "--out", str(run.tuned), "--resume", "--limit", f"{budget_s:.0f}", "--compile",
-        f"{min(COMPILE_S, budget_s / 3):.0f}", *["--tiny"] * run.tiny,
-    ]  # fmt: skip
     # it may be in the middle of a row when its time is up
-    status, _, text = started(command, budget_s + 20.0, run, watch=lambda: publish(run.tuned, run.out))
+    limit_s = max(budget_s - ROW_S, 1.0)
+    command = [
+        sys.executable, str(SWEEP), "--out", str(run.tuned), "--resume", "--limit", f"{limit_s:.0f}", "--compile",
+        f"{min(COMPILE_S, limit_s / 3):.0f}", *["--tiny"] * run.tiny,
+    ]  # fmt: skip
+    status, _, text = started(command, budget_s, run, watch=lambda: publish(run.tuned, run.out))
     run.stage(stage.name)["last"] = last_lines(text)
     say(text[-300:].strip())
     if status == 0:

@@ -126,7 +126,7 @@ def compiled_first(plan: str, budget_s: float, typical_s: float) -> Stage:
     return Stage("compilation", budget_s, typical_s, work, least_s=20.0, always=True)
 
 
-EXTENSION = Stage("extension", 120, 50, extension, least_s=30.0, always=True)
+EXTENSION = Stage("extension", 120, 50, extension, least_s=0.0, always=True)
 CEILINGS = Stage("ceilings", 20, 14, measure_ceilings)
 DEFAULTS = Stage("defaults", 15, 10, defaults, always=True)
 

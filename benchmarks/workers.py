@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
+from outcomes import is_lost  # noqa: E402
 from stages import Kept, Run, ends_with_parent, same_keys  # noqa: E402
 
 from vitfast.bench import device as devices  # noqa: E402
@@ -141,7 +142,7 @@ def compile_some(plan: str, run: Run, claims: Path, number: int) -> None:
                 file.write(json.dumps([case.key, name, why]) + "\n")
             function = None
             torch._dynamo.reset()
-            if cuda and (why and "out of memory" not in why and "CUDA" in why):
+            if is_lost(why):
                 os.execv(sys.executable, [sys.executable, *sys.argv])
             if cuda:
                 torch.cuda.empty_cache()

@@ -93,6 +93,7 @@ def test_stage_without_time_is_not_listed_or_stays_so(a_run):
     clock, seen = Clock(), {}
     plan = plan_of(clock, seen, ("one", 30, 99.0), ("two", 30, 1), least_s=20.0)
     run = a_run(ends=200.0)
+    run.tiny = False
     stages.go(plan, run, clock)
     assert list(seen) == ["one"]
     assert [(each["stage"], each["why"]) for each in run.record.data["skipped"]] == [("two", "no time left")]
@@ -109,6 +110,12 @@ def test_budgets_of_a_plan_exceed_its_time():
         assert len({stage.name for stage in plan}) == len(plan)
     assert max(plans.LIMITS_S[name] for name in plans.ORDER) <= 540
     assert set(plans.ORDER) == plans.PLANS.keys() - {"cpu"}
+
+
+def test_plans_leave_more_than_eight_files(tmp_path):
+    call = program.Call(told_of(tmp_path))
+    names = [name for plan in plans.ORDER for name in call.files(plan)]
+    assert len(names) == len({*names}) <= 8
 
 
 def test_plan_measures_without_the_extension():
@@ -407,10 +414,8 @@ def test_stage_fails_on_its_first_gpu(name, copy):
     assert record["stages"]["inference, compiled"]["calls"][0]["compiled"] == {"triton": 0, "graphs": 0}
     (copy / "benchmarks" / "state" / path.name).unlink()
     resumed = ran(copy, name, "--resume", TORCH_COMPILE_DISABLE="1")
-    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    after = json.loads(path.read_text())
-    assert [row["date"] for row in after["rows"]] == [row["date"] for row in record["rows"]]
-    assert len(after["earlier"]) == 1
+    assert resumed.returncode == 0 and "finished" in resumed.stdout, resumed.stdout + resumed.stderr
+    assert json.loads(path.read_text()) == record
 
 
 TESTS = """
