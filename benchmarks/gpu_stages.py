@@ -89,8 +89,9 @@ def rows(run: Run, stage: Stage, budget_s: float) -> Outcome:
             raise
         finally:
             run.stage(stage.name)["calls"][-1]["compiled"] = counted
-    return Outcome(red, harness.NO_TIME_LEFT if any(each["stage"] == stage.name and each["why"].startswith(
-        harness.NO_TIME_LEFT) for each in run.record.data["skipped"]) else "")
+    skipped = [each["why"] for each in run.record.data["skipped"] if each["stage"] == stage.name]
+    left = harness.cut_short(run.record, stage.name) or any(why.startswith(harness.NO_TIME_LEFT) for why in skipped)
+    return Outcome(red, harness.NO_TIME_LEFT if left else "")
 
 
 def seconds(run: Run, name: str) -> float:

@@ -161,6 +161,25 @@ def test_what_is_there_is_run_again_or_what_is_not_is_left_out(tmp_path):
     assert data["earlier"] == [{"device": "here"}]
 
 
+def test_variant_for_which_there_was_no_time_is_given_up_or_costs_the_others(tmp_path, monkeypatch):
+    """Of two measurements the one that has more stays."""
+    cases, given = named("row"), []
+
+    def measured(case, **options):
+        return {"key": case.key, "stage": "ops", "variants": given.pop(0)}
+
+    monkeypatch.setattr(harness, "run_case", measured)
+    record = Record(tmp_path / "run.json", {})
+    timed, late = {"ms": 1.0, "ours": False}, {"not_timed": harness.NO_TIME_LEFT, "ours": False}
+    wanted = [{"a": timed, "b": late}, {"a": late, "b": late}, {"a": timed, "b": timed}]
+    for variants in wanted:
+        given.append(variants)
+        quietly(cases, record)
+        assert not given
+    assert read(record.path)["rows"][0]["variants"] == wanted[-1]
+    quietly(cases, record)
+
+
 def test_a_case_that_cannot_be_made_costs_the_others(tmp_path):
     def needs_timm(model, batch):
         raise ModuleNotFoundError("No module named 'timm'")

@@ -337,7 +337,8 @@ def run_cases(
 ) -> list[str]:
     """Run `cases` in order and write each row to `record` as soon as it is there.
 
-    Cases with times in the record are left out, those with compilers come last. One that would probably not fit into
+    Cases with times in the record are left out, unless there was no time for one of their variants; those with
+    compilers come last. One that would probably not fit into
     what is left of the budget, going by the last rows of its kind, is listed as skipped. Interrupted, it lists the
     rest likewise and passes the interrupt on.
 
@@ -356,7 +357,7 @@ def run_cases(
     began, red, skipped, left = clock(), [], [], budget_s
     took: dict[tuple[bool, str], list[float]] = {}
     made = list(_made(cases, record, stage, progress))
-    done = record.finished()
+    done = record.finished() - cut_short(record, stage)
     waiting = sorted((case for case in made if case.key not in done), key=_is_compiled)
     if len(waiting) < len(made):
         progress(f"{stage}: {len(made) - len(waiting)} of {len(made)} rows are there already")
@@ -371,11 +372,17 @@ def run_cases(
             record.skip(stage, [case.key], why)
             continue
         record.running = case.key
+        earlier = next((each for each in record.rows if each["key"] == case.key), {"variants": {}})
+
+        def keep(row: Row, earlier: Row = earlier) -> None:
+            if _timed(row) >= _timed(earlier):
+                record.add(row)
+
         row_began = clock()
         try:
             row = run_case(
                 case, seconds=seconds, place=place, ceilings=record.data["ceilings"], stage=stage,
-                deadline=row_began + left, keep=record.add,
+                deadline=row_began + left, keep=keep,
             )  # fmt: skip
         except DeviceLost as lost:
             if lost.row is not None:
@@ -385,7 +392,7 @@ def run_cases(
         except KeyboardInterrupt:
             record.skip(stage, [key for key in rest if key not in record.finished()], "interrupted")
             raise
-        record.add(row)
+        keep(row)
         of_kind.append(clock() - row_began)
         left = budget_s - (clock() - began)
         progress(f"{stage} {i + 1}/{len(waiting)}, {max(left, 0):.0f} s left: {case.key}: {summary(row)}")
@@ -398,6 +405,20 @@ def run_cases(
     if skipped:
         progress(f"{stage}: {len(skipped)} of {len(made)} rows skipped, {why}")
     return red
+
+
+def cut_short(record: records.Record, stage: str) -> set[str]:
+    """Keys of the rows of `stage` that lack a variant for which there was no time."""
+    return {
+        row["key"]
+        for row in record.rows
+        if row.get("stage") == stage
+        and any(each.get("not_timed") in (NO_TIME_LEFT, CUT_SHORT) for each in row["variants"].values())
+    }
+
+
+def _timed(row: Row) -> int:
+    return sum("ms" in variant for variant in row["variants"].values())
 
 
 def _is_compiled(case: Case) -> bool:
