@@ -95,15 +95,18 @@ def test_what_hangs_or_loses_the_device_costs_other_tests(workers, stage_of):
         def test_hangs():
             time.sleep(600)
 
+        broken = []
+
         def test_breaks():
+            broken.append(1)
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        def test_right():
+            assert not broken
 
         def test_dies():
             import os
             os._exit(3)
-
-        def test_right():
-            pass
 
         def test_too_large():
             raise RuntimeError("CUDA out of memory")
