@@ -13,7 +13,7 @@ all      all of them, for as long as it takes
 cpu      ceilings, models and ops against what people would use instead
 
 Each is over in nine minutes, check in five; on sixteen cores, with nothing compiled before, the stages of check take
-about 165 s, of tune 230, of models 565, of tests 410, of profile 110 (benchmarks/plans.py has each). Needs nothing but
+about 165 s, of tune 230, of models 605, of tests 410, of profile 110 (benchmarks/plans.py has each). Needs nothing but
 this source tree and a python with torch, triton, timm, transformers, pytest and xdist: no network, nothing installed.
 
 Stages come in order of value, each with a budget; what one leaves goes to the next ones, one that fails or overruns

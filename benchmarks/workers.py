@@ -32,8 +32,8 @@ from vitfast.bench.harness import COMPILERS, SEED  # noqa: E402
 
 # one that needs more is left to few processes
 LIGHT_GIB = 4.0
-# of the memory, for those; the rest is for the others, and what a process needs before it computes anything
-SHARE = 0.6
+# of the memory, for such of one size; the rest is for others, and what a process needs before it computes anything
+SHARE = 0.5
 
 
 def claimed(folder: Path, name: str) -> bool:
@@ -113,34 +113,38 @@ def many(run: Run, plan: str, limit_s: float) -> tuple[float, dict[str, int], li
     return time.perf_counter() - began, counts, problems
 
 
+def call_once(case: Case, variant: Variant) -> None:
+    """In every shape in which the harness will call it."""
+    function, inputs = variant.build(), case.inputs(torch.Generator(case.device).manual_seed(SEED))
+    function(*inputs)
+    if not all(case.per_image) and case.batch > case.check_images:
+        function(*case.cut(inputs, case.check_images))
+    devices.of(case.device).synchronize()
+
+
 def compile_some(plan: str, run: Run, claims: Path, number: int) -> None:
     import torch._inductor.config
 
     torch._inductor.config.autotune_local_cache = False
     cuda = run.device.type == "cuda"
     memory = torch.cuda.get_device_properties(run.device).total_memory / 2**30 if cuda else 1e9
-    found = list(cases(plan, run))
-    heaviest = max(map(gib, found), default=0.0)
-    few = max(1, int(SHARE * memory / max(heaviest, LIGHT_GIB)))
     log = claims / f"log-{number}"
     log.touch()
-    numbered = [(i, case) for i, case in enumerate(found) if gib(case) <= LIGHT_GIB or number < few]
-    # who can takes those first, since few can
-    for i, case in sorted(numbered, key=lambda each: gib(each[1]) <= LIGHT_GIB):
+    # who can takes heavy ones first, since few can
+    for i, case in sorted(enumerate(cases(plan, run)), key=lambda each: gib(each[1]) <= LIGHT_GIB):
+        if gib(case) > LIGHT_GIB and number >= max(1, int(SHARE * memory / gib(case))):
+            continue
         for j, (name, variant) in enumerate(case.variants.items()):
             if not compiles(name, variant) or not claimed(claims, f"{i}-{j}"):
                 continue
             why = ""
             try:
-                function = variant.build()
-                function(*case.inputs(torch.Generator(case.device).manual_seed(SEED)))
-                if cuda:
-                    torch.cuda.synchronize()
+                with devices.of(case.device).current():
+                    call_once(case, variant)
             except Exception as problem:
                 why = devices.first_line(problem)
             with log.open("a") as file:
                 file.write(json.dumps([case.key, name, why]) + "\n")
-            function = None
             torch._dynamo.reset()
             if is_lost(why):
                 os.execv(sys.executable, [sys.executable, *sys.argv])

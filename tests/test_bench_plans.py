@@ -17,6 +17,7 @@ import run as program
 import stages
 import torch
 from bench_cases import layer_norm, make, named, variant
+from bench_runs import SWEEP, runs_in, written
 from simulated_device import SimulatedDevice
 
 from vitfast.bench.harness import DeviceLost
@@ -48,20 +49,7 @@ def plan_of(clock, seen, *of, **how):
 
 @pytest.fixture
 def a_run(tmp_path, monkeypatch):
-    for module in (stages, program):
-        monkeypatch.setattr(module, "STATE", tmp_path / "state")
-
-    def make_run(ends=1e9, data=None, **more):
-        data = data or {"schema": 1, "run": {"device": "x"}, "earlier": [], "ceilings": {}, "rows": [], "skipped": []}
-        kept = stages.Kept(tmp_path / "state" / "x-run.json", data, tmp_path / "out")
-        return stages.Run(torch.device("cpu"), kept, ends, True, "x-run", **more)
-
-    return make_run
-
-
-def written(run):
-    """The record as the output folder has it."""
-    return read(run.out / run.record.path.name)
+    return runs_in(tmp_path, monkeypatch)
 
 
 # budgets
@@ -250,55 +238,6 @@ def test_extension_that_cannot_be_built_stops_the_plan(a_run, monkeypatch):
     assert len(failed) == 1 and "nvcc failed" in failed[0]
     assert written(run)["run"]["extension"] == "absent: no CUDA part: nvcc failed"
     assert written(run)["rows"][0]["notes"]["extension"] == "absent: no CUDA part: nvcc failed"
-
-
-# the sweep
-
-
-SWEEP = """
-import argparse, json, sys
-from pathlib import Path
-parser = argparse.ArgumentParser()
-parser.add_argument("--out", type=Path)
-for name in ("resume", "tiny"):
-    parser.add_argument(f"--{{name}}", action="store_true")
-for name in ("limit", "compile"):
-    parser.add_argument(f"--{{name}}", type=float)
-told = parser.parse_args()
-rows = json.loads(told.out.read_text())["rows"] if told.resume and told.out.exists() else {{}}
-rows[f"row {{len(rows)}}"] = {{"stock": {{"ms": 1.0}}}}
-told.out.write_text(json.dumps({{"schema": 1, "rows": rows, "machine": {{"commit": None}}}}))
-sys.exit(({statuses})[len(rows) - 1])
-"""
-
-
-@pytest.mark.parametrize("statuses, done, failed", [
-    ((4, 4, 0), 3, 0), ((4, 0), 2, 0), ((1, 0), 1, 1), ((3, 0), 2, 1), ((2,), 1, 1),
-])  # fmt: skip
-def test_sweep_is_not_gone_on_with_or_its_failure_not_told(statuses, done, failed, a_run, tmp_path, monkeypatch):
-    script = tmp_path / "sweep.py"
-    script.write_text(SWEEP.format(statuses=(*statuses, 9)))
-    monkeypatch.setattr(gpu_stages, "SWEEP", script)
-    run, plan = a_run(), [plans.PLANS["tune"][1]]
-    told = [line for _ in range(4) for line in stages.go(plan, run)]
-    assert len(told) == failed and all(line.startswith("sweep: exit status") for line in told)
-    assert len(json.loads((run.out / "x-tune.json").read_text())["rows"]) == done
-
-
-def test_tables_of_the_sweep_are_not_those_of_the_models(a_run, tmp_path, monkeypatch):
-    """This process has loaded the old ones."""
-    begun, digests = [], ["a", "b"]
-    script = tmp_path / "defaults.py"
-    script.write_text("import sys; print(sys.argv[1:]); sys.exit(1)")
-    monkeypatch.setattr(gpu_stages, "DEFAULTS", script)
-    monkeypatch.setattr(gpu_stages, "sources", lambda: digests.pop(0))
-    run = a_run(restart=lambda: begun.append(1))
-    stages.go([plans.DEFAULTS], run)
-    assert "no sweep" in written(run)["run"]["defaults"] and not begun
-    run.tuned.write_text("{}")
-    assert stages.go([plans.DEFAULTS], run) == []
-    noted = written(run)["run"]["defaults"]
-    assert noted["status"] == 1 and str(run.tuned) in noted["last"] and begun
 
 
 # going on

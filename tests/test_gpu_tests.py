@@ -1,11 +1,9 @@
 """`benchmarks/gpu_tests.py` and its pytest plugin: what is known of tests when the time is up, or a process is gone."""
 
-import json
 import re
 import subprocess
 import sys
 import textwrap
-from dataclasses import replace
 from pathlib import Path
 
 import gpu_tests
@@ -13,11 +11,8 @@ import profile_kernels
 import pytest
 import stages
 import torch
-import workers
-from bench_cases import layer_norm, make, variant
 from outcomes import Outcomes, is_lost
 
-from vitfast.bench.case import Variant
 from vitfast.bench.record import read
 
 ROOT = Path(__file__).parent.parent
@@ -207,41 +202,6 @@ def test_what_many_compiled_is_compiled_again_after_ceilings():
     command = [sys.executable, "-c", PRECISIONS, str(ROOT / "benchmarks")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-# workers
-
-
-def model_case(batch, mode, name):
-    return make({"torch": variant(layer_norm), "vitfast": variant(layer_norm, ours=True)}, kind="model", mode=mode,
-                name=name, batch=batch, shape={"tokens": 197, "dim": 768, "depth": 12})  # fmt: skip
-
-
-def test_variant_is_compiled_twice_or_by_who_has_no_memory(tmp_path, monkeypatch):
-    taken = {}
-    cases = [model_case(1, "inference", "light"), model_case(256, "training", "heavy")]
-    built = {case.name: [] for case in cases}
-
-    def counting(case):
-        def build():
-            built[case.name].append(1)
-            raise ValueError("it does not compile")
-
-        return replace(case, inputs=lambda generator: (), variants={
-            name: Variant(build, ours=each.ours) for name, each in case.variants.items()
-        })  # fmt: skip
-
-    monkeypatch.setattr(workers, "cases", lambda plan, run: map(counting, cases))
-    monkeypatch.setattr(workers, "SHARE", 2e-8)  # of what stands for a CPU's memory: for one heavy one
-    run = stages.Run(torch.device("cpu"), None, 0.0, True, "x")
-    for number in (3, 0, 1):
-        workers.compile_some("models", run, tmp_path, number)
-        taken[number] = [json.loads(line)[0] for line in (tmp_path / f"log-{number}").read_text().splitlines()]
-    assert taken == {3: [cases[0].key], 0: [cases[1].key], 1: []}
-    assert {name: len(times) for name, times in built.items()} == {"light": 1, "heavy": 1}
-    assert "it does not compile" in (tmp_path / "log-0").read_text()
-    assert not workers.compiles("timm max-autotune", Variant(layer_norm))
-    assert workers.compiles("timm reduce-overhead", Variant(layer_norm))
 
 
 # ncu
