@@ -20,8 +20,8 @@ Stages come in order of value, each with a budget; what one leaves goes to the n
 costs those after it nothing, and what does not fit is listed as skipped. What is known is on disk after every row and
 every test: in benchmarks/state, with a copy in --out, <device>-<plan>.json and of the sweep <device>-tune.json, at most
 eight files. `next`, `all` and --resume go on with the newer of both, so on another machine files of an earlier call can
-be put into either; a stage that is done is not run again, rows and tests that are there neither. Without --resume an
-earlier record of a plan gets the suffix .before.
+be put into either (`next` and `all` take those of another commit from benchmarks/state only); a stage that is done is
+not run again, rows and tests that are there neither. A record that is not gone on with gets the suffix .before.
 --tiny runs every stage on small sizes, on any device, to see whether all works.
 
 Compilers keep their results in $VITFAST_CACHE_DIR (~/.cache/vitfast), in a folder named after device and versions.
