@@ -54,14 +54,15 @@ bench: $(VENV)/.bench ## time models and ops on this CPU against timm, torch.com
 	$(BIN)/python benchmarks/run.py cpu $(if $(RESUME),--resume) $(if $(OUT),--out $(OUT))
 	$(BIN)/python benchmarks/bench_cpu.py --out $(or $(OUT),benchmarks/results)
 
-gpu: ## RUN=a|b|c|d: test and time on a GPU within nine minutes, with the PYTHON that has torch; RESUME=1 goes on
-	$(PYTHON) benchmarks/run.py $(or $(RUN),$(error RUN must be a, b, c or d)) $(if $(RESUME),--resume) $(if $(OUT),--out $(OUT))
+gpu: ## RUN=check|tune|models|tests|profile|rest|next|all: test and time on a GPU, with the PYTHON that has torch; MINUTES=9
+	$(PYTHON) benchmarks/run.py $(or $(RUN),$(error RUN must be check, tune, models, tests, profile, rest, next or all)) \
+		$(if $(MINUTES),--minutes $(MINUTES)) $(if $(RESUME),--resume) $(if $(OUT),--out $(OUT))
 
 report: $(VENV)/.bench ## write the README's tables and pictures from benchmarks/results
 	$(BIN)/python benchmarks/make_report.py
 
 clean: ## remove the environments and everything that was built
-	rm -rf $(VENV) .venv-newest build dist *.egg-info .pytest_cache .ruff_cache demo_output
+	rm -rf $(VENV) .venv-newest build dist *.egg-info .pytest_cache .ruff_cache demo_output benchmarks/state
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.created:

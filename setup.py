@@ -18,7 +18,8 @@ import shlex
 import shutil
 import subprocess
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -89,10 +90,7 @@ class BuildWhatIsPossible(build_ext):
         try:
             compiler = self.find_compiler()
             report["compiler"] = run([*compiler, "--version"]).splitlines()[0]
-            with ThreadPoolExecutor(1) as beside:
-                # nvcc takes as long as all the rest: its last processes leave cores idle
-                cuda = beside.submit(self.compile_cuda, wanted, options, report)
-                self.compile_and_link(compiler, cuda, target, report)
+            self.compile_and_link(compiler, wanted, options, target, report)
             report["extension"] = True
         except Missing as reason:
             if wanted == "1":
@@ -114,8 +112,12 @@ class BuildWhatIsPossible(build_ext):
                 return [name]
         raise Missing("no C++ compiler (c++, g++, clang++) was found")
 
-    def compile_cuda(self, wanted: str, options: list[str], report: dict) -> tuple[list[str], list[str]]:
-        """Object files and linker options of the CUDA part; none, with the reason in `report`, where it cannot be."""
+    def start_cuda(
+        self, wanted: str, options: list[str], pool: ThreadPoolExecutor, report: dict
+    ) -> tuple[list[Future[str]], list[str]]:
+        """Object files in the making and linker options of the CUDA part; none, with the reason in `report`, where
+        there can be none. nvcc compiles for the architectures side by side.
+        """
         if wanted == "0":
             report["why_no_cuda"] = "built with VITFAST_BUILD_CUDA=0"
             return [], []
@@ -128,28 +130,22 @@ class BuildWhatIsPossible(build_ext):
             libraries = re.search(r"^#\$ LIBRARIES=(.*)$", dry, re.MULTILINE)
             if libraries is None:
                 raise Missing("nvcc --dryrun did not name its libraries")
-            objects = self.compile_cuda_sources(nvcc, options)
-            report["cuda"] = True
-            report["nvcc"] = re.search(r"release ([\d.]+)", run([nvcc, "--version"])).group(1)
-            report["archs"] = [option.rpartition("code=")[2] for option in options]
-            # static, and without symbols of its own: it does not meet torch's runtime
-            return objects, [*shlex.split(libraries.group(1)), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+            release = re.search(r"release ([\d.]+)", run([nvcc, "--version"])).group(1)
         except Missing as reason:
             if wanted == "1":
                 raise
             report["why_no_cuda"] = str(reason)
             return [], []
-
-    def compile_cuda_sources(self, nvcc: str, options: list[str]) -> list[str]:
-        """Object files. nvcc compiles for the architectures side by side."""
+        report["nvcc"], report["archs"] = release, [option.rpartition("code=")[2] for option in options]
         flags = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC", "-Xcompiler", "-fvisibility=hidden", "--threads", "0"]
-        objects = [str(self.object_dir() / f"{source}.o") for source in CUDA_SOURCES]
-        for source, target in zip(CUDA_SOURCES, objects, strict=True):
-            run([nvcc, "-c", str(CSRC / source), "-o", target, *flags, *options])
-        return objects
+        objects = [
+            pool.submit(self.compile, [nvcc], source, f"{source}.o", [*flags, *options]) for source in CUDA_SOURCES
+        ]
+        # static, and without symbols of its own: it does not meet torch's runtime
+        return objects, [*shlex.split(libraries.group(1)), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
 
     def compile_and_link(
-        self, compiler: list[str], cuda: Future[tuple[list[str], list[str]]], target: Path, report: dict
+        self, compiler: list[str], wanted: str, options: list[str], target: Path, report: dict
     ) -> None:
         try:
             import pybind11
@@ -165,12 +161,25 @@ class BuildWhatIsPossible(build_ext):
         flags += ["-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
         flags += self.openmp(compiler, report)
         sets = {"portable": [], **(X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else {})}
-        compiled = {
-            isa: (KERNELS, f"{KERNELS}.{isa}.o", [*flags, f"-DVITFAST_ISA={isa}", *options])
-            for isa, options in sets.items()
-        }
+        # a compiler each: the longest takes as long as all others together
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            made = {isa: pool.submit(self.compile, compiler, *what) for isa, what in compiled.items()}
+            of_cuda, link = self.start_cuda(wanted, options, pool, report)
+            made = {
+                isa: pool.submit(
+                    self.compile, compiler, KERNELS, f"{KERNELS}.{isa}.o", [*flags, f"-DVITFAST_ISA={isa}", *more]
+                )
+                for isa, more in sets.items()
+            }
+
+            def bindings(isas: Iterable[str], cuda: bool) -> list[Future[str]]:
+                defines = [f"-DVITFAST_HAS_{isa.upper()}" for isa in isas] + ["-DVITFAST_CUDA"] * cuda
+                return [
+                    pool.submit(self.compile, compiler, name, f"{name}.o", [*flags, *includes, *defines])
+                    for name in (*SOURCES, *[CUDA_BINDINGS] * cuda)
+                ]
+
+            # beside what they bind, as if all of that would be there
+            bound = bindings(sets, bool(of_cuda))
             objects = []
             for isa in made:
                 try:
@@ -180,13 +189,18 @@ class BuildWhatIsPossible(build_ext):
                     if isa == "portable":
                         raise
                     report["why_no_isa"][isa] = str(reason)
-            of_cuda, link = cuda.result()
-            defines = [f"-DVITFAST_HAS_{isa.upper()}" for isa in report["isas"]]
-            defines += ["-DVITFAST_CUDA"] if report["cuda"] else []
-            sources = [*SOURCES, CUDA_BINDINGS] if report["cuda"] else SOURCES
-            made = [pool.submit(self.compile, compiler, name, f"{name}.o", [*flags, *includes, *defines])
-                    for name in sources]  # fmt: skip
-            objects += [*of_cuda, *(one.result() for one in made)]
+            try:
+                objects += [one.result() for one in of_cuda]
+                report["cuda"] = bool(of_cuda)
+            except Missing as reason:
+                if wanted == "1":
+                    raise
+                link, report["why_no_cuda"] = [], str(reason)
+            # what these say counts only if they are the last
+            wait(bound)
+            if report["isas"] != [*sets] or report["cuda"] != bool(of_cuda):
+                bound = bindings(report["isas"], report["cuda"])
+            objects += [one.result() for one in bound]
         link = [*link, *report["openmp"]]
         shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared", "-s"]
         # under another name first: a process that has the old one loaded keeps it

@@ -2,7 +2,8 @@
 
     python benchmarks/defaults.py [--from FILE ...] [--write] [--into FOLDER]
 
-Reads benchmarks/results/sweeps/*.json, and the files after --from beside them. Prints what each table has, and which
+Reads benchmarks/results/*-tune.json, and the files after --from beside them or, where the name is the same, in their
+place. Of several records of a card a shape counts in the newest that has it. Prints what each table has, and which
 choices change; --write writes the tables, all of them or none.
 
 The rule: the kernel runs a shape where one of its configurations was faster than every stock operator that could take
@@ -32,7 +33,7 @@ from vitfast import builtin  # noqa: E402
 from vitfast.bench.record import write_text  # noqa: E402
 from vitfast.kernels import tuning  # noqa: E402
 
-SWEEPS = ROOT / "benchmarks" / "results" / "sweeps"
+RESULTS, OF_SWEEPS = ROOT / "benchmarks" / "results", "*-tune.json"
 RECORD_SCHEMA = 2
 # times that count as equal
 EQUAL = 1.02
@@ -48,7 +49,7 @@ class Evidence(NamedTuple):
     """One row of a record: who ran a shape on a card, and how fast."""
 
     card: str
-    row: str
+    date: str
     stock: Mapping[str, Variant]
     ours: Mapping[str, Variant]
     beyond_reach: Mapping[str, Variant]
@@ -84,7 +85,7 @@ def evidence(records: Iterable[Mapping[str, Any]]) -> dict[int, dict[Key, list[E
     """Rows that decide something, by architecture and by kernel and shape."""
     found: dict[int, dict[Key, list[Evidence]]] = {}
     for record in records:
-        for name, row in record["rows"].items():
+        for row in record["rows"].values():
             if row["kernel"] is None:
                 continue
             timed = {v: each for v, each in row["variants"].items() if "ms" in each and each.get("accepted", True)}
@@ -105,9 +106,17 @@ def evidence(records: Iterable[Mapping[str, Any]]) -> dict[int, dict[Key, list[E
                 ours.pop("", None)
             if stock and ours:
                 key = row["kernel"], tuple(row["shape"])
-                one = Evidence(record["machine"]["device"], name, stock, ours, beyond)
+                one = Evidence(record["machine"]["device"], record["machine"]["date"], stock, ours, beyond)
                 found.setdefault(arch_of(record), {}).setdefault(key, []).append(one)
-    return found
+    return {arch: {key: newest(rows) for key, rows in shapes.items()} for arch, shapes in found.items()}
+
+
+def newest(rows: Sequence[Evidence]) -> list[Evidence]:
+    """Of each card only what its newest record says."""
+    dates: dict[str, str] = {}
+    for row in rows:
+        dates[row.card] = max(dates.get(row.card, ""), row.date)
+    return [row for row in rows if row.date == dates[row.card]]
 
 
 def faster(a: Variant, b: Variant) -> bool:
@@ -217,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--into", type=Path, default=builtin.FOLDER, help=argparse.SUPPRESS)
     told = parser.parse_args(argv)
     try:
-        records = {path.name: read(path) for path in itertools.chain(sorted(SWEEPS.glob("*.json")), told.more)}
+        records = {path.name: read(path) for path in itertools.chain(sorted(RESULTS.glob(OF_SWEEPS)), told.more)}
         made = tables(records)
     except (OSError, ValueError, KeyError) as problem:
         print(f"defaults: {type(problem).__name__}: {problem}", file=sys.stderr)

@@ -77,6 +77,9 @@ def load(folder: Path) -> tuple[list[Device], list[str]]:
     parts: dict[tuple[bool, str], Row] = {}
     files: dict[tuple[bool, str], list[Path]] = {}
     for file in sorted(folder.glob("*.json")):
+        # of the sweep, which has other rows
+        if file.name.endswith("-tune.json"):
+            continue
         if _has_no_schema(file):
             found = json.loads(file.read_text(encoding="utf-8"))
             if not PARTS & found.keys() or "device_type" not in found["run"]:

@@ -300,7 +300,7 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sets", nargs="*", choices=[*SETS, []], metavar="SET", help=f"of {', '.join(SETS)}")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "sweeps" / "sweep.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "sweep-tune.json")
     parser.add_argument("--resume", action="store_true", help="go on with the file that is there")
     parser.add_argument("--limit", type=float, default=530.0, help="seconds for all (default: %(default).0f)")
     parser.add_argument("--compile", type=float, default=120.0, help="seconds of that for compiling")

@@ -20,13 +20,15 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import outcomes
+
 from vitfast.bench.device import first_line
 from vitfast.bench.harness import DeviceLost
 
 NOT_FINISHED = "not compiled in time"
 FLAG = "--claims"
-# of a kernel's first call that broke the device, and of one that this process cannot make any more
-LOST = ("CUDA error", "CUDA_ERROR", "AcceleratorError")
+# of a worker's environment: which of them it is, from 0
+NUMBER = "VITFAST_WORKER"
 POLL_S = 0.05
 
 Task = tuple[str, Callable[[], Any]]
@@ -49,20 +51,21 @@ def run_by_many(command: Sequence[str], workers: int, limit_s: float) -> dict[st
     """
     with tempfile.TemporaryDirectory() as folder:
         claims, ends = Path(folder), time.perf_counter() + limit_s
-        running = [_start([*command, FLAG, folder], claims) for _ in range(workers)]
+        command = [*command, FLAG, folder]
+        running = [(_start(command, claims, number), number) for number in range(workers)]
         died: dict[int, int] = {}
         try:
             while running and time.perf_counter() < ends:
                 time.sleep(POLL_S)
-                for process in [each for each in running if each.poll() is not None]:
-                    running.remove(process)
+                for process, number in [each for each in running if each[0].poll() is not None]:
+                    running.remove((process, number))
                     if process.returncode:
                         died[process.pid] = process.returncode
                         # one that got nowhere would get nowhere again
                         if any(pid == process.pid for _, pid in _claimed(claims)):
-                            running.append(_start([*command, FLAG, folder], claims))
+                            running.append((_start(command, claims, number), number))
         finally:
-            for process in running:
+            for process, _ in running:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
@@ -102,11 +105,18 @@ def work(folder: Path, tasks: Iterable[Task]) -> None:
 
 def is_lost(why: str) -> bool:
     """Whether a message says that the device answers no more."""
-    return DeviceLost.__name__ in why or any(word in why for word in LOST)
+    return DeviceLost.__name__ in why or outcomes.is_lost(why)
 
 
-def _start(command: Sequence[str], folder: Path) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def number() -> int:
+    """Which of the workers this process is, from 0."""
+    return int(os.environ[NUMBER])
+
+
+def _start(command: Sequence[str], folder: Path, number: int) -> subprocess.Popen:
+    # each compiles by itself
+    alone = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    environment = {**os.environ, **alone, NUMBER: str(number)}
     with (folder / "log").open("a") as log:
         # a session of its own, so that the compilers it starts end with it
         return subprocess.Popen(

@@ -23,7 +23,7 @@ VITS = (
 def run(device="NVIDIA H200", gpu=True, date="2026-11-20T10:00:00Z", commit="abc1234", dirty=False):
     more = {"driver": "580.1", "cuda": "13.0", "triton": "3.6.0"} if gpu else {}
     return {
-        "command": "python benchmarks/run.py b", "date": date, "commit": commit, "dirty": dirty, "device": device,
+        "command": "python benchmarks/run.py models", "date": date, "commit": commit, "dirty": dirty, "device": device,
         "device_type": "cuda" if gpu else "cpu", "threads": 2, "torch": "2.11.0", "timm": "1.0.31", **more,
     }  # fmt: skip
 

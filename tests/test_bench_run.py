@@ -123,6 +123,25 @@ def test_rows_that_do_not_fit_the_budget_are_run_or_go_unmentioned(tmp_path, mon
     assert "1/5, 25 s left" in told[0] and "2 of 5 rows skipped" in told[-1]
 
 
+def test_one_slow_compiled_row_costs_the_cheap_ones_behind_it(tmp_path, monkeypatch):
+    """A compiler that took 230 s, at the front of a stage of 300."""
+    now, ran = [0.0], []
+
+    def timed(case, **options):
+        ran.append(case.name)
+        now[0] += 230.0 if "torch compiled" in case.variants else 5.0
+        return {"key": case.key, "variants": {"torch": {"ms": 1.0, "ours": False}}, "kind": "op"}
+
+    monkeypatch.setattr(harness, "run_case", timed)
+    record = Record(tmp_path / "run.json", {})
+    slow = [make({"torch compiled": variant(layer_norm)}, name=name) for name in ("slow", "slower")]
+    training = make({}, name="training", mode="forward+backward")
+    _, told = quietly([*slow, *named("a", "b", "c"), training], record, budget_s=300, clock=lambda: now[0])
+    assert ran == ["a", "b", "c", "training", "slow"]
+    (skipped,) = read(record.path)["skipped"]
+    assert skipped["key"] == slow[1].key and "50 s of 300, a row takes about 230" in skipped["why"]
+
+
 def test_what_is_there_is_run_again_or_what_is_not_is_left_out(tmp_path):
     path = tmp_path / "run.json"
     cases = named("done", "failed", "skipped", "new")
@@ -140,6 +159,25 @@ def test_what_is_there_is_run_again_or_what_is_not_is_left_out(tmp_path):
     assert rows[cases[0].key]["variants"] == run_done["variants"]
     assert all(rows[case.key]["variants"]["vitfast"]["ms"] > 0 for case in cases[1:]) and data["skipped"] == []
     assert data["earlier"] == [{"device": "here"}]
+
+
+def test_variant_for_which_there_was_no_time_is_given_up_or_costs_the_others(tmp_path, monkeypatch):
+    """Of two measurements the one that has more stays."""
+    cases, given = named("row"), []
+
+    def measured(case, **options):
+        return {"key": case.key, "stage": "ops", "variants": given.pop(0)}
+
+    monkeypatch.setattr(harness, "run_case", measured)
+    record = Record(tmp_path / "run.json", {})
+    timed, late = {"ms": 1.0, "ours": False}, {"not_timed": harness.NO_TIME_LEFT, "ours": False}
+    wanted = [{"a": timed, "b": late}, {"a": late, "b": late}, {"a": timed, "b": timed}]
+    for variants in wanted:
+        given.append(variants)
+        quietly(cases, record)
+        assert not given
+    assert read(record.path)["rows"][0]["variants"] == wanted[-1]
+    quietly(cases, record)
 
 
 def test_a_case_that_cannot_be_made_costs_the_others(tmp_path):

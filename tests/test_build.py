@@ -258,6 +258,52 @@ def test_chosen_architectures_are_ignored(builder, sdist, tmp_path):
         assert "nvcc was not found" in report_of(package)["why_no_cuda"]
 
 
+# stands for nvcc and c++: notes when it began and ended a source, of which the longest takes two seconds
+SLOW = """#!/bin/sh
+case "$*" in *--version*) echo "release 13.0, V13.0";; *--dryrun*) echo '#$ LIBRARIES= ';; esac
+source= output= before=
+for option; do
+    case $before in -o) output=$option;; -c) source=$option;; esac
+    before=$option
+done
+if [ "$source" ]; then
+    echo "begin $source" >> {log}
+    case $source in *patch_embed.cu) sleep 2;; esac
+    echo "end $source" >> {log}
+fi
+[ -z "$output" ] || touch "$output"
+"""
+
+
+def test_source_waits_for_the_longest(tmp_path):
+    compiler, log = tmp_path / "compiler", tmp_path / "log"
+    compiler.write_text(SLOW.format(log=log))
+    compiler.chmod(0o755)
+    code = (
+        "import os, runpy, sys; os.cpu_count = lambda: 16; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+    )
+    status, said = run(
+        sys.executable, "-c", code, ROOT / "setup.py", "build_ext", "--build-lib", tmp_path / "lib", "--build-temp",
+        tmp_path / "temp", CXX=str(compiler), NVCC=str(compiler), VITFAST_BUILD_CUDA="1", PYTHONPATH=str(ROOT),
+    )  # fmt: skip
+    assert status == 0, said
+    lines = log.read_text().splitlines()
+    assert lines.index("end csrc/patch_embed.cu") == len(lines) - 1
+    assert {"begin csrc/cuda_probe.cu", "begin csrc/bindings.cpp", "begin csrc/bindings_cuda.cpp"} < {*lines}
+
+
+def test_cuda_source_that_does_not_compile_costs_more_than_the_cuda_part(builder, sdist, tmp_path):
+    """Bindings were compiled for it already."""
+    compiler = tmp_path / "nvcc"
+    compiler.write_text(SLOW.format(log=tmp_path / "log").replace("sleep 2", "echo 'error: no such card' >&2; exit 1"))
+    compiler.chmod(0o755)
+    code, said, package = build(builder, sdist, tmp_path, NVCC=str(compiler))
+    assert code == 0, said
+    assert line_of(said).endswith("; no CUDA part: nvcc failed: error: no such card)")
+    features, probe, *_ = call_extension(package)
+    assert probe is None and isinstance(features, dict) and not report_of(package)["cuda"]
+
+
 WORDS = [
     ((0, 13000, 35), "no NVIDIA driver is installed"),
     ((12040, 13000, 35), "driver is too old: it supports CUDA 12.4, vitfast was built with 13.0; driver 580 or newer"),

@@ -1,7 +1,6 @@
 """`benchmarks/defaults.py`: from made-up records to the tables that ops read; and the committed ones hold together."""
 
 import json
-from pathlib import Path
 
 import defaults
 import pytest
@@ -82,6 +81,17 @@ def test_a_card_loses_where_cards_disagree(order):
     assert only(*[h100, h200][::order])[0] == "stock"
 
 
+def test_an_older_record_of_a_card_counts_where_a_newer_has_the_shape():
+    old, new = (record(row(stock(1.0), timed(ms, config=A))) for ms in (1.5, 0.5))
+    other = [*SHAPE[:3], 192, *SHAPE[4:]]
+    old["rows"]["other"] = row(stock(1.0), timed(0.8, config=B), shape=other)
+    new["machine"]["date"] = "2026-12-01"
+    for records in ((old, new), (new, old)):
+        assert {(str(use), config["block_m"]) for _, use, config, _ in choices(*records)[90]} == {
+            ("kernel", 64), ("kernel", 128)
+        }  # fmt: skip
+
+
 def test_another_architecture_shares_the_choice():
     found = choices(record(row(stock(1.0), timed(0.7, config=A))), record(row(stock(1.0), timed(2.0, config=A)),
                                                                           capability="8.0"))  # fmt: skip
@@ -129,10 +139,10 @@ def test_ops_read_something_else_than_was_written(tmp_path, monkeypatch, capsys)
     tables.mkdir()
     whole = {"kernel": "whole", "block_m": 128}
     mlp = [*SHAPE[:2], 14, 768, 192, "layer gelu"]
-    (sweeps / "a.json").write_text(json.dumps(record(row(stock(2.0), timed(1.0, config=A)))))
+    (sweeps / "a-tune.json").write_text(json.dumps(record(row(stock(2.0), timed(1.0, config=A)))))
     (tmp_path / "more.json").write_text(json.dumps(record(row(stock(2.0), timed(1.0, config=whole), kernel="mlp",
                                                               shape=mlp))))  # fmt: skip
-    monkeypatch.setattr(defaults, "SWEEPS", sweeps)
+    monkeypatch.setattr(defaults, "RESULTS", sweeps)
     arguments = ["--from", str(tmp_path / "more.json"), "--into", str(tables)]
     assert defaults.main(arguments) == 0 and not list(tables.iterdir())
     assert defaults.main([*arguments, "--write"]) == 0
@@ -165,7 +175,7 @@ def test_a_record_that_cannot_be_used_leaves_half_a_table(tmp_path, text, capsys
 
 
 def test_the_committed_tables_are_others_than_the_committed_records_say():
-    records = {path.name: defaults.read(path) for path in sorted(defaults.SWEEPS.glob("*.json"))}
+    records = {path.name: defaults.read(path) for path in sorted(defaults.RESULTS.glob(defaults.OF_SWEEPS))}
     made = defaults.tables(records)
     assert made and {path.name for path in builtin.FOLDER.glob("measured_sm*.json")} == {
         builtin.path_of(arch).name for arch in made
@@ -176,7 +186,7 @@ def test_the_committed_tables_are_others_than_the_committed_records_say():
 
 def test_a_row_of_a_committed_table_loses_on_its_card():
     """From the record without the program."""
-    for path in Path(defaults.SWEEPS).glob("*.json"):
+    for path in defaults.RESULTS.glob(defaults.OF_SWEEPS):
         data = defaults.read(path)
         table = {(r.kernel, list(r.shape).__str__()): r for r in builtin.table(defaults.arch_of(data))}
         for each in data["rows"].values():

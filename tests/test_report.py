@@ -51,6 +51,16 @@ def one_row(site, change=lambda variants: None, names=("timm", "vitfast", "torch
     return row
 
 
+def test_files_of_other_plans_cost_the_report(site):
+    """What the sweep writes has no rows of cases, and what tests leave has none at all."""
+    one_row(site)
+    (site / "results" / "some-gpu-tune.json").write_text(json.dumps({"schema": 1, "rows": {"fc1": {}}, "machine": {}}))
+    run = json.loads((site / "results" / "run.json").read_text())
+    others = run | {"rows": [], "stages": {"kernels": {"done": True}}, "lost": {}}
+    (site / "results" / "some-gpu-tests.json").write_text(json.dumps(others))
+    assert report(site) == 0 and blocks(site)["gpu throughput"] != NOT_MEASURED
+
+
 def test_a_block_without_a_file_says_anything_but_that_it_was_not_measured(site):
     assert report(site) == 0
     assert blocks(site) == dict.fromkeys(NAMES, NOT_MEASURED)

@@ -1,5 +1,6 @@
 """What ran on a device: which kernels, and what compute-sanitizer says of them."""
 
+import functools
 import os
 import shutil
 import subprocess
@@ -23,6 +24,16 @@ class Launches:
             launch(kernel, *rest, **more)
 
         return counted
+
+
+@functools.cache
+def why_no_sanitizer():
+    """Why compute-sanitizer says nothing of kernels here, '' where it does: it may be there and not be allowed to."""
+    if SANITIZER is None:
+        return "there is no compute-sanitizer"
+    command = [SANITIZER, "--tool=memcheck", sys.executable, "-c", "import torch; torch.ones(3).cuda().sum().item()"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return "" if done.returncode == 0 else f"compute-sanitizer does not work: {(done.stdout + done.stderr)[-300:]}"
 
 
 def sanitized(tool, code):

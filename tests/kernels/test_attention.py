@@ -140,6 +140,7 @@ def test_one_bad_image_spoils_another(where, bad, forward, backward, device):
         assert torch.isfinite(got[1, :, 1]).all() == torch.isfinite(expected[1, :, 1]).all()
 
 
+@pytest.mark.alone
 def test_row_past_two_to_the_31_is_read_elsewhere(device):
     """The last image and row of tensors whose offsets need 64 bits; the memory between is never touched."""
     D, step = 16, (1 << 31) + 16

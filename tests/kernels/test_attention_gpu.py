@@ -75,6 +75,7 @@ def test_replayed_graph_drops_the_same_weights_again(device):
     assert torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])
 
 
+@pytest.mark.alone
 def test_last_of_more_than_two_to_the_31_numbers_is_another(device):
     """The last image of a whole that 32 bits do not count, against the same image alone."""
     B = (1 << 31) // (197 * 3 * 12 * 64) + 2
@@ -110,6 +111,7 @@ for D in (64, 72):
 """
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(SANITIZER is None, reason="there is no compute-sanitizer")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_kernel_reads_beside_its_tensors_or_races(tool):

@@ -276,6 +276,7 @@ def test_activation_is_of_another_flavour(act, dtype, device):
     assert torch.equal(for_bad.isnan(), expected.isnan()) and torch.equal(for_bad.isinf(), expected.isinf())
 
 
+@pytest.mark.alone
 def test_row_past_two_to_the_31_is_read_elsewhere(device):
     """Rows and residual whose offsets need 64 bits, in every way to share the work that takes such strides."""
     K = N = 32

@@ -50,6 +50,7 @@ def test_configuration_of_this_device_is_wrong(dtype, device):
             check_forward(config, given, saves=True, what=f"{config}, {M} rows", as_it_is=True)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("D", (768, 1024))
 def test_last_of_more_than_two_to_the_31_numbers_is_another(D, device):
     """Rows past 2**31 numbers against the same rows alone, in every kernel of an MLP and its backward."""
@@ -145,6 +146,7 @@ all_of_a_block(2, 67, 192, torch.bfloat16, "cuda")()
 """
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(SANITIZER is None, reason="there is no compute-sanitizer")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_kernel_reads_beside_its_tensors_or_races(tool):

@@ -271,6 +271,7 @@ def test_empty_batch_is_refused_or_leaves_garbage(shape, device):
     assert all(torch.equal(v, torch.zeros_like(v)) for v in vectors)
 
 
+@pytest.mark.alone
 def test_row_past_two_to_the_31_is_read_elsewhere(device):
     C = 64
     far = far_apart(C, torch.float16, device)

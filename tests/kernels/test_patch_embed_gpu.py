@@ -104,6 +104,7 @@ def test_kernel_runs_on_the_current_device_and_not_on_its_tensors():
     assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("layout", ["planar", "channels last"])
 def test_last_of_more_than_two_to_the_31_pixels_is_another(layout, device):
     """The last images against the same images alone; tokens past 2**31 numbers too."""
@@ -168,6 +169,7 @@ torch.cuda.synchronize()
 """
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(SANITIZER is None, reason="there is no compute-sanitizer")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
 def test_kernel_reads_beside_its_tensors_or_races(tool):

@@ -32,6 +32,8 @@ Row = dict[str, Any]
 
 SEED = 0
 NO_TIME_LEFT = "no time left"
+# what names of variants end in that take most of the time of a row to get ready
+COMPILERS = ("compiled", "reduce-overhead", "max-autotune")
 # by variant: how long it last took to build, so that a compiler is not started that cannot finish in time
 TOOK_S: dict[str, float] = {}
 CUT_SHORT = "the run was cut short while its process ran"
@@ -335,9 +337,10 @@ def run_cases(
 ) -> list[str]:
     """Run `cases` in order and write each row to `record` as soon as it is there.
 
-    Cases with times in the record are left out. Before one that would probably not fit into what is left of the
-    budget, going by the last rows, it stops and lists the rest as skipped. Interrupted, it lists the rest likewise
-    and passes the interrupt on.
+    Cases with times in the record are left out, unless there was no time for one of their variants; those with
+    compilers come last. One that would probably not fit into
+    what is left of the budget, going by the last rows of its kind, is listed as skipped. Interrupted, it lists the
+    rest likewise and passes the interrupt on.
 
     Args:
         cases: a callable makes its case when its turn comes.
@@ -351,26 +354,35 @@ def run_cases(
     Raises:
         DeviceLost: after noting the rest as skipped.
     """
-    began, took, red = clock(), [], []
+    began, red, skipped, left = clock(), [], [], budget_s
+    took: dict[tuple[bool, str], list[float]] = {}
     made = list(_made(cases, record, stage, progress))
-    done = record.finished()
-    waiting = [case for case in made if case.key not in done]
+    done = record.finished() - cut_short(record, stage)
+    waiting = sorted((case for case in made if case.key not in done), key=_is_compiled)
     if len(waiting) < len(made):
         progress(f"{stage}: {len(made) - len(waiting)} of {len(made)} rows are there already")
     for i, case in enumerate(waiting):
         left = budget_s - (clock() - began)
         rest = [each.key for each in waiting[i:]]
-        needed = max(took[-3:], default=seconds)
+        of_kind = took.setdefault((_is_compiled(case), case.mode), [])
+        needed = max(of_kind[-3:], default=seconds)
         if needed > left:
+            skipped.append(case.key)
             why = f"{NO_TIME_LEFT}: {max(left, 0):.0f} s of {budget_s:.0f}, a row takes about {needed:.0f}"
-            record.skip(stage, rest, why)
-            progress(f"{stage}: {len(rest)} of {len(made)} rows skipped, {why}")
-            break
+            record.skip(stage, [case.key], why)
+            continue
+        record.running = case.key
+        earlier = next((each for each in record.rows if each["key"] == case.key), {"variants": {}})
+
+        def keep(row: Row, earlier: Row = earlier) -> None:
+            if _timed(row) >= _timed(earlier):
+                record.add(row)
+
         row_began = clock()
         try:
             row = run_case(
                 case, seconds=seconds, place=place, ceilings=record.data["ceilings"], stage=stage,
-                deadline=row_began + left, keep=record.add,
+                deadline=row_began + left, keep=keep,
             )  # fmt: skip
         except DeviceLost as lost:
             if lost.row is not None:
@@ -380,8 +392,8 @@ def run_cases(
         except KeyboardInterrupt:
             record.skip(stage, [key for key in rest if key not in record.finished()], "interrupted")
             raise
-        record.add(row)
-        took.append(clock() - row_began)
+        keep(row)
+        of_kind.append(clock() - row_began)
         left = budget_s - (clock() - began)
         progress(f"{stage} {i + 1}/{len(waiting)}, {max(left, 0):.0f} s left: {case.key}: {summary(row)}")
         red += [
@@ -389,7 +401,28 @@ def run_cases(
             for name, variant in row["variants"].items()
             if variant["ours"] and "not_timed" in variant
         ]
+    record.running = None
+    if skipped:
+        progress(f"{stage}: {len(skipped)} of {len(made)} rows skipped, {why}")
     return red
+
+
+def cut_short(record: records.Record, stage: str) -> set[str]:
+    """Keys of the rows of `stage` that lack a variant for which there was no time."""
+    return {
+        row["key"]
+        for row in record.rows
+        if row.get("stage") == stage
+        and any(each.get("not_timed") in (NO_TIME_LEFT, CUT_SHORT) for each in row["variants"].values())
+    }
+
+
+def _timed(row: Row) -> int:
+    return sum("ms" in variant for variant in row["variants"].values())
+
+
+def _is_compiled(case: Case) -> bool:
+    return any(name.endswith(COMPILERS) for name in case.variants)
 
 
 def _made(

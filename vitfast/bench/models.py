@@ -68,7 +68,7 @@ def vit(
 
     variants = {} if has_timm else {STOCK: Variant(lambda: in_stock_operators(setting.eager(ours())))}
     variants["timm"] = Variant(lambda: setting.eager(timm()), needs=("timm",))
-    variants |= _ours(setting, ours)
+    variants |= _ours(setting, ours, group)
     if group in ("all", "eager"):
         variants["torchvision"] = Variant(
             lambda: setting.eager(rivals.of_torchvision(config, weights())), needs=("torchvision",)
@@ -113,7 +113,7 @@ def vit_pytorch(
 
     variants = {} if has_theirs else {STOCK: Variant(lambda: in_stock_operators(setting.eager(ours())))}
     variants[VIT_PYTORCH] = Variant(lambda: setting.eager(theirs()), needs=("vit_pytorch",))
-    variants |= _ours(setting, ours)
+    variants |= _ours(setting, ours, group)
     variants |= _compiled(setting, VIT_PYTORCH, theirs, group, autotune_s, config.image_size, ("vit_pytorch",))
     return _case(
         VIT_PYTORCH, setting, group, config.image_size, classes, variants,
@@ -209,7 +209,7 @@ def _case(
     )  # fmt: skip
 
 
-def _ours(setting: Setting, make: Make) -> dict[str, Variant]:
+def _ours(setting: Setting, make: Make, group: str) -> dict[str, Variant]:
     def prepared() -> Function:
         module = setting.place(make()).module
         fast = vitfast.prepare(module, dtype=DTYPES[setting.dtype], threads=None)
@@ -218,6 +218,8 @@ def _ours(setting: Setting, make: Make) -> dict[str, Variant]:
     variants = {"vitfast": Variant(lambda: setting.eager(make()), ours=True)}
     if not setting.training and not setting.autocast:
         variants["vitfast prepared"] = Variant(prepared, ours=True)
+    if group in ("all", "compiled") and setting.device.type != "cpu":
+        variants["vitfast compiled"] = Variant(lambda: setting.compiled(make()), ours=True)
     return variants
 
 

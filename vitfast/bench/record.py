@@ -71,7 +71,12 @@ class Record:
 
     Args:
         run: what `machine.describe` returned.
+
+    Attributes:
+        running: key of the row in the making; it is not in the file.
     """
+
+    running: str | None = None
 
     def __init__(self, path: Path | str, run: Mapping[str, Any]) -> None:
         self.path = Path(path)

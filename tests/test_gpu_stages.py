@@ -1,0 +1,93 @@
+"""`benchmarks/gpu_stages.py` and `workers.py`: the sweep, tables made from it, and compilation by many processes."""
+
+import json
+from dataclasses import replace
+
+import gpu_stages
+import plans
+import pytest
+import stages
+import torch
+import workers
+from bench_cases import layer_norm, make, variant
+from bench_runs import SWEEP, runs_in, written
+
+from vitfast.bench.case import Variant
+
+
+@pytest.fixture
+def a_run(tmp_path, monkeypatch):
+    return runs_in(tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("statuses, done, failed", [
+    ((4, 4, 0), 3, 0), ((4, 0), 2, 0), ((1, 0), 1, 1), ((3, 0), 2, 1), ((2,), 1, 1),
+])  # fmt: skip
+def test_sweep_is_not_gone_on_with_or_its_failure_not_told(statuses, done, failed, a_run, tmp_path, monkeypatch):
+    script = tmp_path / "sweep.py"
+    script.write_text(SWEEP.format(statuses=(*statuses, 9)))
+    monkeypatch.setattr(gpu_stages, "SWEEP", script)
+    run, plan = a_run(), [plans.PLANS["tune"][1]]
+    told = [line for _ in range(4) for line in stages.go(plan, run)]
+    assert len(told) == failed and all(line.startswith("sweep: exit status") for line in told)
+    assert len(json.loads((run.out / "x-tune.json").read_text())["rows"]) == done
+
+
+def test_tables_of_the_sweep_are_not_those_of_the_models(a_run, tmp_path, monkeypatch):
+    """This process has loaded the old ones."""
+    begun, digests = [], ["a", "b"]
+    script = tmp_path / "defaults.py"
+    script.write_text("import sys; print(sys.argv[1:]); sys.exit(1)")
+    monkeypatch.setattr(gpu_stages, "DEFAULTS", script)
+    monkeypatch.setattr(gpu_stages, "sources", lambda: digests.pop(0))
+    run = a_run(restart=lambda: begun.append(1))
+    stages.go([plans.DEFAULTS], run)
+    assert "no sweep" in written(run)["run"]["defaults"] and not begun
+    run.tuned.write_text("{}")
+    assert stages.go([plans.DEFAULTS], run) == []
+    noted = written(run)["run"]["defaults"]
+    assert noted["status"] == 1 and str(run.tuned) in noted["last"] and begun
+
+
+# workers
+
+
+def model_case(batch, mode, name):
+    return make({"torch": variant(layer_norm), "vitfast": variant(layer_norm, ours=True)}, kind="model", mode=mode,
+                name=name, batch=batch, shape={"tokens": 197, "dim": 768, "depth": 12})  # fmt: skip
+
+
+def test_variant_is_compiled_twice_or_by_who_has_no_memory(tmp_path, monkeypatch):
+    taken = {}
+    cases = [model_case(1, "inference", "light"), model_case(256, "training", "heavy")]
+    built = {case.name: [] for case in cases}
+
+    def counting(case):
+        def build():
+            built[case.name].append(1)
+            raise ValueError("it does not compile")
+
+        return replace(case, inputs=lambda generator: (), variants={
+            name: Variant(build, ours=each.ours) for name, each in case.variants.items()
+        })  # fmt: skip
+
+    monkeypatch.setattr(workers, "cases", lambda plan, run: map(counting, cases))
+    monkeypatch.setattr(workers, "SHARE", 2e-8)  # of what stands for a CPU's memory: for one heavy one
+    run = stages.Run(torch.device("cpu"), None, 0.0, True, "x")
+    for number in (3, 0, 1):
+        workers.compile_some("models", run, tmp_path, number)
+        taken[number] = [json.loads(line)[0] for line in (tmp_path / f"log-{number}").read_text().splitlines()]
+    assert taken == {3: [cases[0].key], 0: [cases[1].key], 1: []}
+    assert {name: len(times) for name, times in built.items()} == {"light": 1, "heavy": 1}
+    assert "it does not compile" in (tmp_path / "log-0").read_text()
+    assert not workers.compiles("timm max-autotune", Variant(layer_norm))
+    assert workers.compiles("timm reduce-overhead", Variant(layer_norm))
+
+
+def test_shape_in_which_gradients_are_judged_is_compiled_by_who_times():
+    batches = []
+    case = make({}, batch=64, mode="forward+backward", per_image=(True, False))
+    workers.call_once(case, variant(lambda x, *_: batches.append(len(x))))
+    assert batches == [64, case.check_images]
+    workers.call_once(replace(case, per_image=(True,)), variant(lambda x, *_: batches.append(len(x))))
+    assert batches[2:] == [64]
