@@ -227,6 +227,9 @@ def main(argv: list[str] | None = None) -> int:
     told = parser.parse_args(argv)
     try:
         records = {path.name: read(path) for path in itertools.chain(sorted(RESULTS.glob(OF_SWEEPS)), told.more)}
+        for name in [name for name, data in records.items() if data["machine"]["device_type"] != "cuda"]:
+            print(f"{name} is of no GPU, and decides nothing")
+            del records[name]
         made = tables(records)
     except (OSError, ValueError, KeyError) as problem:
         print(f"defaults: {type(problem).__name__}: {problem}", file=sys.stderr)

@@ -13,7 +13,7 @@ from typing import Any
 
 import ahead
 import torch
-from stages import ROOT, Outcome, Run, Stage, last_lines, publish, say, started
+from stages import ROOT, STATE, Outcome, Run, Stage, last_lines, publish, say, started
 
 from vitfast import builtin, tuning_cache
 from vitfast import extension as compiled_half
@@ -195,6 +195,9 @@ def defaults(run: Run, stage: Stage, budget_s: float) -> Outcome:
         return Outcome()
     before = tables()
     command = [sys.executable, str(DEFAULTS), "--write", "--from", str(run.tuned)]
+    if run.tiny:
+        # times of small sizes decide nothing
+        command += ["--into", str(STATE)]
     status, _, text = started(command, budget_s, run)
     changed = tables() != before
     run.note("defaults", {"status": status, "changed": changed, "last": last_lines(text)})

@@ -26,7 +26,7 @@ def row(*variants, kernel="linear", shape=SHAPE):
 
 def record(*rows, card="NVIDIA H200", capability="9.0"):
     stands = {"driver": "580", "torch": "2.11", "triton": "3.6", "commit": "abc", "date": "2026-11-27"}
-    machine = {"device": card, "capability": capability} | stands
+    machine = {"device": card, "device_type": "cuda", "capability": capability} | stands
     return {"schema": 2, "machine": machine, "rows": {f"row {i}": each for i, each in enumerate(rows)}}
 
 
@@ -163,6 +163,15 @@ def test_ops_read_something_else_than_was_written(tmp_path, monkeypatch, capsys)
         for each in cached:
             each.cache_clear()
     assert defaults.main([*arguments, "--write"]) == 0 and "0 changed" in capsys.readouterr().out
+
+
+def test_a_cpu_decides_something(tmp_path, capsys):
+    data = record(row(stock(2.0), timed(1.0, config=A)))
+    data["machine"] |= {"device_type": "cpu", "capability": None}
+    (tmp_path / "cpu-tune.json").write_text(json.dumps(data))
+    assert defaults.main(["--from", str(tmp_path / "cpu-tune.json"), "--into", str(tmp_path), "--write"]) == 0
+    assert "is of no GPU" in capsys.readouterr().out
+    assert json.loads((tmp_path / "measured_sm90.json").read_text()) == json.loads(builtin.path_of(90).read_text())
 
 
 @pytest.mark.parametrize("text", ["{", json.dumps({"schema": 1, "rows": {}}), "[]"])

@@ -149,15 +149,15 @@ def test_it_is_measured_where_nobody_asked_for_it(fake, place):
 
 
 @pytest.mark.parametrize(
-    "shape, device", [((), DEVICE), (("rows", 8, 64), None)], ids=["no shape", "Triton's interpreter"]
+    "shape, index", [((), DEVICE), (("rows", 8, 64), None)], ids=["no shape", "Triton's interpreter"]
 )
-def test_a_call_that_no_choice_holds_for_is_measured(fake, place, monkeypatch, shape, device):
+def test_a_call_that_no_choice_holds_for_is_measured(fake, place, monkeypatch, shape, index):
     def run(x):
-        return right(x) if dispatch.choose("fake", shape, device, []) else torch.softmax(x, -1)
+        return right(x) if dispatch.choose("fake", shape, index, []) else torch.softmax(x, -1)
 
     monkeypatch.setitem(FAMILIES, "fake_softmax", replace(FAMILIES["fake_softmax"], run=run))
     (row,) = warm(place)[0].rows
-    assert (row.runs, row.check) == ("kernel", "right") and not kept() and not dispatch._tables.get(device)
+    assert (row.runs, row.check) == ("kernel", "right") and not kept() and not dispatch._tables.get(index)
 
 
 def test_a_kernel_that_is_forced_is_measured(fake, place):
