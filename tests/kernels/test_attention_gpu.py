@@ -6,7 +6,9 @@ from attention_cases import BACKWARD, check, draw, laid_out
 from launches import SANITIZER, sanitized
 
 from vitfast import ops
+from vitfast.acceptance import accept
 from vitfast.kernels import attention
+from vitfast.ops import _attention_stock
 
 
 def both(q, k, v, grad):
@@ -17,6 +19,18 @@ def both(q, k, v, grad):
 @pytest.mark.parametrize("images", (65_536, 70_000))
 def test_more_heads_than_a_grid_has_rows(images, device):
     check(torch.float16, 16, 9, 9, backward=BACKWARD["blocks"], B=images, H=1, device=device)
+
+
+@pytest.mark.parametrize("B, H, N, D", ((64, 12, 197, 64), (16, 16, 729, 72), (2, 12, 577, 64)))
+def test_attention_of_cudnn_leaves_another_lse(B, H, N, D, device):
+    """Where it was measured to be fastest, our backward reads what it leaves."""
+    q, k, v = draw(B, N, 3, H, D, dtype=torch.bfloat16, device=device).unbind(2)
+    assert _attention_stock._cudnn_agrees(q.device, q.dtype, D)
+    found = _attention_stock.attention_cuda(q, k, v, D**-0.5, backend="cudnn")
+    low = _attention_stock.attention_cuda(q, k, v, D**-0.5)
+    truth = _attention_stock.attention_formula(q.double(), k.double(), v.double(), D**-0.5)
+    for each, ref, theirs in zip(found, truth, low, strict=True):
+        accept(each, ref, theirs)
 
 
 @pytest.mark.parametrize("N", (197, 577))

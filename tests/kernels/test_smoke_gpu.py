@@ -18,16 +18,22 @@ from launches import sanitized, why_no_sanitizer
 from linear_cases import MECHANISMS, check_forward, check_mlp, layer
 
 import vitfast
-from vitfast import dispatch
+from vitfast import builtin, dispatch
 
 MODELS = ("vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224")
 # gradients from the back of the model to its front
 WATCHED = ("blocks.11.mlp.fc2.weight", "blocks.0.attn.qkv.weight", "patch_embed.proj.weight")
 
 
+# what users get, and then kernels wherever they can run, as in all other tests of this folder
+@pytest.fixture(params=["built in", "kernels"])
+def choice(request, monkeypatch):
+    monkeypatch.setattr(builtin, "EVERYWHERE", request.param == "kernels")
+
+
 @pytest.mark.parametrize("batch", [64, 256])
 @pytest.mark.parametrize("variant", MODELS)
-def test_prepared_model_is_less_exact_than_the_model(variant, batch):
+def test_prepared_model_is_less_exact_than_the_model(variant, batch, choice):
     test_folded_gpu.test_prepared_model_of_real_size_is_less_exact_than_the_model(variant, batch)
 
 
@@ -40,7 +46,7 @@ def step(model, images):
 
 
 @pytest.mark.parametrize("variant", MODELS)
-def test_training_step_is_less_exact_than_with_stock_operators(variant, device):
+def test_training_step_is_less_exact_than_with_stock_operators(variant, device, choice):
     """In bf16, with 64 images; what is true is fp32."""
     torch.manual_seed(0)
     wide = vitfast.create_model(variant).train().to(device)
@@ -83,6 +89,10 @@ def test_kernel_runs_before_what_its_stream_waits_for(name, device):
 @pytest.mark.parametrize("forward, backward", [*PAIRS, ("short", "delta first")])
 def test_attention_is_wrong(forward, backward, dtype, device):
     check(dtype, 64, 197, 197, forward=FORWARD[forward], backward=BACKWARD[backward], device=device)
+
+
+def test_attention_of_cudnn_leaves_another_lse(device):
+    test_attention_gpu.test_attention_of_cudnn_leaves_another_lse(64, 12, 197, 64, device)
 
 
 @every_dtype
