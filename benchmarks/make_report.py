@@ -2,9 +2,10 @@
 
     python benchmarks/make_report.py [--check]
 
-Every `<!-- report: DEVICE TABLE -->` ... `<!-- end -->` in README.md is filled anew, DEVICE being gpu or cpu, and
-`<!-- report: choices -->` with the built-in choices; pictures are written next to the JSON files as report_*.svg. Where
-nothing was measured it says so. Files of the format before there was a schema are named and not read.
+Every `<!-- report: DEVICE TABLE -->` ... `<!-- end -->` in README.md is filled anew, DEVICE being gpu or cpu,
+`<!-- report: choices -->` with the built-in choices, and `<!-- report: records -->` with what ran on which GPU;
+pictures are written next to the JSON files as report_*.svg. Where nothing was measured it says so; of GPUs only in the
+last of these. Files of the format before there was a schema are named and not read.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import report_choices
 import report_parts
 import report_pictures
+import report_records
 import report_rows
 import report_tables
 from report_rows import Device
@@ -40,11 +44,14 @@ TABLES = {
 }
 
 
-def fill(readme: str, devices: list[Device], folder: str) -> tuple[str, dict[str, bytes]]:
+def fill(
+    readme: str, devices: list[Device], folder: str, others: Mapping[str, str] = MappingProxyType({})
+) -> tuple[str, dict[str, bytes]]:
     """The README with every block filled, and the pictures that it names, by file name.
 
     Args:
         folder: where pictures will be, as the README has to name it.
+        others: what stands in blocks of no one device, by name.
 
     Raises:
         ValueError: a block that no table is for.
@@ -53,15 +60,23 @@ def fill(readme: str, devices: list[Device], folder: str) -> tuple[str, dict[str
 
     def block(found: re.Match) -> str:
         begin, name, _, end = found.groups()
-        if name == "choices":
-            return f"{begin}\n{report_choices.choices()}\n\n{end}"
+        if name in others:
+            return f"{begin}\n{others[name]}\n\n{end}"
         kind, _, table = name.partition(" ")
         if kind not in KINDS or table not in TABLES:
-            known = ", ".join(["choices", *(f"{kind} {table}" for kind in KINDS for table in TABLES)])
+            known = ", ".join([*others, *(f"{kind} {table}" for kind in KINDS for table in TABLES)])
             raise ValueError(f"README: no report is named {name!r}, only {known}")
-        return f"{begin}\n{_contents(table, [d for d in devices if d.gpu is KINDS[kind]], folder, pictures)}\n\n{end}"
+        of_kind = [d for d in devices if d.gpu is KINDS[kind]]
+        if KINDS[kind] and not of_kind:
+            return f"{begin}{end}"
+        return f"{begin}\n{_contents(table, of_kind, folder, pictures)}\n\n{end}"
 
     return BLOCK.sub(block, readme), pictures
+
+
+def of_no_device(results: Path) -> dict[str, str]:
+    """Blocks that are for all devices, by name."""
+    return {"choices": report_choices.choices(), "records": report_records.records(results)}
 
 
 def _contents(table: str, devices: list[Device], folder: str, pictures: dict[str, bytes]) -> str:
@@ -91,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
         devices, ignored = report_rows.load(args.results)
         before = args.readme.read_text(encoding="utf-8")
         folder = args.results.resolve().relative_to(args.readme.resolve().parent).as_posix()
-        after, pictures = fill(before, devices, folder)
+        after, pictures = fill(before, devices, folder, of_no_device(args.results))
     except (ValueError, OSError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 1

@@ -12,6 +12,7 @@ import fake_record
 import make_report
 import pytest
 import report_pictures
+import report_records
 import report_rows
 import report_tables
 from make_report import KINDS, TABLES
@@ -61,9 +62,30 @@ def test_files_of_other_plans_cost_the_report(site):
     assert report(site) == 0 and blocks(site)["gpu throughput"] != NOT_MEASURED
 
 
+def test_what_ran_on_a_gpu_is_left_out_or_made_up(site):
+    """Tests, calls of ops and models; of a CPU nothing; and one sentence where there is no GPU's record."""
+    results = site / "results"
+    assert report_records.records(results) == report_records.NOTHING
+    one_row(site)
+    run = json.loads((results / "run.json").read_text())
+    cpu = run | {"run": run["run"] | {"device_type": "cpu"}}
+    (results / "cpu.json").write_text(json.dumps(cpu))
+    outcome = {"passed": ["a", "b"], "failed": {"c": {}}, "not_run": 4}
+    tests = run | {"rows": [], "stages": {"kernels": {"tests": outcome}, "ops": {"tests": outcome | {"not_run": 0}}}}
+    (results / "some-gpu-tests.json").write_text(json.dumps(tests))
+    sweep = {"machine": run["run"], "rows": {"fc1": {"variants": {"stock": {}, "ours": {}}}}}
+    (results / "some-gpu-tune.json").write_text(json.dumps(sweep))
+    lines = report_records.records(results).splitlines()[2:]
+    assert len(lines) == 3 and all(run["run"]["device"] in line and run["run"]["commit"] in line for line in lines)
+    told = "".join(lines)
+    for words in ("1 rows of models", "tests: 4 passed, 2 failed, 4 not run", "1 calls of ops, 2 ways"):
+        assert words in told
+
+
 def test_a_block_without_a_file_says_anything_but_that_it_was_not_measured(site):
     assert report(site) == 0
-    assert blocks(site) == dict.fromkeys(NAMES, NOT_MEASURED)
+    # of GPUs once, in a block of their own
+    assert blocks(site) == {name: "" if name.startswith("gpu") else NOT_MEASURED for name in NAMES}
     text = (site / "README.md").read_text()
     assert all(f"before {name}\n" in text and f"after {name}\n" in text for name in NAMES)
     assert not list((site / "results").iterdir())
@@ -174,7 +196,7 @@ def test_a_file_without_schema_is_read_or_passed_over_in_silence(site, capsys):
     (site / "results" / "old.json").write_text('{"rows": [{"timm_ms": 1.0}], "rivals": []}')
     assert report(site) == 0
     assert "old.json has no schema" in capsys.readouterr().out
-    assert set(blocks(site).values()) == {NOT_MEASURED}
+    assert set(blocks(site).values()) == {"", NOT_MEASURED}
 
 
 def test_ours_that_was_not_accepted_shows_a_time_or_no_reason(site):
@@ -295,6 +317,8 @@ def test_bars_do_not_begin_at_zero_or_the_best_is_cut_off(site):
 def test_the_readme_is_not_what_the_results_say():
     devices, _ = report_rows.load(ROOT / "benchmarks/results")
     readme = (ROOT / "README.md").read_text()
-    filled, pictures = make_report.fill(readme, devices, "benchmarks/results")
+    filled, pictures = make_report.fill(
+        readme, devices, "benchmarks/results", make_report.of_no_device(ROOT / "benchmarks/results")
+    )
     assert filled == readme, "run make report"
     assert {path.name for path in (ROOT / "benchmarks/results").glob("report_*")} == pictures.keys()
