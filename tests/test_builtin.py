@@ -144,6 +144,15 @@ def test_a_narrow_mlp_is_left_to_two_products_or_given_to_one_kernel_where_its_t
         assert builtin.builtin("mlp", product(13, N=768, K=192, words=words), arch).config["kernel"] == "blas"
 
 
+@pytest.mark.parametrize("hidden", [100, 416, 800])
+def test_an_mlp_whose_tiles_do_not_divide_its_hidden_numbers_is_given_to_one_kernel(tables, hidden):
+    """Which cannot run it: its launcher raises, and the first such call switches all MLPs' kernel off."""
+    tables()
+    for arch in ARCHS:
+        config = builtin.builtin("mlp", product(14, N=hidden, K=192, words="layer gelu"), arch).config
+        assert config["kernel"] == "blas", (arch, config)
+
+
 def test_a_table_has_a_configuration_that_its_kernel_does_not_know_or_cannot_run():
     classes = {"attention": attention.Config, "attention_backward": attention.Config, "patch_embed": dict,
                "patch_embed_backward": dict}  # fmt: skip
