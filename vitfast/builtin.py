@@ -217,14 +217,14 @@ def _careful_product(kernel: str, shape: Shape, arch: int) -> Builtin:
 
 
 def _careful_mlp(kernel: str, shape: Shape, words: list[str], arch: int) -> Builtin:
-    rows, width = shape[2], shape[4]
+    rows, hidden, width = shape[2:5]
     if kernel == "mlp":
         # one kernel for both layers keeps nothing of a row that a backward would read
         keeps = words[-1] in ("none", "act") or (words[-1] == "fc1" and "scaled" in words)
         half = shape[0] == shape[1] != "float32"
         if half and not keeps and "gated" not in words and rows >= WHOLE_ROWS.bit_length():
             whole = tuning.WHOLE[arch].get(width) if width in tuning.WHOLE_FIRST.get(arch, ()) else None
-            if whole is not None:
+            if whole is not None and hidden % whole.block_n == 0:
                 return _kernel("both layers in one kernel, which hidden numbers never leave", whole.as_dict())
         if rows < LEAST_ROWS.bit_length():
             return _stock(f"fewer than {LEAST_ROWS} rows do not fill a device")
