@@ -170,12 +170,15 @@ def config_for(kernel: str, shape: tuple[Hashable, ...], device: Hashable) -> Co
 
 
 def stock_config(kernel: str, shape: tuple[Hashable, ...], device: Hashable) -> Config | None:
-    """Which stock operators shall run this shape where the kernel does not; None for the usual ones."""
+    """Which stock operators shall run this shape where the kernel does not; None for the usual ones.
+
+    Where they were tuned against a kernel these are the ones that it was timed against.
+    """
     trial = _thread.trial
     if trial is not None and trial.kernel == kernel:
         return trial.config if trial.backend == "stock" else None
     found = built_in(kernel, shape, device)
-    return None if found.kernel or kernel in _forced or (kernel, shape) in _table(device) else found.config
+    return None if found.kernel or kernel in _forced else found.config
 
 
 def built_in(kernel: str, shape: tuple[Hashable, ...], device: Hashable) -> Builtin:
