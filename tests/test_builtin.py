@@ -326,6 +326,40 @@ def test_cudnn_is_tried_inside_a_capture_or_against_the_users_will(cudnn, monkey
     assert made.calls == 0
 
 
+def test_a_cudnn_that_refuses_one_shape_ends_the_step_or_is_asked_again(cudnn, monkeypatch):
+    """It agreed on few numbers, and has no plan for these."""
+    calls = []
+
+    def refuses_long(q, *rest, **named):
+        calls.append(q.shape[2])
+        if q.shape[2] > 100:
+            raise RuntimeError("cuDNN Frontend error: no valid execution plans built.")
+        return Cudnn()(q, *rest, **named)
+
+    stock = cudnn(refuses_long)
+    q, k, v = torch.randn(2, 197, 3, 4, 64).unbind(2)
+    with pytest.warns(RuntimeWarning, match="cuDNN's attention.*no valid execution plans"):
+        out, lse = stock.attention_cuda(q, k, v, 0.125, backend="cudnn")
+    assert not lse.any()  # flash attention's
+    stock.attention_cuda(q, k, v, 0.125, backend="cudnn")
+    assert calls.count(197) == 1
+
+
+@pytest.mark.parametrize("problem", [torch.OutOfMemoryError("CUDA out of memory"),
+                                     torch.AcceleratorError("CUDA error: an illegal memory access was encountered")])
+def test_a_full_memory_or_a_lost_device_is_taken_for_cudnns_refusal(cudnn, problem):
+    def breaks(q, *rest, **named):
+        if q.shape[2] > 100:
+            raise problem
+        return Cudnn()(q, *rest, **named)
+
+    stock = cudnn(breaks)
+    q, k, v = torch.randn(2, 197, 3, 4, 64).unbind(2)
+    with pytest.raises(type(problem)):
+        stock.attention_cuda(q, k, v, 0.125, backend="cudnn")
+    assert list(stock._agrees.values()) == [True]
+
+
 # in words
 
 
