@@ -276,9 +276,12 @@ def test_the_key_leaves_out_what_a_choice_depends_on(card):
         (lambda folder: (folder / "kernels/linear.py").write_text("tiles = 128"), False),
         (lambda folder: (folder / "kernels/new.py").write_text("1"), False),
         (lambda folder: (folder / "_C.cpython-311-x86_64-linux-gnu.so").write_bytes(b"other"), False),
+        # what runs where a choice names no configuration, and what a kernel lost with
+        (lambda folder: (folder / "measured_sm90.json").write_text("{}"), False),
+        (lambda folder: (folder / "builtin.py").write_text("careful"), False),
         (lambda folder: (folder / "vit.py").write_text("other"), True),
     ],
-    ids=["kernel", "new kernel", "extension", "model"],
+    ids=["kernel", "new kernel", "extension", "table", "careful choices", "model"],
 )
 def test_what_other_kernels_did_is_used(fake, card, monkeypatch, tmp_path, change, same):
     (tmp_path / "kernels").mkdir()
