@@ -111,6 +111,7 @@ CAREFUL = [
     ("patch_embed_backward", (HALF, "float32", 16, 768, 3, 16, 16, "packed"), False, None),
     ("linear", product(16, words="none none"), False, None),
     ("linear", product(16, words="none none around"), False, None),
+    ("linear", product(16, words="none none around wide"), False, None),
     ("linear", product(16, words="none gelu"), True, BLAS["config"]),
     ("linear", product(16, words="layer none"), True, BLAS["config"]),
     ("linear_backward", product(16, words="none none"), False, None),
@@ -240,6 +241,23 @@ def builtin_choice(kernel, config):
     from vitfast.tuning_cache import Choice
 
     return Choice(kernel, config)
+
+
+@pytest.mark.parametrize("residual, gamma, words", [(None, None, "none none"), (torch.bfloat16, None, "none none around"),
+                                                    (torch.float32, None, "none none around wide"),
+                                                    (torch.bfloat16, torch.float32, "none none around wide")])  # fmt: skip
+def test_a_residual_in_fp32_as_of_autocast_runs_what_was_measured_of_narrow_ones(monkeypatch, residual, gamma, words):
+    """Whose tiles leave a multiprocessor room for two programs, and those of a wide residual for one."""
+    from vitfast.ops import _launch
+    from vitfast.ops.linear import _linear_kernel
+
+    asked = []
+    monkeypatch.setattr(_launch, "attempt", lambda *args: asked.append(args[4]))
+    x, weight = torch.randn(2, 3, 16).bfloat16(), torch.randn(8, 16).bfloat16()
+    residual = None if residual is None else torch.randn(2, 3, 8, dtype=residual)
+    gamma = None if gamma is None else torch.randn(8, dtype=gamma)
+    _linear_kernel(x, weight, None, None, None, 1e-6, "none", "none", gamma, None, residual, False)
+    assert asked[0][-1] == words
 
 
 def test_tests_of_kernels_empty_in_the_interpreter_or_under_the_switch(hopper, monkeypatch):
