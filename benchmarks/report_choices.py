@@ -14,7 +14,7 @@ from vitfast.kernels import tuning
 # of a configuration, what stands in it under "kernel"
 KINDS = {"blas": "cuBLAS and kernels around it", "tiles": "one kernel", "whole": "one kernel for both layers"}
 WORDS = {"layer": "LayerNorm before", "none": "", "gelu": "GELU after", "around": "residual after",
-         "pieces": "statistics given", "act": "its input kept"}  # fmt: skip
+         "wide": "in fp32", "pieces": "statistics given", "act": "its input kept"}  # fmt: skip
 
 
 def choices() -> str:

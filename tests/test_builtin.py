@@ -243,9 +243,15 @@ def builtin_choice(kernel, config):
     return Choice(kernel, config)
 
 
-@pytest.mark.parametrize("residual, gamma, words", [(None, None, "none none"), (torch.bfloat16, None, "none none around"),
-                                                    (torch.float32, None, "none none around wide"),
-                                                    (torch.bfloat16, torch.float32, "none none around wide")])  # fmt: skip
+@pytest.mark.parametrize(
+    "residual, gamma, words",
+    [
+        (None, None, "none none"),
+        (torch.bfloat16, None, "none none around"),
+        (torch.float32, None, "none none around wide"),
+        (torch.bfloat16, torch.float32, "none none around wide"),
+    ],
+)
 def test_a_residual_in_fp32_as_of_autocast_runs_what_was_measured_of_narrow_ones(monkeypatch, residual, gamma, words):
     """Whose tiles leave a multiprocessor room for two programs, and those of a wide residual for one."""
     from vitfast.ops import _launch
