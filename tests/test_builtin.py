@@ -69,6 +69,13 @@ def test_fp16_is_unmeasured_where_bf16_is_not(tables):
     assert builtin.builtin("attention", heads(9, 197, dtype="float16"), 90).reason == "row 1"
 
 
+def test_fp16_that_was_measured_runs_what_bf16_does(tables):
+    tables(("linear", product(8), False, None), ("linear", product(8, dtype="float16"), True, {"kernel": "tiles"}))
+    for dtype, row in ((HALF, 0), ("float16", 1)):
+        for bits in (8, 9):
+            assert builtin.builtin("linear", product(bits, dtype=dtype), 90).reason == f"row {row}"
+
+
 @pytest.mark.parametrize(
     "N, bits, row", [(197, 12, 0), (201, 12, 0), (99, 12, 0), (320, 11, 1), (577, 11, 1), (1154, 11, 1), (98, 12, None),
                      (1155, 11, None), (577, 13, None)],
