@@ -153,8 +153,9 @@ def _nearest(kernel: str, shape: Shape, arch: int) -> Builtin | None:
     for known, row in _by_class(arch).get((kernel, kind), ()):
         apart = [abs(a - b) for a, b in zip(sizes, known, strict=True)]
         if max(apart, default=0.0) <= NEAR and _takes(row.choice.config, kernel, shape):
-            near.append((sum(apart), known, row.choice))
-    return min(near, key=lambda each: each[:2])[2] if near else None
+            # of two that are as near that of the call's own dtype
+            near.append((sum(apart), shape[0] != row.shape[0], known, row.choice))
+    return min(near, key=lambda each: each[:3])[3] if near else None
 
 
 def _takes(config: Config | None, kernel: str, shape: Shape) -> bool:
