@@ -10,6 +10,7 @@ import torch
 from vitfast import builtin, dispatch, fusion
 from vitfast.builtin import Builtin, Measured
 from vitfast.kernels import attention, linear, mlp, tuning
+from vitfast.measuring import Measurer
 
 ARCHS = tuning.ARCHITECTURES
 HALF = "bfloat16"
@@ -279,6 +280,21 @@ def test_tests_of_kernels_empty_in_the_interpreter_or_under_the_switch(hopper, m
     assert not dispatch.choose("linear", product(8), 0, ())
     monkeypatch.setattr(builtin, "EVERYWHERE", True)
     assert dispatch.choose("linear", product(8), 0, ()) and dispatch.config_for("linear", product(8), 0) is None
+
+
+def test_tests_of_kernels_empty_where_somebody_tuned(hopper, monkeypatch):
+    hopper()
+    dispatch.learn(0, {("linear", product(8)): builtin_choice(False, None)})
+    monkeypatch.setattr(builtin, "EVERYWHERE", True)
+    assert dispatch.choose("linear", product(8), 0, ())
+
+
+def test_what_was_measured_under_the_switch_is_kept_for_those_who_have_it_off(hopper, monkeypatch):
+    """There another configuration runs than a table's, and loses for it."""
+    hopper()
+    monkeypatch.setattr(builtin, "EVERYWHERE", True)
+    monkeypatch.setattr(Measurer, "_compared", lambda *_: pytest.fail("it was measured"))
+    assert Measurer(None).row(None, None, dispatch.Seen("linear", product(8), 0, True)) is None
 
 
 # cuDNN's attention
