@@ -430,3 +430,14 @@ def test_the_readme_has_other_choices_than_ops(tables):
     text = report_choices.choices()
     assert "| `linear` | LayerNorm before | 2 | 2 | 1.00× | 0 | - | cuBLAS and kernels around it 1, one kern" in text
     assert "| `attention` | head dim 64 | 1 | 0 | - | 1 | 1.00× | cuDNN 1 |" in text
+
+
+def test_the_readme_calls_other_dtypes_bf16(tables):
+    tables(("attention", heads(9, 197), True, None))
+    assert "measured on Fake**, bf16; ratios" in report_choices.choices()
+    tables(("attention", heads(9, 197), True, None), ("mlp", product(9, dtype="float32"), True, None),
+           ("attention", heads(9, 197, dtype="float16"), True, None))  # fmt: skip
+    text = report_choices.choices()
+    assert "measured on Fake**; ratios" in text
+    for form in ("head dim 64 |", "head dim 64, fp16 |", "LayerNorm before, fp32 |"):
+        assert form in text
