@@ -15,6 +15,7 @@ from vitfast.kernels import tuning
 KINDS = {"blas": "cuBLAS and kernels around it", "tiles": "one kernel", "whole": "one kernel for both layers"}
 WORDS = {"layer": "LayerNorm before", "none": "", "gelu": "GELU after", "around": "residual after",
          "wide": "in fp32", "pieces": "statistics given", "act": "its input kept"}  # fmt: skip
+DTYPES = {"float16": "fp16", "float32": "fp32"}
 
 
 def choices() -> str:
@@ -25,14 +26,15 @@ def choices() -> str:
 
 
 def form(row: Measured) -> str:
-    """What is around the product, or how wide a head is, in words."""
+    """What is around the product, or how wide a head is, in words; and the dtype where it is another than bf16."""
+    dtype = [] if row.shape[0] == "bfloat16" else [DTYPES.get(str(row.shape[0]), str(row.shape[0]))]
     op = row.kernel.removesuffix("_backward")
     if op == "attention":
-        return f"head dim {row.shape[4]}"
+        return ", ".join([f"head dim {row.shape[4]}", *dtype])
     if op == "patch_embed":
-        return str(row.shape[7])
+        return ", ".join([str(row.shape[7]), *dtype])
     words = [WORDS.get(word, word) for word in str(row.shape[-1]).split()]
-    return ", ".join(filter(None, words)) or ("residual after" if op == "added_linear" else "alone")
+    return ", ".join([*filter(None, words), *dtype]) or ("residual after" if op == "added_linear" else "alone")
 
 
 def _groups(rows: Iterable[Measured]) -> dict[tuple[str, str], list[Measured]]:
@@ -44,8 +46,9 @@ def _groups(rows: Iterable[Measured]) -> dict[tuple[str, str], list[Measured]]:
 
 def _heading(arch: int) -> str:
     cards = ", ".join(dict.fromkeys(card for row in builtin.table(arch) for card in row.ratio))
+    dtype = ", bf16" if all(row.shape[0] == "bfloat16" for row in builtin.table(arch)) else ""
     return (
-        f"**sm_{arch}, measured on {cards}**, bf16; ratios: the fastest stock operators' time by the kernel's. "
+        f"**sm_{arch}, measured on {cards}**{dtype}; ratios: the fastest stock operators' time by the kernel's. "
         f"Each shape's choice is a line of `vitfast/{builtin.path_of(arch).name}`."
     )
 
