@@ -28,13 +28,17 @@ def choices() -> str:
 def form(row: Measured) -> str:
     """What is around the product, or how wide a head is, in words; and the dtype where it is another than bf16."""
     dtype = [] if row.shape[0] == "bfloat16" else [DTYPES.get(str(row.shape[0]), str(row.shape[0]))]
+    return ", ".join([_around(row), *dtype])
+
+
+def _around(row: Measured) -> str:
     op = row.kernel.removesuffix("_backward")
     if op == "attention":
-        return ", ".join([f"head dim {row.shape[4]}", *dtype])
+        return f"head dim {row.shape[4]}"
     if op == "patch_embed":
-        return ", ".join([str(row.shape[7]), *dtype])
+        return str(row.shape[7])
     words = [WORDS.get(word, word) for word in str(row.shape[-1]).split()]
-    return ", ".join([*filter(None, words), *dtype]) or ("residual after" if op == "added_linear" else "alone")
+    return ", ".join(filter(None, words)) or ("residual after" if op == "added_linear" else "alone")
 
 
 def _groups(rows: Iterable[Measured]) -> dict[tuple[str, str], list[Measured]]:

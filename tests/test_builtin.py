@@ -433,11 +433,12 @@ def test_the_readme_has_other_choices_than_ops(tables):
 
 
 def test_the_readme_calls_other_dtypes_bf16(tables):
-    tables(("attention", heads(9, 197), True, None))
-    assert "measured on Fake**, bf16; ratios" in report_choices.choices()
-    tables(("attention", heads(9, 197), True, None), ("mlp", product(9, dtype="float32"), True, None),
-           ("attention", heads(9, 197, dtype="float16"), True, None))  # fmt: skip
+    tables(
+        ("attention", heads(9, 197), True, None), ("attention", heads(9, 197, dtype="float16"), True, None),
+        ("mlp", product(9, dtype="float32"), True, None),
+        ("added_linear", product(9, dtype="float16", words=""), True, None),
+    )  # fmt: skip
     text = report_choices.choices()
     assert "measured on Fake**; ratios" in text
-    for form in ("head dim 64 |", "head dim 64, fp16 |", "LayerNorm before, fp32 |"):
+    for form in ("head dim 64 |", "head dim 64, fp16 |", "LayerNorm before, fp32 |", "residual after, fp16 |"):
         assert form in text
