@@ -84,8 +84,8 @@ def set_backend(backend: str, op: str | None = None) -> None:
     Compiled models follow without being compiled again, CUDA graphs stay as they were captured.
 
     Args:
-        backend: "auto", the default: the faster one as far as it was measured, else the kernel; "kernel": the kernel,
-            or an error where it cannot run; "stock": stock PyTorch operators.
+        backend: "auto", the default: the faster one as far as it was measured, else a careful choice; "kernel": the
+            kernel, or an error where it cannot run; "stock": stock PyTorch operators.
         op: a name from `vitfast info`'s list of kernels; an op includes its backward. None: all of them.
 
     Raises:
