@@ -14,7 +14,8 @@ from vitfast.kernels import tuning
 # of a configuration, what stands in it under "kernel"
 KINDS = {"blas": "cuBLAS and kernels around it", "tiles": "one kernel", "whole": "one kernel for both layers"}
 WORDS = {"layer": "LayerNorm before", "none": "", "gelu": "GELU after", "around": "residual after",
-         "pieces": "statistics given", "act": "its input kept"}  # fmt: skip
+         "wide": "in fp32", "pieces": "statistics given", "act": "its input kept"}  # fmt: skip
+DTYPES = {"float16": "fp16", "float32": "fp32"}
 
 
 def choices() -> str:
@@ -25,7 +26,12 @@ def choices() -> str:
 
 
 def form(row: Measured) -> str:
-    """What is around the product, or how wide a head is, in words."""
+    """What is around the product, or how wide a head is, in words; and the dtype where it is another than bf16."""
+    dtype = [] if row.shape[0] == "bfloat16" else [DTYPES.get(str(row.shape[0]), str(row.shape[0]))]
+    return ", ".join([_around(row), *dtype])
+
+
+def _around(row: Measured) -> str:
     op = row.kernel.removesuffix("_backward")
     if op == "attention":
         return f"head dim {row.shape[4]}"
@@ -44,8 +50,9 @@ def _groups(rows: Iterable[Measured]) -> dict[tuple[str, str], list[Measured]]:
 
 def _heading(arch: int) -> str:
     cards = ", ".join(dict.fromkeys(card for row in builtin.table(arch) for card in row.ratio))
+    dtype = ", bf16" if all(row.shape[0] == "bfloat16" for row in builtin.table(arch)) else ""
     return (
-        f"**sm_{arch}, measured on {cards}**, bf16; ratios: the fastest stock operators' time by the kernel's. "
+        f"**sm_{arch}, measured on {cards}**{dtype}; ratios: the fastest stock operators' time by the kernel's. "
         f"Each shape's choice is a line of `vitfast/{builtin.path_of(arch).name}`."
     )
 

@@ -10,6 +10,7 @@ import torch
 from vitfast import builtin, dispatch, fusion
 from vitfast.builtin import Builtin, Measured
 from vitfast.kernels import attention, linear, mlp, tuning
+from vitfast.measuring import Measurer
 
 ARCHS = tuning.ARCHITECTURES
 HALF = "bfloat16"
@@ -69,6 +70,13 @@ def test_fp16_is_unmeasured_where_bf16_is_not(tables):
     assert builtin.builtin("attention", heads(9, 197, dtype="float16"), 90).reason == "row 1"
 
 
+def test_fp16_that_was_measured_runs_what_bf16_does(tables):
+    tables(("linear", product(8), False, None), ("linear", product(8, dtype="float16"), True, {"kernel": "tiles"}))
+    for dtype, row in ((HALF, 0), ("float16", 1)):
+        for bits in (8, 9):
+            assert builtin.builtin("linear", product(bits, dtype=dtype), 90).reason == f"row {row}"
+
+
 @pytest.mark.parametrize(
     "N, bits, row", [(197, 12, 0), (201, 12, 0), (99, 12, 0), (320, 11, 1), (577, 11, 1), (1154, 11, 1), (98, 12, None),
                      (1155, 11, None), (577, 13, None)],
@@ -111,6 +119,7 @@ CAREFUL = [
     ("patch_embed_backward", (HALF, "float32", 16, 768, 3, 16, 16, "packed"), False, None),
     ("linear", product(16, words="none none"), False, None),
     ("linear", product(16, words="none none around"), False, None),
+    ("linear", product(16, words="none none around wide"), False, None),
     ("linear", product(16, words="none gelu"), True, BLAS["config"]),
     ("linear", product(16, words="layer none"), True, BLAS["config"]),
     ("linear_backward", product(16, words="none none"), False, None),
@@ -142,6 +151,15 @@ def test_a_narrow_mlp_is_left_to_two_products_or_given_to_one_kernel_where_its_t
         found = builtin.builtin("mlp", product(14, N=768, K=192, words=words), arch)
         assert found.config["kernel"] == ("whole" if arch in (90, 100) else "blas")
         assert builtin.builtin("mlp", product(13, N=768, K=192, words=words), arch).config["kernel"] == "blas"
+
+
+@pytest.mark.parametrize("hidden", [100, 416, 800])
+def test_an_mlp_whose_tiles_do_not_divide_its_hidden_numbers_is_given_to_one_kernel(tables, hidden):
+    """Which cannot run it: its launcher raises, and the first such call switches all MLPs' kernel off."""
+    tables()
+    for arch in ARCHS:
+        config = builtin.builtin("mlp", product(14, N=hidden, K=192, words="layer gelu"), arch).config
+        assert config["kernel"] == "blas", (arch, config)
 
 
 def test_a_table_has_a_configuration_that_its_kernel_does_not_know_or_cannot_run():
@@ -233,12 +251,50 @@ def builtin_choice(kernel, config):
     return Choice(kernel, config)
 
 
+@pytest.mark.parametrize(
+    "residual, gamma, words",
+    [
+        (None, None, "none none"),
+        (torch.bfloat16, None, "none none around"),
+        (torch.float32, None, "none none around wide"),
+        (torch.bfloat16, torch.float32, "none none around wide"),
+    ],
+)
+def test_a_residual_in_fp32_as_of_autocast_runs_what_was_measured_of_narrow_ones(monkeypatch, residual, gamma, words):
+    """Whose tiles leave a multiprocessor room for two programs, and those of a wide residual for one."""
+    from vitfast.ops import _launch
+    from vitfast.ops.linear import _linear_kernel
+
+    asked = []
+    monkeypatch.setattr(_launch, "attempt", lambda *args: asked.append(args[4]))
+    x, weight = torch.randn(2, 3, 16).bfloat16(), torch.randn(8, 16).bfloat16()
+    residual = None if residual is None else torch.randn(2, 3, 8, dtype=residual)
+    gamma = None if gamma is None else torch.randn(8, dtype=gamma)
+    _linear_kernel(x, weight, None, None, None, 1e-6, "none", "none", gamma, None, residual, False)
+    assert asked[0][-1] == words
+
+
 def test_tests_of_kernels_empty_in_the_interpreter_or_under_the_switch(hopper, monkeypatch):
     hopper(("linear", product(8), False, None))
     assert dispatch.choose("linear", product(8), None, ())
     assert not dispatch.choose("linear", product(8), 0, ())
     monkeypatch.setattr(builtin, "EVERYWHERE", True)
     assert dispatch.choose("linear", product(8), 0, ()) and dispatch.config_for("linear", product(8), 0) is None
+
+
+def test_tests_of_kernels_empty_where_somebody_tuned(hopper, monkeypatch):
+    hopper()
+    dispatch.learn(0, {("linear", product(8)): builtin_choice(False, None)})
+    monkeypatch.setattr(builtin, "EVERYWHERE", True)
+    assert dispatch.choose("linear", product(8), 0, ())
+
+
+def test_what_was_measured_under_the_switch_is_kept_for_those_who_have_it_off(hopper, monkeypatch):
+    """There another configuration runs than a table's, and loses for it."""
+    hopper()
+    monkeypatch.setattr(builtin, "EVERYWHERE", True)
+    monkeypatch.setattr(Measurer, "_compared", lambda *_: pytest.fail("it was measured"))
+    assert Measurer(None).row(None, None, dispatch.Seen("linear", product(8), 0, True)) is None
 
 
 # cuDNN's attention
@@ -317,6 +373,40 @@ def test_cudnn_is_tried_inside_a_capture_or_against_the_users_will(cudnn, monkey
     assert made.calls == 0
 
 
+def test_a_cudnn_that_refuses_one_shape_ends_the_step_or_is_asked_again(cudnn, monkeypatch):
+    """It agreed on few numbers, and has no plan for these."""
+    calls = []
+
+    def refuses_long(q, *rest, **named):
+        calls.append(q.shape[2])
+        if q.shape[2] > 100:
+            raise RuntimeError("cuDNN Frontend error: no valid execution plans built.")
+        return Cudnn()(q, *rest, **named)
+
+    stock = cudnn(refuses_long)
+    q, k, v = torch.randn(2, 197, 3, 4, 64).unbind(2)
+    with pytest.warns(RuntimeWarning, match="cuDNN's attention.*no valid execution plans"):
+        out, lse = stock.attention_cuda(q, k, v, 0.125, backend="cudnn")
+    assert not lse.any()  # flash attention's
+    stock.attention_cuda(q, k, v, 0.125, backend="cudnn")
+    assert calls.count(197) == 1
+
+
+@pytest.mark.parametrize("problem", [torch.OutOfMemoryError("CUDA out of memory"),
+                                     torch.AcceleratorError("CUDA error: an illegal memory access was encountered")])
+def test_a_full_memory_or_a_lost_device_is_taken_for_cudnns_refusal(cudnn, problem):
+    def breaks(q, *rest, **named):
+        if q.shape[2] > 100:
+            raise problem
+        return Cudnn()(q, *rest, **named)
+
+    stock = cudnn(breaks)
+    q, k, v = torch.randn(2, 197, 3, 4, 64).unbind(2)
+    with pytest.raises(type(problem)):
+        stock.attention_cuda(q, k, v, 0.125, backend="cudnn")
+    assert list(stock._agrees.values()) == [True]
+
+
 # in words
 
 
@@ -340,3 +430,15 @@ def test_the_readme_has_other_choices_than_ops(tables):
     text = report_choices.choices()
     assert "| `linear` | LayerNorm before | 2 | 2 | 1.00× | 0 | - | cuBLAS and kernels around it 1, one kern" in text
     assert "| `attention` | head dim 64 | 1 | 0 | - | 1 | 1.00× | cuDNN 1 |" in text
+
+
+def test_the_readme_calls_other_dtypes_bf16(tables):
+    tables(
+        ("attention", heads(9, 197), True, None), ("attention", heads(9, 197, dtype="float16"), True, None),
+        ("mlp", product(9, dtype="float32"), True, None),
+        ("added_linear", product(9, dtype="float16", words=""), True, None),
+    )  # fmt: skip
+    text = report_choices.choices()
+    assert "measured on Fake**; ratios" in text
+    for form in ("head dim 64 |", "head dim 64, fp16 |", "LayerNorm before, fp32 |", "residual after, fp16 |"):
+        assert form in text

@@ -126,6 +126,14 @@ def test_what_an_op_cannot_call_decides_or_is_not_named():
     assert line["note"] == "v1 faster, which the op can't call" and line["note"] in builtin.reason_of(line)
 
 
+@pytest.mark.parametrize("ms, use", [(1.0, "kernel"), (1.5, "stock")])
+def test_a_record_without_the_usual_stock_operators_writes_no_table(ms, use):
+    """They failed, or there was no time left for them."""
+    flash = {"role": "stock", "config": {"backend": "flash"}, "failed": "out of memory"}
+    rows = row(flash, stock(1.2, {"backend": "cudnn"}), timed(ms, config=A), kernel="attention", shape=HEADS)
+    assert only(record(rows))[:2] == (use, A if use == "kernel" else None)
+
+
 def test_time_of_the_host_is_told_as_a_ratio():
     rows = row(stock(2.0, graph=False), timed(1.0, config=A))
     (data,) = defaults.tables({"r": record(rows)}).values()

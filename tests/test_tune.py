@@ -276,9 +276,12 @@ def test_the_key_leaves_out_what_a_choice_depends_on(card):
         (lambda folder: (folder / "kernels/linear.py").write_text("tiles = 128"), False),
         (lambda folder: (folder / "kernels/new.py").write_text("1"), False),
         (lambda folder: (folder / "_C.cpython-311-x86_64-linux-gnu.so").write_bytes(b"other"), False),
+        # what runs where a choice names no configuration, and what a kernel lost with
+        (lambda folder: (folder / "measured_sm90.json").write_text("{}"), False),
+        (lambda folder: (folder / "builtin.py").write_text("careful"), False),
         (lambda folder: (folder / "vit.py").write_text("other"), True),
     ],
-    ids=["kernel", "new kernel", "extension", "model"],
+    ids=["kernel", "new kernel", "extension", "table", "careful choices", "model"],
 )
 def test_what_other_kernels_did_is_used(fake, card, monkeypatch, tmp_path, change, same):
     (tmp_path / "kernels").mkdir()
@@ -406,3 +409,22 @@ def test_what_the_table_has_is_not_tried(fake, place):
     fake.builtin_config, fake.configs = {"block": 128}, [{"block": 64}]
     report, _ = tune(place)
     assert report.rows[0].config == {"block": 128}
+
+
+def test_stock_operators_that_the_table_prefers_are_no_rival_or_lost_to_those_that_it_does_not(
+    fake, place, monkeypatch
+):  # fmt: skip
+    """As cuDNN's attention, which a kernel that beats PyTorch's flash attention may lose to."""
+    fake.builtin, fake.builtin_config, used = False, {"backend": "fast"}, []
+
+    def stock(x):
+        used.append(dispatch.stock_config("fake", ("rows", *x.shape), DEVICE))
+        place.work(5e-6, (1 if used[-1] else STOCK_MS) * 1e-3)
+        return torch.softmax(x, -1)
+
+    fake.stock = stock
+    (row,) = tune(place)[0].rows
+    assert row.use == "stock" and row.stock_ms == pytest.approx(1, rel=0.01) and row.kernel_ms == pytest.approx(2, 0.01)
+    for _ in range(2):
+        assert fake.who(8, 64) == "stock" and used[-1] == {"backend": "fast"}
+        restart(monkeypatch)

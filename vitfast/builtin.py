@@ -153,8 +153,9 @@ def _nearest(kernel: str, shape: Shape, arch: int) -> Builtin | None:
     for known, row in _by_class(arch).get((kernel, kind), ()):
         apart = [abs(a - b) for a, b in zip(sizes, known, strict=True)]
         if max(apart, default=0.0) <= NEAR and _takes(row.choice.config, kernel, shape):
-            near.append((sum(apart), known, row.choice))
-    return min(near, key=lambda each: each[:2])[2] if near else None
+            # of two that are as near that of the call's own dtype
+            near.append((sum(apart), shape[0] != row.shape[0], known, row.choice))
+    return min(near, key=lambda each: each[:3])[3] if near else None
 
 
 def _takes(config: Config | None, kernel: str, shape: Shape) -> bool:
@@ -217,14 +218,14 @@ def _careful_product(kernel: str, shape: Shape, arch: int) -> Builtin:
 
 
 def _careful_mlp(kernel: str, shape: Shape, words: list[str], arch: int) -> Builtin:
-    rows, width = shape[2], shape[4]
+    rows, hidden, width = shape[2:5]
     if kernel == "mlp":
         # one kernel for both layers keeps nothing of a row that a backward would read
         keeps = words[-1] in ("none", "act") or (words[-1] == "fc1" and "scaled" in words)
         half = shape[0] == shape[1] != "float32"
         if half and not keeps and "gated" not in words and rows >= WHOLE_ROWS.bit_length():
             whole = tuning.WHOLE[arch].get(width) if width in tuning.WHOLE_FIRST.get(arch, ()) else None
-            if whole is not None:
+            if whole is not None and hidden % whole.block_n == 0:
                 return _kernel("both layers in one kernel, which hidden numbers never leave", whole.as_dict())
         if rows < LEAST_ROWS.bit_length():
             return _stock(f"fewer than {LEAST_ROWS} rows do not fill a device")

@@ -84,8 +84,8 @@ def set_backend(backend: str, op: str | None = None) -> None:
     Compiled models follow without being compiled again, CUDA graphs stay as they were captured.
 
     Args:
-        backend: "auto", the default: the faster one as far as it was measured, else the kernel; "kernel": the kernel,
-            or an error where it cannot run; "stock": stock PyTorch operators.
+        backend: "auto", the default: the faster one as far as it was measured, else a careful choice; "kernel": the
+            kernel, or an error where it cannot run; "stock": stock PyTorch operators.
         op: a name from `vitfast info`'s list of kernels; an op includes its backward. None: all of them.
 
     Raises:
@@ -170,12 +170,15 @@ def config_for(kernel: str, shape: tuple[Hashable, ...], device: Hashable) -> Co
 
 
 def stock_config(kernel: str, shape: tuple[Hashable, ...], device: Hashable) -> Config | None:
-    """Which stock operators shall run this shape where the kernel does not; None for the usual ones."""
+    """Which stock operators shall run this shape where the kernel does not; None for the usual ones.
+
+    Where they were tuned against a kernel these are the ones that it was timed against.
+    """
     trial = _thread.trial
     if trial is not None and trial.kernel == kernel:
         return trial.config if trial.backend == "stock" else None
     found = built_in(kernel, shape, device)
-    return None if found.kernel or kernel in _forced or (kernel, shape) in _table(device) else found.config
+    return None if found.kernel or kernel in _forced else found.config
 
 
 def built_in(kernel: str, shape: tuple[Hashable, ...], device: Hashable) -> Builtin:
@@ -193,8 +196,8 @@ def _architecture(device: Hashable) -> int:
 
 def _table(device: Hashable) -> Table:
     table = _tables.get(device)
-    if device is None:
-        # Triton's interpreter, whose times say nothing
+    if device is None or builtin.EVERYWHERE:
+        # tests of kernels, in Triton's interpreter or not
         return {}
     if table is None:
         table = _tables[device] = tuning_cache.load(device)

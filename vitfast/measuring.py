@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitfast import dispatch, tuning, tuning_cache
+from vitfast import builtin, dispatch, tuning, tuning_cache
 from vitfast.bench import device as devices
 from vitfast.calls import Call
 from vitfast.families import Family
@@ -43,14 +43,14 @@ class Measurer:
         """What came out for a call whose kernel was found right; None where there is nothing to decide.
 
         That is where somebody decided before, and where no choice is kept: in Triton's interpreter, whose times say
-        nothing, and for calls that ask under no shape.
+        nothing, where kernels run everywhere, and for calls that ask under no shape.
 
         Raises:
             RuntimeError: the device is lost.
         """
         name = asked.kernel, asked.shape
         known = dispatch.cached(*name, asked.device) is not None or dispatch.asked_for(asked.kernel)
-        if known or asked.device is None or not asked.shape:
+        if known or asked.device is None or builtin.EVERYWHERE or not asked.shape:
             return None
         why = ""
         try:

@@ -153,7 +153,8 @@ def tune_calls(calls: Sequence[Call], place: Place, budget_s: float, say: Callab
         if known.kernel and known.config is not None and known.config not in configs:
             configs.append(known.config)
         seconds = max(LEAST_S, min(SECONDS, left / (len(calls) - i)))
-        row = _tune_one(family, call, configs, by_image, place, left, seconds)
+        stock = None if known.kernel else known.config
+        row = _tune_one(family, call, configs, stock, by_image, place, left, seconds)
         report.rows.append(row)
         if row.use:
             done.add(name)
@@ -189,18 +190,19 @@ def keep(device: Any, choices: tuning_cache.Table, what: str, stacklevel: int) -
 
 
 def _tune_one(
-    family: Family, call: Call, listed: Sequence[dispatch.Config | None], by_image: tuple[bool, ...], place: Place,
-    left: float, seconds: float,
+    family: Family, call: Call, listed: Sequence[dispatch.Config | None], stock: dispatch.Config | None,
+    by_image: tuple[bool, ...], place: Place, left: float, seconds: float,
 ) -> Row:  # fmt: skip
     configs = {words(config) or BUILT_IN: config for config in listed}
-    case = _case(family, call, by_image, configs, place)
+    case = _case(family, call, by_image, configs, stock, place)
     row = harness.run_case(case, seconds=seconds, place=place, deadline=place.clock() + left)
     return _decided(family.kernel, call, row["variants"], configs)
 
 
 def _case(
-    family: Family, call: Call, by_image: tuple[bool, ...], configs: Mapping[str, dispatch.Config | None], place: Place
-) -> Case:
+    family: Family, call: Call, by_image: tuple[bool, ...], configs: Mapping[str, dispatch.Config | None],
+    stock: dispatch.Config | None, place: Place,
+) -> Case:  # fmt: skip
     def inputs(generator: torch.Generator) -> tuple[Tensor, ...]:
         return tuple(arg for arg in family.draw(call, generator) if isinstance(arg, Tensor))
 
@@ -216,7 +218,10 @@ def _case(
         shape={f"dim {i}": n for i, n in enumerate(first[1:], 1)}, batch=first[0], dtype=NAMES[call.dtype],
         device=place.device, inputs=inputs, reference=way(family.true),
         cut=lambda tensors, n: family.cut(call, tensors, n), per_image=by_image,
-        variants={STOCK: Variant(lambda: way(family.stock)), **{name: kernel(each) for name, each in configs.items()}},
+        variants={
+            STOCK: Variant(lambda: way(lambda args: family.stock(args, stock))),
+            **{name: kernel(each) for name, each in configs.items()},
+        },
         baseline=STOCK, yardstick=STOCK, work=Work(0, 0), check_images=CHECK_IMAGES,
     )  # fmt: skip
 

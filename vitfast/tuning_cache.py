@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -67,8 +68,9 @@ def key_of(device: Hashable) -> dict[str, str]:
 
 @functools.cache
 def kernels() -> str:
-    """A digest of what runs on a card: versions stay the same from one commit to the next."""
-    return digest_of([*sorted((PACKAGE / "kernels").glob("*.py")), *sorted(PACKAGE.glob("_C.*"))])
+    """A digest of what runs on a card, built-in configurations among it: versions stay the same between commits."""
+    found = [sorted(PACKAGE.glob(name)) for name in ("kernels/*.py", "_C.*", "builtin.py", "measured_sm*.json")]
+    return digest_of(itertools.chain(*found))
 
 
 def digest_of(paths: Iterable[Path]) -> str:

@@ -94,9 +94,9 @@ class Family:
         with torch.no_grad():
             return as_tuple(self.run(*args))
 
-    def stock(self, args: Sequence[Any]) -> Results:
-        """What stock operators return."""
-        with dispatch.trying(self.kernel, "stock"):
+    def stock(self, args: Sequence[Any], config: Config | None = None) -> Results:
+        """What stock operators return; `config` as `dispatch.stock_config` has it."""
+        with dispatch.trying(self.kernel, "stock", config):
             return self.results(args)
 
     def with_config(self, args: Sequence[Any], config: Config | None) -> Results:

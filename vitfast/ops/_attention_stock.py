@@ -8,7 +8,7 @@ import warnings
 import torch
 from torch.backends.cuda import cudnn_sdp_enabled
 
-from vitfast import native, reference
+from vitfast import dispatch, native, reference
 
 aten = torch.ops.aten
 
@@ -83,7 +83,12 @@ def attention_cuda(q, k, v, scale, backend="flash"):
         return attention_formula(q, k, v, scale)
     q, k, v = (_rows_of_heads(t) for t in (q, k, v))
     if backend == "cudnn" and cudnn_sdp_enabled() and _cudnn_agrees(q.device, q.dtype, q.shape[-1]):
-        return _by_cudnn(q, k, v, scale)
+        try:
+            return _by_cudnn(q, k, v, scale)
+        # it may have no plan for these sizes
+        except RuntimeError as problem:
+            dispatch.spare("attention", problem)
+            _refused((q.device, q.dtype, q.shape[-1]), f"{type(problem).__name__}: {problem}")
     out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)
     return _rows(out), lse.contiguous()
 
@@ -111,24 +116,29 @@ def _cudnn_agrees(device, dtype, head_dim):
         q, k, v = torch.randn(3, 2, 3, 40, head_dim, generator=generator, device=device).to(dtype).unbind(0)
         q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))
         expected = attention_formula(*(t.transpose(1, 2) for t in (q, k, v)), head_dim**-0.5)
-        why = "it differs from the formula"
         try:
             found = _by_cudnn(q, k, v, head_dim**-0.5)
             pairs = zip(found, expected, strict=True)
             _agrees[key] = all(torch.allclose(a.float(), b.float(), 0.02, 0.02) for a, b in pairs)
+            if not _agrees[key]:
+                _refused(key, "it differs from the formula")
         # cuDNN refuses in many ways
         except RuntimeError as problem:
-            if isinstance(problem, torch.OutOfMemoryError):
-                raise
-            why, _agrees[key] = str(problem).splitlines()[0], False
-        if not _agrees[key]:
-            warnings.warn(
-                f"cuDNN's attention, measured to be the fastest here, is not used for {dtype} and head dim {head_dim}: "
-                f"{why}. PyTorch's flash attention takes its place",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            dispatch.spare("attention", problem)
+            _refused(key, f"{type(problem).__name__}: {problem}")
     return _agrees[key]
+
+
+def _refused(key, why):
+    """Leave cuDNN's attention out from now on, and say so."""
+    _agrees[key] = False
+    _, dtype, head_dim = key
+    warnings.warn(
+        f"cuDNN's attention, measured to be the fastest here, is not used for {dtype} and head dim {head_dim}: "
+        f"{why.splitlines()[0]}. PyTorch's flash attention takes its place",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def attention_backward_cuda(grad, q, k, v, out, lse, scale):

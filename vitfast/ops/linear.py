@@ -148,10 +148,13 @@ def _linear_kernel(x, weight, bias, norm_weight, norm_bias, norm_eps, norm, act,
     args = (x, weight, bias, norm_weight, norm_bias, norm_eps, norm, act, gamma, row_scale, residual, saves)
     found = None
     if x.numel() and weight.numel():
-        around = [t for t in (gamma, row_scale, residual) if t is not None]
+        around = [t.dtype for t in (gamma, row_scale, residual) if t is not None]
+        # a result wider than the weights, as of the residual under autocast, takes more room beside a tile
+        wide = any(torch.promote_types(dtype, weight.dtype) != weight.dtype for dtype in around)
+        words = norm, act, "around" * bool(around), "wide" * wide
         found = _launch.attempt(
             "linear", "linear", x, lambda kernels: kernels.why_not(x, weight, norm, gamma, act, saves),
-            shape_of(x, weight, norm, act, "around" if around else ""),
+            shape_of(x, weight, *words),
             lambda kernels, config: kernels.forward(*args, config=kernels.Product(**config) if config else None),
         )  # fmt: skip
     return found or _linear_stock(*args)
