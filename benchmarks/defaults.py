@@ -11,6 +11,8 @@ its place, beyond the noise, in every record that has the shape: of cards that d
 is: the median is below every round of the other, and every round below the other's median. What was not accepted, or
 computes something else for comparison, counts for nothing. Among configurations that won, those within 2 % of the best
 count as equal, and of them the one that is so in most rows is taken: fewer configurations take less time to compile.
+In a prepared model a product with a residual may leave the statistics of its rows, with which the next one norms them:
+what that saves there, by the same record, is added to the time of whatever leaves none.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ RESULTS, OF_SWEEPS = ROOT / "benchmarks" / "results", "*-tune.json"
 RECORD_SCHEMA = 2
 # times that count as equal
 EQUAL = 1.02
+# of a ratio that is a win only with what is saved elsewhere
+NARROW = 0.05
 # what an op can call in a kernel's place, of the stock operators that a row has beside the usual one
 REACHABLE = {"attention": ("flash", "cudnn"), "attention_backward": ("flash",)}
 STANDS = ("device", "driver", "torch", "triton", "commit", "date")
@@ -76,6 +80,15 @@ def named(config: Mapping[str, Any] | None) -> str:
     return "" if config is None else json.dumps(config, sort_keys=True)
 
 
+def must_be_of(kernel: str, config: Mapping[str, Any]) -> None:
+    """Raises ValueError for what the kernel's launcher would not take: an older kernel's, or another's."""
+    made = {"attention": tuning.Config, "patch_embed": dict}.get(kernel.removesuffix("_backward"), tuning.Product)
+    try:
+        made(**config)
+    except TypeError as problem:
+        raise ValueError(f"{kernel} has no such configuration: {config}: {problem}") from None
+
+
 def arch_of(record: Mapping[str, Any]) -> int:
     major, minor = record["machine"]["capability"].split(".")
     return tuning.architecture_of((int(major), int(minor)))
@@ -85,6 +98,7 @@ def evidence(records: Iterable[Mapping[str, Any]]) -> dict[int, dict[Key, list[E
     """Rows that decide something, by architecture and by kernel and shape."""
     found: dict[int, dict[Key, list[Evidence]]] = {}
     for record in records:
+        own: dict[Key, list[Evidence]] = {}
         for row in record["rows"].values():
             if row["kernel"] is None:
                 continue
@@ -101,14 +115,66 @@ def evidence(records: Iterable[Mapping[str, Any]]) -> dict[int, dict[Key, list[E
                 elif each["role"] == "stock":
                     beyond[variant] = each
             ours = {named(each["config"]): each for each in timed.values() if each["role"] == "ours"}
+            for config in filter(None, map(_config, ours)):
+                must_be_of(row["kernel"], config)
             if len(ours) > 1:
                 # what the launcher chose on that day, which is among them by name
                 ours.pop("", None)
             if stock and ours:
                 key = row["kernel"], tuple(row["shape"])
                 one = Evidence(record["machine"]["device"], record["machine"]["date"], stock, ours, beyond)
-                found.setdefault(arch_of(record), {}).setdefault(key, []).append(one)
+                own.setdefault(key, []).append(one)
+        for key, rows in own.items():
+            saved = saved_by_statistics(key, own)
+            found.setdefault(arch_of(record), {}).setdefault(key, []).extend(credited(key, one, saved) for one in rows)
     return {arch: {key: newest(rows) for key, rows in shapes.items()} for arch, shapes in found.items()}
+
+
+def saved_by_statistics(key: Key, own: Mapping[Key, Sequence[Evidence]]) -> float:
+    """Milliseconds that the product after this one saves where it is given statistics of its rows."""
+    kernel, shape = key
+    if kernel != "added_linear":
+        return 0.0
+    width, depth = shape[3:5]
+    for (other, given), rows in own.items():
+        # after the attention's projection fc1, with an activation, and after fc2 the next block's qkv
+        words = str(given[-1]).split()
+        follows = other == "folded_linear" and given[:3] == shape[:3] and given[4] == width and words[-1] == "pieces"
+        if follows and (words[1] == "none") == (depth != width):
+            without = own.get((other, (*given[:-1], " ".join(words[:-1]))), ())
+            timed = [each for row in without for each in (*row.stock.values(), *row.ours.values())]
+            # neither stock operators nor cuBLAS with a norm before it read them
+            timed += [
+                each for row in rows for name, each in (*row.stock.items(), *row.ours.items())
+                if name == "" or json.loads(name)["kernel"] == "blas"
+            ]  # fmt: skip
+            best = [each["ms"] for row in rows for each in row.ours.values()]
+            return max(0.0, min((each["ms"] for each in timed), default=0.0) - min(best))
+    return 0.0
+
+
+def credited(key: Key, one: Evidence, saved: float) -> Evidence:
+    """The row, with what statistics save the next product added to what leaves none."""
+    if not saved:
+        return one
+
+    def more(each: Variant) -> Variant:
+        return {**each, **{figure: each[figure] + saved for figure in ("ms", "lowest", "highest")}, "added": saved}
+
+    columns = key[1][3]
+    return one._replace(
+        ours={c: each if leaves_statistics(json.loads(c), columns) else more(each) for c, each in one.ours.items()},
+        stock={c: more(each) for c, each in one.stock.items()},
+    )
+
+
+def leaves_statistics(config: Mapping[str, Any], columns: int) -> bool:
+    return config["kernel"] == "tiles" and columns % (config["block_n"] // config["parts"]) == 0
+
+
+def alone(each: Variant) -> float:
+    """Milliseconds of the call itself."""
+    return each["ms"] - each.get("added", 0.0)
 
 
 def newest(rows: Sequence[Evidence]) -> list[Evidence]:
@@ -137,8 +203,8 @@ def ratios(rows: Sequence[Evidence], config: str | None) -> dict[str, float]:
     """The fastest stock operator's time by that of the configuration, None: of the fastest; the lowest by card."""
     found: dict[str, float] = {}
     for row in rows:
-        stock = min(each["ms"] for each in row.stock.values())
-        ours = min(each["ms"] for each in row.ours.values()) if config is None else row.ours[config]["ms"]
+        stock = min(map(alone, row.stock.values()))
+        ours = min(map(alone, row.ours.values())) if config is None else alone(row.ours[config])
         found[row.card] = min(found.get(row.card, math.inf), stock / ours)
     return {card: round(ratio, 3) for card, ratio in sorted(found.items())}
 
@@ -184,7 +250,11 @@ def _note(rows: Sequence[Evidence], line: Mapping[str, Any]) -> str:
         # the usual stock operators may have failed where others did not
         taken = found.get(named(line["config"])) or min(row.stock.values(), key=lambda one: one["ms"])
         by |= {name for name, each in row.beyond_reach.items() if faster(each, taken)}
-    return f"{', '.join(sorted(by))} faster, which the op can't call" if by else ""
+    notes = [f"{', '.join(sorted(by))} faster, which the op can't call"] if by else []
+    if line["use"] == "kernel" and min(line["ratio"].values()) < 1 + NARROW:
+        saved = [each.get("added", 0.0) for row in rows for each in row.stock.values()]
+        notes += [f"its statistics save the next product {1e3 * max(saved):.1f} us"] if any(saved) else []
+    return "; ".join(notes)
 
 
 def tables(records: Mapping[str, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:

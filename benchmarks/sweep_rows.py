@@ -133,7 +133,8 @@ def _more(call: Call, device: torch.device) -> Iterable[Config | Product]:
         # queries and keys are of one packed tensor, or keys are the second
         keys = call.args[backward + ("qkv" not in call.op)].shape[1]
         table = BACKWARD if backward else FORWARD
-        return [config for config in table if builtin.LONGEST.get(config.kernel, keys) >= keys]
+        name = "attention_backward" if backward else "attention"
+        return [config for config in table if builtin.longest(name, config.kernel) >= keys]
     if call.op not in ("linear", "folded_linear", "added_linear", "mlp", "mlp_backward"):
         return ()
     of = dict(zip(arguments(call.op), call.args, strict=True))

@@ -118,6 +118,34 @@ def test_cudnn_is_not_the_choice_where_it_is_fastest_or_is_where_the_noise_says_
     assert only(record(level))[:2] == ("stock", None)
 
 
+def test_statistics_that_the_next_product_needs_are_worth_nothing():
+    """At (8, 768): fc2 is level with stock operators, and qkv faster with what fc2's tiles leave."""
+    tiles = {"kernel": "tiles", "block_m": 64, "block_n": 128, "parts": 2}
+    odd = {"kernel": "tiles", "block_m": 64, "block_n": 512, "parts": 1}
+    blas = {"kernel": "blas"}
+    fc2 = row(stock(1.0), timed(1.0, config=tiles), timed(0.999, config=odd), kernel="added_linear",
+              shape=[*SHAPE[:3], 768, 3072, ""])  # fmt: skip
+    qkv = row(stock(2.0), timed(1.5, config=blas), timed(1.3, config=tiles), kernel="folded_linear",
+              shape=[*SHAPE[:3], 2304, 768, "layer none pieces"])  # fmt: skip
+    fc1 = row(stock(9.0), timed(1.0, config=tiles), kernel="folded_linear",
+              shape=[*SHAPE[:3], 3072, 768, "layer gelu pieces"])  # fmt: skip
+    (data,) = defaults.tables({"r": record(fc2, qkv, fc1)}).values()
+    (line,) = [line for line in data["rows"] if line["kernel"] == "added_linear"]
+    assert (line["use"], line["config"], line["ratio"]) == ("kernel", tiles, {"NVIDIA H200": 1.0})
+    assert line["note"] == "its statistics save the next product 200.0 us"
+    # a row without them says what the next product takes where there are none
+    without = row(stock(2.0), timed(1.3, config=blas), kernel="folded_linear",
+                  shape=[*SHAPE[:3], 2304, 768, "layer none"])  # fmt: skip
+    for rows in ((fc2, fc1), (fc2, qkv, fc1, without)):
+        assert choices(record(*rows))[90][0][:3] == ("added_linear", "stock", None)
+
+
+def test_a_configuration_that_no_launcher_takes_is_written():
+    older = timed(0.5, config={"kernel": "online", "block_q": 64})
+    with pytest.raises(ValueError, match="attention has no such configuration.*block_q"):
+        defaults.tables({"r": record(row(stock(1.0), older, kernel="attention", shape=HEADS))})
+
+
 def test_what_an_op_cannot_call_decides_or_is_not_named():
     rows = row(stock(2.0, {"backend": "flash"}), stock(0.5, {"backend": "cudnn"}), timed(1.0, config=A),
                kernel="attention_backward", shape=HEADS)  # fmt: skip
@@ -214,6 +242,10 @@ def test_a_row_of_a_committed_table_loses_on_its_card():
             theirs = [v for v in each["variants"].values() if v["role"] == "stock" and "ms" in v
                       and (v["config"] or {"backend": "flash"})["backend"] in reach]  # fmt: skip
             ours = [v for v in each["variants"].values() if v["role"] == "ours" and "ms" in v]
+            # wins with what its statistics save the next product, and not alone
+            if "statistics save" in choice.reason:
+                assert each["kernel"] == "added_linear" and choice.kernel
+                continue
             wins = [v for v in ours if all(v["ms"] < t["lowest"] and v["highest"] < t["ms"] for t in theirs)]
             if choice.kernel:
                 assert choice.config in [v["config"] for v in wins]

@@ -36,8 +36,6 @@ NEAR = 1.0
 BITS = {"attention": (1,), "layer_norm": (1,), "linear": (2,), "folded_linear": (2,), "added_linear": (2,), "mlp": (2,),
         "patch_embed": (2,)}  # fmt: skip
 LENGTHS = {"attention": (2, 3)}
-# keys that a configuration takes at most
-LONGEST = {"short": 272, "head": 256}
 # rows of an MLP: fewer do not fill a device; and so many keep every multiprocessor busy with tiles of 64
 LEAST_ROWS, WHOLE_ROWS = 512, 8192
 SAFE_KEYS = 256
@@ -152,17 +150,24 @@ def _nearest(kernel: str, shape: Shape, arch: int) -> Builtin | None:
     near = []
     for known, row in _by_class(arch).get((kernel, kind), ()):
         apart = [abs(a - b) for a, b in zip(sizes, known, strict=True)]
-        if max(apart, default=0.0) <= NEAR and _takes(row.choice.config, kernel, shape):
+        if max(apart, default=0.0) <= NEAR and _takes(row.choice, kernel, shape):
             # of two that are as near that of the call's own dtype
             near.append((sum(apart), shape[0] != row.shape[0], known, row.choice))
     return min(near, key=lambda each: each[:3])[3] if near else None
 
 
-def _takes(config: Config | None, kernel: str, shape: Shape) -> bool:
-    """Whether a configuration that ran a near size runs this one too."""
-    if config is None or not kernel.startswith("attention"):
+def _takes(choice: Builtin, kernel: str, shape: Shape) -> bool:
+    """Whether what ran a near size runs this one too."""
+    if not choice.kernel or choice.config is None or not kernel.startswith("attention"):
         return True
-    return shape[3] <= LONGEST.get(str(config.get("kernel")), shape[3])
+    return shape[3] <= longest(kernel, str(choice.config["kernel"]))
+
+
+@functools.cache
+def longest(kernel: str, way: str) -> int:
+    """Keys that attention's forward or backward takes at most where it is computed in this way."""
+    tables = tuning.BACKWARD if kernel.endswith("_backward") else tuning.FORWARD
+    return max(row.keys for table in tables.values() for row in table if row.config.kernel == way)
 
 
 # unmeasured
