@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -11,6 +12,7 @@ from vitfast import builtin
 from vitfast.builtin import Measured
 from vitfast.kernels import tuning
 
+NUMBER = re.compile(r" [0-9.]+ us$")
 # of a configuration, what stands in it under "kernel"
 KINDS = {"blas": "cuBLAS and kernels around it", "tiles": "one kernel", "whole": "one kernel for both layers"}
 WORDS = {"layer": "LayerNorm before", "none": "", "gelu": "GELU after", "around": "residual after",
@@ -78,7 +80,8 @@ def _ways(ours: Sequence[Measured], stock: Sequence[Measured]) -> str:
     found = Counter(KINDS.get(str((row.choice.config or {}).get("kernel")), "") for row in ours)
     found += Counter("cuDNN" if row.choice.config else "" for row in stock)
     listed = [f"{words} {count}" for words, count in found.items() if words]
-    notes = dict.fromkeys(note for row in (*ours, *stock) for note in row.choice.reason.split("; ")[1:])
+    # the same in words, with other numbers in each row
+    notes = dict.fromkeys(NUMBER.sub("", note) for row in (*ours, *stock) for note in row.choice.reason.split("; ")[1:])
     return "; ".join(filter(None, [", ".join(listed), *notes])) or "-"
 
 
