@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import vitfast
 from vitfast import dispatch, warm_up
 from vitfast.bench import device as devices
-from vitfast.calls import Call, Like, calls_of, calls_of_prepared, distinct
+from vitfast.calls import Call, Like, _Recorder, calls_of, calls_of_prepared, distinct
 from vitfast.engine import PreparedViT
 from vitfast.families import FAMILIES
 from vitfast.tuning_cache import Choice
@@ -408,3 +408,35 @@ def test_a_restart_keeps_a_kernel_off(fake, monkeypatch):
         warm()
     restart(monkeypatch)
     assert fake.who(8, 64) == "kernel"
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch14_dinov2", "vit_base_patch16_siglip_224"])
+def test_under_autocast_other_calls_are_foreseen_than_the_model_makes(name, training):
+    """Rows and residuals in fp32 beside weights in bf16: other shapes to choose by, and other kernels."""
+    config = vitfast.config_for(name, img_size=32 if "16" in name else 28).replace(depth=2)
+    model, images = vitfast.ViT.from_config(config).train(training), torch.randn(2, 3, *config.image_size)
+    with _Recorder() as made, torch.set_grad_enabled(training):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(images)
+        if training:
+            out.sum().backward()
+    found = calls_of(config, 2, torch.float32, training, torch.bfloat16)
+    assert found == list(made.calls)
+    assert {call.dtype for call in found if call.op in ("linear", "mlp")} == {torch.bfloat16}
+
+
+def test_autocast_is_forgotten_or_stays(monkeypatch):
+    model = vitfast.create_model("vit_tiny_patch16_224", img_size=32, depth=1)
+    asked = []
+    monkeypatch.setattr(warm_up, "kernel_calls", lambda *given: asked.append(given[2:]) or [])
+    on_gpu = types.SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(torch.nn.Module, "parameters", lambda *_: iter([on_gpu]))
+    monkeypatch.setattr(warm_up, "_dtype_of", lambda *_: torch.float32)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(devices, "of", lambda device: types.SimpleNamespace(current=contextlib.nullcontext))
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: True)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.float16)
+    vitfast.warmup(model)
+    vitfast.warmup(model, dtype=torch.bfloat16)
+    assert asked == [(torch.float32, False, torch.float16), (torch.bfloat16, False, None)]

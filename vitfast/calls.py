@@ -57,8 +57,11 @@ class Call(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What is computed in: pixels may be uint8."""
-        return next(like.dtype for like in self.likes() if like.dtype.is_floating_point)
+        """What is computed in, the lowest that is there: under autocast some is wider, and pixels may be uint8."""
+        named = [getattr(torch, arg, None) for arg in self.args if isinstance(arg, str)]
+        found = [*(like.dtype for like in self.likes()), *named]
+        floats = [dtype for dtype in found if isinstance(dtype, torch.dtype) and dtype.is_floating_point]
+        return min(floats, key=lambda dtype: torch.finfo(dtype).bits)
 
     def __str__(self) -> str:
         shapes = " ".join(str(list(like.shape)) for like in self.likes())
@@ -113,20 +116,27 @@ def _like(arg: Any) -> Any:
     return tuple(arg) if isinstance(arg, list) else arg
 
 
-def calls_of(config: ViTConfig, batch: int, dtype: torch.dtype, training: bool) -> list[Call]:
+def calls_of(
+    config: ViTConfig, batch: int, dtype: torch.dtype, training: bool, autocast: torch.dtype | None = None
+) -> list[Call]:
     """The distinct calls of a forward, and with `training` of its backward, of a model as `config` describes it.
 
     Parts that somebody replaced in a model are not in its config; what they call is not here.
 
     Args:
         batch: images.
-        dtype: of weights and images, or autocast's.
+        dtype: of weights and images.
+        autocast: what autocast computes in, where it is on.
     """
+    # not with the module: ops import this one's users
+    from vitfast.ops._check import autocast_on_meta
+
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         model, images = _without_memory(config, batch, dtype)
         model.train(training)
         with _Recorder() as recorder, torch.set_grad_enabled(training):
-            out = model(images)
+            with autocast_on_meta(autocast):
+                out = model(images)
             if training:
                 out.sum().backward()
     return list(recorder.calls)

@@ -108,8 +108,8 @@ def warmup(
         model: a `vitfast.ViT`, one that `vitfast.prepare` made, or a module that contains some. On a CPU nothing is
             compiled, and the report is empty.
         batch: numbers of images.
-        dtype: float32, bfloat16 or float16: what the model computes in; by default autocast's where it is on for GPUs,
-            else that of the model's blocks. A prepared model computes in its own.
+        dtype: float32, bfloat16 or float16: what the model computes in, without autocast; by default that of its
+            blocks, under autocast where that is on for GPUs. A prepared model computes in its own.
         training: also the backward, which a prepared model does not have.
         progress: print a line for each call on stderr.
         measure: also who is faster.
@@ -127,8 +127,10 @@ def warmup(
     vits = models_in("warmup", model)
     batches = batches_of("warmup", batch)
     device = next(vits[0].parameters()).device
+    autocast = None
     if dtype is None:
-        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else _dtype_of(vits[0])
+        dtype = _dtype_of(vits[0])
+        autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
     else:
         check_dtype("warmup", dtype)
     if device.type != "cuda":
@@ -144,7 +146,7 @@ def warmup(
     report, done = Report(), set()
     with place.current():
         for _ in range(PASSES):
-            calls = [call for call in kernel_calls(described, batches, dtype, training) if call not in done]
+            calls = [call for call in kernel_calls(described, batches, dtype, training, autocast) if call not in done]
             if not calls:
                 break
             done.update(calls)
@@ -181,9 +183,14 @@ def _dtype_of(model: ViT) -> torch.dtype:
 
 
 def kernel_calls(
-    configs: Iterable[ViTConfig | Prepared], batches: Sequence[int], dtype: torch.dtype, training: bool
-) -> list[Call]:
-    """The distinct calls of these models that a kernel may run; prepared ones compute in their own dtype, forward."""
+    configs: Iterable[ViTConfig | Prepared], batches: Sequence[int], dtype: torch.dtype, training: bool,
+    autocast: torch.dtype | None = None,
+) -> list[Call]:  # fmt: skip
+    """The distinct calls of these models that a kernel may run; prepared ones compute in their own dtype, forward.
+
+    Args:
+        dtype: of weights and images; autocast: what that computes in, None where it is off.
+    """
     # not with the package: `import vitfast` has a limit
     from vitfast.families import FAMILIES
 
@@ -192,7 +199,9 @@ def kernel_calls(
         for config in configs
         for n in batches
         for call in (
-            calls_of_prepared(config, n) if isinstance(config, Prepared) else calls_of(config, n, dtype, training)
+            calls_of_prepared(config, n)
+            if isinstance(config, Prepared)
+            else calls_of(config, n, dtype, training, autocast)
         )
     ]
     return distinct(call for call in found if call.op in FAMILIES)

@@ -39,6 +39,8 @@ def calls_of_models(dtype):
     """The calls of tiny models, and those of norms of sums, which no model has."""
     configs = [config_for(name, **options) for name, options in MODELS]
     found = warm_up.kernel_calls(configs, (2,), dtype, True) + warm_up.kernel_calls(configs[:1], (2,), dtype, False)
+    if dtype is not torch.float32:
+        found += warm_up.kernel_calls(configs, (2,), torch.float32, True, dtype)
     place = torch.device("cpu" if INTERPRETED else "cuda")
     found += warm_up.kernel_calls([Prepared(config, dtype, place) for config in configs], (2,), dtype, False)
     rows, vector = contiguous(2, 5, 64, dtype=dtype), contiguous(64, dtype=dtype)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -78,9 +82,28 @@ def describe(t: Tensor) -> str:
 def autocast_dtype(t: Tensor) -> torch.dtype | None:
     """The dtype in which autocast wants this op to compute, None outside autocast; fp64 is left alone."""
     kind = t.device.type
-    if t.dtype == torch.float64 or kind == "meta" or not torch.is_autocast_enabled(kind):
+    if t.dtype == torch.float64:
         return None
-    return torch.get_autocast_dtype(kind)
+    if kind == "meta":
+        return _thread.on_meta
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+class _ThisThread(threading.local):
+    on_meta: torch.dtype | None = None
+
+
+_thread = _ThisThread()
+
+
+@contextlib.contextmanager
+def autocast_on_meta(dtype: torch.dtype | None) -> Iterator[None]:
+    """Let ops on 'meta', which torch has no autocast for, see autocast to this dtype; None for none."""
+    before, _thread.on_meta = _thread.on_meta, dtype
+    try:
+        yield
+    finally:
+        _thread.on_meta = before
 
 
 def cast(t: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
