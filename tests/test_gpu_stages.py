@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import ahead
 import gpu_stages
 import plans
 import pytest
@@ -39,7 +40,7 @@ def test_tables_of_the_sweep_are_not_those_of_the_models(a_run, tmp_path, monkey
     script = tmp_path / "defaults.py"
     script.write_text("import sys; print(sys.argv[1:]); sys.exit(1)")
     monkeypatch.setattr(gpu_stages, "DEFAULTS", script)
-    monkeypatch.setattr(gpu_stages, "sources", lambda: digests.pop(0))
+    monkeypatch.setattr(gpu_stages, "tables", lambda: digests.pop(0))
     run = a_run(restart=lambda: begun.append(1))
     stages.go([plans.DEFAULTS], run)
     assert "no sweep" in written(run)["run"]["defaults"] and not begun
@@ -71,23 +72,28 @@ def test_variant_is_compiled_twice_or_by_who_has_no_memory(tmp_path, monkeypatch
             name: Variant(build, ours=each.ours) for name, each in case.variants.items()
         })  # fmt: skip
 
-    monkeypatch.setattr(workers, "cases", lambda plan, run: map(counting, cases))
-    monkeypatch.setattr(workers, "SHARE", 2e-8)  # of what stands for a CPU's memory: for one heavy one
+    monkeypatch.setattr(ahead, "cases", lambda plan, run: map(counting, cases))
+    monkeypatch.setattr(ahead, "SHARE", 2e-8)  # of what stands for a CPU's memory: for one heavy one
     run = stages.Run(torch.device("cpu"), None, 0.0, True, "x")
     for number in (3, 0, 1):
-        workers.compile_some("models", run, tmp_path, number)
-        taken[number] = [json.loads(line)[0] for line in (tmp_path / f"log-{number}").read_text().splitlines()]
-    assert taken == {3: [cases[0].key], 0: [cases[1].key], 1: []}
+        monkeypatch.setenv(workers.NUMBER, str(number))
+        taken[number] = []
+        # as `workers.work` claims them
+        for task, call in ahead.tasks("models", run):
+            if task not in {each for tasks in taken.values() for each in tasks}:
+                taken[number].append(task)
+                with pytest.raises(ValueError, match="does not compile"):
+                    call()
+    assert taken == {3: [f"{cases[0].key}: vitfast"], 0: [f"{cases[1].key}: vitfast"], 1: []}
     assert {name: len(times) for name, times in built.items()} == {"light": 1, "heavy": 1}
-    assert "it does not compile" in (tmp_path / "log-0").read_text()
-    assert not workers.compiles("timm max-autotune", Variant(layer_norm))
-    assert workers.compiles("timm reduce-overhead", Variant(layer_norm))
+    assert not ahead.compiles("timm max-autotune", Variant(layer_norm))
+    assert ahead.compiles("timm reduce-overhead", Variant(layer_norm))
 
 
 def test_shape_in_which_gradients_are_judged_is_compiled_by_who_times():
     batches = []
     case = make({}, batch=64, mode="forward+backward", per_image=(True, False))
-    workers.call_once(case, variant(lambda x, *_: batches.append(len(x))))
+    ahead.call_once(case, variant(lambda x, *_: batches.append(len(x))))
     assert batches == [64, case.check_images]
-    workers.call_once(replace(case, per_image=(True,)), variant(lambda x, *_: batches.append(len(x))))
+    ahead.call_once(replace(case, per_image=(True,)), variant(lambda x, *_: batches.append(len(x))))
     assert batches[2:] == [64]
