@@ -275,6 +275,20 @@ def test_record_of_another_place_is_not_gone_on_with(tmp_path, monkeypatch, a_ru
     assert opened(run="check") is None and read(state / f"{name}.before")["marker"] == "other"
 
 
+@pytest.mark.parametrize("text", ['{"schema": 1, "ru', '{"schema": 7}', "[]"])
+@pytest.mark.parametrize("where", ["out", "state"])
+def test_file_that_was_cut_short_stops_every_plan(where, text, tmp_path, a_run):
+    """It is told and kept, and the plan begins anew."""
+    out = tmp_path / "out"
+    call = program.Call(told_of(out))
+    for name in call.files("tune"):
+        file = {"out": out, "state": program.STATE}[where] / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+    assert call.open("tune").rows == []
+    assert file.with_name(f"{file.name}.before").read_text() == text and not (program.STATE / name).exists()
+
+
 def told_of(out, **more):
     told = {"run": "next", "resume": False, "out": out, "device": "cpu", "minutes": 1.0, "tiny": True}
     return program.argparse.Namespace(**told | more)

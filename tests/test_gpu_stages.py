@@ -1,6 +1,10 @@
 """`benchmarks/gpu_stages.py` and `workers.py`: the sweep, tables made from it, and compilation by many processes."""
 
 import json
+import subprocess
+import sys
+import sysconfig
+import time
 from dataclasses import replace
 
 import ahead
@@ -10,7 +14,7 @@ import pytest
 import stages
 import torch
 import workers
-from bench_cases import layer_norm, make, variant
+from bench_cases import layer_norm, make, named, variant
 from bench_runs import SWEEP, runs_in, written
 
 from vitfast.bench.case import Variant
@@ -48,6 +52,63 @@ def test_tables_of_the_sweep_are_not_those_of_the_models(a_run, tmp_path, monkey
     assert stages.go([plans.DEFAULTS], run) == []
     noted = written(run)["run"]["defaults"]
     assert noted["status"] == 1 and str(run.tuned) in noted["last"] and begun
+
+
+REFUSES = """
+import json, sys
+from pathlib import Path
+out = Path(sys.argv[sys.argv.index("--out") + 1])
+if out.exists() and json.loads(out.read_text())["kernels"] != "new":
+    sys.exit(2)
+out.write_text(json.dumps({"kernels": "new"}))
+"""
+
+
+def test_sweep_of_kernels_that_were_mended_is_never_made(a_run, tmp_path, monkeypatch):
+    """Its record is of others, or of another driver: it was refused, and the stage counted as done."""
+    script = tmp_path / "sweep.py"
+    script.write_text(REFUSES)
+    monkeypatch.setattr(gpu_stages, "SWEEP", script)
+    run = a_run()
+    run.tuned.parent.mkdir()
+    run.tuned.write_text('{"kernels": "old"}')
+    assert stages.go([plans.PLANS["tune"][1]], run) == []
+    assert json.loads((run.out / run.tuned.name).read_text()) == {"kernels": "new"}
+    assert json.loads(run.tuned.with_name(f"{run.tuned.name}.before").read_text()) == {"kernels": "old"}
+
+
+def test_row_does_not_say_which_tables_it_was_timed_with(a_run, monkeypatch):
+    """Rows that are there are not timed again when a later part of the sweep makes others."""
+    run = a_run()
+    for digest, name in (("old", "first"), ("new", "second")):
+        monkeypatch.setattr(gpu_stages, "tables", lambda digest=digest: digest)
+        cases = named(name)
+        stage = stages.Stage(name, 60, 9, gpu_stages.rows, makers=lambda run, cases=cases: [lambda: cases[0]])
+        stages.go([stage], run)
+    assert [row["notes"]["tables"] for row in written(run)["rows"]] == ["old", "new"]
+
+
+def test_extension_of_sources_that_were_changed_is_kept(a_run, tmp_path, monkeypatch):
+    """What is built stays in the tree when a later call brings other sources."""
+    built, sources = [], tmp_path / "csrc" / "a.cu"
+    library = tmp_path / "vitfast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    for file in (sources, library):
+        file.parent.mkdir()
+        file.write_text("one")
+    (tmp_path / "setup.py").touch()
+    monkeypatch.setattr(gpu_stages, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_stages, "STATE", tmp_path / "state")
+    monkeypatch.setattr(gpu_stages, "started", lambda *_: built.append(1) or (0, 1.0, "vitfast: built"))
+    run = a_run()
+    run.tiny = False
+    library.unlink()
+    stages.go([plans.EXTENSION], run)
+    library.write_text("made")
+    stages.go([plans.EXTENSION], run)
+    assert len(built) == 1
+    sources.write_text("two")
+    stages.go([plans.EXTENSION], run)
+    assert len(built) == 2
 
 
 # workers
@@ -97,3 +158,37 @@ def test_shape_in_which_gradients_are_judged_is_compiled_by_who_times():
     assert batches == [64, case.check_images]
     ahead.call_once(replace(case, per_image=(True,)), variant(lambda x, *_: batches.append(len(x))))
     assert batches[2:] == [64]
+
+
+ORPHAN = """
+import sys, time
+from pathlib import Path
+sys.path[:0] = [{root!r}, {benchmarks!r}]
+if "--claims" in sys.argv:
+    Path({begun!r}).touch()
+    while not Path({go!r}).exists():  # as long as it imports
+        time.sleep(0.05)
+    import workers
+    workers.work(Path({claims!r}), [("a", lambda: time.sleep(3)), ("b", lambda: Path({done!r}).touch())])
+else:
+    import workers
+    workers.run_by_many([sys.executable, __file__], 1, 60.0)
+"""
+
+
+def test_worker_whose_parent_was_killed_while_it_imported_compiles_all_there_is(tmp_path):
+    paths = {name: str(tmp_path / name) for name in ("begun", "go", "done", "claims")}
+    (tmp_path / "claims").mkdir()
+    script, root = tmp_path / "script.py", stages.ROOT
+    script.write_text(ORPHAN.format(root=str(root), benchmarks=str(root / "benchmarks"), **paths))
+    parent = subprocess.Popen([sys.executable, str(script)])
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    (tmp_path / "go").touch()
+    ends = time.time() + 60
+    while not list((tmp_path / "claims").glob("*.claim")) and time.time() < ends:
+        time.sleep(0.05)
+    time.sleep(5)
+    assert not (tmp_path / "done").exists()
