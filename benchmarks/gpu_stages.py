@@ -9,6 +9,7 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ahead
@@ -20,13 +21,14 @@ from vitfast import extension as compiled_half
 from vitfast.bench import ceilings, harness
 from vitfast.bench import device as devices
 from vitfast.bench.case import Case
+from vitfast.bench.record import set_aside
 from vitfast.timing import Sampler
 
 SWEEP, DEFAULTS = (ROOT / "benchmarks" / name for name in ("sweep.py", "defaults.py"))
 # with less time than that no extension is built
 BUILD_S = 30.0
-# exit status of sweep.py when the time was up with rows left
-MORE = 4
+# exit status of sweep.py where it refuses a record, and when the time was up with rows left
+MISUSED, MORE = 2, 4
 # of the sweep's time, at most, for compiling; and for its last row
 COMPILE_S, ROW_S = 150.0, 8.0
 
@@ -36,6 +38,10 @@ def extension(run: Run, stage: Stage, budget_s: float) -> Outcome:
     failed = []
     cuda = run.device.type == "cuda"
     there = (ROOT / "vitfast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").exists()
+    # it stays in the tree while the sources that it was built from may be replaced
+    sources = tuning_cache.digest_of([ROOT / "setup.py", *sorted((ROOT / "csrc").glob("*"))])
+    built_from = STATE / "built"
+    there = there and not (built_from.exists() and built_from.read_text() != sources)
     # one that was built where there was no nvcc is of no use on a GPU
     if not run.tiny and budget_s > BUILD_S and not (there and (not cuda or compiled_half.build_report()["cuda"])):
         if cuda:
@@ -46,7 +52,12 @@ def extension(run: Run, stage: Stage, budget_s: float) -> Outcome:
         told = [line for line in text.splitlines() if line.startswith("vitfast:")]
         run.note("build", {"status": status, "seconds": seconds, "told": told[-1] if told else text[-300:]})
         say(f"extension: {run.record.data['run']['build']['told']}")
-        if status != 0:
+        if status == 0:
+            built_from.write_text(sources)
+            if compiled_half.__package__ + "._C" in sys.modules:
+                # the one that this process has loaded stays what it was
+                run.restart()
+        else:
             failed = [f"the extension was not built: {text[-300:] or f'no end after {budget_s:.0f} s'}"]
         compiled_half.load.cache_clear()
         importlib.invalidate_caches()
@@ -111,7 +122,10 @@ def partly(maker: Callable[[], Case], run: Run) -> Callable[[], Case]:
         lost = run.record.data["lost"].get(case.key, {})
         if {"*", case.baseline, case.yardstick} & lost.keys():
             raise ValueError(f"{case.key}: {'; '.join(lost.values())}")
-        notes = {**case.notes, "extension": f"absent: {run.no_extension}"} if run.no_extension else case.notes
+        # rows that are there stay when a later part of the sweep makes other tables
+        notes = {**case.notes, "tables": tables()}
+        if run.no_extension:
+            notes["extension"] = f"absent: {run.no_extension}"
         variants = {name: variant for name, variant in case.variants.items() if name not in lost}
         return replace(case, variants=variants, notes=notes)
 
@@ -177,7 +191,13 @@ def sweep(run: Run, stage: Stage, budget_s: float) -> Outcome:
         sys.executable, str(SWEEP), "--out", str(run.tuned), "--resume", "--limit", f"{limit_s:.0f}", "--compile",
         f"{min(COMPILE_S, limit_s / 3):.0f}", *["--tiny"] * run.tiny,
     ]  # fmt: skip
-    status, _, text = started(command, budget_s, run, watch=lambda: publish(run.tuned, run.out))
+    watch = partial(publish, run.tuned, run.out)
+    status, seconds, text = started(command, budget_s, run, watch=watch)
+    # of kernels that were mended since, or of another driver
+    if status == MISUSED and (before := set_aside(run.tuned)):
+        say(f"{last_lines(text)[-300:]}\nthat record is now {before}")
+        set_aside(run.out / run.tuned.name)
+        status, _, text = started(command, budget_s - seconds, run, watch=watch)
     run.stage(stage.name)["last"] = last_lines(text)
     say(text[-300:].strip())
     if status == 0:

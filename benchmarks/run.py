@@ -94,7 +94,11 @@ class Call:
             if not (self.told.resume or self.several):
                 for before in filter(None, map(record.set_aside, {kept, given})):
                     say(f"an earlier record is now {before}")
-            elif given.exists() and (self.told.resume or self.is_ours(given)):
+                continue
+            for file in (kept, given):
+                if file.exists() and not is_whole(file):
+                    say(f"{file} is no record, or cut short; it is now {record.set_aside(file)}")
+            if given.exists() and (self.told.resume or self.is_ours(given)):
                 if not kept.exists() or given.stat().st_mtime > kept.stat().st_mtime:
                     STATE.mkdir(parents=True, exist_ok=True)
                     shutil.copy2(given, kept)
@@ -109,7 +113,14 @@ class Call:
         if plan not in self.records:
             self.gather(plan)
             path = STATE / self.files(plan)[0]
-            data = record.open_for_resume(path, self.facts).data
+            try:
+                data = record.open_for_resume(path, self.facts).data
+            except ValueError as problem:
+                if not self.several:
+                    raise
+                # of one plan it must not cost the others
+                say(f"{problem}; it is now {record.set_aside(path)}")
+                data = record.open_for_resume(path, self.facts).data
             self.records[plan] = Kept(path, data, self.told.out)
         return self.records[plan]
 
@@ -181,6 +192,13 @@ class Call:
             say(f"{self.told.out / kept.path.name}: {len(kept.rows)} rows, {len(kept.data['skipped'])} skipped, {told}")
         say(f"{time.perf_counter() - BEGAN:.0f} s")
         return failed
+
+
+def is_whole(file: Path) -> bool:
+    try:
+        return isinstance(json.loads(file.read_text(encoding="utf-8")), dict)
+    except ValueError:
+        return False
 
 
 def end_at(seconds: float, path: Path, last: Callable[[], Any] = lambda: None) -> threading.Timer:
