@@ -458,6 +458,24 @@ def test_file_of_gpu_tests_is_not_run():
     assert sorted([*files, "tests/kernels"]) == sorted((*plans.OF_DEVICES, *plans.KERNELS))
 
 
+def test_two_runs_of_a_tree_write_each_other_s_records_or_disturb_each_other_s_times(tmp_path, a_run, capsys):
+    """And one that ended, whichever way, keeps nobody out."""
+    program.STATE.mkdir()
+    given = ["profile", "--device", "cpu", "--tiny", "--out", str(tmp_path / "out")]
+    with open(program.STATE / ".lock", "w") as file:
+        program.fcntl.flock(file, program.fcntl.LOCK_EX)
+        assert program.main(given) == 2
+    assert "another run" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert program.main(given) == 0
+
+
+def test_output_folder_that_cannot_be_written_is_a_failed_test(tmp_path, a_run, capsys):
+    """Exit status 1, with a traceback."""
+    (tmp_path / "out").touch()
+    assert program.main(["profile", "--device", "cpu", "--tiny", "--out", str(tmp_path / "out")]) == 2
+    assert "File exists" in capsys.readouterr().err
+
+
 def test_machine_without_a_gpu_is_not_told_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert program.main(["next", "--out", str(tmp_path)]) == 2
