@@ -38,6 +38,7 @@ BEGAN = time.perf_counter()
 
 import argparse  # noqa: E402
 import contextlib  # noqa: E402
+import fcntl  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
 import shutil  # noqa: E402
@@ -201,6 +202,18 @@ def is_whole(file: Path) -> bool:
         return False
 
 
+def alone() -> Any:
+    """What to keep open as long as nobody else may run a plan in this tree; None where somebody does."""
+    STATE.mkdir(parents=True, exist_ok=True)
+    file = (STATE / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
 def end_at(seconds: float, path: Path, last: Callable[[], Any] = lambda: None) -> threading.Timer:
     """End this process then, whatever it is doing, after `last`: its files have all finished rows."""
 
@@ -239,6 +252,9 @@ def main(argv: list[str] | None = None) -> int:
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         print("run: torch finds no GPU here, `vitfast info` says why; --device cpu --tiny tries it", file=sys.stderr)
         return 2
+    if (lock := alone()) is None:
+        print(f"run: another run has {STATE}, and would disturb times", file=sys.stderr)
+        return 2
     keep_caches(torch.device(device))
     same_keys()
     # so that what it started is ended and noted
@@ -246,12 +262,15 @@ def main(argv: list[str] | None = None) -> int:
     call = Call(told)
     timer = end_at(call.ends + GRACE_S - time.perf_counter(), told.out, call.write_tables)
     try:
+        told.out.mkdir(parents=True, exist_ok=True)
         call.run_all()
-    except ValueError as problem:
+        call.write_tables()
+    except (ValueError, OSError) as problem:
         print(f"run: {problem}", file=sys.stderr)
         return 2
-    timer.cancel()
-    call.write_tables()
+    finally:
+        timer.cancel()
+        lock.close()
     return call.report()
 
 
