@@ -97,7 +97,6 @@ def test_extension_of_sources_that_were_changed_is_kept(a_run, tmp_path, monkeyp
         file.write_text("one")
     (tmp_path / "setup.py").touch()
     monkeypatch.setattr(gpu_stages, "ROOT", tmp_path)
-    monkeypatch.setattr(gpu_stages, "STATE", tmp_path / "state")
     monkeypatch.setattr(gpu_stages, "started", lambda *_: built.append(1) or (0, 1.0, "vitfast: built"))
     run = a_run()
     run.tiny = False
@@ -109,6 +108,48 @@ def test_extension_of_sources_that_were_changed_is_kept(a_run, tmp_path, monkeyp
     sources.write_text("two")
     stages.go([plans.EXTENSION], run)
     assert len(built) == 2
+
+
+@pytest.mark.parametrize("extension", [True, False])
+def test_extension_without_a_cuda_part_is_built_again_in_every_plan(extension, a_run, tmp_path, monkeypatch):
+    """Where there is no nvcc, or where it fails: half a minute in each of six plans."""
+    built = []
+    library = tmp_path / "vitfast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    for folder in ("csrc", "vitfast"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "setup.py").touch()
+
+    def build(*_):
+        built.append(1)
+        if extension:
+            library.touch()
+        return 0, 1.0, "vitfast: built, no CUDA part: nvcc failed"
+
+    monkeypatch.setattr(gpu_stages, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_stages, "started", build)
+    monkeypatch.setattr(gpu_stages.compiled_half, "cuda_status", lambda: {"why": "no CUDA part: nvcc failed"})
+    monkeypatch.setattr(gpu_stages.compiled_half, "build_report", lambda: {"cuda": False})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setenv("VITFAST_CUDA_ARCHS", "90a")
+    run = a_run()
+    run.tiny, run.device = False, torch.device("cuda")
+    for _ in range(3):
+        stages.go([plans.EXTENSION], run)
+    assert len(built) == 1 and run.no_extension
+    # somebody puts it there
+    monkeypatch.setattr(gpu_stages.shutil, "which", lambda name: "/opt/nvcc")
+    stages.go([plans.EXTENSION], run)
+    assert len(built) == 2
+
+
+def test_nvcc_that_is_where_the_toolkit_puts_it_is_not_found(monkeypatch):
+    """As compute-sanitizer and ncu are."""
+    there = "/usr/local/cuda/bin/nvcc"
+    monkeypatch.delenv("NVCC", raising=False)
+    monkeypatch.setattr(gpu_stages.shutil, "which", lambda name: name if name == there else None)
+    assert gpu_stages.nvcc() == there
+    monkeypatch.setattr(gpu_stages.shutil, "which", lambda name: f"/opt/{name}" if name == "nvcc" else None)
+    assert gpu_stages.nvcc() == "/opt/nvcc"
 
 
 # workers
