@@ -39,22 +39,28 @@ def extension(run: Run, stage: Stage, budget_s: float) -> Outcome:
     failed = []
     cuda = run.device.type == "cuda"
     there = (ROOT / "vitfast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").exists()
-    # it stays in the tree while the sources that it was built from may be replaced
+    # what was built stays in the tree while its sources may be replaced; what could not be built is not tried again
     sources = tuning_cache.digest_of([ROOT / "setup.py", *sorted((ROOT / "csrc").glob("*"))])
-    built_from = STATE / "built"
-    there = there and not (built_from.exists() and built_from.read_text() != sources)
-    # one that was built where there was no nvcc is of no use on a GPU
-    if not run.tiny and budget_s > BUILD_S and not (there and (not cuda or compiled_half.build_report()["cuda"])):
+    built_from, wanted = ROOT / "build" / "built_from", f"{sources} {nvcc()}"
+    if built_from.exists():
+        known = built_from.read_text() == wanted
+    else:
+        # one that was built where there was no nvcc is of no use on a GPU
+        known = there and (not cuda or compiled_half.build_report()["cuda"])
+    if not run.tiny and budget_s > BUILD_S and not known:
+        found = {"NVCC": nvcc()} if nvcc() else {}
         if cuda:
             # for this card only: a third of the time
             capability = torch.cuda.get_device_capability(run.device)
             os.environ.setdefault("VITFAST_CUDA_ARCHS", "90a" if capability == (9, 0) else "{}{}".format(*capability))
-        status, seconds, text = started([sys.executable, "setup.py", "build_ext", "--inplace"], budget_s, run)
+        status, seconds, text = started([sys.executable, "setup.py", "build_ext", "--inplace"], budget_s, run, **found)
         told = [line for line in text.splitlines() if line.startswith("vitfast:")]
         run.note("build", {"status": status, "seconds": seconds, "told": told[-1] if told else text[-300:]})
         say(f"extension: {run.record.data['run']['build']['told']}")
+        if status is not None or budget_s >= stage.budget_s:
+            built_from.parent.mkdir(exist_ok=True)
+            built_from.write_text(wanted)
         if status == 0:
-            built_from.write_text(sources)
             if compiled_half.__package__ + "._C" in sys.modules:
                 # the one that this process has loaded stays what it was
                 run.restart()
@@ -65,6 +71,11 @@ def extension(run: Run, stage: Stage, budget_s: float) -> Outcome:
     run.no_extension = compiled_half.cuda_status()["why"] if cuda else compiled_half.load()[1]
     run.note("extension", f"absent: {run.no_extension}" if run.no_extension else "present")
     return Outcome(failed)
+
+
+def nvcc() -> str:
+    """Where it is; '' where it is not."""
+    return shutil.which(os.environ.get("NVCC", "nvcc")) or shutil.which("/usr/local/cuda/bin/nvcc") or ""
 
 
 def measure_ceilings(run: Run, stage: Stage, budget_s: float) -> Outcome:

@@ -230,7 +230,8 @@ def test_extension_that_cannot_be_built_stops_the_plan(a_run, monkeypatch):
     run = a_run()
     run.tiny, run.device = False, torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(gpu_stages, "started", lambda *_: (1, 2.0, "vitfast: VITFAST_BUILD_CUDA=1, but nvcc failed"))
+    said = "vitfast: VITFAST_BUILD_CUDA=1, but nvcc failed"
+    monkeypatch.setattr(gpu_stages, "started", lambda *_, **__: (1, 2.0, said))
     monkeypatch.setattr(gpu_stages.compiled_half, "cuda_status", lambda: {"why": "no CUDA part: nvcc failed"})
     monkeypatch.setattr(gpu_stages.compiled_half, "build_report", lambda: {"cuda": False})
     monkeypatch.setenv("VITFAST_CUDA_ARCHS", "90a")

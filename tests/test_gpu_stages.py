@@ -97,7 +97,7 @@ def test_extension_of_sources_that_were_changed_is_kept(a_run, tmp_path, monkeyp
         file.write_text("one")
     (tmp_path / "setup.py").touch()
     monkeypatch.setattr(gpu_stages, "ROOT", tmp_path)
-    monkeypatch.setattr(gpu_stages, "started", lambda *_: built.append(1) or (0, 1.0, "vitfast: built"))
+    monkeypatch.setattr(gpu_stages, "started", lambda *_, **__: built.append(1) or (0, 1.0, "vitfast: built"))
     run = a_run()
     run.tiny = False
     library.unlink()
@@ -119,7 +119,7 @@ def test_extension_without_a_cuda_part_is_built_again_in_every_plan(extension, a
         (tmp_path / folder).mkdir()
     (tmp_path / "setup.py").touch()
 
-    def build(*_):
+    def build(*_, **__):
         built.append(1)
         if extension:
             library.touch()
