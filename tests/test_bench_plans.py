@@ -225,9 +225,12 @@ def test_row_without_the_extension_does_not_say_so(a_run):
     assert [row["notes"].get("extension") for row in written(run)["rows"]] == ["absent: no nvcc", None]
 
 
-def test_extension_that_cannot_be_built_stops_the_plan(a_run, monkeypatch):
+def test_extension_that_cannot_be_built_stops_the_plan(a_run, tmp_path, monkeypatch):
     """On a card: told is that it is absent, and why."""
     run = a_run()
+    # where it notes from what it was built
+    monkeypatch.setattr(gpu_stages, "ROOT", tmp_path)
+    (tmp_path / "setup.py").touch()
     run.tiny, run.device = False, torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     said = "vitfast: VITFAST_BUILD_CUDA=1, but nvcc failed"
