@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import shutil
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ahead
@@ -20,13 +22,14 @@ from vitfast import extension as compiled_half
 from vitfast.bench import ceilings, harness
 from vitfast.bench import device as devices
 from vitfast.bench.case import Case
+from vitfast.bench.record import set_aside
 from vitfast.timing import Sampler
 
 SWEEP, DEFAULTS = (ROOT / "benchmarks" / name for name in ("sweep.py", "defaults.py"))
 # with less time than that no extension is built
 BUILD_S = 30.0
-# exit status of sweep.py when the time was up with rows left
-MORE = 4
+# exit status of sweep.py where it refuses a record, and when the time was up with rows left
+MISUSED, MORE = 2, 4
 # of the sweep's time, at most, for compiling; and for its last row
 COMPILE_S, ROW_S = 150.0, 8.0
 
@@ -36,23 +39,43 @@ def extension(run: Run, stage: Stage, budget_s: float) -> Outcome:
     failed = []
     cuda = run.device.type == "cuda"
     there = (ROOT / "vitfast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").exists()
-    # one that was built where there was no nvcc is of no use on a GPU
-    if not run.tiny and budget_s > BUILD_S and not (there and (not cuda or compiled_half.build_report()["cuda"])):
+    # what was built stays in the tree while its sources may be replaced; what could not be built is not tried again
+    sources = tuning_cache.digest_of([ROOT / "setup.py", *sorted((ROOT / "csrc").glob("*"))])
+    built_from, wanted = ROOT / "build" / "built_from", f"{sources} {nvcc()}"
+    if built_from.exists():
+        known = built_from.read_text() == wanted
+    else:
+        # one that was built where there was no nvcc is of no use on a GPU
+        known = there and (not cuda or compiled_half.build_report()["cuda"])
+    if not run.tiny and budget_s > BUILD_S and not known:
+        found = {"NVCC": nvcc()} if nvcc() else {}
         if cuda:
             # for this card only: a third of the time
             capability = torch.cuda.get_device_capability(run.device)
             os.environ.setdefault("VITFAST_CUDA_ARCHS", "90a" if capability == (9, 0) else "{}{}".format(*capability))
-        status, seconds, text = started([sys.executable, "setup.py", "build_ext", "--inplace"], budget_s, run)
+        status, seconds, text = started([sys.executable, "setup.py", "build_ext", "--inplace"], budget_s, run, **found)
         told = [line for line in text.splitlines() if line.startswith("vitfast:")]
         run.note("build", {"status": status, "seconds": seconds, "told": told[-1] if told else text[-300:]})
         say(f"extension: {run.record.data['run']['build']['told']}")
-        if status != 0:
+        if status is not None or budget_s >= stage.budget_s:
+            built_from.parent.mkdir(exist_ok=True)
+            built_from.write_text(wanted)
+        if status == 0:
+            if compiled_half.__package__ + "._C" in sys.modules:
+                # the one that this process has loaded stays what it was
+                run.restart()
+        else:
             failed = [f"the extension was not built: {text[-300:] or f'no end after {budget_s:.0f} s'}"]
         compiled_half.load.cache_clear()
         importlib.invalidate_caches()
     run.no_extension = compiled_half.cuda_status()["why"] if cuda else compiled_half.load()[1]
     run.note("extension", f"absent: {run.no_extension}" if run.no_extension else "present")
     return Outcome(failed)
+
+
+def nvcc() -> str:
+    """Where it is; '' where it is not."""
+    return shutil.which(os.environ.get("NVCC", "nvcc")) or shutil.which("/usr/local/cuda/bin/nvcc") or ""
 
 
 def measure_ceilings(run: Run, stage: Stage, budget_s: float) -> Outcome:
@@ -111,7 +134,10 @@ def partly(maker: Callable[[], Case], run: Run) -> Callable[[], Case]:
         lost = run.record.data["lost"].get(case.key, {})
         if {"*", case.baseline, case.yardstick} & lost.keys():
             raise ValueError(f"{case.key}: {'; '.join(lost.values())}")
-        notes = {**case.notes, "extension": f"absent: {run.no_extension}"} if run.no_extension else case.notes
+        # rows that are there stay when a later part of the sweep makes other tables
+        notes = {**case.notes, "tables": tables()}
+        if run.no_extension:
+            notes["extension"] = f"absent: {run.no_extension}"
         variants = {name: variant for name, variant in case.variants.items() if name not in lost}
         return replace(case, variants=variants, notes=notes)
 
@@ -177,7 +203,13 @@ def sweep(run: Run, stage: Stage, budget_s: float) -> Outcome:
         sys.executable, str(SWEEP), "--out", str(run.tuned), "--resume", "--limit", f"{limit_s:.0f}", "--compile",
         f"{min(COMPILE_S, limit_s / 3):.0f}", *["--tiny"] * run.tiny,
     ]  # fmt: skip
-    status, _, text = started(command, budget_s, run, watch=lambda: publish(run.tuned, run.out))
+    watch = partial(publish, run.tuned, run.out)
+    status, seconds, text = started(command, budget_s, run, watch=watch)
+    # of kernels that were mended since, or of another driver
+    if status == MISUSED and (before := set_aside(run.tuned)):
+        say(f"{last_lines(text)[-300:]}\nthat record is now {before}")
+        set_aside(run.out / run.tuned.name)
+        status, _, text = started(command, budget_s - seconds, run, watch=watch)
     run.stage(stage.name)["last"] = last_lines(text)
     say(text[-300:].strip())
     if status == 0:

@@ -35,7 +35,8 @@ def tests(
         of: what pytest is to collect.
         marked: pytest's expression for marks.
         workers: processes; 0: for almost every core one.
-        each_s: after which a test has no end.
+        each_s: after which a test has no end; earlier where the stage's budget is less, or else one that hangs would
+            take all of it in every call.
     """
     facts = run.stage(stage.name)
     journal, done = (STATE / f"{run.name}-{stage.name.replace(' ', '-')}.{end}" for end in ("jsonl", "done"))
@@ -44,6 +45,7 @@ def tests(
     outcomes = Outcomes(facts.get("tests")).read(journal)
     before = {*outcomes.failed}
     chosen = [*TINY] if run.tiny else [*of, "-m", marked]
+    each_s = min(each_s, 0.9 * max(budget_s, stage.budget_s))
     workers = workers or max(1, (os.cpu_count() or 2) - 2)
     if workers > 1 and not run.tiny and importlib.util.find_spec("xdist"):
         # in small portions, or else the last ones would wait for whoever has the longest
@@ -63,6 +65,10 @@ def tests(
     path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH")]))
     # a process that gave up leaves tests to the next one
     while (left := ends - time.perf_counter()) > 0 and known < len(outcomes.done):
+        merge()
+        # what began there and has no end is not to be blamed for that of the next process
+        journal.unlink(missing_ok=True)
+        outcomes.running = set()
         known = len(outcomes.done)
         done.write_text("\n".join(outcomes.done))
         status, _, text = started(command, left, run, merge, PYTHONPATH=path)

@@ -24,6 +24,8 @@ import pytest
 from outcomes import is_lost
 
 TRACEBACK = 2000
+# for the timer, which needs Python's lock, before what needs none ends the process
+LOCKED_S = 5.0
 # of a process that gave up; xdist says so of a worker
 GAVE_UP = 70
 
@@ -83,10 +85,12 @@ class Journal:
             self.timer = threading.Timer(self.each, self.no_end, [nodeid])
             self.timer.daemon = True
             self.timer.start()
+            faulthandler.dump_traceback_later(self.each + LOCKED_S, exit=True, file=2)
 
     def pytest_runtest_logfinish(self) -> None:
         if self.timer is not None:
             self.timer.cancel()
+            faulthandler.cancel_dump_traceback_later()
 
     def no_end(self, nodeid: str) -> None:
         with tempfile.TemporaryFile("w+") as file:

@@ -38,6 +38,7 @@ BEGAN = time.perf_counter()
 
 import argparse  # noqa: E402
 import contextlib  # noqa: E402
+import fcntl  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
 import shutil  # noqa: E402
@@ -94,7 +95,11 @@ class Call:
             if not (self.told.resume or self.several):
                 for before in filter(None, map(record.set_aside, {kept, given})):
                     say(f"an earlier record is now {before}")
-            elif given.exists() and (self.told.resume or self.is_ours(given)):
+                continue
+            for file in (kept, given):
+                if file.exists() and not is_whole(file):
+                    say(f"{file} is no record, or cut short; it is now {record.set_aside(file)}")
+            if given.exists() and (self.told.resume or self.is_ours(given)):
                 if not kept.exists() or given.stat().st_mtime > kept.stat().st_mtime:
                     STATE.mkdir(parents=True, exist_ok=True)
                     shutil.copy2(given, kept)
@@ -109,7 +114,14 @@ class Call:
         if plan not in self.records:
             self.gather(plan)
             path = STATE / self.files(plan)[0]
-            data = record.open_for_resume(path, self.facts).data
+            try:
+                data = record.open_for_resume(path, self.facts).data
+            except ValueError as problem:
+                if not self.several:
+                    raise
+                # of one plan it must not cost the others
+                say(f"{problem}; it is now {record.set_aside(path)}")
+                data = record.open_for_resume(path, self.facts).data
             self.records[plan] = Kept(path, data, self.told.out)
         return self.records[plan]
 
@@ -183,6 +195,25 @@ class Call:
         return failed
 
 
+def is_whole(file: Path) -> bool:
+    try:
+        return isinstance(json.loads(file.read_text(encoding="utf-8")), dict)
+    except ValueError:
+        return False
+
+
+def alone() -> Any:
+    """What to keep open as long as nobody else may run a plan in this tree; None where somebody does."""
+    STATE.mkdir(parents=True, exist_ok=True)
+    file = (STATE / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
 def end_at(seconds: float, path: Path, last: Callable[[], Any] = lambda: None) -> threading.Timer:
     """End this process then, whatever it is doing, after `last`: its files have all finished rows."""
 
@@ -221,6 +252,9 @@ def main(argv: list[str] | None = None) -> int:
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         print("run: torch finds no GPU here, `vitfast info` says why; --device cpu --tiny tries it", file=sys.stderr)
         return 2
+    if (lock := alone()) is None:
+        print(f"run: another run has {STATE}, and would disturb times", file=sys.stderr)
+        return 2
     keep_caches(torch.device(device))
     same_keys()
     # so that what it started is ended and noted
@@ -228,12 +262,15 @@ def main(argv: list[str] | None = None) -> int:
     call = Call(told)
     timer = end_at(call.ends + GRACE_S - time.perf_counter(), told.out, call.write_tables)
     try:
+        told.out.mkdir(parents=True, exist_ok=True)
         call.run_all()
-    except ValueError as problem:
+        call.write_tables()
+    except (ValueError, OSError) as problem:
         print(f"run: {problem}", file=sys.stderr)
         return 2
-    timer.cancel()
-    call.write_tables()
+    finally:
+        timer.cancel()
+        lock.close()
     return call.report()
 
 

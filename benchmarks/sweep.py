@@ -30,7 +30,7 @@ best: 70 + 215 + 245 s. Those of the base and the small model at 256, 64 and 1 i
 variants of 117 rows: 30 + 90 + 105 s.
 
 Exit status: 0 where all is done; 1 where a result of ours was wrong, after everything else ran; 2 for wrong use; 3
-where the device was lost; 4 where the time was up before the last row.
+where the device was lost, or a kernel had no end; 4 where the time was up before the last row.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ import json
 import os
 import shlex
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -69,6 +70,8 @@ DONE, WRONG, MISUSED, LOST, TIME_UP = range(5)
 MOST_TRIES = 2
 # what has to agree for rows of several calls to be in one file
 SAME = ("device", "driver", "torch", "triton", "kernels")
+# of a row of which everything is compiled, which takes two; whatever takes longer hangs
+ROW_S = 60.0
 TINY = Phases(first_ms=1.0, last_ms=4.0, rounds=2)
 
 
@@ -130,9 +133,14 @@ class Sweep:
             making = RowInMaking(row, self.place, failed, self.phases)
             for name, count in tries.items():
                 making.found[name]["tries"] = count
+            # nothing else ends a kernel that hangs
+            timer = threading.Timer(ROW_S if done is not None else threading.TIMEOUT_MAX, self.no_end, [row, making])
+            timer.daemon = True
+            timer.start()
             try:
                 making.run()
             finally:
+                timer.cancel()
                 self.data["rows"][row.name] = making.data
                 self.data["skipped"] = [name for name in self.data["skipped"] if name != row.name]
                 now = time.perf_counter()
@@ -140,6 +148,14 @@ class Sweep:
                 run |= {"compiled_while_timing": counted.compiled, "seconds": run["compile_s"] + now - began}
                 self.write()
             print(summary(row.name, making.found), flush=True)
+
+    def no_end(self, row: Row, making: RowInMaking) -> None:
+        """Name who hangs, so that the next call does without it, and end this process."""
+        making.found[making.running]["failed"] = f"no end after {ROW_S:.0f} s"
+        self.data["rows"][row.name] = making.data
+        self.write()
+        print(f"sweep: {row.name}: {making.running} has no end", file=sys.stderr, flush=True)
+        os._exit(LOST)
 
     def status(self) -> int:
         wrong = [

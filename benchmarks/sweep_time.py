@@ -66,6 +66,7 @@ class RowInMaking:
 
     Attributes:
         data: the row's part of the record, as far as it got.
+        running: the variant that is called, or was last.
     """
 
     def __init__(self, row: Row, place: Place, failed: Mapping[str, str], phases: Phases) -> None:
@@ -76,6 +77,7 @@ class RowInMaking:
         for name, why in failed.items():
             self.found[name]["failed"] = why
         self.data: dict[str, Any] = {"kernel": None, "shape": None, "variants": self.found}
+        self.running = next(iter(row.variants))
 
     def run(self) -> None:
         """Check and time.
@@ -130,7 +132,7 @@ class RowInMaking:
         # of all variants: they compute the same
         truth = _once(family.truth)
         for name in self._waiting():
-            variant, found = self.row.variants[name], self.found[name]
+            variant, found, self.running = self.row.variants[name], self.found[name], name
             if variant.family is None:
                 continue
             judged = replace(variant.family, truth=truth)
@@ -165,6 +167,7 @@ class RowInMaking:
         kept: dict[str, _Timed] = {}
         decides = {STOCK, OURS} & set(roles.values())
         for name in self._waiting():
+            self.running = name
             try:
                 timed = self._arranged(self._made(self.row.variants[name], args))
                 samples = max(1, round(phases.first_ms / SAMPLE_MS))
@@ -186,6 +189,7 @@ class RowInMaking:
         times: dict[str, list[float]] = {name: [] for name in kept}
         for round_ in range(self.phases.rounds):
             for name in list(times) if round_ % 2 == 0 else list(reversed(times)):
+                self.running = name
                 try:
                     times[name].append(kept[name].sample(self.place, self.phases.last_ms / self.phases.rounds))
                 except Exception as problem:

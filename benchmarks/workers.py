@@ -29,6 +29,8 @@ NOT_FINISHED = "not compiled in time"
 FLAG = "--claims"
 # of a worker's environment: which of them it is, from 0
 NUMBER = "VITFAST_WORKER"
+# and who started it, who may be gone before a worker can ask
+PARENT = "VITFAST_WORKER_OF"
 POLL_S = 0.05
 
 Task = tuple[str, Callable[[], Any]]
@@ -83,7 +85,7 @@ def work(folder: Path, tasks: Iterable[Task]) -> None:
 
     Tasks that raise count as failed, with the message's first line.
     """
-    threading.Thread(target=_end_with_parent, args=[os.getppid()], daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=[int(os.environ.get(PARENT) or os.getppid())], daemon=True).start()
     for task, run in tasks:
         claim = folder / f"{hashlib.sha256(task.encode()).hexdigest()}.claim"
         try:
@@ -116,7 +118,7 @@ def number() -> int:
 def _start(command: Sequence[str], folder: Path, number: int) -> subprocess.Popen:
     # each compiles by itself
     alone = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    environment = {**os.environ, **alone, NUMBER: str(number)}
+    environment = {**os.environ, **alone, NUMBER: str(number), PARENT: str(os.getpid())}
     with (folder / "log").open("a") as log:
         # a session of its own, so that the compilers it starts end with it
         return subprocess.Popen(

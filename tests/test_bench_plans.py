@@ -225,12 +225,16 @@ def test_row_without_the_extension_does_not_say_so(a_run):
     assert [row["notes"].get("extension") for row in written(run)["rows"]] == ["absent: no nvcc", None]
 
 
-def test_extension_that_cannot_be_built_stops_the_plan(a_run, monkeypatch):
+def test_extension_that_cannot_be_built_stops_the_plan(a_run, tmp_path, monkeypatch):
     """On a card: told is that it is absent, and why."""
     run = a_run()
+    # where it notes from what it was built
+    monkeypatch.setattr(gpu_stages, "ROOT", tmp_path)
+    (tmp_path / "setup.py").touch()
     run.tiny, run.device = False, torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(gpu_stages, "started", lambda *_: (1, 2.0, "vitfast: VITFAST_BUILD_CUDA=1, but nvcc failed"))
+    said = "vitfast: VITFAST_BUILD_CUDA=1, but nvcc failed"
+    monkeypatch.setattr(gpu_stages, "started", lambda *_, **__: (1, 2.0, said))
     monkeypatch.setattr(gpu_stages.compiled_half, "cuda_status", lambda: {"why": "no CUDA part: nvcc failed"})
     monkeypatch.setattr(gpu_stages.compiled_half, "build_report", lambda: {"cuda": False})
     monkeypatch.setenv("VITFAST_CUDA_ARCHS", "90a")
@@ -273,6 +277,23 @@ def test_record_of_another_place_is_not_gone_on_with(tmp_path, monkeypatch, a_ru
     put(out, "other", commit="def", when=4000)
     assert opened(run="check", resume=True) == "other"
     assert opened(run="check") is None and read(state / f"{name}.before")["marker"] == "other"
+
+
+@pytest.mark.parametrize("text", ['{"schema": 1, "ru', '{"schema": 7}', "[]"])
+@pytest.mark.parametrize("where", ["out", "state"])
+def test_file_that_was_cut_short_stops_every_plan(where, text, tmp_path, a_run):
+    """It is told and kept, and the plan begins anew."""
+    out = tmp_path / "out"
+    call = program.Call(told_of(out))
+    for name in call.files("tune"):
+        file = {"out": out, "state": program.STATE}[where] / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+    assert call.open("tune").rows == []
+    for name in call.files("tune"):
+        file = {"out": out, "state": program.STATE}[where] / name
+        if not text.endswith("}"):
+            assert file.with_name(f"{file.name}.before").read_text() == text
 
 
 def told_of(out, **more):
@@ -439,6 +460,24 @@ def test_file_of_gpu_tests_is_not_run():
     files = [f"tests/{path.name}" for path in Path(__file__).parent.glob("test_*.py")
              if re.search(r"^def test_.*\bdevice\b", path.read_text(), re.MULTILINE)]  # fmt: skip
     assert sorted([*files, "tests/kernels"]) == sorted((*plans.OF_DEVICES, *plans.KERNELS))
+
+
+def test_two_runs_of_a_tree_write_each_other_s_records_or_disturb_each_other_s_times(tmp_path, a_run, capsys):
+    """And one that ended, whichever way, keeps nobody out."""
+    program.STATE.mkdir()
+    given = ["profile", "--device", "cpu", "--tiny", "--out", str(tmp_path / "out")]
+    with open(program.STATE / ".lock", "w") as file:
+        program.fcntl.flock(file, program.fcntl.LOCK_EX)
+        assert program.main(given) == 2
+    assert "another run" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert program.main(given) == 0
+
+
+def test_output_folder_that_cannot_be_written_is_a_failed_test(tmp_path, a_run, capsys):
+    """Exit status 1, with a traceback."""
+    (tmp_path / "out").touch()
+    assert program.main(["profile", "--device", "cpu", "--tiny", "--out", str(tmp_path / "out")]) == 2
+    assert "File exists" in capsys.readouterr().err
 
 
 def test_machine_without_a_gpu_is_not_told_so(tmp_path, monkeypatch, capsys):

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import gpu_tests
@@ -28,8 +29,9 @@ def stage_of(tmp_path, monkeypatch):
     run = stages.Run(torch.device("cpu"), kept, 1e9, False, "x-run")
     file = tmp_path / "test_them.py"
 
-    def call(code, budget_s=60.0, **how):
+    def call(code, budget_s=60.0, ends_s=1e9, **how):
         file.write_text(textwrap.dedent(code))
+        run.ends = time.perf_counter() + ends_s
         stage = gpu_tests.stage_of("tests", budget_s, 1, of=(str(file), "-c", "/dev/null"), marked="not gpu", **how)
         failed = stages.go([stage], run)
         facts = read(tmp_path / "out" / "x-run.json")["stages"]["tests"]
@@ -64,7 +66,7 @@ HANGS = """
 
 def test_time_out_forgets_what_failed_before(stage_of):
     """Names, messages and tracebacks; what was running; how many were not run."""
-    failed, left, tests = stage_of(HANGS, budget_s=4.0, workers=1)
+    failed, left, tests = stage_of(HANGS, ends_s=4.0, workers=1)
     assert left == "no time left" and len(failed) == 1 and failed[0].endswith("AssertionError: three is not four\n"
         "assert 3 == 4")  # fmt: skip
     assert names(tests["passed"]) == ["test_right"] and names(tests["running"]) == ["test_hangs"]
@@ -75,6 +77,37 @@ def test_time_out_forgets_what_failed_before(stage_of):
     failed, left, tests = stage_of(HANGS.replace("600", "0"), workers=1)
     assert (failed, left) == ([], "") and names(tests["passed"]) == ["test_hangs", "test_last", "test_right"]
     assert len(tests["failed"]) == 1 and not tests["running"] and not tests["not_run"]
+
+
+def test_what_hangs_longer_than_its_stage_may_take_costs_the_tests_behind_it(stage_of):
+    """In every call again: it was not there long enough to have no end."""
+    failed, left, tests = stage_of(HANGS, budget_s=8.0, workers=1)
+    assert "no end after 7 s" in " ".join(failed) and len(failed) == 2
+    failed, left, tests = stage_of(HANGS, budget_s=8.0, workers=1)
+    assert names(tests["passed"]) == ["test_last", "test_right"] and not left
+
+
+def test_what_hangs_and_lets_no_other_thread_run_has_no_end(stage_of):
+    """As an extension does that does not give Python's lock away."""
+    code = """
+        import ctypes
+
+        def test_hangs():
+            ctypes.PyDLL(None).sleep(600)
+
+        def test_right():
+            pass
+        """
+    failed, left, tests = stage_of(code, budget_s=40.0, workers=1, each_s=2.0)
+    assert len(failed) == 1 and "test_hangs" in failed[0]
+    assert names(tests["passed"]) == ["test_right"] and not left
+
+
+def test_what_the_time_was_up_for_is_blamed_for_what_ends_the_next_process(stage_of):
+    stage_of(HANGS, ends_s=4.0, workers=1)
+    dies = HANGS + "\n    import os\n    os._exit(3)\n"
+    failed, left, tests = stage_of(dies, workers=1)
+    assert names(tests["failed"]) == ["test_wrong"]
 
 
 WORKERS = pytest.mark.parametrize("workers", [1, 2])

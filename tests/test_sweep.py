@@ -397,6 +397,31 @@ def a_sweep(tmp_path, rows, place):
     return sweep.Sweep(tmp_path / "sweep.json", data, rows, place, QUICK)
 
 
+def test_what_hangs_while_it_is_timed_ends_every_call_at_the_same_row(tmp_path, monkeypatch):
+    """As a kernel may that waits for another program, in a graph and not in the one call that compiled it."""
+    monkeypatch.setattr(sweep, "ROW_S", 0.3, raising=False)
+    ended, place, path = [], SimulatedDevice(), tmp_path / "sweep.json"
+
+    def end(status):
+        ended.append((status, record(path)))
+
+    def hangs(args):
+        def call():
+            until = time.perf_counter() + 5
+            while not ended and time.perf_counter() < until:
+                time.sleep(0.01)
+
+        return call
+
+    monkeypatch.setattr(sweep.os, "_exit", end)
+    bad = dataclasses.replace(variant(place), make=hangs)
+    rows = [row_of({"stock": variant(place, role=sweep_rows.STOCK), "bad": bad, "good": variant(place)})]
+    a_sweep(tmp_path, rows, place).time({f"{rows[0].name}: {name}": "" for name in rows[0].variants}, 1e9)
+    ((status, data),) = ended
+    assert status == sweep.LOST and data["rows"][rows[0].name]["variants"]["bad"]["failed"] == "no end after 0 s"
+    assert not any("failed" in each for name, each in data["rows"][rows[0].name]["variants"].items() if name != "bad")
+
+
 def test_who_broke_the_device_is_not_named_or_breaks_it_again(tmp_path):
     place, log = SimulatedDevice(), []
 
