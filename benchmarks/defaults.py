@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from vitfast import builtin  # noqa: E402
-from vitfast.bench.record import write_text  # noqa: E402
+from vitfast.bench.record import by_lines, write_text  # noqa: E402
 from vitfast.kernels import tuning  # noqa: E402
 
 RESULTS, OF_SWEEPS = ROOT / "benchmarks" / "results", "*-tune.json"
@@ -271,8 +271,7 @@ def tables(records: Mapping[str, Mapping[str, Any]]) -> dict[int, dict[str, Any]
 def text_of(data: Mapping[str, Any]) -> str:
     """A table's file, with a line for each row."""
     head = {name: value for name, value in data.items() if name != "rows"}
-    lines = ",\n".join("  " + json.dumps(row) for row in data["rows"])
-    return json.dumps(head, indent=1)[:-2] + ',\n "rows": [\n' + lines + "\n ]\n}\n"
+    return by_lines(head, map(json.dumps, data["rows"]), named=False)
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

@@ -25,8 +25,8 @@ Without it an earlier file gets the suffix .before.
          "failed", "tries"}}}}}               why there are no times; how often a compiler did not get ready in time
 
 Seconds on 16 cores, from 2,400 variants that an H200 compiled in 43 s in 14 processes and timed in 120 s, 7 samples of
-4 ms each: 3,900 variants of 270 rows compile in 70 s, take 55 ms each to check and time briefly and 0.9 s a row for the
-best: 70 + 215 + 245 s. Those of the base and the small model at 256, 64 and 1 images, which come first, are 1,600
+4 ms each: 4,100 variants of 290 rows compile in 72 s, take 55 ms each to check and time briefly and 0.9 s a row for the
+best: 72 + 225 + 260 s. Those of the base and the small model at 256, 64 and 1 images, which come first, are 1,600
 variants of 117 rows: 30 + 90 + 105 s.
 
 Exit status: 0 where all is done; 1 where a result of ours was wrong, after everything else ran; 2 for wrong use; 3
@@ -62,7 +62,7 @@ from vitfast import dispatch, tuning_cache  # noqa: E402
 from vitfast.bench import device as devices  # noqa: E402
 from vitfast.bench import machine  # noqa: E402
 from vitfast.bench.harness import DeviceLost  # noqa: E402
-from vitfast.bench.record import set_aside, write_json  # noqa: E402
+from vitfast.bench.record import by_lines, plain, set_aside, write_text  # noqa: E402
 
 SCHEMA = 2
 DONE, WRONG, MISUSED, LOST, TIME_UP = range(5)
@@ -86,13 +86,22 @@ class Sweep:
 
     def __init__(self, path: Path, data: dict[str, Any], rows: Sequence[Row], place: Any, phases: Phases) -> None:
         self.path, self.data, self.rows, self.place, self.phases = path, data, rows, place, phases
+        # of rows as they are written: the device waits meanwhile
+        self.texts: dict[str, str] = {}
 
     def open(self) -> list[Row]:
         """Rows that are not finished, most valuable first."""
         return [row for row in self.rows if not finished(row, self.data["rows"].get(row.name))]
 
     def write(self) -> None:
-        write_json(self.path, self.data)
+        head = {name: value for name, value in self.data.items() if name != "rows"}
+        for name in self.data["rows"].keys() - self.texts.keys():
+            self.texts[name] = f"{json.dumps(name)}: {json.dumps(plain(self.data['rows'][name]))}"
+        write_text(self.path, by_lines(head, map(self.texts.get, self.data["rows"]), named=True))
+
+    def keep(self, row: Row, making: RowInMaking) -> None:
+        self.data["rows"][row.name] = making.data
+        self.texts.pop(row.name, None)
 
     def compile(self, command: Sequence[str], count: int, limit_s: float) -> dict[str, str] | None:
         """By task why it failed, "" where it did not; None where this process has to compile."""
@@ -141,7 +150,7 @@ class Sweep:
                 making.run()
             finally:
                 timer.cancel()
-                self.data["rows"][row.name] = making.data
+                self.keep(row, making)
                 self.data["skipped"] = [name for name in self.data["skipped"] if name != row.name]
                 now = time.perf_counter()
                 took.append(now - row_began)
@@ -152,7 +161,7 @@ class Sweep:
     def no_end(self, row: Row, making: RowInMaking) -> None:
         """Name who hangs, so that the next call does without it, and end this process."""
         making.found[making.running]["failed"] = f"no end after {ROW_S:.0f} s"
-        self.data["rows"][row.name] = making.data
+        self.keep(row, making)
         self.write()
         print(f"sweep: {row.name}: {making.running} has no end", file=sys.stderr, flush=True)
         os._exit(LOST)

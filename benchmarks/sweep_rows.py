@@ -41,7 +41,7 @@ SETS = {
 BASE, SMALL = "vit_base_patch16_224", "vit_small_patch16_224"
 TINY, LARGE = "vit_tiny_patch16_224", "vit_large_patch16_224"
 SO400M, BASE_384, BASE_518 = "vit_so400m_patch14_siglip_224", "vit_base_patch16_384", "vit_base_patch14_dinov2"
-INFERENCE, TRAINING, PREPARED = "inference", "training", "prepared"
+INFERENCE, TRAINING, PREPARED, AUTOCAST = "inference", "training", "prepared", "training with autocast"
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -223,6 +223,8 @@ def calls(
 ) -> list[Call]:
     """The calls of a model that a kernel may run; of a prepared one each product after a norm in both of its forms."""
     config = config_for(name, **changed)
+    if form == AUTOCAST:
+        return kernel_calls([config], (B,), torch.float32, True, dtype)
     if form != PREPARED:
         return kernel_calls([config], (B,), dtype, form == TRAINING)
     found = kernel_calls([Prepared(config, dtype, device)], (B,), dtype, False)
@@ -336,6 +338,7 @@ def _in_order(device: torch.device) -> Iterator[tuple[str, Call]]:
     yield from only(attention, of(first, (256, 64, 1), INFERENCE, TRAINING))
     yield from only(all_tokens, of(first, (256, 64, 1), INFERENCE, PREPARED))
     yield from only(all_tokens, of(first, (256, 64), TRAINING))
+    yield from only(all_tokens, of(first, (64,), AUTOCAST))
     yield from only(all_tokens, of(first, (8,), INFERENCE, PREPARED))
     yield from only(all_tokens, of((TINY,), (256, 64), INFERENCE, PREPARED))
     yield from only(all_tokens, of((TINY,), (256,), TRAINING))

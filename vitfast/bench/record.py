@@ -232,6 +232,13 @@ def write_text(path: Path | str, text: str) -> None:
         raise
 
 
+def by_lines(head: Mapping[str, Any], rows: Iterable[str], named: bool) -> str:
+    """JSON of `head` and after it "rows", a line for each text of `rows`: of an object where they are named."""
+    opening, closing = "{}" if named else "[]"
+    lines = ",\n".join(f"  {row}" for row in rows)
+    return f'{json.dumps(plain(head), indent=1)[:-2]},\n "rows": {opening}\n{lines}\n {closing}\n}}\n'
+
+
 def plain(value: Any) -> Any:
     """What JSON can hold: numbers that are not finite become None, unknown things their text."""
     if isinstance(value, Mapping):
