@@ -23,7 +23,7 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +54,7 @@ class Evidence(NamedTuple):
 
     card: str
     date: str
+    record: str
     stock: Mapping[str, Variant]
     ours: Mapping[str, Variant]
     beyond_reach: Mapping[str, Variant]
@@ -94,10 +95,11 @@ def arch_of(record: Mapping[str, Any]) -> int:
     return tuning.architecture_of((int(major), int(minor)))
 
 
-def evidence(records: Iterable[Mapping[str, Any]]) -> dict[int, dict[Key, list[Evidence]]]:
+def evidence(records: Mapping[str, Mapping[str, Any]]) -> dict[int, dict[Key, list[Evidence]]]:
     """Rows that decide something, by architecture and by kernel and shape."""
     found: dict[int, dict[Key, list[Evidence]]] = {}
-    for record in records:
+    for name_of_record, record in records.items():
+        machine = record["machine"]
         own: dict[Key, list[Evidence]] = {}
         for row in record["rows"].values():
             if row["kernel"] is None:
@@ -122,7 +124,7 @@ def evidence(records: Iterable[Mapping[str, Any]]) -> dict[int, dict[Key, list[E
                 ours.pop("", None)
             if stock and ours:
                 key = row["kernel"], tuple(row["shape"])
-                one = Evidence(record["machine"]["device"], record["machine"]["date"], stock, ours, beyond)
+                one = Evidence(machine["device"], machine["date"], name_of_record, stock, ours, beyond)
                 own.setdefault(key, []).append(one)
         for key, rows in own.items():
             saved = saved_by_statistics(key, own)
@@ -230,6 +232,7 @@ def table(shapes: Mapping[Key, Sequence[Evidence]]) -> list[dict[str, Any]]:
             line |= {"config": _config(chosen), "ratio": ratios(rows, chosen)}
         else:
             line |= {"config": _config(best_stock(rows)), "ratio": ratios(rows, None)}
+        line["records"] = sorted({row.record for row in rows})
         if note := _note(rows, line):
             line["note"] = note
         if any(each.get("graph") is False for one in rows for each in one.stock.values()):
@@ -259,7 +262,7 @@ def _note(rows: Sequence[Evidence], line: Mapping[str, Any]) -> str:
 
 def tables(records: Mapping[str, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
     """What to write, by architecture; `records` by the name that rows' sources are to have."""
-    found = evidence(records.values())
+    found = evidence(records)
     made = {}
     for arch, shapes in sorted(found.items()):
         of_arch = {name: data for name, data in records.items() if arch_of(data) == arch}

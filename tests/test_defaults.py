@@ -188,9 +188,10 @@ def test_ops_read_something_else_than_was_written(tmp_path, monkeypatch, capsys)
     for each in cached:
         each.cache_clear()
     try:
-        for kernel, shape, config in (("linear", SHAPE, A), ("mlp", mlp, whole)):
+        for kernel, shape, config, of in (("linear", SHAPE, A, "a-tune.json"), ("mlp", mlp, whole, "more.json")):
             found = builtin.builtin(kernel, tuple(shape), 90)
-            assert found.kernel and found.config == config and found.reason == "measured: 2.00 x stock on NVIDIA H200"
+            assert found.kernel and found.config == config
+            assert found.reason == f"measured: 2.00 x stock on NVIDIA H200 ({of})"
         assert builtin.builtin("linear", tuple(SHAPE), 100).reason.startswith("unmeasured")
         assert builtin.summary("mlp", 90) == (
             "measured for 1 shape on NVIDIA H200: the kernel for 1 (2.00 to 2.00 x stock), stock for 0"

@@ -120,6 +120,7 @@ def configs(arch: int, *kernels: str) -> list[Config]:
 def reason_of(row: Mapping[str, Any]) -> str:
     """A row in words."""
     each = ", ".join(f"{ratio:.2f} x stock on {card}" for card, ratio in row["ratio"].items())
+    each += f" ({', '.join(row['records'])})"
     lost = "" if row["use"] == "kernel" else "not faster beyond the noise: "
     notes = [row.get("note"), HOST if row.get("host") else None]
     return "; ".join(filter(None, [f"measured: {lost}{each}", *notes]))
