@@ -1,5 +1,7 @@
 """A run whose state and output are in folders of a test, and a sweep that takes no time."""
 
+import time
+
 import run as program
 import stages
 import torch
@@ -27,6 +29,8 @@ def runs_in(tmp_path, monkeypatch):
     """Makes runs that share one record."""
     for module in (stages, program):
         monkeypatch.setattr(module, "STATE", tmp_path / "state")
+    # a run ends so many minutes after its process began, which here runs tests for longer than that
+    monkeypatch.setattr(program, "BEGAN", time.perf_counter())
 
     def make_run(ends=1e9, data=None, **more):
         data = data or {"schema": 1, "run": {"device": "x"}, "earlier": [], "ceilings": {}, "rows": [], "skipped": []}
