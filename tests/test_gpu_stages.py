@@ -1,7 +1,6 @@
 """`benchmarks/gpu_stages.py` and `workers.py`: the sweep, tables made from it, and compilation by many processes."""
 
 import json
-import os
 import subprocess
 import sys
 import sysconfig
@@ -242,8 +241,8 @@ def test_worker_whose_parent_was_killed_while_it_imported_compiles_all_there_is(
 
 def is_alive(process):
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
         return False
     # whoever adopted it may not have fetched its end
-    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return state != "Z"
