@@ -21,8 +21,6 @@ CHANGES = {family: {} for family in FAMILIES if family not in SAME} | {
 }  # fmt: skip
 FAMILY_OF = {"test_vit, dynamic": "test_vit", "qk_norm, attention norm": "qk_norm"}
 every_case = pytest.mark.parametrize("case", CHANGES)
-# those of timm's that ours has no module for
-ABSENT = {"patch_drop", "attn_pool.q_norm", "attn_pool.k_norm", "attn_pool.proj_drop"}
 
 
 def pair(case):
@@ -52,7 +50,7 @@ def _note(found, name, module, args, out):
 
 
 def differences(found, expected):
-    wrong = [f"{name} is not there" for name in expected.keys() - found.keys() - ABSENT]
+    wrong = [f"{name} is not there" for name in expected.keys() - found.keys()]
     for name in found.keys() & expected.keys():
         one, other = found[name], expected[name]
         if [t.shape for t in one] != [t.shape for t in other]:

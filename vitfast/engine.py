@@ -20,7 +20,6 @@ from vitfast.ops import _launch
 from vitfast.original import Source
 from vitfast.packed import PackedBlock, PackedLinear, PackedStem, frozen, own_product, refuse
 from vitfast.stem import check_pixels
-from vitfast.timm_surface import say_mask_is_stock
 from vitfast.vit import ViT
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -28,7 +27,7 @@ TOKENS = ("cls_token", "reg_token", "dist_token", "pos_embed")
 # copied, in the new dtype: whatever somebody put there runs as it would have
 COPIED = ("patch_embed", "norm_pre", "norm", "attn_pool", "fc_norm", "to_latent", "head", "head_dist")
 # left out, unless somebody watches them or put something else there
-DROPS = ("pos_drop", "head_drop")
+DROPS = ("pos_drop", "patch_drop", "head_drop")
 # of these, for a few rows packed is many times as fast
 HEADS = ("head", "head_dist")
 KEPT_GRIDS = 32
@@ -298,7 +297,7 @@ class PreparedViT(ViT):
         self.blocks = nn.Sequential(
             *(self._prepared(block, i == last and self._keep is not None) for i, block in enumerate(model.blocks))
         )
-        self._positions_of: dict[tuple[int, int], Tensor | None] = {}
+        self._positions_of: dict[tuple[int, int] | None, Tensor] = {}
         self._source = Source(model)
         for module in self.modules():
             module.training = False
@@ -326,22 +325,22 @@ class PreparedViT(ViT):
             f"MiB, threads={torch.get_num_threads()}"
         )
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images [B, C, H, W], of any float dtype or uint8 -> what the original returns in eval mode, in `dtype`.
 
         Raises:
             TypeError, ValueError: as the original; uint8 images where mean and std are not known.
             RuntimeError: the original has changed.
         """
-        return self._run(self._forward, x, attn_mask)
+        return self._run(self._forward, x, attn_mask, is_causal)
 
-    def _forward(self, x: Tensor, attn_mask: Tensor | None) -> Tensor:
-        keep = self._keep if attn_mask is None else None
-        return ViT.forward_head(self, self._features(x, attn_mask, keep))
+    def _forward(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        keep = self._keep if attn_mask is None and not is_causal else None
+        return ViT.forward_head(self, self._features(x, attn_mask, is_causal, keep))
 
-    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images -> all tokens [B, N, D] after the final norm."""
-        return self._run(self._features, x, attn_mask, None)
+        return self._run(self._features, x, attn_mask, is_causal)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens after the final norm -> logits, or with `pre_logits` the features before the classifier."""
@@ -380,20 +379,20 @@ class PreparedViT(ViT):
         if self.stem is None:
             if is_uint8 and self._embeds_by_op():
                 self.patch_embed.check(images, takes_uint8=True)
-                return self._before_blocks(self._embed_by_op(images, *self.normalisation))
+                return self._before_blocks(self._drop(self._embed_by_op(images, *self.normalisation)))
             if is_uint8:
                 images = reference.normalise(images, *self.normalisation, torch.float32)
             # a replaced stem may give another dtype
             return super().embed(images.to(self.dtype)).to(self.dtype)
         self.patch_embed.check(images, takes_uint8=True)
         images = (images if images.dtype in native.DTYPES else images.to(self.dtype)).resolve_neg()
-        x = self.stem(images, self._positions(images), self._prefix(), self.normalisation if is_uint8 else None)
-        return self._before_blocks(x)
+        positions = self._positions(self.patch_embed.grid_of(tuple(images.shape[2:])))
+        x = self.stem(images, positions, self._prefix(), self.normalisation if is_uint8 else None)
+        return self._before_blocks(self._drop(x))
 
     def _before_blocks(self, x: Tensor) -> Tensor:
-        x = x if self.pos_embed is None else self.pos_drop(x)
         # a replaced norm may give another dtype
-        return x if self.config.input_norm else run_norm(self.norm_pre, x).to(self.dtype)
+        return super()._before_blocks(x).to(self.dtype)
 
     def _check_images(self, images: Tensor) -> None:
         self.patch_embed.check(images, takes_uint8=True)
@@ -409,39 +408,39 @@ class PreparedViT(ViT):
                 f"{list(images.shape)}"
             )
 
-    def _positions(self, images: Tensor, grid: tuple[int, int] | None = None) -> Tensor | None:
-        size = tuple(images.shape[2:])
+    def _positions(self, grid: tuple[int, int] | None) -> Tensor | None:
         if self.pos_embed is None:
             return None
-        positions = self._positions_of.get(size)  # another thread may clear it
+        positions = self._positions_of.get(grid)  # another thread may clear it
         if positions is None:
-            positions = super()._positions(images, grid).to(self.dtype, copy=True)
+            positions = super()._positions(grid).to(self.dtype, copy=True)
             if len(self._positions_of) >= KEPT_GRIDS:
                 self._positions_of.clear()
-            self._positions_of[size] = positions
+            self._positions_of[grid] = positions
         return positions
 
     def _tokens_that_count(self, dropout_counts: bool = True) -> int | None:
         return self._keep
 
-    def _features(self, x: Tensor, attn_mask: Tensor | None, keep: int | None) -> Tensor:
+    def _features(
+        self, x: Tensor, attn_mask: Tensor | None, is_causal: bool = False, keep: int | None = None
+    ) -> Tensor:
         if not self.folded:
-            return super()._features(x, attn_mask, keep)
-        if attn_mask is not None:
-            say_mask_is_stock()
+            return super()._features(x, attn_mask, is_causal, keep)
         x, pieces = self.embed(x), None
+        attn_mask = self._mask(attn_mask, is_causal, x)
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
             first = keep if i == last else None
             if isinstance(block, FoldedBlock):
                 x, pieces = block.step(x, pieces, attn_mask, first)
             else:
-                x, pieces = block(x, attn_mask, first), None
+                x, pieces = block(x, attn_mask, keep=first), None
         return run_norm(self.norm, x)
 
     def _run_block(self, block: nn.Module, x: Tensor, attn_mask: Tensor | None, keep: int | None = None) -> Tensor:
         # the container of all blocks, which somebody watches
-        return block(x) if isinstance(block, nn.Sequential) else block(x, attn_mask, keep)
+        return block(x) if isinstance(block, nn.Sequential) else block(x, attn_mask, keep=keep)
 
     def train(self, mode: bool = True) -> PreparedViT:
         if mode:
@@ -458,6 +457,7 @@ class PreparedViT(ViT):
     load_state_dict = refuse("load_state_dict")
     reset_classifier = refuse("reset_classifier")
     set_input_size = refuse("set_input_size")
+    prune_intermediate_layers = refuse("prune_intermediate_layers")
     set_grad_checkpointing = refuse("set_grad_checkpointing")
     set_distilled_training = refuse("set_distilled_training")
     set_mlp_recompute = refuse("set_mlp_recompute")

@@ -87,10 +87,12 @@ def run_linear(module: nn.Module, x: Tensor) -> Tensor:
 class LayerScale(nn.Module):
     """Learned scale per channel of a branch ("Going deeper with Image Transformers", 2021)."""
 
-    def __init__(self, dim: int, init: float):
+    inplace = property(lambda self: False)  # timm's attribute
+
+    def __init__(self, dim: int, init_values: float):
         super().__init__()
-        self.init = float(init)
-        self.gamma = nn.Parameter(torch.full((dim,), self.init))
+        self.init_values = float(init_values)
+        self.gamma = nn.Parameter(torch.full((dim,), self.init_values))
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gamma
@@ -102,6 +104,7 @@ class DropPath(nn.Module):
     def __init__(self, drop_prob: float = 0.0):
         super().__init__()
         self.drop_prob = drop_prob
+        self.scale_by_keep = True
         # from this rate on, blocks leave dropped images out of their work; None: never
         self.subset_from: float | None = None
 
@@ -109,7 +112,7 @@ class DropPath(nn.Module):
         return f"drop_prob={self.drop_prob:.3f}"
 
     def row_scale(self, x: Tensor, gamma: Tensor | None = None) -> Tensor | None:
-        """[B], 0 or 1 / keep probability for each image; None where nothing is dropped.
+        """[B], 0 or 1 / keep probability (1 without `scale_by_keep`) for each image; None where nothing is dropped.
 
         In the dtype of the branch that it scales: the one of autocast, or of a LayerScale that raises it.
         """
@@ -117,7 +120,7 @@ class DropPath(nn.Module):
             return None
         keep = 1.0 - self.drop_prob
         draws = x.new_empty(x.shape[0], dtype=self._dtype(x, gamma)).bernoulli_(keep)
-        return draws.div_(keep) if keep > 0 else draws
+        return draws.div_(keep) if keep > 0 and self.scale_by_keep else draws
 
     @staticmethod
     def _dtype(x: Tensor, gamma: Tensor | None) -> torch.dtype:
@@ -142,6 +145,7 @@ class DropPath(nn.Module):
         """`row_scale` of images that all keep the branch."""
         # where nothing is kept there is no image to scale
         scale = 1.0 / (1.0 - self.drop_prob) if self.drop_prob < 1.0 else 0.0
+        scale = scale if self.scale_by_keep else 1.0
         return x.new_full((x.shape[0],), scale, dtype=self._dtype(x, gamma))
 
     def forward(self, x: Tensor) -> Tensor:

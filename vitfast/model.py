@@ -42,14 +42,32 @@ def _norm_of_heads(norm: nn.Module, t: Tensor) -> Tensor:
     return norm(t.transpose(1, 2)).transpose(1, 2)
 
 
+def with_causal(mask: Tensor | None, is_causal: bool, x: Tensor) -> Tensor | None:
+    """`mask`, or for tokens x [B, N, D] the mask [N, N] under which a token attends to itself and those before it.
+
+    Raises:
+        ValueError: both are asked for.
+    """
+    if not is_causal:
+        return mask
+    if mask is not None:
+        raise ValueError("is_causal must be False where attn_mask is given, got True: a mask can say the same")
+    return torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril_()
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention with one packed projection; called directly it runs without norm and residual."""
+    """Multi-head self-attention with one packed projection; called directly it runs without norm and residual.
+
+    Attributes are timm's. `fused_attn=False` makes the attention weights exist; a linear layer put at `gate` is
+    computed of the tokens, and its sigmoid multiplies what attention gives.
+    """
 
     def __init__(self, config: ViTConfig):
         super().__init__()
         inner = config.heads * config.head_dim
         self.num_heads, self.head_dim, self.attn_dim = config.heads, config.head_dim, inner
         self.scale = config.head_dim**-0.5
+        self.fused_attn = True
         # as vit-pytorch's attention does
         self.calls_dropout = config.input_norm
         self.qkv = nn.Linear(config.dim, 3 * inner, bias=config.qkv_bias)
@@ -57,12 +75,14 @@ class Attention(nn.Module):
         self.k_norm = build_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
         self.attn_drop = nn.Dropout(config.attn_dropout)
         self.norm = build_norm(config, inner) if config.attn_norm else nn.Identity()
+        self.gate: nn.Module | None = None
         self.proj = nn.Linear(inner, config.dim, bias=config.proj_bias) if config.out_proj else nn.Identity()
         self.proj_drop = nn.Dropout(config.proj_dropout)
 
     def _weights_are_watched(self) -> bool:
         """Whether somebody replaced or watches the dropout of the attention weights; timm's does not call that one."""
-        return not plain(self._modules["attn_drop"], nn.Dropout) or (self.calls_dropout and any_global_hook())
+        watched = self.calls_dropout and any_global_hook()
+        return watched or not self.fused_attn or not plain(self._modules["attn_drop"], nn.Dropout)
 
     def split(self, projected: Tensor, parts: int) -> Tensor:
         """[B, N, parts * H * head_dim] -> [B, N, parts, H, head_dim]"""
@@ -91,13 +111,17 @@ class Attention(nn.Module):
             out = reference.attention_visibly(q, k, v, self.scale, mask, self.attn_drop)
         return run_norm(self.norm, out)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        out = self.attend_packed(self.split(self.qkv(x), 3), attn_mask)
-        return self.proj_drop(self.proj(out))
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        gate = None if self.gate is None else self.gate(x).sigmoid()
+        out = self.attend_packed(self.split(self.qkv(x), 3), with_causal(attn_mask, is_causal, x))
+        return self.proj_drop(self.proj(out if gate is None else out * gate))
 
 
 class Mlp(nn.Module):
     """Two projections with an activation between, gated or not; called directly it runs without norm and residual."""
+
+    # of timm's gated MLP: the first half of fc1 is the gate
+    gate_last, chunk_dim = property(lambda self: False), property(lambda self: -1)
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -147,8 +171,11 @@ class Block(nn.Module):
         self.ls2 = scale()
         self.drop_path2 = DropPath(drop_path)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, keep: int | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, keep: int | None = None
+    ) -> Tensor:
         """Tokens [B, N, D] -> [B, N, D]; an untouched block computes only the first `keep` if asked."""
+        attn_mask = with_causal(attn_mask, is_causal, x)
         if attn_mask is None and self.training and self._leaves_images_out():
             return self._without_dropped(x, keep)
         return self.mlp_branch(self.attention_branch(x, attn_mask, keep))
@@ -180,7 +207,7 @@ class Block(nn.Module):
         """
         parts = self._modules
         norm1, attn, scale, drop_path = parts["norm1"], parts["attn"], parts["ls1"], parts["drop_path1"]
-        if any_global_hook() or not plain(attn, Attention):
+        if any_global_hook() or not plain(attn, Attention) or attn.gate is not None:
             return x + drop_path(scale(attn(norm1(x), attn_mask=attn_mask)))
         qkv, proj, proj_drop = attn._modules["qkv"], attn._modules["proj"], attn._modules["proj_drop"]
         if keep is not None:
@@ -263,6 +290,7 @@ class Block(nn.Module):
             and plain(attn.k_norm, *maybe_norm)
             and plain(attn.attn_drop, nn.Dropout)
             and plain(attn.norm, *maybe_norm)
+            and attn.gate is None
             and plain(attn.proj, nn.Linear, nn.Identity)
             and not (dropout_counts and any(map(dropping, dropouts)))
         )
@@ -304,6 +332,7 @@ class Block(nn.Module):
                 ("attn.norm", attn.norm, *maybe_norm), ("attn.proj", attn.proj, nn.Linear, nn.Identity),
                 ("attn.proj_drop", attn.proj_drop, nn.Dropout),
             ]  # fmt: skip
+            found += [] if attn.gate is None else [("attn.gate", attn.gate, type(None))]
         for n in (1, 2):
             found.append((f"ls{n}", getattr(self, f"ls{n}"), nn.Identity, LayerScale))
             found.append((f"drop_path{n}", getattr(self, f"drop_path{n}"), DropPath))
@@ -316,6 +345,7 @@ class Block(nn.Module):
         if type(self.attn) is not Attention or type(self.mlp) is not Mlp:
             return [("attn and mlp", "", reasons_of([("attn", self.attn, Attention), ("mlp", self.mlp, Mlp)]))]
         whole = [("attn", self.attn, Attention)]
+        whole += [] if self.attn.gate is None else [("attn.gate", self.attn.gate, type(None))]
         hooks = ["a global module hook is registered"] if any_global_hook() else []
         tail = lambda n, drop: [  # noqa: E731
             (f"ls{n}", getattr(self, f"ls{n}"), nn.Identity, LayerScale),
@@ -346,14 +376,22 @@ class Block(nn.Module):
 class AttentionPool(nn.Module):
     """Pooling by one learned query that attends to all tokens, then an MLP (SigLIP's head, timm's 'map')."""
 
+    # timm's attributes for what it can do besides
+    latent_len, pos_embed, feat_size, pool = (property(lambda self, fixed=f: fixed) for f in (1, None, None, "token"))
+    latent_dim = out_features = property(lambda self: self.latent.shape[-1])
+
     def __init__(self, config: ViTConfig):
         super().__init__()
         dim = config.dim
         self.num_heads, self.head_dim = config.heads, dim // config.heads
+        self.scale = self.head_dim**-0.5
+        self.fused_attn = True
         self.latent = nn.Parameter(torch.zeros(1, 1, dim))
         self.q = nn.Linear(dim, dim)
         self.kv = nn.Linear(dim, 2 * dim)
+        self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
         self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(0.0)
         self.norm = build_norm(config, dim)
         # timm's pooling MLP is a plain one with biases, whatever the blocks have
         self.mlp = Mlp(config.replace(mlp="mlp", mlp_norm=False, mlp_dropout=0.0, proj_bias=True))
@@ -365,8 +403,8 @@ class AttentionPool(nn.Module):
         rows = [(f"attn_pool.{part[0]}", "linear", whole + reasons_of([part])) for part in parts]
         return [*rows, ("attn_pool softmax", "attention", whole), *norm_report([("attn_pool.norm", self.norm)])]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens [B, N, D] -> [B, D]"""
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """Tokens [B, N, D] -> [B, D]; attn_mask: as in `ops.attention`, of one query."""
         heads = (self.num_heads, self.head_dim)
         latent = self.latent
         if not plain(self.q, nn.Linear) or any_global_hook():
@@ -374,7 +412,9 @@ class AttentionPool(nn.Module):
             latent = latent.expand(x.shape[0], -1, -1)
         q = run_linear(self.q, latent).expand(x.shape[0], -1, -1).unflatten(-1, heads)
         k, v = run_linear(self.kv, x).unflatten(-1, (2, *heads)).unbind(2)
-        pooled = run_linear(self.proj, ops.attention(q, k, v))
+        q, k = _norm_of_heads(self.q_norm, q), _norm_of_heads(self.k_norm, k)
+        out = ops.attention(q, k, v, scale=self.scale, mask=attn_mask)
+        pooled = self.proj_drop(run_linear(self.proj, out))
         return (pooled + self.mlp(run_norm(self.norm, pooled)))[:, 0]
 
 

@@ -130,7 +130,7 @@ class PackedStem(nn.Module):
     def __init__(self, patch_embed: PatchEmbed, dtype: torch.dtype):
         super().__init__()
         proj = patch_embed.proj
-        self.dtype, self.patch_size, self.pad = dtype, patch_embed.patch_size, patch_embed.pad
+        self.dtype, self.patch_size, self.pad = dtype, patch_embed.patch_size, patch_embed.dynamic_img_pad
         self.proj = PackedLinear(proj.weight.flatten(1), proj.bias, dtype)
 
     @staticmethod

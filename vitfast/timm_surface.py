@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vitfast.layers import DropPath, run_norm
-from vitfast.model import Mlp
+from vitfast.model import Mlp, with_causal
 from vitfast.ops.mlp import RECOMPUTE
 from vitfast.weights.pos_embed import resample_pos_embed
 
@@ -27,7 +27,7 @@ def pool_of(argument: str, timm_name: str) -> str:
 def say_mask_is_stock() -> None:
     if not torch.compiler.is_compiling():
         warnings.warn(
-            "attn_mask: attention runs as torch's scaled_dot_product_attention, not as vitfast's op", stacklevel=3
+            "attn_mask: attention runs as torch's scaled_dot_product_attention, not as vitfast's op", stacklevel=5
         )
 
 
@@ -56,13 +56,21 @@ class TimmSurface:
         self.config = self.config.replace(pool=pool)
 
     @property
+    def dynamic_img_size(self) -> bool:
+        """Whether positions are resampled for images of other sizes; `patch_embed` has to take them, too."""
+        return self.config.dynamic_image_size
+
+    @dynamic_img_size.setter
+    def dynamic_img_size(self, value: bool) -> None:
+        self.config = self.config.replace(dynamic_image_size=value)
+
+    @property
     def in_chans(self) -> int:
         """Channels of the images, also where the stem's convolution was exchanged."""
         proj = getattr(self.patch_embed, "proj", None)
         return getattr(proj, "in_channels", self.config.channels)
 
     embed_dim = num_features = head_hidden_size = property(lambda self: self.config.dim)
-    dynamic_img_size = property(lambda self: self.config.dynamic_image_size)
     pool_include_prefix = property(lambda self: self.config.pool_prefix)
 
     def forward_intermediates(
@@ -76,6 +84,7 @@ class TimmSurface:
         intermediates_only: bool = False,
         output_dict: bool = False,
         attn_mask: Tensor | None = None,
+        is_causal: bool = False,
     ) -> Any:
         """Token maps of chosen blocks, as timm returns them.
 
@@ -87,6 +96,7 @@ class TimmSurface:
             output_fmt: 'NCHW' for maps, 'NLC' for tokens.
             intermediates_only: leave the final tokens out.
             output_dict: a dict with image_features, image_intermediates and image_intermediates_prefix.
+            attn_mask, is_causal: as `forward`'s.
 
         Returns:
             (final tokens, list), the list, or the dict.
@@ -96,12 +106,11 @@ class TimmSurface:
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"forward_intermediates: output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
-        if attn_mask is not None:
-            say_mask_is_stock()
         wanted = self._block_indices(indices)
         self._check_images(x)
         B, grid = x.shape[0], self.patch_embed.grid_of(tuple(x.shape[2:]))
         x, found = self.embed(x), []
+        attn_mask = self._mask(attn_mask, is_causal, x)
         stop = max(wanted, default=-1) + 1 if stop_early else len(self.blocks)
         for i, block in enumerate(self.blocks[:stop]):
             x = self._run_block(block, x, attn_mask)
@@ -122,6 +131,50 @@ class TimmSurface:
         if with_prefix:
             maps = list(zip(maps, prefix, strict=True))
         return maps if intermediates_only else (run_norm(self.norm, x), maps)
+
+    @staticmethod
+    def _mask(attn_mask: Tensor | None, is_causal: bool, x: Tensor) -> Tensor | None:
+        """What the blocks get, for tokens x."""
+        attn_mask = with_causal(attn_mask, is_causal, x)
+        if attn_mask is not None:
+            say_mask_is_stock()
+        return attn_mask
+
+    def prune_intermediate_layers(
+        self, indices: int | Iterable[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what `forward_intermediates` of these blocks does not need.
+
+        Args:
+            indices: as there; blocks after the last of them are dropped.
+            prune_norm: drop the final norm.
+            prune_head: drop pooling and classifier.
+
+        Returns:
+            The indices, none of them negative.
+        """
+        wanted = self._block_indices(indices)
+        self.blocks = self.blocks[: max(wanted, default=-1) + 1]
+        self.config = self.config.replace(depth=len(self.blocks))
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.fc_norm = nn.Identity()
+            self.reset_classifier(0, None if self.config.distillation_token else "")
+        return wanted
+
+    def _record(self, **arguments: Any) -> None:
+        """Note what timm's exporters have to give to `create_model` for this model."""
+        given = {name: value for name, value in arguments.items() if value is not None}
+        self._model_args = getattr(self, "_model_args", {}) | given
+
+    @property
+    def _traits(self) -> dict[str, Any]:
+        """What timm's data and export helpers ask a model about its images."""
+        return {
+            "img_size": self.config.image_size, "fixed_input_size": not self.config.dynamic_image_size,
+            "first_conv": "patch_embed.proj",
+        }  # fmt: skip
 
     def _block_indices(self, indices: int | Iterable[int] | None) -> list[int]:
         depth = len(self.blocks)
@@ -172,6 +225,8 @@ class TimmSurface:
         if pool != "map":
             self.attn_pool = None
         self.config = config
+        if global_pool is not None and not self.config.distillation_token:
+            self._record(fc_norm=not isinstance(self.fc_norm, nn.Identity))
         self._build_heads()
         if zero_init and num_classes:
             for head in (self.head, getattr(self, "head_dist", None)):
@@ -182,25 +237,29 @@ class TimmSurface:
     def set_input_size(
         self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
     ) -> None:
-        """Change the image size; positions are resampled to the new grid.
+        """Change the size of images or patches; positions are resampled to the new grid, weights to the new patch.
 
         Raises:
-            NotImplementedError: another patch_size (the projection would have to be resampled).
+            ValueError: sizes that break a rule of ViTConfig.
+            NotImplementedError: of vit-pytorch's architecture, or another patch where the stem was replaced.
         """
-        if patch_size is not None and self.config.replace(patch_size=patch_size).patch_size != self.config.patch_size:
-            raise NotImplementedError(f"set_input_size: patch_size stays {self.config.patch_size}, got {patch_size}")
-        if img_size is None:
+        sizes = {"image_size": img_size, "patch_size": patch_size}
+        config = self.config.replace(**{name: size for name, size in sizes.items() if size is not None})
+        if config == self.config:
             return
         if self.config.input_norm:
             raise NotImplementedError("set_input_size: vit-pytorch's positions are not on a grid that can be resampled")
-        config = self.config.replace(image_size=img_size)
+        old_grid = self.patch_embed.grid_size
+        self.patch_embed.set_input_size(config.image_size, config.patch_size)
         if self.pos_embed is not None:
             pos_embed = resample_pos_embed(
-                self.pos_embed.detach(), config.grid_size, self.patch_embed.grid_size, self._positioned_prefix()
+                self.pos_embed.detach(), config.grid_size, old_grid, self._positioned_prefix()
             )
             self.pos_embed = nn.Parameter(pos_embed.clone(), requires_grad=self.pos_embed.requires_grad)
         self.config = config
-        self.patch_embed.img_size, self.patch_embed.grid_size = config.image_size, config.grid_size
+        for info in self.feature_info:
+            info["reduction"] = max(config.patch_size)
+        self._record(img_size=config.image_size, patch_size=patch_size)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward in place of keeping its activations."""

@@ -15,7 +15,7 @@ from vitfast.layers import LayerScale, build_norm, norm_report, reasons_of, run_
 from vitfast.model import AttentionPool, Block
 from vitfast.stem import PatchEmbed
 from vitfast.switches import exporting
-from vitfast.timm_surface import TimmSurface, pool_of, say_mask_is_stock
+from vitfast.timm_surface import TimmSurface, pool_of
 from vitfast.weights import vit_pytorch
 from vitfast.weights.pos_embed import resample_pos_embed
 from vitfast.weights.state_dict import check_state_dict
@@ -97,6 +97,8 @@ class ViT(TimmSurface, nn.Module):
             # vit-pytorch's order of parameters, so that its optimizer state fits
             self.norm = nn.Identity() if config.norm_after_pool else final_norm
         else:
+            # for timm's PatchDropout
+            self.patch_drop = nn.Identity()
             self.norm_pre = build_norm(config, config.dim) if config.pre_norm else nn.Identity()
         rates = [config.drop_path * i / max(config.depth - 1, 1) for i in range(config.depth)]
         self.blocks = nn.Sequential(*(Block(config, rate) for rate in rates))
@@ -154,7 +156,7 @@ class ViT(TimmSurface, nn.Module):
             if isinstance(module, (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.RMSNorm)):
                 module.reset_parameters()
             elif isinstance(module, LayerScale):
-                module.gamma.fill_(module.init)
+                module.gamma.fill_(module.init_values)
         if self.config.input_norm:
             nn.init.normal_(self.cls_token)
             nn.init.normal_(self.pos_embed)
@@ -198,20 +200,21 @@ class ViT(TimmSurface, nn.Module):
             # a file of the weights says for how many classes they are
             self.config = self.config.replace(num_classes=value.out_features)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images [B, C, H, W] -> logits [B, num_classes]; features without a classifier, tokens without pooling.
 
         Args:
             x: normalised pixels in the model's dtype (any float under autocast).
             attn_mask: as in `ops.attention`; attention then runs as `F.scaled_dot_product_attention`.
+            is_causal: a token attends to itself and those before it; runs as a mask does.
 
         Raises:
-            TypeError, ValueError: what is wrong with the images, expected and got.
+            TypeError, ValueError: what is wrong with the images, expected and got; a mask and is_causal.
         """
-        keep = self._tokens_that_count() if attn_mask is None else None
+        keep = self._tokens_that_count() if attn_mask is None and not is_causal else None
         if keep is None:
-            return self.forward_head(self.forward_features(x, attn_mask))
-        return self.forward_head(self._features(x, None, keep))
+            return self.forward_head(self.forward_features(x, attn_mask, is_causal))
+        return self.forward_head(self._features(x, None, keep=keep))
 
     def _tokens_that_count(self, dropout_counts: bool = True) -> int | None:
         """How many leading tokens the last block has to compute, None for all.
@@ -233,14 +236,15 @@ class ViT(TimmSurface, nn.Module):
             return None
         return 1 + int(self.config.distillation_token)
 
-    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images -> all tokens [B, N, D] after the final norm."""
-        return self._features(x, attn_mask, None)
+        return self._features(x, attn_mask, is_causal)
 
-    def _features(self, x: Tensor, attn_mask: Tensor | None, keep: int | None) -> Tensor:
-        if attn_mask is not None:
-            say_mask_is_stock()
+    def _features(
+        self, x: Tensor, attn_mask: Tensor | None, is_causal: bool = False, keep: int | None = None
+    ) -> Tensor:
         x = self.embed(x)
+        attn_mask = self._mask(attn_mask, is_causal, x)
         # with a global hook too, but where checkpointing is on, which timm's does block by block
         watched = any_global_hook() and not self.grad_checkpointing
         if attn_mask is None and (watched or not plain(self.blocks, nn.Sequential)):
@@ -252,7 +256,7 @@ class ViT(TimmSurface, nn.Module):
         return run_norm(self.norm, x)
 
     def _run_block(self, block: nn.Module, x: Tensor, attn_mask: Tensor | None, keep: int | None = None) -> Tensor:
-        args = (x,) if attn_mask is None and keep is None else (x, attn_mask, keep)
+        args = (x,) if attn_mask is None and keep is None else (x, attn_mask, False, keep)
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)
@@ -261,15 +265,32 @@ class ViT(TimmSurface, nn.Module):
         """Images -> tokens [B, P + N, D] that enter the first block."""
         if self._embeds_by_op():
             self.patch_embed.check(images)
-            x = self._embed_by_op(images)
-        else:
-            x, grid = self.patch_embed(images), None
-            if x.dim() == 4:
-                grid, x = tuple(x.shape[1:3]), x.flatten(1, 2)
-            x = reference.with_prefix(x, self._positions(images, grid), self._prefix())
+            return self._before_blocks(self._drop(self._embed_by_op(images)))
+        x = self.patch_embed(images)
+        if x.dim() == 3 and self.config.dynamic_image_size:
+            # vit-pytorch's stem, or one that somebody put there
+            x = x.unflatten(1, self.patch_embed.grid_of(tuple(images.shape[2:])))
+        return self._before_blocks(self._pos_embed(x))
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        """Patches [B, N, D], of a model that takes dynamic sizes [B, rows, columns, D] -> tokens [B, P + N, D].
+
+        timm's name for positions, prefix tokens and `pos_drop`.
+        """
+        if x.dim() != 3 + self.config.dynamic_image_size:
+            expected = "[B, rows, columns, D]" if self.config.dynamic_image_size else "[B, N, D]"
+            raise ValueError(f"ViT: patches must be {expected}, got {list(x.shape)}")
+        grid = None
+        if self.config.dynamic_image_size:
+            grid, x = tuple(x.shape[1:3]), x.flatten(1, 2)
+        return self._drop(reference.with_prefix(x, self._positions(grid), self._prefix()))
+
+    def _drop(self, x: Tensor) -> Tensor:
         # timm has no dropout where there are no positions
-        x = x if self.pos_embed is None else self.pos_drop(x)
-        return x if self.config.input_norm else run_norm(self.norm_pre, x)
+        return x if self.pos_embed is None else self.pos_drop(x)
+
+    def _before_blocks(self, x: Tensor) -> Tensor:
+        return x if self.config.input_norm else run_norm(self.norm_pre, self.patch_drop(x))
 
     def _check_images(self, images: Tensor) -> None:
         self.patch_embed.check(images)
@@ -282,14 +303,16 @@ class ViT(TimmSurface, nn.Module):
             and plain(patch_embed, PatchEmbed)
             and patch_embed.cuts_patches()
             and plain(patch_embed.norm, nn.Identity)
+            and type(self)._pos_embed is ViT._pos_embed
+            and "_pos_embed" not in self.__dict__
             and not any_global_hook()
         )
 
     def _embed_by_op(self, images: Tensor, mean: Tensor | None = None, std: Tensor | None = None) -> Tensor:
-        proj, positions = self.patch_embed.proj, self._positions(images)
+        proj, positions = self.patch_embed.proj, self._positions(self.patch_embed.grid_of(tuple(images.shape[2:])))
         return ops.patch_embed(
             images, proj.weight, proj.bias, pos_embed=positions, prefix=self._prefix(), mean=mean, std=std,
-            pad=self.patch_embed.pad,
+            pad=self.patch_embed.dynamic_img_pad,
         )  # fmt: skip
 
     def _prefix(self) -> Tensor | None:
@@ -300,23 +323,21 @@ class ViT(TimmSurface, nn.Module):
         found = [t.squeeze(0) for t in (getattr(self, name, None) for name in names) if t is not None]
         return torch.cat(found) if len(found) > 1 else (found[0] if found else None)
 
-    def _positions(self, images: Tensor, grid: tuple[int, int] | None = None) -> Tensor | None:
-        """Positions for these images, [P + N, D] or [N, D]. grid: of a stem that gives rows and columns of tokens."""
+    def _positions(self, grid: tuple[int, int] | None) -> Tensor | None:
+        """Positions for patches of this grid, [P + N, D] or [N, D]; it counts where sizes are dynamic."""
         if self.pos_embed is None:
             return None
         if self.config.input_norm:
-            grid = self.patch_embed.grid_of(tuple(images.shape[2:]))
             tokens = self.num_prefix_tokens + grid[0] * grid[1]
             if tokens > self.pos_embed.shape[0]:
                 raise ValueError(
-                    f"ViT: images of {images.shape[2]}x{images.shape[3]} make {tokens} tokens, but there are positions "
-                    f"for {self.pos_embed.shape[0]} (image_size={self.config.image_size})"
+                    f"ViT: images of {grid[0]}x{grid[1]} patches make {tokens} tokens, but there are positions for "
+                    f"{self.pos_embed.shape[0]} (image_size={self.config.image_size})"
                 )
             return self.pos_embed[:tokens]
         pos_embed = self.pos_embed
         if not self.config.dynamic_image_size:
             return pos_embed.squeeze(0)
-        grid = grid or self.patch_embed.grid_of(tuple(images.shape[2:]))
         # an exported program serves all sizes, so it must not be told that this one needs no resampling
         if exporting() or grid != self.patch_embed.grid_size:
             pos_embed = resample_pos_embed(pos_embed, grid, self.patch_embed.grid_size, self._positioned_prefix())

@@ -23,12 +23,13 @@ OWN = frozenset(vars(nn.Module()))
 # how a model runs, not what it is; of `channels` and `init` the weights tell
 NOT_SAVED = {
     "config", "feature_info", "distilled_training", "grad_checkpointing", "recompute", "subset_from", "inplace",
-    "channels", "init", "_compiled_call_impl",
+    "channels", "init_values", "fused_attn", "_compiled_call_impl",
 }  # fmt: skip
 
 # (field, the parts that have it, the classes in which they can be asked, what they answer)
 has_bias = lambda linear: linear.bias is not None  # noqa: E731
 is_there = lambda module: type(module) is not nn.Identity  # noqa: E731
+starts_at = lambda scale: (scale.init_values or 1.0) if is_there(scale) else None  # noqa: E731
 rate = lambda module: getattr(module, "p", 0.0)  # noqa: E731
 ANSWERS: tuple[tuple[str, str, tuple[type, ...], Callable[[Any], Any]], ...] = (
     ("num_classes", "head", (nn.Linear, nn.Identity), lambda m: m.out_features if is_there(m) else 0),
@@ -46,7 +47,7 @@ ANSWERS: tuple[tuple[str, str, tuple[type, ...], Callable[[Any], Any]], ...] = (
     ("qk_norm", "blocks.*.attn.[qk]_norm", NORMED, is_there),
     ("attn_norm", "blocks.*.attn.norm", NORMED, is_there),
     ("mlp_norm", "blocks.*.mlp.norm", NORMED, is_there),
-    ("layer_scale", "blocks.*.ls[12]", (nn.Identity, LayerScale), lambda m: (m.init or 1.0) if is_there(m) else None),
+    ("layer_scale", "blocks.*.ls[12]", (nn.Identity, LayerScale), starts_at),
     ("pre_norm", "norm_pre", NORMED, is_there),
     ("pre_norm", "patch_embed.proj", (nn.Conv2d,), lambda m: m.bias is None),
     ("patch_norm", "patch_embed.norm", NORMED, is_there),

@@ -1,4 +1,4 @@
-"""Position embeddings on another grid."""
+"""Position embeddings on another grid, and projections of another patch."""
 
 from __future__ import annotations
 
@@ -49,6 +49,27 @@ def resample_pos_embed(
         grid = F.interpolate(grid, size=tuple(new_grid), mode="bicubic", antialias=antialias)
     grid = grid.permute(0, 2, 3, 1).flatten(1, 2).to(pos_embed.dtype)
     return torch.cat([prefix, grid], dim=1) if num_prefix else grid
+
+
+@torch.no_grad()
+def resample_patch_embed(weight: Tensor, patch_size: tuple[int, int]) -> Tensor:
+    """Projection of another patch that gives, of an image resized with the patch, the tokens that `weight` gave.
+
+    That is exact where the patch grows, and the nearest in the least squares sense where it shrinks (Beyer et al.,
+    "FlexiViT", 2023, section 3.4: the pseudoinverse of the transposed matrix of the bicubic resize, here with a
+    low-pass filter, as timm's).
+
+    Args:
+        weight: [D, C, height, width].
+
+    Returns:
+        [D, C, *patch_size], computed in fp32, in the dtype of `weight`.
+    """
+    (h, w), (rows, columns) = weight.shape[2:], patch_size
+    pixels = torch.eye(h * w, device=weight.device).view(-1, 1, h, w)
+    resize = F.interpolate(pixels, size=(rows, columns), mode="bicubic", antialias=True).flatten(1)
+    resampled = weight.float().flatten(2) @ torch.linalg.pinv(resize).T
+    return resampled.view(*weight.shape[:2], rows, columns).to(weight.dtype)
 
 
 def _interpolate_by_products(grid: Tensor, size: tuple[int, int], antialias: bool) -> Tensor:
