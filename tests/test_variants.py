@@ -11,7 +11,6 @@ from torch import nn
 
 import vitfast
 from vitfast import UNSUPPORTED, VARIANTS, ViTConfig, config_for, create_model, list_models
-from vitfast.data_config import data_config
 
 TINY = "vit_tiny_patch16_224"
 POOLS = {"token": "token", "mean": "avg", "map": "map", "none": ""}
@@ -255,7 +254,6 @@ def test_keyword_against_the_variants_own(name, keywords):
         (NotImplementedError, ["mlp_layer=", "SwiGLU"], TINY, {"mlp_layer": timm.layers.SwiGLU}),
         (NotImplementedError, ["block_fn="], TINY, {"block_fn": nn.Identity}),
         (NotImplementedError, ["embed_layer="], TINY, {"embed_layer": nn.Identity}),
-        (NotImplementedError, ["features_only=True"], TINY, {"features_only": True}),
         (NotImplementedError, ["global_pool='avgmax'", "'avg'"], TINY, {"global_pool": "avgmax"}),
         (NotImplementedError, ["pos_embed='rope'"], TINY, {"pos_embed": "rope"}),
         (NotImplementedError, ["norm_layer='batchnorm2d'"], TINY, {"norm_layer": "batchnorm2d"}),
@@ -304,14 +302,3 @@ def test_checkpoint_path(tmp_path):
     loaded = create_model("test_vit3", depth=1, num_classes=5, checkpoint_path=tmp_path / "weights.safetensors")
     for key, value in saved.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[key]), key
-
-
-def test_transforms_of_timm_are_made_for_other_weights():
-    """timm takes ImageNet's mean and std, without a word, for a model that does not say how its images look."""
-    for name in list_models():
-        expected = timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
-        cfg = data_config(name, config_for(name).image_size)
-        assert timm.data.resolve_data_config(pretrained_cfg=cfg) == expected, name
-    model = vitfast.create_model("vit_tiny_patch16_224", depth=1, img_size=32)
-    found = timm.data.resolve_model_data_config(model)
-    assert found == timm.data.resolve_model_data_config(timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32))

@@ -11,11 +11,12 @@ Importing needs neither a GPU nor triton, and asks no device anything.
 
 from vitfast import ops, reference
 from vitfast.config import ViTConfig
+from vitfast.create import create_model
 from vitfast.dispatch import backend, set_backend
 from vitfast.engine import prepare
 from vitfast.fusion import explain
 from vitfast.switches import set_exportable
-from vitfast.variants import UNSUPPORTED, VARIANTS, config_for, create_model, list_models
+from vitfast.variants import UNSUPPORTED, VARIANTS, config_for, list_models
 from vitfast.vit import ViT
 from vitfast.warm_up import warmup
 from vitfast.weights.checkpoint import load_checkpoint, read_checkpoint, read_config, save_checkpoint

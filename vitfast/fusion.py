@@ -133,8 +133,9 @@ def explain(model: nn.Module) -> Explanation:
     for prefix, vit in vits:
         for part, op_name, reasons in vit.fusion_report():
             name = f"{prefix}.{part}" if prefix else part
-            if switches.stock_only():
-                rows.append(Row(name, "stock operators", "set_exportable(True) is on"))
+            if switches.stock_only() or vit.exportable:
+                why = "its exportable is True" if vit.exportable else "set_exportable(True) is on"
+                rows.append(Row(name, "stock operators", why))
             elif reasons:
                 rows.append(Row(name, "its modules' own forward", "; ".join(reasons)))
             else:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -9,15 +14,47 @@ from torch.autograd import forward_ad
 _exportable = False
 
 
+class _Thread(threading.local):
+    # models with `exportable` that run in this thread now
+    lowered = 0
+
+
+_thread = _Thread()
+
+
 def set_exportable(enable: bool = True) -> None:
     """Lower models to stock PyTorch operators, for exporters that know no custom op, such as ONNX.
 
     The model keeps its weights and its results (to rounding). Applies to all models of the process until
-    `set_exportable(False)`. Inside `torch.onnx.export`, `torch.jit.trace`, the transforms of `torch.func` and
-    forward-mode differentiation it is so anyway.
+    `set_exportable(False)`; for one model set its attribute `exportable` (an argument of `create_model`). Inside
+    `torch.onnx.export`, `torch.jit.trace`, the transforms of `torch.func` and forward-mode differentiation it is so
+    anyway.
     """
     global _exportable
     _exportable = bool(enable)
+
+
+class stock_operators:  # noqa: N801  (used as a function)
+    """Context in which `set_exportable(True)` holds, for this thread."""
+
+    def __enter__(self) -> None:
+        _thread.lowered += 1
+
+    def __exit__(self, *_: Any) -> None:
+        _thread.lowered -= 1
+
+
+def lowers(method: Callable) -> Callable:
+    """Let a method of a module with the attribute `exportable` run on stock operators where that is True."""
+
+    @functools.wraps(method)
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.exportable:
+            return method(self, *args, **kwargs)
+        with stock_operators():
+            return method(self, *args, **kwargs)
+
+    return run
 
 
 def exporting() -> bool:
@@ -27,8 +64,9 @@ def exporting() -> bool:
 
 def stock_only() -> bool:
     """Whether ops must run as stock PyTorch operators now."""
-    if torch.compiler.is_compiling() or _exportable:
-        return _exportable or (exporting() and torch.onnx.is_in_onnx_export())
+    switched = _exportable or _thread.lowered > 0
+    if switched or torch.compiler.is_compiling():
+        return switched or (exporting() and torch.onnx.is_in_onnx_export())
     # jit.trace knows no ops of ours; vmap, grad and jvp of torch.func want rules that stock operators have
     transformed = torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
     return transformed or torch.jit.is_tracing()

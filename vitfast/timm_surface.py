@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vitfast.layers import DropPath, run_norm
 from vitfast.model import Mlp, with_causal
 from vitfast.ops.mlp import RECOMPUTE
+from vitfast.switches import lowers
 from vitfast.weights.pos_embed import resample_pos_embed
 
 TIMM_POOLS = {"token": "token", "mean": "avg", "map": "map", "none": ""}
@@ -73,6 +74,7 @@ class TimmSurface:
     embed_dim = num_features = head_hidden_size = property(lambda self: self.config.dim)
     pool_include_prefix = property(lambda self: self.config.pool_prefix)
 
+    @lowers
     def forward_intermediates(
         self,
         x: Tensor,

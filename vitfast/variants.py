@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import nullcontext
 from dataclasses import fields as dataclass_fields
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
-
 from vitfast.config import ACTIVATIONS, ViTConfig
-from vitfast.data_config import data_config
 from vitfast.timm_surface import POOLS_BY_TIMM_NAME
-from vitfast.vit import ViT
-from vitfast.weights.checkpoint import load_checkpoint
 
 # mlp_ratio, 4 where not given, is timm's literal: the MLP's width has to follow it when a caller changes embed_dim
 _SIZES: dict[str, dict[str, Any]] = {
@@ -265,55 +258,8 @@ _COMPUTED = ("mlp_ratio", "init_values", "no_embed_class", "proj_drop_rate")
 # timm keyword -> the values that change nothing; any other needs what ViTConfig does not have
 _FIXED: dict[str, tuple[Any, ...]] = {
     "embed_layer": (), "block_fn": (), "mlp_layer": (), "attn_layer": ("", "attn"),
-    "patch_drop_rate": (0.0,), "fix_init": (False,), "weight_init": ("",), "pretrained_cfg": (),
-    "pretrained_cfg_overlay": (), "cache_dir": ("",), "pruned": (False,), "use_naflex": (False,),
-    "features_only": (False,), "out_indices": (), "scriptable": (False,), "exportable": (False,),
-    "no_jit": (False,),
+    "patch_drop_rate": (0.0,), "fix_init": (False,), "weight_init": ("",), "pruned": (False,), "use_naflex": (False,),
 }  # fmt: skip
-
-
-def create_model(
-    model_name: str,
-    pretrained: bool = False,
-    *,
-    checkpoint_path: str | os.PathLike[str] | None = "",
-    device: torch.device | str | int | None = None,
-    dtype: torch.dtype | None = None,
-    **timm_keywords: Any,
-) -> ViT:
-    """Build the model that timm has under this name, freshly initialised.
-
-    Default values are timm's: what is not given is what `timm.create_model(name)` uses.
-
-    Args:
-        model_name: a name from `list_models()`, without a pretrained tag.
-        pretrained: must be False; vitfast downloads nothing.
-        checkpoint_path: weights to load into the model, as `vitfast.load_checkpoint` does.
-        device: where the parameters are made; torch's default device when None. 'meta' allocates nothing.
-        dtype: dtype of the parameters; torch's default when None.
-        **timm_keywords: see `config_for`.
-
-    Raises:
-        ValueError: an unknown name, a name with a pretrained tag, or a value that breaks a rule of ViTConfig.
-        TypeError: a keyword that timm's VisionTransformer does not have, or a value of the wrong type.
-        NotImplementedError: `pretrained=True`, a name in `UNSUPPORTED`, or a value that no field of ViTConfig
-            stands for; the message names the keyword and the value.
-    """
-    if pretrained:
-        raise NotImplementedError(
-            f"create_model: pretrained must be False, got {pretrained!r}: vitfast downloads no weights; pass their "
-            "file as checkpoint_path"
-        )
-    config = config_for(model_name, **timm_keywords)
-    with torch.device(device) if device is not None else nullcontext():
-        model = ViT.from_config(config)
-    # timm's transforms for these weights; the size is the one they were trained at, as in timm
-    model.pretrained_cfg = model.default_cfg = data_config(model_name, config_for(model_name).image_size)
-    if dtype is not None:
-        model = model.to(dtype)
-    if checkpoint_path:
-        load_checkpoint(model, checkpoint_path)
-    return model
 
 
 def list_models(filter: str = "") -> list[str]:

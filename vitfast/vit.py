@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +15,7 @@ from vitfast.fusion import any_global_hook, plain, why_not_plain
 from vitfast.layers import LayerScale, build_norm, norm_report, reasons_of, run_norm
 from vitfast.model import AttentionPool, Block
 from vitfast.stem import PatchEmbed
-from vitfast.switches import exporting
+from vitfast.switches import exporting, lowers, stock_operators
 from vitfast.timm_surface import TimmSurface, pool_of
 from vitfast.weights import vit_pytorch
 from vitfast.weights.pos_embed import resample_pos_embed
@@ -42,6 +43,8 @@ class ViT(TimmSurface, nn.Module):
     """
 
     BLOCKS: ClassVar = (Block,)  # whose halves `intermediates` can call
+    # run this model on stock operators, as `vitfast.set_exportable` does all models
+    exportable = False
 
     def __init__(
         self, *, image_size, patch_size, num_classes, dim, depth, heads, mlp_dim, pool="cls", channels=3,
@@ -200,6 +203,7 @@ class ViT(TimmSurface, nn.Module):
             # a file of the weights says for how many classes they are
             self.config = self.config.replace(num_classes=value.out_features)
 
+    @lowers
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images [B, C, H, W] -> logits [B, num_classes]; features without a classifier, tokens without pooling.
 
@@ -236,6 +240,7 @@ class ViT(TimmSurface, nn.Module):
             return None
         return 1 + int(self.config.distillation_token)
 
+    @lowers
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images -> all tokens [B, N, D] after the final norm."""
         return self._features(x, attn_mask, is_causal)
@@ -258,9 +263,13 @@ class ViT(TimmSurface, nn.Module):
     def _run_block(self, block: nn.Module, x: Tensor, attn_mask: Tensor | None, keep: int | None = None) -> Tensor:
         args = (x,) if attn_mask is None and keep is None else (x, attn_mask, False, keep)
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False)
+            if not self.exportable or torch.compiler.is_compiling():
+                return checkpoint(block, *args, use_reentrant=False)
+            contexts = lambda: (nullcontext(), stock_operators())  # noqa: E731
+            return checkpoint(block, *args, use_reentrant=False, context_fn=contexts)
         return block(*args)
 
+    @lowers
     def embed(self, images: Tensor) -> Tensor:
         """Images -> tokens [B, P + N, D] that enter the first block."""
         if self._embeds_by_op():
@@ -346,6 +355,7 @@ class ViT(TimmSurface, nn.Module):
     def _positioned_prefix(self) -> int:
         return 0 if self.no_embed_class else self.num_prefix_tokens
 
+    @lowers
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         """Tokens [B, N, D] -> [B, D], or the tokens where nothing is pooled. pool_type: timm's name, for once."""
         return self._pool(x, self.config.pool if pool_type is None else pool_of("pool_type", pool_type))
@@ -359,6 +369,7 @@ class ViT(TimmSurface, nn.Module):
             x = x[:, self.num_prefix_tokens :]
         return x.mean(dim=1) if pool == "mean" else self.attn_pool(x)
 
+    @lowers
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens after the final norm -> logits, or with `pre_logits` the features before the classifier."""
         if self.config.distillation_token:
@@ -377,6 +388,7 @@ class ViT(TimmSurface, nn.Module):
         x, distilled = self.head(x), self.head_dist(distilled)
         return (x, distilled) if self.distilled_training and self.training else (x + distilled) / 2
 
+    @lowers
     def intermediates(self, x: Tensor) -> dict[str, Tensor]:
         """All named intermediates of one forward, computed the way `forward_features` computes them.
 

@@ -23,7 +23,7 @@ OWN = frozenset(vars(nn.Module()))
 # how a model runs, not what it is; of `channels` and `init` the weights tell
 NOT_SAVED = {
     "config", "feature_info", "distilled_training", "grad_checkpointing", "recompute", "subset_from", "inplace",
-    "channels", "init_values", "fused_attn", "_compiled_call_impl",
+    "channels", "init_values", "fused_attn", "exportable", "_model_args", "_compiled_call_impl",
 }  # fmt: skip
 
 # (field, the parts that have it, the classes in which they can be asked, what they answer)
