@@ -288,7 +288,8 @@ def create_model(
     Args:
         model_name: a name from `list_models()`, without a pretrained tag.
         pretrained: must be False; vitfast downloads nothing.
-        checkpoint_path: weights to load into the model, as `vitfast.load_checkpoint` does.
+        checkpoint_path: weights to load into the model, as `vitfast.load_checkpoint` does; of pickled files too, as
+            timm's create_model does (tensors only: nothing in the file is run).
         device: where the parameters are made; torch's default device when None. 'meta' allocates nothing.
         dtype: dtype of the parameters; torch's default when None.
         **timm_keywords: see `config_for`.
@@ -312,7 +313,7 @@ def create_model(
     if dtype is not None:
         model = model.to(dtype)
     if checkpoint_path:
-        load_checkpoint(model, checkpoint_path)
+        load_checkpoint(model, checkpoint_path, allow_pickle=True)
     return model
 
 
