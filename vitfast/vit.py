@@ -443,8 +443,8 @@ class ViT(TimmSurface, nn.Module):
         return load(state_dict, strict=strict, assign=assign)
 
     def _load_from_state_dict(self, *args) -> None:
-        # vit-pytorch weights of a ViT inside another module (MAE, DataParallel), whose load_state_dict is not ours, or of
-        # one with load hooks; those see the names that were given, so this one is the last
+        # vit-pytorch weights of a ViT inside another module (MAE, DataParallel), whose load_state_dict is not ours, or
+        # of one with load hooks; those see the names that were given, so this one is the last
         handle = self._register_load_state_dict_pre_hook(self._translate_names)
         try:
             super()._load_from_state_dict(*args)

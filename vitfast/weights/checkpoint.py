@@ -98,8 +98,8 @@ def read_checkpoint(
 ) -> dict[str, Tensor]:
     """The tensors of a checkpoint file, on the CPU, without the prefixes of wrappers and training scripts.
 
-    Taken off are those of DDP, torch.compile, FSDP and activation checkpointing, and a name such as `model.` where every
-    key has it. Of a training checkpoint the weights: the averaged ones where it has both (`state_dict_ema`,
+    Taken off are those of DDP, torch.compile, FSDP and activation checkpointing, and a name such as `model.` where
+    every key has it. Of a training checkpoint the weights: the averaged ones where it has both (`state_dict_ema`,
     `model_ema`), as timm does. Weights in shards are read from all of them.
 
     Args:

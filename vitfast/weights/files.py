@@ -142,6 +142,6 @@ def _shards(path: Path, allow_pickle: bool) -> tuple[dict[str, Any], bool]:
             raise FileNotFoundError(f"read_checkpoint: no file {str(file)!r}, which {path.name} names")
         shard, partly = content_of(file, allow_pickle)
         if not isinstance(shard, Mapping):
-            raise ValueError(f"read_checkpoint: {str(file)!r} must hold names and tensors, got a {type(shard).__name__}")
+            raise ValueError(f"read_checkpoint: {str(file)!r} must map names to tensors, got {type(shard).__name__}")
         state, unread = state | shard, unread or partly
     return state, unread

@@ -189,18 +189,19 @@ def _layout_hint(keys: list[str]) -> str:
 
 def _prefix_hints(keys: list[str], every: bool, own: Mapping[str, Any]) -> Iterator[str]:
     """What stands before the model's keys, or within them, and would have to be taken off. every: no key fits."""
+    take = "pass {}; load_checkpoint takes key={!r}"
     prefixes = [p for p, n in Counter(_prefixes(keys, own)).items() if 2 * n > len(own)]
     firsts = {f"{key.partition('.')[0]}." for key in keys}
     if not prefixes and len(firsts) == 1 and not any(key.startswith(*firsts) for key in own):
         prefixes = [*firsts]
     if len(prefixes) > 1:
         under = " and ".join(f"under {p!r}" for p in prefixes)
-        yield f"(such weights stand {under}: pass one of them; load_checkpoint takes key={prefixes[0][:-1]!r})"
+        yield f"(such weights stand {under}: {take.format('one of them', prefixes[0][:-1])})"
     elif prefixes and every and all(key.startswith(prefixes[0]) for key in keys):
         put = ", which a wrapper put there" if not without_wrappers(prefixes[0]) else ""
         yield f"(every key starts with {prefixes[0]!r}{put}: take it off)"
     elif prefixes:
-        yield f"(such weights stand under {prefixes[0]!r}: pass them alone; load_checkpoint takes key={prefixes[0][:-1]!r})"
+        yield f"(such weights stand under {prefixes[0]!r}: {take.format('them alone', prefixes[0][:-1])})"
     else:
         inside = {found[2] for key in keys if (found := INSIDE.search(key)) and INSIDE.sub("", key) in own}
         if inside:
