@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import secrets
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 from vitfast.config import ViTConfig
 from vitfast.vit import ViT
 from vitfast.weights.described import config_of
-from vitfast.weights.files import content_of, file_of
+from vitfast.weights.files import INDEX, file_of, stand_ins
 from vitfast.weights.pos_embed import resample_pos_embed
 from vitfast.weights.state_dict import LEADING, check_state_dict, rename_keys, without_wrappers
 
@@ -117,7 +118,7 @@ def read_checkpoint(
             them and no `key`; names what there is.
     """
     path = file_of(path)
-    content, unread = content_of(path, allow_pickle)
+    content, unread = _content(path, allow_pickle)
     state, prefix = _weights(path, content, key)
     if not isinstance(state, Mapping):
         wrong = f"a {type(state).__name__}; of a model save the state_dict()"
@@ -145,6 +146,63 @@ def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     if versions is not None:
         inside._metadata = {module: v for module, v in versions.items() if f"{module}.".startswith(prefix)}
     return rename_keys(inside, lambda name: without_wrappers(name[len(prefix) :]))
+
+
+def _content(path: Path, allow_pickle: bool) -> tuple[Any, bool]:
+    """What the file holds, on the CPU, and whether stand-ins may be in it.
+
+    Raises:
+        FileNotFoundError: a shard is missing.
+        ValueError: a pickled file without `allow_pickle`, a damaged one, or one of another kind.
+    """
+    if path.name.endswith(INDEX):
+        return _shards(path, allow_pickle)
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}, False  # noqa: SIM118  (not a dict)
+        except SafetensorError as error:
+            raise ValueError(f"read_checkpoint: {str(path)!r} is not a whole safetensors file: {error}") from error
+    if path.suffix in (".npz", ".npy"):
+        raise ValueError(
+            f"read_checkpoint: {str(path)!r} holds numpy arrays, as JAX's ViTs do. timm reads them: "
+            "model.load_state_dict(timm.create_model(name, checkpoint_path=path).state_dict())"
+        )
+    if not allow_pickle:
+        raise ValueError(
+            f"read_checkpoint: path must be a .safetensors file, got {str(path)!r}; a pickled file can be read with "
+            "load_checkpoint(model, path, allow_pickle=True) if you trust where it comes from"
+        )
+    unknown = stand_ins(path)
+    try:
+        with torch.serialization.safe_globals(unknown):
+            return torch.load(path, map_location="cpu", weights_only=True), bool(unknown)
+    except Exception as error:  # a damaged or hostile file can raise anything
+        # torch's advice to read it without weights_only is not ours
+        reason = re.sub(r"In PyTorch 2\.6, .*?trusted source\.|Check the documentation.*", "", str(error), flags=re.S)
+        raise ValueError(
+            f"read_checkpoint: {str(path)!r} is not a whole file of plain weights: {' '.join(reason.split())}"
+        ) from error
+
+
+def _shards(path: Path, allow_pickle: bool) -> tuple[dict[str, Any], bool]:
+    try:
+        names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        files = [path.parent / name for name in names]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"read_checkpoint: {str(path)!r} is no index of shards: {error!r}") from error
+    state: dict[str, Any] = {}
+    unread = False
+    for name, file in zip(names, files, strict=True):
+        if Path(name).name != name:
+            raise ValueError(f"read_checkpoint: {str(path)!r} names a file outside its folder, {name!r}")
+        if not file.is_file():
+            raise FileNotFoundError(f"read_checkpoint: no file {str(file)!r}, which {path.name} names")
+        shard, partly = _content(file, allow_pickle)
+        if not isinstance(shard, Mapping):
+            raise ValueError(f"read_checkpoint: {str(file)!r} must map names to tensors, got {type(shard).__name__}")
+        state, unread = state | shard, unread or partly
+    return state, unread
 
 
 def _weights(path: Path, content: Any, key: str | None) -> tuple[Any, str]:
@@ -216,7 +274,7 @@ def load_checkpoint(
         if prefix + grid[0] * grid[1] == given.shape[1]:
             state["pos_embed"] = resample_pos_embed(given, model.patch_embed.grid_size, grid, prefix)
     loaded = model.load_state_dict(state, strict=strict)
-    if state and len(loaded.unexpected_keys) == len(state):
+    if len(loaded.unexpected_keys) == len(state):
         check_state_dict(model, state)  # says what the names are
     return wrapped
 
@@ -227,6 +285,7 @@ def read_config(path: str | os.PathLike) -> ViTConfig | None:
     `vitfast.ViT.from_config(read_config(path))` is the model that fits.
 
     Raises:
+        FileNotFoundError: there is no such file.
         ValueError: what is written there is no config that this release understands.
     """
     path = file_of(path)

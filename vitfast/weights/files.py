@@ -1,17 +1,14 @@
-"""What a file or a folder of weights holds. Nothing that a pickle names is ever imported or called."""
+"""Which file of a folder holds the weights, and what stands in for what a pickled file holds beside them."""
 
 from __future__ import annotations
 
-import json
 import pickletools
-import re
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 INDEX = ".index.json"
 # as transformers, accelerate and timm name them; where both are they are the same weights
@@ -67,41 +64,12 @@ def file_of(path: str | Path) -> Path:
     )
 
 
-def content_of(path: Path, allow_pickle: bool) -> tuple[Any, bool]:
-    """What the file holds, on the CPU, and whether any of it is `Unread`.
+def stand_ins(path: Path) -> list[tuple[type, str]]:
+    """For `torch.serialization.safe_globals`: an inert class for every name in the file that torch does not know.
 
-    Raises:
-        FileNotFoundError: a shard is missing.
-        ValueError: a pickled file without `allow_pickle`, a damaged one, or one of another kind.
+    None of those names is imported.
     """
-    if path.name.endswith(INDEX):
-        return _shards(path, allow_pickle)
-    if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}, False  # noqa: SIM118  (not a dict)
-        except SafetensorError as error:
-            raise ValueError(f"read_checkpoint: {str(path)!r} is not a whole safetensors file: {error}") from error
-    if path.suffix in (".npz", ".npy"):
-        raise ValueError(
-            f"read_checkpoint: {str(path)!r} holds numpy arrays, as JAX's ViTs do. timm reads them: "
-            "model.load_state_dict(timm.create_model(name, checkpoint_path=path).state_dict())"
-        )
-    if not allow_pickle:
-        raise ValueError(
-            f"read_checkpoint: path must be a .safetensors file, got {str(path)!r}; a pickled file can be read with "
-            "load_checkpoint(model, path, allow_pickle=True) if you trust where it comes from"
-        )
-    stand_ins = [(type(name, (Unread,), {}), name) for name in set(_unknown_globals(path))]
-    try:
-        with torch.serialization.safe_globals(stand_ins):
-            return torch.load(path, map_location="cpu", weights_only=True), bool(stand_ins)
-    except Exception as error:  # a damaged or hostile file can raise anything
-        # torch's advice to read it without weights_only is not ours
-        reason = re.sub(r"In PyTorch 2\.6, .*?trusted source\.|Check the documentation.*", "", str(error), flags=re.S)
-        raise ValueError(
-            f"read_checkpoint: {str(path)!r} is not a whole file of plain weights: {' '.join(reason.split())}"
-        ) from error
+    return [(type(name, (Unread,), {}), name) for name in set(_unknown_globals(path))]
 
 
 def _unknown_globals(path: Path) -> Iterator[str]:
@@ -125,23 +93,3 @@ def _unknown_globals(path: Path) -> Iterator[str]:
                         yield f"{module}.{name}"
     except Exception:
         return
-
-
-def _shards(path: Path, allow_pickle: bool) -> tuple[dict[str, Any], bool]:
-    try:
-        names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-        files = [path.parent / name for name in names]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"read_checkpoint: {str(path)!r} is no index of shards: {error!r}") from error
-    state: dict[str, Any] = {}
-    unread = False
-    for name, file in zip(names, files, strict=True):
-        if Path(name).name != name:
-            raise ValueError(f"read_checkpoint: {str(path)!r} names a file outside its folder, {name!r}")
-        if not file.is_file():
-            raise FileNotFoundError(f"read_checkpoint: no file {str(file)!r}, which {path.name} names")
-        shard, partly = content_of(file, allow_pickle)
-        if not isinstance(shard, Mapping):
-            raise ValueError(f"read_checkpoint: {str(file)!r} must map names to tensors, got {type(shard).__name__}")
-        state, unread = state | shard, unread or partly
-    return state, unread

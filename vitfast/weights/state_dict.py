@@ -15,8 +15,7 @@ from torch.overrides import is_tensor_like
 
 # of DataParallel and DDP before all keys; of torch.compile, FSDP and checkpointing wherever a part was wrapped
 LEADING = "module."
-WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-INSIDE = re.compile(rf"(^|(?<=\.))({'|'.join(map(re.escape, WRAPPERS))})")
+INSIDE = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 CONVERTED = "timm.models.vision_transformer.checkpoint_filter_fn(state_dict, timm_model) gives them timm's"
 RENAMED = "rename them, and join query, key and value to one attn.qkv"
@@ -203,7 +202,7 @@ def _prefix_hints(keys: list[str], every: bool, own: Mapping[str, Any]) -> Itera
     elif prefixes:
         yield f"(such weights stand under {prefixes[0]!r}: {take.format('them alone', prefixes[0][:-1])})"
     else:
-        inside = {found[2] for key in keys if (found := INSIDE.search(key)) and INSIDE.sub("", key) in own}
+        inside = {f"{found[2]}." for key in keys if (found := INSIDE.search(key)) and INSIDE.sub("", key) in own}
         if inside:
             yield f"(keys hold {' and '.join(map(repr, sorted(inside)))}, which a wrapper put there: take it off)"
 
