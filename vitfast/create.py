@@ -45,7 +45,8 @@ def create_model(
         pretrained_cfg: entries in the place of timm's for this name; channels, classes and image size that are not
             given follow them.
         pretrained_cfg_overlay: entries that stand before those.
-        checkpoint_path: weights to load into the model, as `vitfast.load_checkpoint` does.
+        checkpoint_path: weights to load into the model, as `vitfast.load_checkpoint` does; of pickled files too, as
+            timm's create_model does (tensors only: nothing in the file is run).
         cache_dir, no_jit, scriptable: nothing depends on them here. Models can be traced, not scripted.
         exportable: set the model's `exportable`, which lowers it to stock operators (see `set_exportable`).
         features_only: return timm's `FeatureGetterNet` around the model, which gives maps of some blocks; needs timm.
@@ -80,7 +81,7 @@ def create_model(
     if dtype is not None:
         model = model.to(dtype)
     if checkpoint_path:
-        load_checkpoint(model, checkpoint_path)
+        load_checkpoint(model, checkpoint_path, allow_pickle=True)
     if not features_only:
         return model
     getter = _features_of(model, 3 if out_indices is None else out_indices, feature_cls)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
@@ -19,7 +20,7 @@ from vitfast.switches import exporting, lowers, stock_operators
 from vitfast.timm_surface import TimmSurface, pool_of
 from vitfast.weights import vit_pytorch
 from vitfast.weights.pos_embed import resample_pos_embed
-from vitfast.weights.state_dict import check_state_dict
+from vitfast.weights.state_dict import check_state_dict, load_or_put_back, translates
 
 
 class ViT(TimmSurface, nn.Module):
@@ -456,23 +457,39 @@ class ViT(TimmSurface, nn.Module):
     def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
         """Load weights under timm's names or vit-pytorch's. Nothing is loaded when anything does not fit.
 
+        What fits is known after load hooks, and modules that translate weights of older releases, have seen them.
+
         Raises:
-            RuntimeError: one error that lists every missing, unexpected and wrongly shaped key.
+            RuntimeError: one error that lists every missing, unexpected and wrongly shaped key, and says so where the
+                names are those of another library or have a prefix.
             ValueError: vit-pytorch weights for a model of another architecture.
+            TypeError: no mapping.
         """
+        load = super().load_state_dict
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"load_state_dict: state_dict must map names to tensors, got {type(state_dict).__name__}")
+        if translates(self, ViT._load_from_state_dict):
+            return load_or_put_back(self, state_dict, strict, lambda: load(state_dict, strict=False, assign=assign))
         if vit_pytorch.is_layout(state_dict):
             state_dict = vit_pytorch.to_vitfast(state_dict, self.config)
         check_state_dict(self, state_dict, strict)
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        return load(state_dict, strict=strict, assign=assign)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        # vit-pytorch weights of a ViT inside another module (MAE, DataParallel): our load_state_dict is not asked there
+    def _load_from_state_dict(self, *args) -> None:
+        # vit-pytorch weights of a ViT inside another module (MAE, DataParallel), whose load_state_dict is not ours, or
+        # of one with load hooks; those see the names that were given, so this one is the last
+        handle = self._register_load_state_dict_pre_hook(self._translate_names)
+        try:
+            super()._load_from_state_dict(*args)
+        finally:
+            handle.remove()
+
+    def _translate_names(self, state_dict, prefix, *_) -> None:
         own = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
         if vit_pytorch.is_layout(own):
             for key in own:
                 del state_dict[prefix + key]
             state_dict.update({prefix + k: v for k, v in vit_pytorch.to_vitfast(own, self.config).items()})
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 PUBLIC_STAGES = ("forward_features", "forward_head", "pool", "embed")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import secrets
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,15 +15,20 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from vitfast.config import ViTConfig
 from vitfast.vit import ViT
 from vitfast.weights.described import config_of
+from vitfast.weights.files import INDEX, file_of, stand_ins
 from vitfast.weights.pos_embed import resample_pos_embed
-from vitfast.weights.state_dict import PREFIXES
+from vitfast.weights.state_dict import LEADING, check_state_dict, rename_keys, without_wrappers
 
 CONFIG_KEY = "vitfast_config"
+# what training scripts call the model that they hold
+NAMED = tuple(f"{name}." for name in ("model", "net", "network", "backbone", "encoder", "student", "teacher", "vit"))
+COUNTER = "n_averaged"  # of torch's AveragedModel, no weight
 # averaged weights first, as timm's loader takes them
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
@@ -87,75 +94,173 @@ def unwrapped(model: torch.nn.Module) -> ViT:
     return model
 
 
-def read_checkpoint(path: str | os.PathLike, *, allow_pickle: bool = False) -> dict[str, Tensor]:
-    """The tensors of a checkpoint file, on the CPU, with the prefixes of DDP and torch.compile taken off the keys.
+def read_checkpoint(
+    path: str | os.PathLike, *, allow_pickle: bool = False, key: str | None = None
+) -> dict[str, Tensor]:
+    """The tensors of a checkpoint file, on the CPU, without the prefixes of wrappers and training scripts.
 
-    Of a training checkpoint that has both, the averaged weights (`state_dict_ema`, `model_ema`), as timm does.
+    Taken off are those of DDP, torch.compile, FSDP and activation checkpointing, and a name such as `model.` where
+    every key has it. Of a training checkpoint the weights: the averaged ones where it has both (`state_dict_ema`,
+    `model_ema`), as timm does. Weights in shards are read from all of them.
 
     Args:
-        path: a .safetensors file, or with `allow_pickle` a .pt, .pth or .bin file.
-        allow_pickle: read pickled files too (`weights_only=True`). Even so, only open files that you trust.
+        path: a .safetensors file, or with `allow_pickle` a .pt, .pth, .pth.tar, .ckpt or .bin file; the
+            .index.json of shards; a folder of transformers, accelerate or timm, whose model.safetensors is read where
+            there is a pytorch_model.bin too.
+        allow_pickle: read pickled files too (`weights_only=True`, and what is no tensor is passed over). Even so, only
+            open files that you trust.
+        key: of a file with several models the one to take, by its name in the file or before its keys: 'teacher',
+            'teacher.backbone'.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a pickled file without `allow_pickle`, or no flat mapping of names to tensors inside.
+        ValueError: a pickled file without `allow_pickle`, no flat mapping of names to tensors inside, or several of
+            them and no `key`; names what there is.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"read_checkpoint: no file {str(path)!r}")
+    path = file_of(path)
+    content, unread = _content(path, allow_pickle)
+    state, prefix = _weights(path, content, key)
+    if not isinstance(state, Mapping):
+        wrong = f"a {type(state).__name__}; of a model save the state_dict()"
+    else:
+        wrong = ", ".join(f"{k!r}: {type(v).__name__}" for k, v in state.items() if not _is_entry(k, v, unread))
+    if wrong:
+        raise ValueError(f"read_checkpoint: {str(path)!r} must hold a flat mapping of names to tensors, got {wrong}")
+    if all(name == COUNTER or name.startswith(LEADING) for name in state):
+        state = _part(state, LEADING)
+    state = rename_keys(state, without_wrappers)
+    if prefix and not any(name.startswith(f"{prefix}.") for name in state):
+        there = sorted({name.partition(".")[0] for name in state})
+        raise ValueError(f"read_checkpoint: {str(path)!r} has nothing under key={key!r}, only {', '.join(there)}")
+    if prefix:
+        state = _part(state, f"{prefix}.")
+    while (common := next((n for n in NAMED if state and all(name.startswith(n) for name in state)), None)) is not None:
+        state = _part(state, common)
+    return state
+
+
+def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """What stands under the prefix, without it."""
+    inside = OrderedDict((name, value) for name, value in state.items() if name.startswith(prefix))
+    versions = getattr(state, "_metadata", None)
+    if versions is not None:
+        inside._metadata = {module: v for module, v in versions.items() if f"{module}.".startswith(prefix)}
+    return rename_keys(inside, lambda name: without_wrappers(name[len(prefix) :]))
+
+
+def _content(path: Path, allow_pickle: bool) -> tuple[Any, bool]:
+    """What the file holds, on the CPU, and whether stand-ins may be in it.
+
+    Raises:
+        FileNotFoundError: a shard is missing.
+        ValueError: a pickled file without `allow_pickle`, a damaged one, or one of another kind.
+    """
+    if path.name.endswith(INDEX):
+        return _shards(path, allow_pickle)
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
-                state: Any = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
+                return {key: file.get_tensor(key) for key in file.keys()}, False  # noqa: SIM118  (not a dict)
         except SafetensorError as error:
             raise ValueError(f"read_checkpoint: {str(path)!r} is not a whole safetensors file: {error}") from error
-    elif allow_pickle:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged or hostile file can raise anything
-            raise ValueError(f"read_checkpoint: {str(path)!r} is not a whole file of plain weights: {error}") from error
-    else:
+    if path.suffix in (".npz", ".npy"):
+        raise ValueError(
+            f"read_checkpoint: {str(path)!r} holds numpy arrays, as JAX's ViTs do. timm reads them: "
+            "model.load_state_dict(timm.create_model(name, checkpoint_path=path).state_dict())"
+        )
+    if not allow_pickle:
         raise ValueError(
             f"read_checkpoint: path must be a .safetensors file, got {str(path)!r}; a pickled file can be read with "
             "load_checkpoint(model, path, allow_pickle=True) if you trust where it comes from"
         )
-    state = _unwrap(state)
-    flat = isinstance(state, Mapping) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
-    if not flat:
-        raise ValueError(f"read_checkpoint: {str(path)!r} must hold a flat mapping of names to tensors")
-    return {_strip(key): value for key, value in state.items()}
+    unknown = stand_ins(path)
+    try:
+        with torch.serialization.safe_globals(unknown):
+            return torch.load(path, map_location="cpu", weights_only=True), bool(unknown)
+    except Exception as error:  # a damaged or hostile file can raise anything
+        # torch's advice to read it without weights_only is not ours
+        reason = re.sub(r"In PyTorch 2\.6, .*?trusted source\.|Check the documentation.*", "", str(error), flags=re.S)
+        raise ValueError(
+            f"read_checkpoint: {str(path)!r} is not a whole file of plain weights: {' '.join(reason.split())}"
+        ) from error
 
 
-def _unwrap(state: Any) -> Any:
+def _shards(path: Path, allow_pickle: bool) -> tuple[dict[str, Any], bool]:
+    try:
+        names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        files = [path.parent / name for name in names]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"read_checkpoint: {str(path)!r} is no index of shards: {error!r}") from error
+    state: dict[str, Any] = {}
+    unread = False
+    for name, file in zip(names, files, strict=True):
+        if Path(name).name != name:
+            raise ValueError(f"read_checkpoint: {str(path)!r} names a file outside its folder, {name!r}")
+        if not file.is_file():
+            raise FileNotFoundError(f"read_checkpoint: no file {str(file)!r}, which {path.name} names")
+        shard, partly = _content(file, allow_pickle)
+        if not isinstance(shard, Mapping):
+            raise ValueError(f"read_checkpoint: {str(file)!r} must map names to tensors, got {type(shard).__name__}")
+        state, unread = state | shard, unread or partly
+    return state, unread
+
+
+def _weights(path: Path, content: Any, key: str | None) -> tuple[Any, str]:
+    """The state dict inside a checkpoint, and the prefix that is left of the key."""
+    prefix = key or ""
+    while prefix and isinstance(content, Mapping):
+        name, _, rest = prefix.partition(".")
+        if not isinstance(content.get(name), Mapping):
+            break
+        content, prefix = content[name], rest
     # bounded: a pickled mapping may contain itself
     for _ in WRAPPERS:
-        inner = next((k for k in WRAPPERS if isinstance(state, Mapping) and isinstance(state.get(k), Mapping)), None)
-        if inner is None:
+        if not isinstance(content, Mapping):
             break
-        state = state[inner]
-    return state
+        sets = [name for name, value in content.items() if _is_state(value)]
+        name = next((name for name in WRAPPERS if isinstance(content.get(name), Mapping)), None)
+        if name is None and len(sets) > 1:
+            raise ValueError(
+                f"read_checkpoint: {str(path)!r} holds several sets of weights, {', '.join(map(repr, sets))}: choose "
+                f"one with load_checkpoint(model, path, key={sets[0]!r}, ...)"
+            )
+        if name is None and not sets:
+            break
+        content = content[sets[0] if name is None else name]
+    return content, prefix
 
 
-def _strip(key: str) -> str:
-    while (prefix := next((p for p in PREFIXES if key.startswith(p)), None)) is not None:
-        key = key[len(prefix) :]
-    return key.replace("._orig_mod.", ".")  # blocks compiled one by one
+def _is_state(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value) and all(_is_entry(k, v) for k, v in value.items())
+
+
+def _is_entry(name: Any, value: Any, unread: bool = False) -> bool:
+    # a module's extra state may be anything, but nothing of which a part was passed over
+    extra = isinstance(name, str) and name.endswith(_EXTRA_STATE_KEY_SUFFIX) and not unread
+    return isinstance(name, str) and (isinstance(value, Tensor) or extra)
 
 
 def load_checkpoint(
-    model: ViT, path: str | os.PathLike, *, strict: bool = True, allow_pickle: bool = False
+    model: ViT, path: str | os.PathLike, *, strict: bool = True, allow_pickle: bool = False, key: str | None = None
 ) -> ViT:
-    """Load a file written by `save_checkpoint`, by timm or by vit-pytorch into `model`.
+    """Load a file written by `save_checkpoint`, or weights of timm's or vit-pytorch's models that a training run saved.
 
     Positions of another image size are resampled to the model's grid. The file's own config says from which grid; a
     file without one is taken to have square images.
+
+    Args:
+        strict: False loads what fits by name; something has to.
+        allow_pickle, key: as `read_checkpoint`.
 
     Raises:
         RuntimeError: one error that lists every missing, unexpected and wrongly shaped key; nothing is loaded then.
         FileNotFoundError, ValueError: as `read_checkpoint`.
     """
     wrapped, model = model, unwrapped(model)
-    state = read_checkpoint(path, allow_pickle=allow_pickle)
+    state = read_checkpoint(path, allow_pickle=allow_pickle, key=key)
+    # blocks compiled or wrapped one by one
+    own_names = {without_wrappers(name): name for name in nn.Module.state_dict(model)}
+    state = rename_keys(state, lambda name: own_names.get(name, name))
     own, given = model.pos_embed, state.get("pos_embed")
     if own is not None and given is not None and given.dim() == own.dim() == 3:
         prefix = 0 if model.no_embed_class else model.num_prefix_tokens
@@ -168,7 +273,9 @@ def load_checkpoint(
             grid = model.patch_embed.grid_size
         if prefix + grid[0] * grid[1] == given.shape[1]:
             state["pos_embed"] = resample_pos_embed(given, model.patch_embed.grid_size, grid, prefix)
-    model.load_state_dict(state, strict=strict)
+    loaded = model.load_state_dict(state, strict=strict)
+    if len(loaded.unexpected_keys) == len(state):
+        check_state_dict(model, state)  # says what the names are
     return wrapped
 
 
@@ -178,9 +285,11 @@ def read_config(path: str | os.PathLike) -> ViTConfig | None:
     `vitfast.ViT.from_config(read_config(path))` is the model that fits.
 
     Raises:
+        FileNotFoundError: there is no such file.
         ValueError: what is written there is no config that this release understands.
     """
-    if Path(path).suffix != ".safetensors":
+    path = file_of(path)
+    if path.suffix != ".safetensors":
         return None
     try:
         with safe_open(path, framework="pt", device="cpu") as file:

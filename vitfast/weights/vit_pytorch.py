@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vitfast import reference
 from vitfast.config import ViTConfig
+from vitfast.weights.state_dict import rename_keys
 
 if TYPE_CHECKING:
     from vitfast.vit import ViT
@@ -40,7 +41,8 @@ NAMES = (
 
 def is_layout(state_dict: Mapping[str, Any]) -> bool:
     """Whether the keys are those of a vit-pytorch ViT."""
-    return any(key.startswith(("to_patch_embedding.", "transformer.")) for key in state_dict)
+    theirs = ("to_patch_embedding.", "transformer.layers.", "transformer.norm.")  # CLIP's text is a `transformer` too
+    return any(key.startswith(theirs) for key in state_dict)
 
 
 def _rename(key: str, source: int) -> str:
@@ -72,11 +74,11 @@ def to_vitfast(state_dict: Mapping[str, Tensor], config: ViTConfig) -> dict[str,
             "load_state_dict: these vit-pytorch weights have no transformer.norm: they come from a release before 1.4, "
             "whose architecture differs"
         )
-    renamed = {_rename(key, 0): value for key, value in state_dict.items()}
+    state = rename_keys(state_dict, lambda key: _rename(key, 0))
     for key in ("cls_token", "pos_embed"):
-        if key in renamed and renamed[key].dim() == 3 and renamed[key].shape[0] == 1:
-            renamed[key] = renamed[key].squeeze(0)
-    return renamed
+        if isinstance(state.get(key), Tensor) and state[key].dim() == 3 and state[key].shape[0] == 1:
+            state[key] = state[key].squeeze(0)
+    return state
 
 
 def from_vitfast(state_dict: Mapping[str, Tensor], config: ViTConfig) -> dict[str, Tensor]:
