@@ -140,6 +140,9 @@ def test_plain_install_in_an_empty_environment_fails_or_lacks_a_part(builder, sd
     assert "built vitfast._C (" in line_of(said)
     (package,) = (tmp_path / "env").glob("lib/python*/site-packages/vitfast")
     assert report_of(package)["extension"] and report_of(package)["cuda"] == bool(NVCC)
+    source = ROOT / "vitfast"
+    needed = {file.relative_to(source) for file in source.rglob("*") if file.suffix in (".py", ".json")}
+    assert [name for name in needed if not (package / name).exists()] == []
     features, probe, error, text = call_extension(package)
     if Path("/proc/cpuinfo").exists():
         flags = Path("/proc/cpuinfo").read_text().split()

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from vitfast import ops, reference
 from vitfast.config import ViTConfig
 from vitfast.fusion import any_global_hook, plain, why_not_plain
+from vitfast.initialise import init_as_timm
 from vitfast.layers import LayerScale, build_norm, norm_report, reasons_of, run_norm
 from vitfast.model import AttentionPool, Block
 from vitfast.stem import PatchEmbed
@@ -119,7 +120,7 @@ class ViT(TimmSurface, nn.Module):
         self.head_drop = nn.Dropout(config.head_dropout)
         self._build_heads()
         if not config.input_norm:
-            self._init_from_timm()
+            init_as_timm(self)
 
     def _build_tokens(self, config: ViTConfig) -> None:
         D, positions = config.dim, {"all": config.num_prefix_tokens, "patches": 0, "none": None}[config.pos_embed]
@@ -165,31 +166,7 @@ class ViT(TimmSurface, nn.Module):
             nn.init.normal_(self.cls_token)
             nn.init.normal_(self.pos_embed)
         else:
-            self._init_from_timm()
-
-    @torch.no_grad()
-    def _init_from_timm(self) -> None:
-        """What timm does after its modules were made."""
-        if next(self.parameters()).is_meta:
-            return  # nothing is there, and drawing it takes its time
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        for block in self.blocks:
-            if block.mlp.kind == "swiglu":
-                open_gate(block.mlp.fc1_g.weight, block.mlp.fc1_g.bias)
-            elif block.mlp.kind == "swiglu_packed":
-                # timm opens the second half, also where the first is the gate
-                half, bias = block.mlp.fc1.out_features // 2, block.mlp.fc1.bias
-                open_gate(block.mlp.fc1.weight[half:], None if bias is None else bias[half:])
-        for name, std in (("pos_embed", 0.02), ("cls_token", None), ("reg_token", None), ("dist_token", 0.02)):
-            token = getattr(self, name, None)
-            if token is not None:
-                nn.init.normal_(token, std=1e-6) if std is None else nn.init.trunc_normal_(token, std=std)
-        if self.config.pool == "map":
-            nn.init.trunc_normal_(self.attn_pool.latent, std=self.config.dim**-0.5)
+            init_as_timm(self)
 
     def __getattr__(self, name: str) -> Any:
         if name in vit_pytorch.ATTRIBUTES:
@@ -494,10 +471,3 @@ class ViT(TimmSurface, nn.Module):
 
 PUBLIC_STAGES = ("forward_features", "forward_head", "pool", "embed")
 NORMS_OR_NONE = (nn.LayerNorm, nn.RMSNorm, nn.Identity)
-
-
-def open_gate(weight: Tensor, bias: Tensor | None) -> None:
-    """Start a SwiGLU gate at a constant: weights near zero, bias one."""
-    nn.init.normal_(weight, std=1e-6)
-    if bias is not None:
-        nn.init.ones_(bias)
