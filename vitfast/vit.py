@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vitfast import ops, reference
 from vitfast.config import ViTConfig
-from vitfast.fusion import any_global_hook, plain, why_not_plain
+from vitfast.fusion import any_global_hook, patched, plain, why_not_plain
 from vitfast.layers import LayerScale, build_norm, norm_report, reasons_of, run_norm
 from vitfast.model import AttentionPool, Block
 from vitfast.stem import PatchEmbed
@@ -224,7 +224,7 @@ class ViT(TimmSurface, nn.Module):
         cls = type(self)
         if any(getattr(cls, name) is not getattr(ViT, name) for name in PUBLIC_STAGES):
             return None
-        if any(callable(self.__dict__.get(name)) for name in PUBLIC_STAGES):
+        if any(callable(self.__dict__.get(name)) and patched(self, name) for name in PUBLIC_STAGES):
             return None
         if not plain(self.blocks, nn.Sequential) or not len(self.blocks):
             return None
