@@ -135,6 +135,7 @@ def test_fit_learns_other_weights_than_timms(digits, tmp_path, how):
     assert next(modules[1].parameters()).dtype is next(modules[0].parameters()).dtype
 
 
+@pytest.mark.slow
 def test_compiled_model_learns_other_weights_than_timms(digits, tmp_path):
     modules = pair(digits, compiled=True)
     for module in modules:
@@ -275,6 +276,7 @@ def test_fabric_takes_other_steps(digits, tmp_path):
     assert results[1] == pytest.approx(results[0], rel=5e-3)
 
 
+@pytest.mark.slow
 def test_two_processes_of_a_fit_hang_or_part(digits, tmp_path):
     """`ddp_spawn`: the module goes to two processes; what comes back is what one process learns from both halves."""
     _, alone = pair(digits, drop_path=0.0, shuffle=False)
