@@ -40,9 +40,18 @@ def plain(module: nn.Module | None, *kinds: type) -> bool:
         and not module._forward_pre_hooks
         and not module._backward_hooks
         and not module._backward_pre_hooks
-        and "forward" not in module.__dict__
+        and not ("forward" in module.__dict__ and patched(module))
         and (not module._parameters or _plain_weights(module))
     )
+
+
+def patched(module: nn.Module, method: str = "forward") -> bool:
+    """Whether the instance has another method than its class. Its own, put back by who took a wrapper off, is none."""
+    if method not in module.__dict__:
+        return False
+    found = module.__dict__[method]
+    own = getattr(found, "__self__", None) is module
+    return not own or getattr(found, "__func__", None) is not getattr(type(module), method)
 
 
 def _plain_weights(module: nn.Module) -> bool:
@@ -69,7 +78,7 @@ def why_changed(module: nn.Module) -> str | None:
     for hooks in HOOKS:
         if getattr(module, hooks):
             return f"has {hooks.strip('_').replace('_', ' ')}"
-    if "forward" in module.__dict__:
+    if patched(module):
         return "has a patched forward"
     for name, parameter in module._parameters.items():
         if parameter is not None and type(parameter) not in PLAIN_TENSORS:

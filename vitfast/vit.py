@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vitfast import ops, reference
 from vitfast.config import ViTConfig
-from vitfast.fusion import any_global_hook, plain, why_not_plain
+from vitfast.fusion import any_global_hook, patched, plain, why_not_plain
 from vitfast.initialise import init_as_timm
 from vitfast.layers import LayerScale, build_norm, norm_report, reasons_of, run_norm
 from vitfast.model import AttentionPool, Block
@@ -209,7 +209,7 @@ class ViT(TimmSurface, nn.Module):
         cls = type(self)
         if any(getattr(cls, name) is not getattr(ViT, name) for name in PUBLIC_STAGES):
             return None
-        if any(callable(self.__dict__.get(name)) for name in PUBLIC_STAGES):
+        if any(callable(self.__dict__.get(name)) and patched(self, name) for name in PUBLIC_STAGES):
             return None
         if not plain(self.blocks, nn.Sequential) or not len(self.blocks):
             return None
@@ -291,7 +291,7 @@ class ViT(TimmSurface, nn.Module):
             and patch_embed.cuts_patches()
             and plain(patch_embed.norm, nn.Identity)
             and type(self)._pos_embed is ViT._pos_embed
-            and "_pos_embed" not in self.__dict__
+            and not patched(self, "_pos_embed")
             and not any_global_hook()
         )
 

@@ -61,10 +61,11 @@ def save_checkpoint(
         raise FileNotFoundError(f"save_checkpoint: no folder {str(path.parent)!r}")
     if not isinstance(model, ViT):
         raise TypeError(f"save_checkpoint: model must be a vitfast.ViT, got {type(model).__name__}")
-    metadata = None
+    # without it accelerate and transformers refuse a file that has other metadata
+    metadata = {"format": "pt"}
     if with_config:
         try:
-            metadata = {CONFIG_KEY: json.dumps(config_of(model).to_dict())}
+            metadata |= {CONFIG_KEY: json.dumps(config_of(model).to_dict())}
         except NotImplementedError as error:
             raise NotImplementedError(
                 f"save_checkpoint: {error}. with_config=False writes the weights alone; the model then has to be "

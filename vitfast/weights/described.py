@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vitfast.config import ViTConfig
-from vitfast.fusion import why_changed, why_not_plain
+from vitfast.fusion import patched, why_changed, why_not_plain
 from vitfast.layers import ACTIVATIONS, NORMS, DropPath, LayerScale, activation_name, eps_of, norm_kind
 from vitfast.model import Attention, Mlp
 from vitfast.vit import ViT
@@ -153,7 +153,7 @@ def _differences(module: nn.Module, built: nn.Module, name: str) -> Iterator[str
         if not _same(got, value):
             yield f"{path}{attribute} is {got!r} in place of {value!r}"
     for attribute in sorted(vars(module).keys() - vars(built).keys() - OWN - NOT_SAVED):
-        if hasattr(type(module), attribute):
+        if hasattr(type(module), attribute) and patched(module, attribute):
             yield f"{path}{attribute} was replaced"
     have, expected = _members(module), _members(built)
     for part in sorted(have.keys() ^ expected.keys()):
