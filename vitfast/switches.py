@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -54,6 +55,9 @@ def lowers(method: Callable) -> Callable:
         with stock_operators():
             return method(self, *args, **kwargs)
 
+    # accelerate would take the method that stands there for the one that was before its own wrapper
+    del run.__wrapped__
+    run.__signature__ = inspect.signature(method)
     return run
 
 
