@@ -1,6 +1,8 @@
 """What Hugging Face's Trainer and accelerate do to a model, ours beside timm's from the same weights, on digits."""
 
 import copy
+import dataclasses
+import json
 
 import accelerate
 import pytest
@@ -216,3 +218,23 @@ def test_averaged_model_shares_weights_or_loses_them(digits):
         assert not torch.equal(average.module.head.weight, model.head.weight)
         outs.append(average.eval()(images).detach())
     torch.testing.assert_close(outs[1], outs[0], rtol=1e-5, atol=1e-5)
+
+
+def test_bare_model_is_refused_by_trainer(digits, tmp_path):
+    """No wrapper: Trainer sets `use_cache` in what a model has as `config`, and callbacks write it as JSON."""
+    rows = [{"x": row["pixel_values"], "labels": row["labels"]} for row in digits[0]]
+    histories = []
+    for side, model in zip(LIBRARIES, bare_pair(), strict=True):
+        arguments = TrainingArguments(
+            str(tmp_path / side), use_cpu=True, report_to="none", disable_tqdm=True, seed=1, max_steps=6,
+            per_device_train_batch_size=32, learning_rate=1e-3, logging_steps=1,
+        )  # fmt: skip
+        loss = lambda out, labels, num_items_in_batch=None: nn.functional.cross_entropy(out, labels)  # noqa: E731
+        trainer = Trainer(model, arguments, train_dataset=rows, compute_loss_func=loss)
+        trainer.train()
+        histories.append([step["loss"] for step in trainer.state.log_history if "loss" in step])
+    assert histories[1] == pytest.approx(histories[0], rel=CLOSE) and len(histories[1]) == 6
+    written = json.loads(model.config.to_json_string())
+    assert vitfast.ViTConfig(**written) == model.config and not hasattr(model.config, "use_cache")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        model.config.depth = 3

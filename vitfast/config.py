@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import numbers
 from collections.abc import Callable
@@ -199,6 +200,22 @@ class ViTConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values; `ViTConfig(**d)` gives the config back."""
         return asdict(self)
+
+    def to_json_string(self) -> str:
+        """The fields as JSON; transformers' callbacks write what a model has as `config`."""
+        return json.dumps(self.to_dict())
+
+
+_frozen = ViTConfig.__setattr__
+
+
+def _set_attribute(self: ViTConfig, name: str, value: Any) -> None:
+    # transformers' Trainer sets this one in whatever a model has as `config`; it is about text
+    if name != "use_cache":
+        _frozen(self, name, value)
+
+
+ViTConfig.__setattr__ = _set_attribute
 
 
 def _is_int(value: Any) -> bool:
