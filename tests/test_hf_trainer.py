@@ -227,7 +227,7 @@ def test_bare_model_is_refused_by_trainer(digits, tmp_path):
     for side, model in zip(LIBRARIES, bare_pair(), strict=True):
         arguments = TrainingArguments(
             str(tmp_path / side), use_cpu=True, report_to="none", disable_tqdm=True, seed=1, max_steps=6,
-            per_device_train_batch_size=32, learning_rate=1e-3, logging_steps=1,
+            per_device_train_batch_size=32, learning_rate=1e-3, logging_steps=1, label_names=["labels"],
         )  # fmt: skip
         loss = lambda out, labels, num_items_in_batch=None: nn.functional.cross_entropy(out, labels)  # noqa: E731
         trainer = Trainer(model, arguments, train_dataset=rows, compute_loss_func=loss)
