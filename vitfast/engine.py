@@ -13,14 +13,13 @@ from torch import Tensor, nn
 
 from vitfast import native, reference
 from vitfast.folded import AddedLinear, FoldedBlock, FoldedLinear
-from vitfast.fusion import PLAIN_TENSORS, any_global_hook, plain
+from vitfast.fusion import PLAIN_TENSORS, any_global_hook, plain, watched_view
 from vitfast.layers import reasons_of, run_norm
 from vitfast.model import Block
 from vitfast.ops import _launch
 from vitfast.original import Source
 from vitfast.packed import PackedBlock, PackedLinear, PackedStem, frozen, own_product, refuse
 from vitfast.stem import check_pixels
-from vitfast.timm_surface import say_mask_is_stock
 from vitfast.vit import ViT
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -133,6 +132,9 @@ def why_not_plain_here(model: ViT) -> str | None:
     for hooks in ("_forward_hooks", "_forward_pre_hooks"):
         if getattr(model, hooks):
             return f"has {hooks.strip('_').replace('_', ' ')}"
+    for name in model.__dict__.get("_views", {}):
+        if watched_view(model, name) is not None:
+            return f"has a {name} with hooks"
     return None
 
 
@@ -264,10 +266,11 @@ class PreparedViT(ViT):
     """
 
     BLOCKS = (PackedBlock, FoldedBlock, Block)
+    CALLS_VIEWS = False
 
     def __init__(self, model: ViT, dtype: torch.dtype, normalisation: tuple[Tensor, Tensor] | None):
         nn.Module.__init__(self)
-        own = vars(nn.Module())
+        own = {*vars(nn.Module()), "_views"}
         self.__dict__.update({name: value for name, value in vars(model).items() if name not in own})
         self.dtype, self.device = dtype, next(model.parameters()).device
         self.folded = folds(self.device)
@@ -424,12 +427,10 @@ class PreparedViT(ViT):
     def _tokens_that_count(self, dropout_counts: bool = True) -> int | None:
         return self._keep
 
-    def _features(self, x: Tensor, attn_mask: Tensor | None, keep: int | None) -> Tensor:
+    def _transform(self, x: Tensor, attn_mask: Tensor | None = None, keep: int | None = None) -> Tensor:
         if not self.folded:
-            return super()._features(x, attn_mask, keep)
-        if attn_mask is not None:
-            say_mask_is_stock()
-        x, pieces = self.embed(x), None
+            return super()._transform(x, attn_mask, keep)
+        pieces = None
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
             first = keep if i == last else None

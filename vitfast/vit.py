@@ -19,6 +19,7 @@ from vitfast.timm_surface import TimmSurface, pool_of, say_mask_is_stock
 from vitfast.weights import vit_pytorch
 from vitfast.weights.pos_embed import resample_pos_embed
 from vitfast.weights.state_dict import check_state_dict
+from vitfast.weights.views import watched
 
 
 class ViT(TimmSurface, nn.Module):
@@ -42,6 +43,7 @@ class ViT(TimmSurface, nn.Module):
     """
 
     BLOCKS: ClassVar = (Block,)  # whose halves `intermediates` can call
+    CALLS_VIEWS: ClassVar = True  # vit-pytorch's `transformer` and the like, where they have hooks
 
     def __init__(
         self, *, image_size, patch_size, num_classes, dim, depth, heads, mlp_dim, pool="cls", channels=3,
@@ -226,7 +228,7 @@ class ViT(TimmSurface, nn.Module):
             return None
         if any(callable(self.__dict__.get(name)) for name in PUBLIC_STAGES):
             return None
-        if not plain(self.blocks, nn.Sequential) or not len(self.blocks):
+        if not plain(self.blocks, nn.Sequential) or not len(self.blocks) or watched(self, "transformer"):
             return None
         last = self.blocks[-1]
         if not (type(last) is Block and last.untouched(dropout_counts) and plain(self.norm, *NORMS_OR_NONE)):
@@ -240,7 +242,13 @@ class ViT(TimmSurface, nn.Module):
     def _features(self, x: Tensor, attn_mask: Tensor | None, keep: int | None) -> Tensor:
         if attn_mask is not None:
             say_mask_is_stock()
-        x = self.embed(x)
+        x, transformer = self.embed(x), watched(self, "transformer")
+        if transformer is None:
+            return self._transform(x, attn_mask, keep)
+        return transformer(x) if attn_mask is None else transformer(x, attn_mask)
+
+    def _transform(self, x: Tensor, attn_mask: Tensor | None = None, keep: int | None = None) -> Tensor:
+        """Tokens [B, N, D] through all blocks and the final norm; the last block may compute only the first `keep`."""
         # with a global hook too, but where checkpointing is on, which timm's does block by block
         watched = any_global_hook() and not self.grad_checkpointing
         if attn_mask is None and (watched or not plain(self.blocks, nn.Sequential)):
@@ -263,7 +271,7 @@ class ViT(TimmSurface, nn.Module):
             self.patch_embed.check(images)
             x = self._embed_by_op(images)
         else:
-            x, grid = self.patch_embed(images), None
+            x, grid = (watched(self, "to_patch_embedding") or self.patch_embed)(images), None
             if x.dim() == 4:
                 grid, x = tuple(x.shape[1:3]), x.flatten(1, 2)
             x = reference.with_prefix(x, self._positions(images, grid), self._prefix())
