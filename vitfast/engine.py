@@ -464,5 +464,6 @@ class PreparedViT(ViT):
     set_mlp_recompute = refuse("set_mlp_recompute")
     set_drop_path_subset = refuse("set_drop_path_subset")
     init_weights = refuse("init_weights")
+    __prepare_scriptable__ = refuse("torch.jit.script")
     __reduce_ex__ = refuse("copying or pickling")
     __deepcopy__ = refuse("copying or pickling")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx import Proxy
 
 _exportable = False
 
@@ -28,10 +31,30 @@ def exporting() -> bool:
 def stock_only() -> bool:
     """Whether ops must run as stock PyTorch operators now."""
     if torch.compiler.is_compiling() or _exportable:
-        return _exportable or (exporting() and torch.onnx.is_in_onnx_export())
+        return _exportable or (exporting() and (torch.onnx.is_in_onnx_export() or _drafting()))
     # jit.trace knows no ops of ours; vmap, grad and jvp of torch.func want rules that stock operators have
     transformed = torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
     return transformed or torch.jit.is_tracing()
+
+
+def _drafting() -> bool:
+    # it takes an optional tensor that is None for one that the op has written to, whatever the op (torch 2.11)
+    return torch._functorch.config.fake_tensor_propagate_real_tensors
+
+
+def refuse_proxy(t: Any) -> None:
+    """Raise where torch.fx traces symbolically: nothing is known of a proxy, and ops are chosen by what is known.
+
+    Raises:
+        NotImplementedError: says what to use.
+    """
+    if isinstance(t, Proxy):
+        raise NotImplementedError(
+            "torch.fx cannot trace a vitfast model symbolically (torch.fx.symbolic_trace, torchvision's "
+            "create_feature_extractor, timm's FeatureGraphNet): which part runs as which op depends on its tensors. "
+            "For features take model.forward_intermediates or hooks on its modules, for a graph torch.export.export; "
+            "a module around the model can be traced with the model as a leaf (leaf_modules, Tracer.is_leaf_module)"
+        )
 
 
 def forward_mode() -> bool:

@@ -96,10 +96,10 @@ class TimmSurface:
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"forward_intermediates: output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
-        if attn_mask is not None:
-            say_mask_is_stock()
         wanted = self._block_indices(indices)
         self._check_images(x)
+        if attn_mask is not None:
+            say_mask_is_stock()
         B, grid = x.shape[0], self.patch_embed.grid_of(tuple(x.shape[2:]))
         x, found = self.embed(x), []
         stop = max(wanted, default=-1) + 1 if stop_early else len(self.blocks)

@@ -14,7 +14,7 @@ from vitfast.fusion import any_global_hook, plain, why_not_plain
 from vitfast.layers import LayerScale, build_norm, norm_report, reasons_of, run_norm
 from vitfast.model import AttentionPool, Block
 from vitfast.stem import PatchEmbed
-from vitfast.switches import exporting
+from vitfast.switches import exporting, refuse_proxy
 from vitfast.timm_surface import TimmSurface, pool_of, say_mask_is_stock
 from vitfast.weights import vit_pytorch
 from vitfast.weights.pos_embed import resample_pos_embed
@@ -240,9 +240,9 @@ class ViT(TimmSurface, nn.Module):
         return self._features(x, attn_mask, None)
 
     def _features(self, x: Tensor, attn_mask: Tensor | None, keep: int | None) -> Tensor:
+        x, transformer = self.embed(x), watched(self, "transformer")
         if attn_mask is not None:
             say_mask_is_stock()
-        x, transformer = self.embed(x), watched(self, "transformer")
         if transformer is None:
             return self._transform(x, attn_mask, keep)
         return transformer(x) if attn_mask is None else transformer(x, attn_mask)
@@ -267,6 +267,7 @@ class ViT(TimmSurface, nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         """Images -> tokens [B, P + N, D] that enter the first block."""
+        refuse_proxy(images)
         if self._embeds_by_op():
             self.patch_embed.check(images)
             x = self._embed_by_op(images)
@@ -412,6 +413,13 @@ class ViT(TimmSurface, nn.Module):
         elif self.attn_pool is not None:
             rows.append(("attn_pool", "", reasons_of([("attn_pool", self.attn_pool, AttentionPool)])))
         return rows + norm_report([("fc_norm", self.fc_norm)])
+
+    def __prepare_scriptable__(self) -> None:
+        """What torch.jit.script asks each module for."""
+        raise NotImplementedError(
+            "torch.jit.script cannot compile a vitfast model, whose code is no TorchScript; torch.jit.trace(model, images) "
+            "works, and torch.export.export"
+        )
 
     def state_dict(self, *args, layout: str = "timm", **kwargs) -> dict[str, Tensor]:
         """The weights under timm's names, or under vit-pytorch's with `layout='vit_pytorch'`.

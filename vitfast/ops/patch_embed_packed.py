@@ -13,7 +13,7 @@ from vitfast.ops import _higher, _launch, _register
 from vitfast.ops._check import FLOATS, autocast_dtype, cast
 from vitfast.ops._register import call, wants_gradient
 from vitfast.ops.patch_embed import check, patches_of, token_dtype
-from vitfast.switches import stock_only
+from vitfast.switches import refuse_proxy, stock_only
 
 
 def patch_embed_packed(
@@ -43,6 +43,7 @@ def patch_embed_packed(
 
     Source: Dehghani et al., "Patch n' Pack: NaViT" (2023), section 2.
     """
+    refuse_proxy(images)
     if not isinstance(images, (list, tuple)):
         raise TypeError(f"patch_embed_packed: images must be a list of [C, H, W] tensors, got {type(images).__name__}")
     images = list(images)
