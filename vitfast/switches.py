@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from typing import Any
 
 import torch
@@ -16,8 +18,12 @@ def set_exportable(enable: bool = True) -> None:
     """Lower models to stock PyTorch operators, for exporters that know no custom op, such as ONNX.
 
     The model keeps its weights and its results (to rounding). Applies to all models of the process until
-    `set_exportable(False)`. Inside `torch.onnx.export`, `torch.jit.trace`, the transforms of `torch.func` and
-    forward-mode differentiation it is so anyway.
+    `set_exportable(False)`. Inside `torch.onnx.export`, `torch.jit.trace`, `torch.export.draft_export`, the transforms
+    of `torch.func` and forward-mode differentiation it is so anyway.
+
+    A program of `torch.export.export`, saved or compiled by AOTInductor, holds vitfast's ops as long as this is off, and
+    runs where vitfast was imported before it is loaded. For a process without vitfast, or in C++, export it under
+    `set_exportable(True)`.
     """
     global _exportable
     _exportable = bool(enable)
@@ -35,6 +41,16 @@ def stock_only() -> bool:
     # jit.trace knows no ops of ours; vmap, grad and jvp of torch.func want rules that stock operators have
     transformed = torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
     return transformed or torch.jit.is_tracing()
+
+
+@functools.cache
+def say_needs_vitfast() -> None:
+    """Once a process: who loads the program elsewhere is told no more than that an op is missing."""
+    warnings.warn(
+        "torch.export: this program holds vitfast's ops and runs only where vitfast is imported before it is loaded; for "
+        "processes without vitfast, as AOTInductor's packages in C++, export it under vitfast.set_exportable(True)",
+        stacklevel=2,
+    )
 
 
 def _drafting() -> bool:

@@ -57,6 +57,7 @@ def patch_embed_packed(
     weight, bias = cast(weight, dtype), cast(bias, dtype)
     given = [None] * len(images) if pos_embed is None else pos_embed
     for i, (image, position) in enumerate(zip(images, given, strict=True)):
+        refuse_proxy(image)
         name = f"patch_embed_packed: images[{i}]"
         if image.dim() != 3:
             raise ValueError(f"{name}: images must be [C, H, W], got {list(image.shape)}")
