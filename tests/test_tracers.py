@@ -1,4 +1,4 @@
-"""Tracers and compilers of torch that are not `torch.compile`: each works, or says once and clearly that it does not."""
+"""Tracers and compilers of torch other than `torch.compile`: each works, or says once and clearly that it does not."""
 
 import warnings
 

@@ -211,7 +211,7 @@ def _normalisation(model: ViT, mean: Any, std: Any) -> tuple[Tensor, Tensor] | N
     C, found = model.in_chans, []
     for name, values in (("mean", mean), ("std", std)):
         try:
-            values = torch.as_tensor(values, dtype=torch.float32)
+            values = torch.as_tensor(values, dtype=torch.float32, device="cpu")
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"prepare: {name} must be {C} numbers, got {values!r}") from None
         if values.shape != (C,) or not values.isfinite().all() or (name == "std" and not (values > 0).all()):

@@ -21,8 +21,8 @@ def set_exportable(enable: bool = True) -> None:
     `set_exportable(False)`. Inside `torch.onnx.export`, `torch.jit.trace`, `torch.export.draft_export`, the transforms
     of `torch.func` and forward-mode differentiation it is so anyway.
 
-    A program of `torch.export.export`, saved or compiled by AOTInductor, holds vitfast's ops as long as this is off, and
-    runs where vitfast was imported before it is loaded. For a process without vitfast, or in C++, export it under
+    As long as this is off a program of `torch.export.export`, saved or compiled by AOTInductor, holds vitfast's ops,
+    and runs where vitfast was imported before it is loaded. For a process without vitfast, or in C++, export it under
     `set_exportable(True)`.
     """
     global _exportable
@@ -47,8 +47,8 @@ def stock_only() -> bool:
 def say_needs_vitfast() -> None:
     """Once a process: who loads the program elsewhere is told no more than that an op is missing."""
     warnings.warn(
-        "torch.export: this program holds vitfast's ops and runs only where vitfast is imported before it is loaded; for "
-        "processes without vitfast, as AOTInductor's packages in C++, export it under vitfast.set_exportable(True)",
+        "torch.export: this program holds vitfast's ops and runs only where vitfast is imported before it is loaded; "
+        "for processes without vitfast, and AOTInductor's in C++, export it under vitfast.set_exportable(True)",
         stacklevel=2,
     )
 

@@ -131,7 +131,7 @@ class ViT(TimmSurface, nn.Module):
             self.dist_token = token(1)
 
     def _build_heads(self) -> None:
-        like = next(self.blocks.parameters(), None)
+        like = next(self.blocks.parameters(), next(self.parameters(), None))
         factory = {} if like is None else dict(device=like.device, dtype=like.dtype)
         build = lambda: (  # noqa: E731
             nn.Linear(self.config.dim, self.num_classes, **factory) if self.num_classes else nn.Identity()
@@ -417,8 +417,8 @@ class ViT(TimmSurface, nn.Module):
     def __prepare_scriptable__(self) -> None:
         """What torch.jit.script asks each module for."""
         raise NotImplementedError(
-            "torch.jit.script cannot compile a vitfast model, whose code is no TorchScript; torch.jit.trace(model, images) "
-            "works, and torch.export.export"
+            "torch.jit.script cannot compile a vitfast model, whose code is no TorchScript; "
+            "torch.jit.trace(model, images) works, and torch.export.export"
         )
 
     def state_dict(self, *args, layout: str = "timm", **kwargs) -> dict[str, Tensor]:

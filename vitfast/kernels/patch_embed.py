@@ -217,7 +217,7 @@ class _Images:
             for image, first in zip(images, firsts[:-1], strict=True):
                 rows.append((image.data_ptr(), first, *image.shape[1:], *_strides(image)))
             self.patches, shape, strides = firsts[-1], [len(rows), *like.shape], [0] * 4
-            self.table = torch.tensor(rows, dtype=torch.int64).to(like.device, non_blocking=True)
+            self.table = torch.tensor(rows, dtype=torch.int64, device="cpu").to(like.device, non_blocking=True)
         else:
             gh, gw = _grid(*like.shape[2:], patch)
             self.patches, shape, strides = like.shape[0] * gh * gw, list(like.shape), _strides(like)

@@ -81,7 +81,7 @@ def patch_embed_packed(
         tokens = call(_packed, differentiable, images, weight, bias, positions, prefix, mean, std)
     # added up on the host: the device need not be waited for
     ends = itertools.accumulate((P + N for N in lengths), initial=0)
-    return tokens, torch.tensor(list(ends), dtype=torch.int32).to(weight.device, non_blocking=True)
+    return tokens, torch.tensor(list(ends), dtype=torch.int32, device="cpu").to(weight.device, non_blocking=True)
 
 
 def _packed_stock(images, weight, bias, positions, prefix, mean, std):
