@@ -64,7 +64,7 @@ class Attention(nn.Module):
         """Whether somebody replaced or watches the dropout of the attention weights, which timm's does not call, or
         watches the softmax of vit-pytorch's.
         """
-        if self.calls_dropout and (any_global_hook() or watched_view(self, "attend")):
+        if self.calls_dropout and (any_global_hook() or ("_views" in self.__dict__ and watched_view(self, "attend"))):
             return True
         return not plain(self._modules["attn_drop"], nn.Dropout)
 

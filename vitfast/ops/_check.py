@@ -83,7 +83,8 @@ def describe(t: Tensor) -> str:
 
 def autocast_dtype(t: Tensor) -> torch.dtype | None:
     """The dtype in which autocast wants this op to compute, None outside autocast; fp64 is left alone."""
-    refuse_proxy(t)
+    if type(t) is not Tensor:
+        refuse_proxy(t)
     kind = t.device.type
     if t.dtype == torch.float64:
         return None
