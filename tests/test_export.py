@@ -1,6 +1,10 @@
 """Exporters that know no custom op: under `set_exportable(True)` a model is stock operators, and computes the same."""
 
 import io
+import subprocess
+import sys
+import warnings
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -10,6 +14,7 @@ import torch
 from timm_pair import build_pair
 
 import vitfast
+from vitfast.switches import say_needs_vitfast
 
 FLAVOURS = [
     "vit", "distilled", "dinov2_reg4", "siglip_gap", "clip", "aimv2", "beit3", "qk_norm", "test_vit3", "vit_pytorch",
@@ -93,3 +98,78 @@ def test_onnx_export_without_the_switch_fails(dynamo, tmp_path):
     with torch.no_grad():
         for n in (1, 3):
             close(torch.from_numpy(session.run(None, {"x": images[:n].numpy()})[0]), model(images[:n]))
+
+
+# `None` in sys.modules makes `import vitfast` fail, wherever it is installed
+ELSEWHERE = """
+import sys
+sys.modules["vitfast"] = None
+import torch
+kind, path, numbers = sys.argv[1:]
+images, expected = torch.load(numbers, weights_only=True)
+load = {"program": lambda: torch.export.load(path).module(), "package": lambda: torch._inductor.aoti_load_package(path)}
+out = load[kind]()(images)
+assert (out - expected).norm() <= 1e-4 * expected.norm()
+print("right")
+"""
+
+
+def elsewhere(kind, path, numbers):
+    """What the program does in a process that has no vitfast."""
+    command = [sys.executable, "-I", "-c", ELSEWHERE, kind, str(path), str(numbers)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=280)
+
+
+def exported(tmp_path, exportable, strict=False):
+    """The program, the files with it and with what it gives, and what the exporter was told."""
+    model, images = model_and_images("vit")
+    say_needs_vitfast.cache_clear()
+    vitfast.set_exportable(exportable)
+    try:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            program = torch.export.export(model, (images,), strict=strict)
+    finally:
+        vitfast.set_exportable(False)
+    torch.export.save(program, tmp_path / "model.pt2")
+    with torch.no_grad():
+        torch.save((images, model(images)), tmp_path / "numbers.pt")
+    told = [str(each.message) for each in told if "vitfast" in str(each.message)]
+    return program, tmp_path / "model.pt2", tmp_path / "numbers.pt", told
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["loose", "strict"])
+def test_program_that_needs_vitfast_does_not_say_so(strict, tmp_path):
+    """Who loads it elsewhere reads that an op is missing, and nothing of how to do without."""
+    program, file, numbers, told = exported(tmp_path, exportable=False, strict=strict)
+    assert len(told) == 1 and "set_exportable(True)" in told[0]
+    assert elsewhere("program", file, numbers).returncode != 0
+    images, expected = torch.load(numbers)
+    close(torch.export.load(file).module()(images), expected)
+
+
+def test_exportable_program_needs_vitfast_or_says_that_it_does(tmp_path):
+    _, file, numbers, told = exported(tmp_path, exportable=True)
+    assert not told
+    result = elsewhere("program", file, numbers)
+    assert result.stdout == "right\n", result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exportable", [False, True], ids=["ops", "exportable"])
+def test_package_of_aot_inductor_needs_vitfast(exportable, tmp_path):
+    program, _, numbers, told = exported(tmp_path, exportable)
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "package.pt2"))
+    images, expected = torch.load(numbers)
+    with torch.no_grad():
+        close(torch._inductor.aoti_load_package(package)(images), expected)
+    result = elsewhere("package", package, numbers)
+    if exportable:
+        assert result.stdout == "right\n" and not told, result.stderr
+    else:
+        assert result.returncode != 0 and "set_exportable(True)" in told[0]
+
+
+def test_switch_is_not_explained_where_users_look():
+    for text in (vitfast.set_exportable.__doc__, (Path(__file__).parent.parent / "README.md").read_text()):
+        assert all(word in text for word in ("torch.export", "AOTInductor", "set_exportable(True)"))

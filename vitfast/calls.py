@@ -32,7 +32,7 @@ class Like(NamedTuple):
         """Normally distributed numbers with this layout, on the generator's device."""
         reach = 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
         size = 0 if 0 in self.shape else reach
-        storage = torch.randn(size, generator=generator, device=generator.device).to(self.dtype)
+        storage = torch.randn(size, generator=generator, dtype=torch.float32, device=generator.device).to(self.dtype)
         return storage.as_strided(self.shape, self.stride)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vitfast import native, reference
 from vitfast.folded import AddedLinear, FoldedBlock, FoldedLinear
-from vitfast.fusion import PLAIN_TENSORS, any_global_hook, plain
+from vitfast.fusion import PLAIN_TENSORS, any_global_hook, plain, watched_view
 from vitfast.layers import reasons_of, run_norm
 from vitfast.model import Block
 from vitfast.ops import _launch
@@ -132,6 +132,9 @@ def why_not_plain_here(model: ViT) -> str | None:
     for hooks in ("_forward_hooks", "_forward_pre_hooks"):
         if getattr(model, hooks):
             return f"has {hooks.strip('_').replace('_', ' ')}"
+    for name in model.__dict__.get("_views", {}):
+        if watched_view(model, name) is not None:
+            return f"has a {name} with hooks"
     return None
 
 
@@ -208,7 +211,7 @@ def _normalisation(model: ViT, mean: Any, std: Any) -> tuple[Tensor, Tensor] | N
     C, found = model.in_chans, []
     for name, values in (("mean", mean), ("std", std)):
         try:
-            values = torch.as_tensor(values, dtype=torch.float32)
+            values = torch.as_tensor(values, dtype=torch.float32, device="cpu")
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"prepare: {name} must be {C} numbers, got {values!r}") from None
         if values.shape != (C,) or not values.isfinite().all() or (name == "std" and not (values > 0).all()):
@@ -263,10 +266,11 @@ class PreparedViT(ViT):
     """
 
     BLOCKS = (PackedBlock, FoldedBlock, Block)
+    CALLS_VIEWS = False
 
     def __init__(self, model: ViT, dtype: torch.dtype, normalisation: tuple[Tensor, Tensor] | None):
         nn.Module.__init__(self)
-        own = vars(nn.Module())
+        own = {*vars(nn.Module()), "_views"}
         self.__dict__.update({name: value for name, value in vars(model).items() if name not in own})
         self.dtype, self.device = dtype, next(model.parameters()).device
         self.folded = folds(self.device)
@@ -422,13 +426,10 @@ class PreparedViT(ViT):
     def _tokens_that_count(self, dropout_counts: bool = True) -> int | None:
         return self._keep
 
-    def _features(
-        self, x: Tensor, attn_mask: Tensor | None, is_causal: bool = False, keep: int | None = None
-    ) -> Tensor:
+    def _transform(self, x: Tensor, attn_mask: Tensor | None = None, keep: int | None = None) -> Tensor:
         if not self.folded:
-            return super()._features(x, attn_mask, is_causal, keep)
-        x, pieces = self.embed(x), None
-        attn_mask = self._mask(attn_mask, is_causal, x)
+            return super()._transform(x, attn_mask, keep)
+        pieces = None
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
             first = keep if i == last else None
@@ -463,5 +464,6 @@ class PreparedViT(ViT):
     set_mlp_recompute = refuse("set_mlp_recompute")
     set_drop_path_subset = refuse("set_drop_path_subset")
     init_weights = refuse("init_weights")
+    __prepare_scriptable__ = refuse("torch.jit.script")
     __reduce_ex__ = refuse("copying or pickling")
     __deepcopy__ = refuse("copying or pickling")

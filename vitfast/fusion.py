@@ -27,7 +27,8 @@ def stands_for(*kinds: type) -> None:
     FORWARDS.update({kind: kind.forward for kind in kinds})
 
 
-stands_for(nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Conv2d, nn.Dropout, nn.Identity, nn.GELU, nn.SiLU, nn.Sequential)
+stands_for(nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Conv2d, nn.Dropout, nn.Identity, nn.GELU, nn.SiLU)
+stands_for(nn.Softmax, nn.Sequential)
 
 
 def plain(module: nn.Module | None, *kinds: type) -> bool:
@@ -41,6 +42,7 @@ def plain(module: nn.Module | None, *kinds: type) -> bool:
         and not module._backward_hooks
         and not module._backward_pre_hooks
         and not ("forward" in module.__dict__ and patched(module))
+        and ("_views" not in module.__dict__ or not any(map(why_changed, module.__dict__["_views"].values())))
         and (not module._parameters or _plain_weights(module))
     )
 
@@ -83,7 +85,16 @@ def why_changed(module: nn.Module) -> str | None:
     for name, parameter in module._parameters.items():
         if parameter is not None and type(parameter) not in PLAIN_TENSORS:
             return f"has a {name} of class {type(parameter).__name__}"
+    for name, view in module.__dict__.get("_views", {}).items():
+        if why := why_changed(view):
+            return f"has a vit-pytorch {name!r} that {why}"
     return None
+
+
+def watched_view(module: nn.Module, name: str) -> nn.Module | None:
+    """What is `name` of `module` in vit-pytorch and no part of it here, where somebody watches that."""
+    view = module.__dict__.get("_views", {}).get(name)
+    return None if view is None or why_changed(view) is None else view
 
 
 def any_global_hook() -> bool:

@@ -138,7 +138,7 @@ class DropPath(nn.Module):
 
         There the number of them is known at once: asking a GPU would wait for all work before.
         """
-        draws = torch.empty(x.shape[0], dtype=self._dtype(x, gamma)).bernoulli_(1.0 - self.drop_prob)
+        draws = torch.empty(x.shape[0], dtype=self._dtype(x, gamma), device="cpu").bernoulli_(1.0 - self.drop_prob)
         return draws.nonzero()[:, 0].to(x.device, non_blocking=True)
 
     def kept_scale(self, x: Tensor, gamma: Tensor | None = None) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vitfast import ops, reference
 from vitfast.config import ViTConfig
-from vitfast.fusion import any_global_hook, plain, stands_for
+from vitfast.fusion import any_global_hook, plain, stands_for, watched_view
 from vitfast.layers import (
     ACTIVATIONS,
     NORMS,
@@ -80,9 +80,12 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(config.proj_dropout)
 
     def _weights_are_watched(self) -> bool:
-        """Whether somebody replaced or watches the dropout of the attention weights; timm's does not call that one."""
-        watched = self.calls_dropout and any_global_hook()
-        return watched or not self.fused_attn or not plain(self._modules["attn_drop"], nn.Dropout)
+        """Whether somebody replaced or watches the dropout of the attention weights, which timm's does not call, or
+        watches the softmax of vit-pytorch's, or asked for the weights with `fused_attn`.
+        """
+        if self.calls_dropout and (any_global_hook() or ("_views" in self.__dict__ and watched_view(self, "attend"))):
+            return True
+        return not self.fused_attn or not plain(self._modules["attn_drop"], nn.Dropout)
 
     def split(self, projected: Tensor, parts: int) -> Tensor:
         """[B, N, parts * H * head_dim] -> [B, N, parts, H, head_dim]"""
@@ -105,10 +108,12 @@ class Attention(nn.Module):
             dropout_p = self.attn_drop.p if self.attn_drop.training else 0.0
             out = ops.attention(q, k, v, scale=self.scale, mask=mask, dropout_p=dropout_p)
         else:
-            # somebody replaced or watches the dropout of the attention weights, so they have to exist
+            # so they have to exist
             if mask is not None:
                 check_mask(mask, q, k)
-            out = reference.attention_visibly(q, k, v, self.scale, mask, self.attn_drop)
+            attend = watched_view(self, "attend")
+            softmax = {} if attend is None else {"softmax": attend}
+            out = reference.attention_visibly(q, k, v, self.scale, mask, self.attn_drop, **softmax)
         return run_norm(self.norm, out)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -356,6 +361,8 @@ class Block(nn.Module):
             1, ("attn.proj_drop", self.attn.proj_drop, nn.Dropout)
         )
         softmax = [("attn.attn_drop", self.attn.attn_drop, nn.Dropout)]
+        attend = watched_view(self.attn, "attend")
+        softmax += [] if attend is None else [("attn.attend", attend, nn.Softmax)]
         # the kernels for GPUs drop weights themselves
         sdpa = dropping(self.attn.attn_drop) and not any(p.is_cuda for p in self.attn.parameters())
         dropout = ["attn_drop is on: scaled_dot_product_attention"] if sdpa else []

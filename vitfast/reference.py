@@ -129,18 +129,19 @@ def attention(
 
 
 def attention_visibly(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, on_weights: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """`attention` with the weights [B, H, Nq, Nk] passed through `on_weights` before they meet v."""
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, on_weights: Callable[[Tensor], Tensor],
+    softmax: Callable[[Tensor], Tensor] = lambda logits: logits.softmax(dim=-1),
+) -> Tensor:  # fmt: skip
+    """`attention` with the weights [B, H, Nq, Nk] of `softmax` passed through `on_weights` before they meet v."""
     logits = scale * torch.einsum("bqhd,bkhd->bhqk", q, k)
     if mask is not None:
         logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
     if mask is None:
-        weights = logits.softmax(dim=-1)
+        weights = softmax(logits)
     else:
         # no key at all: zeros, as `attention` gives; the softmax must not see such a row, whose gradient is NaN
         empty = (logits == float("-inf")).all(-1, keepdim=True)
-        weights = logits.masked_fill(empty, 0.0).softmax(dim=-1).masked_fill(empty, 0.0)
+        weights = softmax(logits.masked_fill(empty, 0.0)).masked_fill(empty, 0.0)
     weights = on_weights(weights)
     return torch.einsum("bhqk,bkhd->bqhd", weights.to(v.dtype), v).flatten(2)
 

@@ -13,11 +13,13 @@ from vitfast import ops, reference
 from vitfast.config import ViTConfig
 from vitfast.fusion import any_global_hook, plain, stands_for
 from vitfast.layers import NORMS, build_norm, norm_args, reasons_of, run_norm
+from vitfast.switches import refuse_proxy
 from vitfast.weights.pos_embed import resample_patch_embed
 
 
 def check_pixels(images: Tensor, takes_uint8: bool = False) -> None:
     """Raise TypeError where `images` is not a floating point tensor, nor of uint8 where that is taken."""
+    refuse_proxy(images)
     is_tensor = isinstance(images, Tensor)
     if not is_tensor or not (images.is_floating_point() or (takes_uint8 and images.dtype is torch.uint8)):
         got = images.dtype if is_tensor else type(images).__name__

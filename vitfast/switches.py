@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx import Proxy
 
 _exportable = False
 
@@ -28,8 +30,12 @@ def set_exportable(enable: bool = True) -> None:
 
     The model keeps its weights and its results (to rounding). Applies to all models of the process until
     `set_exportable(False)`; for one model set its attribute `exportable` (an argument of `create_model`). Inside
-    `torch.onnx.export`, `torch.jit.trace`, the transforms of `torch.func` and forward-mode differentiation it is so
-    anyway.
+    `torch.onnx.export`, `torch.jit.trace`, `torch.export.draft_export`, the transforms of `torch.func` and forward-mode
+    differentiation it is so anyway.
+
+    As long as this is off a program of `torch.export.export`, saved or compiled by AOTInductor, holds vitfast's ops,
+    and runs where vitfast was imported before it is loaded. For a process without vitfast, or in C++, export it under
+    `set_exportable(True)`.
     """
     global _exportable
     _exportable = bool(enable)
@@ -70,10 +76,40 @@ def stock_only() -> bool:
     """Whether ops must run as stock PyTorch operators now."""
     switched = _exportable or _thread.lowered > 0
     if switched or torch.compiler.is_compiling():
-        return switched or (exporting() and torch.onnx.is_in_onnx_export())
+        return switched or (exporting() and (torch.onnx.is_in_onnx_export() or _drafting()))
     # jit.trace knows no ops of ours; vmap, grad and jvp of torch.func want rules that stock operators have
     transformed = torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
     return transformed or torch.jit.is_tracing()
+
+
+@functools.cache
+def say_needs_vitfast() -> None:
+    """Once a process: who loads the program elsewhere is told no more than that an op is missing."""
+    warnings.warn(
+        "torch.export: this program holds vitfast's ops and runs only where vitfast is imported before it is loaded; "
+        "for processes without vitfast, and AOTInductor's in C++, export it under vitfast.set_exportable(True)",
+        stacklevel=2,
+    )
+
+
+def _drafting() -> bool:
+    # it takes an optional tensor that is None for one that the op has written to, whatever the op (torch 2.11)
+    return torch._functorch.config.fake_tensor_propagate_real_tensors
+
+
+def refuse_proxy(t: Any) -> None:
+    """Raise where torch.fx traces symbolically: nothing is known of a proxy, and ops are chosen by what is known.
+
+    Raises:
+        NotImplementedError: says what to use.
+    """
+    if isinstance(t, Proxy):
+        raise NotImplementedError(
+            "torch.fx cannot trace a vitfast model symbolically (torch.fx.symbolic_trace, torchvision's "
+            "create_feature_extractor, timm's FeatureGraphNet): which part runs as which op depends on its tensors. "
+            "For features take model.forward_intermediates or hooks on its modules, for a graph torch.export.export; "
+            "a module around the model can be traced with the model as a leaf (leaf_modules, Tracer.is_leaf_module)"
+        )
 
 
 def forward_mode() -> bool:

@@ -110,6 +110,8 @@ class TimmSurface:
             raise ValueError(f"forward_intermediates: output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
         wanted = self._block_indices(indices)
         self._check_images(x)
+        if attn_mask is not None:
+            say_mask_is_stock()
         B, grid = x.shape[0], self.patch_embed.grid_of(tuple(x.shape[2:]))
         x, found = self.embed(x), []
         attn_mask = self._mask(attn_mask, is_causal, x)

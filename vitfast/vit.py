@@ -17,11 +17,12 @@ from vitfast.initialise import init_as_timm
 from vitfast.layers import LayerScale, build_norm, norm_report, reasons_of, run_norm
 from vitfast.model import AttentionPool, Block
 from vitfast.stem import PatchEmbed
-from vitfast.switches import exporting, lowers, stock_operators
+from vitfast.switches import exporting, lowers, refuse_proxy, stock_operators
 from vitfast.timm_surface import TimmSurface, pool_of
 from vitfast.weights import vit_pytorch
 from vitfast.weights.pos_embed import resample_pos_embed
 from vitfast.weights.state_dict import check_state_dict, load_or_put_back, translates
+from vitfast.weights.views import watched
 
 
 class ViT(TimmSurface, nn.Module):
@@ -45,6 +46,7 @@ class ViT(TimmSurface, nn.Module):
     """
 
     BLOCKS: ClassVar = (Block,)  # whose halves `intermediates` can call
+    CALLS_VIEWS: ClassVar = True  # vit-pytorch's `transformer` and the like, where they have hooks
     # run this model on stock operators, as `vitfast.set_exportable` does all models
     exportable = False
 
@@ -136,7 +138,7 @@ class ViT(TimmSurface, nn.Module):
             self.dist_token = token(1)
 
     def _build_heads(self) -> None:
-        like = next(self.blocks.parameters(), None)
+        like = next(self.blocks.parameters(), next(self.parameters(), None))
         factory = {} if like is None else dict(device=like.device, dtype=like.dtype)
         build = lambda: (  # noqa: E731
             nn.Linear(self.config.dim, self.num_classes, **factory) if self.num_classes else nn.Identity()
@@ -211,7 +213,7 @@ class ViT(TimmSurface, nn.Module):
             return None
         if any(callable(self.__dict__.get(name)) and patched(self, name) for name in PUBLIC_STAGES):
             return None
-        if not plain(self.blocks, nn.Sequential) or not len(self.blocks):
+        if not plain(self.blocks, nn.Sequential) or not len(self.blocks) or watched(self, "transformer"):
             return None
         last = self.blocks[-1]
         if not (type(last) is Block and last.untouched(dropout_counts) and plain(self.norm, *NORMS_OR_NONE)):
@@ -226,8 +228,14 @@ class ViT(TimmSurface, nn.Module):
     def _features(
         self, x: Tensor, attn_mask: Tensor | None, is_causal: bool = False, keep: int | None = None
     ) -> Tensor:
-        x = self.embed(x)
+        x, transformer = self.embed(x), watched(self, "transformer")
         attn_mask = self._mask(attn_mask, is_causal, x)
+        if transformer is None:
+            return self._transform(x, attn_mask, keep)
+        return transformer(x) if attn_mask is None else transformer(x, attn_mask)
+
+    def _transform(self, x: Tensor, attn_mask: Tensor | None = None, keep: int | None = None) -> Tensor:
+        """Tokens [B, N, D] through all blocks and the final norm; the last block may compute only the first `keep`."""
         # with a global hook too, but where checkpointing is on, which timm's does block by block
         watched = any_global_hook() and not self.grad_checkpointing
         if attn_mask is None and (watched or not plain(self.blocks, nn.Sequential)):
@@ -250,10 +258,11 @@ class ViT(TimmSurface, nn.Module):
     @lowers
     def embed(self, images: Tensor) -> Tensor:
         """Images -> tokens [B, P + N, D] that enter the first block."""
+        refuse_proxy(images)
         if self._embeds_by_op():
             self.patch_embed.check(images)
             return self._before_blocks(self._drop(self._embed_by_op(images)))
-        x = self.patch_embed(images)
+        x = (watched(self, "to_patch_embedding") or self.patch_embed)(images)
         if x.dim() == 3 and self.config.dynamic_image_size:
             # vit-pytorch's stem, or one that somebody put there
             x = x.unflatten(1, self.patch_embed.grid_of(tuple(images.shape[2:])))
@@ -415,6 +424,13 @@ class ViT(TimmSurface, nn.Module):
         elif self.attn_pool is not None:
             rows.append(("attn_pool", "", reasons_of([("attn_pool", self.attn_pool, AttentionPool)])))
         return rows + norm_report([("fc_norm", self.fc_norm)])
+
+    def __prepare_scriptable__(self) -> None:
+        """What torch.jit.script asks each module for."""
+        raise NotImplementedError(
+            "torch.jit.script cannot compile a vitfast model, whose code is no TorchScript; "
+            "torch.jit.trace(model, images) works, and torch.export.export"
+        )
 
     def state_dict(self, *args, layout: str = "timm", **kwargs) -> dict[str, Tensor]:
         """The weights under timm's names, or under vit-pytorch's with `layout='vit_pytorch'`.

@@ -64,7 +64,7 @@ def _draw_folded(call: Call, generator: torch.Generator) -> tuple[Any, ...]:
     """Weights that belong together, and rows whose statistics matter, with those in as many pieces as the call has."""
     of = _draw(call, generator)
     x, pieces = of["x"], of["pieces"]
-    x += 2 * torch.randn(*x.shape[:-1], 1, generator=generator, device=x.device).to(x.dtype)
+    x += 2 * torch.randn(*x.shape[:-1], 1, generator=generator, dtype=torch.float32, device=x.device).to(x.dtype)
     of |= {"sums": of["weight"].float().sum(1), "wide_bias": of["wide_bias"].mul_(0.1)}
     of["bias"] = of["wide_bias"].to(of["bias"].dtype)
     if pieces is not None:

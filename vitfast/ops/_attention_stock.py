@@ -113,7 +113,8 @@ def _cudnn_agrees(device, dtype, head_dim):
         if torch.cuda.is_current_stream_capturing():
             return False
         generator = torch.Generator(device).manual_seed(0)
-        q, k, v = torch.randn(3, 2, 3, 40, head_dim, generator=generator, device=device).to(dtype).unbind(0)
+        drawn = torch.randn(3, 2, 3, 40, head_dim, generator=generator, dtype=torch.float32, device=device)
+        q, k, v = drawn.to(dtype).unbind(0)
         q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))
         expected = attention_formula(*(t.transpose(1, 2) for t in (q, k, v)), head_dim**-0.5)
         try:

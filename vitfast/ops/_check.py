@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from vitfast.switches import refuse_proxy
+
 HALVES = (torch.float16, torch.bfloat16)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -81,6 +83,8 @@ def describe(t: Tensor) -> str:
 
 def autocast_dtype(t: Tensor) -> torch.dtype | None:
     """The dtype in which autocast wants this op to compute, None outside autocast; fp64 is left alone."""
+    if type(t) is not Tensor:
+        refuse_proxy(t)
     kind = t.device.type
     if t.dtype == torch.float64:
         return None

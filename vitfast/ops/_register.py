@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from vitfast import dispatch, extension, native
+from vitfast.switches import exporting, say_needs_vitfast
 
 LIBRARY = torch.library.Library("vitfast", "DEF")
 AUTOGRAD_AND_VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
@@ -51,7 +53,7 @@ def op(
     LIBRARY.define(schema)
     LIBRARY.impl(name, cpu, "CPU")
     LIBRARY.impl(name, cuda, "CUDA")
-    torch.library.register_fake(f"vitfast::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"vitfast::{name}", _noted(fake), lib=LIBRARY)
     if cuda_kernel:
         CUDA_KERNELS[name] = cuda_kernel
     if not name.endswith("_backward"):
@@ -64,6 +66,18 @@ def op(
             else Implementation(STOCK, None, NO_CUDA_KERNEL),
         }
     return getattr(torch.ops.vitfast, name).default
+
+
+def _noted(fake: Callable) -> Callable:
+    """`fake`, which tells exporters what they get: it is the one part of an op that strict export calls too."""
+
+    @functools.wraps(fake)
+    def shapes(*args: Any, **kwargs: Any) -> Any:
+        if exporting():
+            say_needs_vitfast()
+        return fake(*args, **kwargs)
+
+    return shapes
 
 
 def _why_no_cuda_part() -> str:

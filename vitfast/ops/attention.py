@@ -11,7 +11,7 @@ from vitfast.ops import _higher, _register
 from vitfast.ops._attention_stock import attention_plainly, key_is_there, lse_dtype
 from vitfast.ops._check import FLOATS, Reasons, autocast_dtype, cast
 from vitfast.ops._register import call, wants_gradient
-from vitfast.switches import stock_only
+from vitfast.switches import refuse_proxy, stock_only
 
 
 def attention(
@@ -188,6 +188,7 @@ def draw_seed(q: Tensor, dropout_p: float) -> Tensor | None:
 
 
 def _check(q, k, v):
+    refuse_proxy(q)
     check = Reasons("attention")
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.dim() != 4:

@@ -9,7 +9,7 @@ from vitfast import reference
 from vitfast.ops import _higher, _launch, _register, _stock
 from vitfast.ops._check import Reasons
 from vitfast.ops._register import call, wants_gradient
-from vitfast.switches import stock_only
+from vitfast.switches import refuse_proxy, stock_only
 
 KINDS = ("layer", "rms")
 
@@ -90,6 +90,7 @@ def add_layer_norm(
 
 
 def _check(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str, name: str = "x") -> Reasons:
+    refuse_proxy(x)
     check = Reasons(op)
     if x.dim() < 1:
         check.fail(f"{name} must be [..., C], got {list(x.shape)}")

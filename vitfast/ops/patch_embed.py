@@ -13,7 +13,7 @@ from vitfast.ops import _higher, _launch, _register
 from vitfast.ops._check import FLOATS, Reasons, autocast_dtype, cast
 from vitfast.ops._register import call, wants_gradient
 from vitfast.ops.linear import linear
-from vitfast.switches import stock_only
+from vitfast.switches import refuse_proxy, stock_only
 
 
 def patch_embed(
@@ -52,6 +52,7 @@ def patch_embed(
 
     Source: Dosovitskiy et al., "An Image is Worth 16x16 Words" (2021), eq. 1.
     """
+    refuse_proxy(images)
     dtype, rows_dtype = autocast_dtype(weight), images.dtype if images.dtype in FLOATS else weight.dtype
     weight, bias = cast(weight, dtype), cast(bias, dtype)
     if input_norm is not None:

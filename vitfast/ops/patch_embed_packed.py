@@ -13,7 +13,7 @@ from vitfast.ops import _higher, _launch, _register
 from vitfast.ops._check import FLOATS, autocast_dtype, cast
 from vitfast.ops._register import call, wants_gradient
 from vitfast.ops.patch_embed import check, patches_of, token_dtype
-from vitfast.switches import stock_only
+from vitfast.switches import refuse_proxy, stock_only
 
 
 def patch_embed_packed(
@@ -43,6 +43,7 @@ def patch_embed_packed(
 
     Source: Dehghani et al., "Patch n' Pack: NaViT" (2023), section 2.
     """
+    refuse_proxy(images)
     if not isinstance(images, (list, tuple)):
         raise TypeError(f"patch_embed_packed: images must be a list of [C, H, W] tensors, got {type(images).__name__}")
     images = list(images)
@@ -56,6 +57,7 @@ def patch_embed_packed(
     weight, bias = cast(weight, dtype), cast(bias, dtype)
     given = [None] * len(images) if pos_embed is None else pos_embed
     for i, (image, position) in enumerate(zip(images, given, strict=True)):
+        refuse_proxy(image)
         name = f"patch_embed_packed: images[{i}]"
         if image.dim() != 3:
             raise ValueError(f"{name}: images must be [C, H, W], got {list(image.shape)}")
@@ -79,7 +81,7 @@ def patch_embed_packed(
         tokens = call(_packed, differentiable, images, weight, bias, positions, prefix, mean, std)
     # added up on the host: the device need not be waited for
     ends = itertools.accumulate((P + N for N in lengths), initial=0)
-    return tokens, torch.tensor(list(ends), dtype=torch.int32).to(weight.device, non_blocking=True)
+    return tokens, torch.tensor(list(ends), dtype=torch.int32, device="cpu").to(weight.device, non_blocking=True)
 
 
 def _packed_stock(images, weight, bias, positions, prefix, mean, std):

@@ -78,7 +78,7 @@ def _interpolate_by_products(grid: Tensor, size: tuple[int, int], antialias: boo
     """
     for dim, (old, new) in enumerate(zip(grid.shape[2:], size, strict=True)):
         with torch.no_grad():
-            unit = torch.eye(old, device=grid.device)[None, None]
+            unit = torch.eye(old, dtype=grid.dtype, device=grid.device)[None, None]
             weights = F.interpolate(unit, size=(new, old), mode="bicubic", antialias=antialias)[0, 0]
         grid = torch.einsum("nr,bdrc->bdnc" if dim == 0 else "nc,bdrc->bdrn", weights, grid)
     return grid

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from vitfast import reference
 from vitfast.config import ViTConfig
 from vitfast.weights.state_dict import rename_keys
+from vitfast.weights.views import PatchEmbeddingView, Patchify, TransformerView
 
 if TYPE_CHECKING:
     from vitfast.vit import ViT
@@ -103,76 +103,6 @@ def from_vitfast(state_dict: Mapping[str, Tensor], config: ViTConfig) -> dict[st
     return renamed
 
 
-class Patchify(nn.Module):
-    """Images -> patch rows with pixels in (row, column, channel) order, as vit-pytorch's Rearrange."""
-
-    def __init__(self, patch_size: tuple[int, int]):
-        super().__init__()
-        self.patch_size = patch_size
-
-    def forward(self, images: Tensor) -> Tensor:
-        return reference.patch_rows(images, self.patch_size, "hwc")
-
-
-class View(nn.Module):
-    """Modules of a ViT under vit-pytorch's name, made anew at every look. The model's own forward does not call it, so
-    what would be silent elsewhere is refused: hooks, and assignments into it.
-    """
-
-    instead = ""
-
-    def register_forward_hook(self, *args, **kwargs):
-        raise NotImplementedError(f"a hook on this view would never fire; {self.instead}")
-
-    register_forward_pre_hook = register_full_backward_hook = register_forward_hook
-    register_full_backward_pre_hook = register_forward_hook
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        refused = isinstance(value, nn.Module) or name in self._modules or name == "forward"
-        if self.__dict__.get("complete") and refused:
-            raise AttributeError(f"assigning {name!r} to this view would have no effect; {self.instead}")
-        super().__setattr__(name, value)
-
-
-class PatchEmbeddingView(View, nn.Sequential):
-    """vit-pytorch's `to_patch_embedding`: cut, LayerNorm, Linear, LayerNorm."""
-
-    instead = "use `model.patch_embed` and its `input_norm`, `proj` and `norm`"
-
-    def __setitem__(self, *args) -> None:
-        raise TypeError(f"changing this view would have no effect; {self.instead}")
-
-    __delitem__ = append = insert = extend = pop = __setitem__
-
-
-class TransformerView(View):
-    """vit-pytorch's `transformer`: the blocks and the final norm."""
-
-    instead = (
-        "use `model.blocks[i]` with its `norm1`, `attn`, `norm2` and `mlp`, and `model.norm`, whose output is what "
-        "vit-pytorch's `transformer` returns (`model.forward_intermediates` gives tokens of any block)"
-    )
-
-    def __init__(self, model: ViT):
-        super().__init__()
-        self.blocks, self.norm = model.blocks, model.norm
-        self.complete = True
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.blocks(x))
-
-    def modules(self):
-        # vit-pytorch's Recorder looks here for modules of vit-pytorch's own classes, and would find none
-        raise NotImplementedError(
-            "transformer.modules(): there is no module that computes attention weights, and none of vit-pytorch's "
-            f"classes; {self.instead}"
-        )
-
-    @property
-    def layers(self):
-        raise NotImplementedError(f"transformer.layers: {self.instead}")
-
-
 def attribute(model: ViT, name: str) -> Any:
     """What vit-pytorch calls `name`, for wrappers that read it.
 
@@ -194,11 +124,9 @@ def attribute(model: ViT, name: str) -> Any:
         )
     if name == "to_patch_embedding":
         embed = model.patch_embed
-        view = PatchEmbeddingView(Patchify(embed.patch_size), embed.input_norm, embed.proj, embed.norm)
-        view.complete = True
-        return view
+        return PatchEmbeddingView(Patchify(embed.patch_size), embed.input_norm, embed.proj, embed.norm).of(model)
     if name == "transformer":
-        return TransformerView(model)
+        return TransformerView(model).of(model)
     if name == "pos_embedding":
         return model.pos_embed
     if name == "dropout":
