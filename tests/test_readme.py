@@ -20,7 +20,7 @@ def test_example_does_not_run(i, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     size = dict(image_size=224, patch_size=16, num_classes=10, dim=384, depth=6, heads=6, mlp_dim=1536)
     torch.save(vit_pytorch.ViT(**size).state_dict(), "old.pt")
-    assert len(EXAMPLES) == 6
+    assert len(EXAMPLES) == 7
     exec(compile(EXAMPLES[i], f"README.md, example {i}", "exec"), {})
 
 
