@@ -28,7 +28,6 @@ MODELS = (
     "vit_medium_patch16_gap_240", "vit_so150m2_patch16_reg1_gap_256", "beit3_base_patch16_224",
     "aimv2_large_patch14_224", "test_vit", "test_vit2", "test_vit3", "test_vit4",
 )  # fmt: skip
-every_model = pytest.mark.parametrize("name", MODELS)
 DEPTH = 2
 
 
@@ -37,7 +36,13 @@ def size_of(name, rows=2, columns=3):
     return rows * ph, columns * pw
 
 
-@functools.cache
+@pytest.fixture(scope="module", params=MODELS)
+def name(request):
+    """Of a model; all tests of one together, so that one pair is held at a time."""
+    return request.param
+
+
+@functools.lru_cache(maxsize=1)
 def kept_pair(name):
     """timm's model and ours with the same weights, in eval mode, and images. To be copied before it is changed."""
     theirs, ours, images = pair_of(name, massive=False, depth=DEPTH, num_classes=7, img_size=size_of(name))
@@ -49,7 +54,6 @@ def fresh_pair(name):
     return copy.deepcopy(theirs), copy.deepcopy(ours), images
 
 
-@every_model
 @torch.no_grad()
 def test_forward_gives_another_shape_or_no_numbers(name):
     """As a user first sees it: the default size, fresh weights, both modes."""
@@ -62,7 +66,6 @@ def test_forward_gives_another_shape_or_no_numbers(name):
     close(ours(images), theirs(images), 2e-4)
 
 
-@every_model
 def test_gradient_does_not_reach_a_parameter(name):
     model = create_model(name, depth=DEPTH, num_classes=7, img_size=size_of(name), drop_path_rate=0.0)
     out = model.train()(torch.randn(2, 3, *size_of(name)))
@@ -73,7 +76,6 @@ def test_gradient_does_not_reach_a_parameter(name):
     assert {n for n, _ in model.named_parameters()} == theirs
 
 
-@every_model
 def test_default_entry_does_not_fit_the_model(name):
     model = create_model(name, depth=1, num_classes=7)
     cfg = model.default_cfg
@@ -95,7 +97,6 @@ def test_default_entry_does_not_fit_the_model(name):
     assert len(cfg["mean"]) == len(cfg["std"]) == 3 and 0.5 < cfg["crop_pct"] <= 1
 
 
-@every_model
 @torch.no_grad()
 def test_model_without_classifier_or_pooling_gives_other_features(name):
     theirs, ours, images = kept_pair(name)
@@ -118,7 +119,6 @@ def test_model_without_classifier_or_pooling_gives_other_features(name):
             close(built[1](images), features, 2e-4)
 
 
-@every_model
 @torch.no_grad()
 def test_reset_classifier_gives_another_model(name):
     for arguments in ((0,), (5,), (0, ""), (4, "avg")):
@@ -132,7 +132,6 @@ def test_reset_classifier_gives_another_model(name):
         assert ours.num_classes == theirs.num_classes == arguments[0] and ours.global_pool == theirs.global_pool
 
 
-@every_model
 @torch.no_grad()
 def test_features_only_gives_other_maps(name):
     for out_indices in (2, (0, 1), [-2]):
@@ -152,7 +151,6 @@ def test_features_only_gives_other_maps(name):
     close(by_hand(images), timm.models._features.FeatureGetterNet(fresh_pair(name)[0], [-2])(images), 2e-4)
 
 
-@every_model
 @torch.no_grad()
 def test_intermediates_are_others(name):
     theirs, ours, images = kept_pair(name)
@@ -163,7 +161,6 @@ def test_intermediates_are_others(name):
         close(ours.forward_intermediates(images, **how), theirs.forward_intermediates(images, **how), 2e-4)
 
 
-@every_model
 @torch.no_grad()
 def test_other_sizes_give_other_values(name):
     theirs, ours, _ = fresh_pair(name)
@@ -180,7 +177,6 @@ def test_other_sizes_give_other_values(name):
         close(ours.eval()(images), theirs.eval()(images), 2e-4)
 
 
-@every_model
 @torch.no_grad()
 def test_copy_of_the_model_is_another(name, tmp_path):
     """Pickles, deep copies, and every way of timm's to write and read weights."""
@@ -213,7 +209,6 @@ def test_copy_of_the_model_is_another(name, tmp_path):
 
 
 @pytest.mark.slow
-@every_model
 @torch.no_grad()
 def test_onnx_file_computes_something_else(name, tmp_path):
     model = create_model(name, depth=1, num_classes=7, img_size=size_of(name)).eval()
