@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from vitfast import native, reference
 from vitfast.folded import AddedLinear, FoldedBlock, FoldedLinear
-from vitfast.fusion import PLAIN_TENSORS, any_global_hook, plain, watched_view
+from vitfast.fusion import METHODS, PLAIN_TENSORS, any_global_hook, plain, replaced, watched_view
 from vitfast.layers import reasons_of, run_norm
-from vitfast.model import Block
+from vitfast.model import Block, with_causal
 from vitfast.ops import _launch
 from vitfast.original import Source
 from vitfast.packed import PackedBlock, PackedLinear, PackedStem, frozen, own_product, refuse
 from vitfast.stem import check_pixels
+from vitfast.timm_surface import given
 from vitfast.vit import ViT
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -126,9 +127,9 @@ def why_not(model: ViT) -> list[str]:
 
 def why_not_plain_here(model: ViT) -> str | None:
     """`why_not_plain` of the model itself, whose forward is a chain of methods that somebody may have patched."""
-    patched = [name for name in _patched(model) if name != "pool"]
-    if patched:
-        return f"has a patched {patched[0]}"
+    changed = [name for name in METHODS if replaced(model, name)]
+    if changed:
+        return f"has a patched {changed[0]}"
     for hooks in ("_forward_hooks", "_forward_pre_hooks"):
         if getattr(model, hooks):
             return f"has {hooks.strip('_').replace('_', ' ')}"
@@ -257,6 +258,10 @@ def _check_place(x: Any, device: torch.device) -> None:
         )
 
 
+def mask_of(x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor | None:
+    return with_causal(attn_mask, is_causal, x)
+
+
 class PreparedViT(ViT):
     """What `prepare` returns: a `ViT` that runs on packed weights, and only runs.
 
@@ -270,7 +275,8 @@ class PreparedViT(ViT):
 
     def __init__(self, model: ViT, dtype: torch.dtype, normalisation: tuple[Tensor, Tensor] | None):
         nn.Module.__init__(self)
-        own = {*vars(nn.Module()), "_views"}
+        # how the original is called is no matter of the copy
+        own = {*vars(nn.Module()), "_views", "_exportable", "_compiled_call_impl"}
         self.__dict__.update({name: value for name, value in vars(model).items() if name not in own})
         self.dtype, self.device = dtype, next(model.parameters()).device
         self.folded = folds(self.device)
@@ -282,6 +288,8 @@ class PreparedViT(ViT):
                 # positions keep their dtype: for another image size they are resampled before they are rounded
                 token = token.detach().to(token.dtype if name == "pos_embed" else dtype)
                 self.register_buffer(name, token.clone())
+            elif name not in self.__dict__ and hasattr(model, name):
+                self.register_buffer(name, None)
         for name in COPIED:
             if name in model._modules:
                 part = model._modules[name]
@@ -336,15 +344,14 @@ class PreparedViT(ViT):
             TypeError, ValueError: as the original; uint8 images where mean and std are not known.
             RuntimeError: the original has changed.
         """
-        return self._run(self._forward, x, attn_mask, is_causal)
+        return self._run(self._forward, x, **given(attn_mask, is_causal))
 
-    def _forward(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-        keep = self._keep if attn_mask is None and not is_causal else None
-        return ViT.forward_head(self, self._features(x, attn_mask, is_causal, keep))
+    def _forward(self, x: Tensor, **how: Any) -> Tensor:
+        return ViT.forward_head(self, self._features(x, None if how else self._keep, **how))
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images -> all tokens [B, N, D] after the final norm."""
-        return self._run(self._features, x, attn_mask, is_causal)
+        return self._run(self._features, x, **given(attn_mask, is_causal))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens after the final norm -> logits, or with `pre_logits` the features before the classifier."""
@@ -390,7 +397,7 @@ class PreparedViT(ViT):
             return super().embed(images.to(self.dtype)).to(self.dtype)
         self.patch_embed.check(images, takes_uint8=True)
         images = (images if images.dtype in native.DTYPES else images.to(self.dtype)).resolve_neg()
-        positions = self._positions(self.patch_embed.grid_of(tuple(images.shape[2:])))
+        positions = self._positions(self._grid_of(images))
         x = self.stem(images, positions, self._prefix(), self.normalisation if is_uint8 else None)
         return self._before_blocks(self._drop(x))
 
@@ -426,10 +433,10 @@ class PreparedViT(ViT):
     def _tokens_that_count(self, dropout_counts: bool = True) -> int | None:
         return self._keep
 
-    def _transform(self, x: Tensor, attn_mask: Tensor | None = None, keep: int | None = None) -> Tensor:
+    def _transform(self, x: Tensor, keep: int | None = None, **how: Any) -> Tensor:
         if not self.folded:
-            return super()._transform(x, attn_mask, keep)
-        pieces = None
+            return super()._transform(x, keep, **how)
+        attn_mask, pieces = mask_of(x, **how), None
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
             first = keep if i == last else None
@@ -439,9 +446,9 @@ class PreparedViT(ViT):
                 x, pieces = block(x, attn_mask, keep=first), None
         return run_norm(self.norm, x)
 
-    def _run_block(self, block: nn.Module, x: Tensor, attn_mask: Tensor | None, keep: int | None = None) -> Tensor:
+    def _run_block(self, block: nn.Module, x: Tensor, keep: int | None = None, **how: Any) -> Tensor:
         # the container of all blocks, which somebody watches
-        return block(x) if isinstance(block, nn.Sequential) else block(x, attn_mask, keep=keep)
+        return block(x) if isinstance(block, nn.Sequential) else block(x, mask_of(x, **how), keep=keep)
 
     def train(self, mode: bool = True) -> PreparedViT:
         if mode:

@@ -7,7 +7,7 @@ changed what those forwards do: a LoRA adapter, a hook, a parametrization or a q
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from torch.nn.modules import module as torch_module
 
 from vitfast.switches import exporting
 
+# the methods of the model's class as they were when vitfast was imported
+METHODS: dict[str, Any] = {}
 PLAIN_TENSORS = (Parameter, Tensor)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # each class an op may stand in for, and the forward that it had when vitfast was imported
@@ -54,6 +56,20 @@ def patched(module: nn.Module, method: str = "forward") -> bool:
     found = module.__dict__[method]
     own = getattr(found, "__self__", None) is module
     return not own or getattr(found, "__func__", None) is not getattr(type(module), method)
+
+
+def note_methods(*kinds: type) -> None:
+    """Note the methods that a model calls of itself: what somebody puts in their place is to be asked."""
+    for kind in kinds:
+        for name, member in vars(kind).items():
+            if not name.startswith("__") and (callable(member) or isinstance(member, (property, staticmethod))):
+                METHODS[name] = getattr(kind, name)
+
+
+def replaced(model: nn.Module, name: str) -> bool:
+    """Whether the model's class, or the model itself, has another method of this name than ViT has."""
+    of_class = getattr(type(model), name) is not METHODS[name]
+    return of_class or (callable(model.__dict__.get(name)) and patched(model, name))
 
 
 def _plain_weights(module: nn.Module) -> bool:

@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor, nn
 
 from vitfast import ops, reference
 from vitfast.config import ViTConfig
 from vitfast.fusion import any_global_hook, plain, stands_for, why_not_plain
+from vitfast.ops import stock
 from vitfast.ops._check import autocast_dtype
 
 NORMS = (nn.LayerNorm, nn.RMSNorm)
+
+
+class OnOps:
+    """A module that computes by ops, or where its `exportable` is True by the stock operators that they stand for."""
+
+    @property
+    def exportable(self) -> bool:
+        """Whether this module, and those inside that were there when it was set, run stock operators only."""
+        return self.__dict__.get("_exportable", False)
+
+    @exportable.setter
+    def exportable(self, value: bool) -> None:
+        for module in self.modules():
+            if isinstance(module, OnOps):
+                module.__dict__["_exportable"] = bool(value)
+
+    @property
+    def ops(self) -> ModuleType:
+        return stock if self.exportable else ops
 
 
 class QuickGELU(nn.Module):
@@ -67,21 +89,21 @@ def eps_of(module: nn.Module, weight: Tensor | None) -> float:
     return torch.finfo(torch.float64 if weight is not None and weight.dtype is torch.float64 else torch.float32).eps
 
 
-def run_norm(module: nn.Module, x: Tensor) -> Tensor:
-    """`module(x)`, as an op where the module is a plain norm."""
+def run_norm(module: nn.Module, x: Tensor, using: ModuleType = ops) -> Tensor:
+    """`module(x)`, as an op where the module is a plain norm. using: `OnOps.ops` of the module around it."""
     if plain(module, nn.Identity) and not any_global_hook():
         return x
     if not plain(module, *NORMS) or any_global_hook():
         return module(x)
     weight, bias = parameters_of(module)
-    return ops.layer_norm(x, weight, bias, eps_of(module, weight), norm_kind(module))
+    return using.layer_norm(x, weight, bias, eps_of(module, weight), norm_kind(module))
 
 
-def run_linear(module: nn.Module, x: Tensor) -> Tensor:
-    """`module(x)`, as an op where the module is a plain linear layer."""
+def run_linear(module: nn.Module, x: Tensor, using: ModuleType = ops) -> Tensor:
+    """`module(x)`, as an op where the module is a plain linear layer; using as in `run_norm`."""
     if not plain(module, nn.Linear) or any_global_hook():
         return module(x)
-    return ops.linear(x, *parameters_of(module))
+    return using.linear(x, *parameters_of(module))
 
 
 class LayerScale(nn.Module):

@@ -7,10 +7,12 @@ Shapes: B images, N tokens, D channels, H heads.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor, nn
 
-from vitfast import ops, reference
+from vitfast import reference
 from vitfast.config import ViTConfig
 from vitfast.fusion import any_global_hook, plain, stands_for, watched_view
 from vitfast.layers import (
@@ -18,6 +20,7 @@ from vitfast.layers import (
     NORMS,
     DropPath,
     LayerScale,
+    OnOps,
     activation_name,
     build_activation,
     build_norm,
@@ -33,12 +36,13 @@ from vitfast.layers import (
     run_norm,
 )
 from vitfast.ops.attention import check_mask
+from vitfast.switches import refuse_proxy
 
 
-def _norm_of_heads(norm: nn.Module, t: Tensor) -> Tensor:
+def _norm_of_heads(norm: nn.Module, t: Tensor, using: ModuleType) -> Tensor:
     """`norm` of [B, N, H, head_dim]; one that somebody watches or put there sees timm's [B, H, N, head_dim]."""
     if plain(norm, nn.Identity, *NORMS) and not any_global_hook():
-        return run_norm(norm, t)
+        return run_norm(norm, t, using)
     return norm(t.transpose(1, 2)).transpose(1, 2)
 
 
@@ -48,6 +52,7 @@ def with_causal(mask: Tensor | None, is_causal: bool, x: Tensor) -> Tensor | Non
     Raises:
         ValueError: both are asked for.
     """
+    refuse_proxy(x)
     if not is_causal:
         return mask
     if mask is not None:
@@ -55,7 +60,7 @@ def with_causal(mask: Tensor | None, is_causal: bool, x: Tensor) -> Tensor | Non
     return torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril_()
 
 
-class Attention(nn.Module):
+class Attention(OnOps, nn.Module):
     """Multi-head self-attention with one packed projection; called directly it runs without norm and residual.
 
     Attributes are timm's. `fused_attn=False` makes the attention weights exist; a linear layer put at `gate` is
@@ -87,6 +92,13 @@ class Attention(nn.Module):
             return True
         return not self.fused_attn or not plain(self._modules["attn_drop"], nn.Dropout)
 
+    def dropout_p(self) -> float:
+        """The rate at which weights are dropped now: timm's attention asks itself for the mode, vit-pytorch's calls the
+        module.
+        """
+        drop = self._modules["attn_drop"]
+        return drop.p if (drop if self.calls_dropout else self).training else 0.0
+
     def split(self, projected: Tensor, parts: int) -> Tensor:
         """[B, N, parts * H * head_dim] -> [B, N, parts, H, head_dim]"""
         return projected.view(*projected.shape[:-1], parts, self.num_heads, self.head_dim)
@@ -94,19 +106,17 @@ class Attention(nn.Module):
     def attend_packed(self, qkv: Tensor, mask: Tensor | None = None) -> Tensor:
         """Packed projection [B, N, 3, H, head_dim] -> [B, N, H * head_dim]."""
         parts = self._modules
-        drop = parts["attn_drop"]
         normed = not (plain(parts["q_norm"], nn.Identity) and plain(parts["k_norm"], nn.Identity))
         if normed or any_global_hook() or self._weights_are_watched():
             return self.attend(*qkv.unbind(2), mask)
-        out = ops.attention_qkv(qkv, scale=self.scale, mask=mask, dropout_p=drop.p if drop.training else 0.0)
-        return run_norm(parts["norm"], out)
+        out = self.ops.attention_qkv(qkv, scale=self.scale, mask=mask, dropout_p=self.dropout_p())
+        return run_norm(parts["norm"], out, self.ops)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """q [B, Nq, H, head_dim], k and v [B, Nk, H, head_dim] -> [B, Nq, H * head_dim]."""
-        q, k = _norm_of_heads(self.q_norm, q), _norm_of_heads(self.k_norm, k)
+        q, k = _norm_of_heads(self.q_norm, q, self.ops), _norm_of_heads(self.k_norm, k, self.ops)
         if not self._weights_are_watched():
-            dropout_p = self.attn_drop.p if self.attn_drop.training else 0.0
-            out = ops.attention(q, k, v, scale=self.scale, mask=mask, dropout_p=dropout_p)
+            out = self.ops.attention(q, k, v, scale=self.scale, mask=mask, dropout_p=self.dropout_p())
         else:
             # so they have to exist
             if mask is not None:
@@ -114,7 +124,7 @@ class Attention(nn.Module):
             attend = watched_view(self, "attend")
             softmax = {} if attend is None else {"softmax": attend}
             out = reference.attention_visibly(q, k, v, self.scale, mask, self.attn_drop, **softmax)
-        return run_norm(self.norm, out)
+        return run_norm(self.norm, out, self.ops)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         gate = None if self.gate is None else self.gate(x).sigmoid()
@@ -161,7 +171,7 @@ class Mlp(nn.Module):
         return self.drop2(self.fc2(self.norm(self.drop1(hidden))))
 
 
-class Block(nn.Module):
+class Block(OnOps, nn.Module):
     """Pre-norm transformer block: x + attention(norm1(x)), then x + mlp(norm2(x))."""
 
     def __init__(self, config: ViTConfig, drop_path: float):
@@ -180,14 +190,14 @@ class Block(nn.Module):
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, keep: int | None = None
     ) -> Tensor:
         """Tokens [B, N, D] -> [B, N, D]; an untouched block computes only the first `keep` if asked."""
-        attn_mask = with_causal(attn_mask, is_causal, x)
-        if attn_mask is None and self.training and self._leaves_images_out():
+        if attn_mask is None and not is_causal and self.training and self._leaves_images_out():
             return self._without_dropped(x, keep)
-        return self.mlp_branch(self.attention_branch(x, attn_mask, keep))
+        return self.mlp_branch(self.attention_branch(x, attn_mask, keep, is_causal=is_causal))
 
     def _leaves_images_out(self) -> bool:
         parts = self._modules["drop_path1"], self._modules["drop_path2"]
-        return any(type(part) is DropPath and part.leaves_out() for part in parts) and self.untouched()
+        paths = all(type(part) is DropPath for part in parts)
+        return paths and any(part.leaves_out() for part in parts) and self.untouched()
 
     def _without_dropped(self, x: Tensor, keep: int | None) -> Tensor:
         """`forward`, each branch for the images only that stochastic depth leaves it."""
@@ -198,14 +208,17 @@ class Block(nn.Module):
         done = self.mlp_branch(x.index_select(0, kept), kept=True)
         return x.to(done.dtype).index_copy(0, kept, done)
 
-    def _row_scale(self, drop_path: DropPath, x: Tensor, gamma: Tensor | None, kept: bool) -> Tensor | None:
+    def _row_scale(self, drop_path: nn.Module, x: Tensor, gamma: Tensor | None, kept: bool) -> Tensor | None:
+        if type(drop_path) is nn.Identity:  # timm's where nothing is dropped
+            return None
         return drop_path.kept_scale(x, gamma) if kept else drop_path.row_scale(x, gamma)
 
     # The two branches read their parts from `_modules`, for the reason given at `parameters_of`.
 
     def attention_branch(
-        self, x: Tensor, attn_mask: Tensor | None = None, keep: int | None = None, kept: bool = False
-    ) -> Tensor:
+        self, x: Tensor, attn_mask: Tensor | None = None, keep: int | None = None, kept: bool = False,
+        is_causal: bool = False,
+    ) -> Tensor:  # fmt: skip
         """x + attention(norm1(x)), for all tokens, or in an untouched block for the first `keep`.
 
         kept: stochastic depth has decided already, and all these images keep the branch.
@@ -213,14 +226,17 @@ class Block(nn.Module):
         parts = self._modules
         norm1, attn, scale, drop_path = parts["norm1"], parts["attn"], parts["ls1"], parts["drop_path1"]
         if any_global_hook() or not plain(attn, Attention) or attn.gate is not None:
-            return x + drop_path(scale(attn(norm1(x), attn_mask=attn_mask)))
+            # what somebody put there need not know of it
+            causal = {"is_causal": True} if is_causal else {}
+            return x + drop_path(scale(attn(norm1(x), attn_mask=attn_mask, **causal)))
+        attn_mask = with_causal(attn_mask, is_causal, x)
         qkv, proj, proj_drop = attn._modules["qkv"], attn._modules["proj"], attn._modules["proj_drop"]
         if keep is not None:
             out = self._attend_first(x, keep)
             x = x[:, :keep]
         else:
             if plain(norm1, *NORMS) and plain(qkv, nn.Linear):
-                packed = ops.linear(x, *parameters_of(qkv), **norm_args(norm1))
+                packed = self.ops.linear(x, *parameters_of(qkv), **norm_args(norm1))
             else:
                 packed = qkv(norm1(x))
             out = attn.attend_packed(attn.split(packed, 3), attn_mask)
@@ -228,17 +244,17 @@ class Block(nn.Module):
             return x + drop_path(scale(proj_drop(proj(out))))
         gamma = gamma_of(scale)
         if dropping(proj_drop):
-            branch = proj_drop(ops.linear(out, *parameters_of(proj)))
+            branch = proj_drop(self.ops.linear(out, *parameters_of(proj)))
             return x + reference.scale_branch(branch, gamma, self._row_scale(drop_path, x, gamma, kept))
         row_scale = self._row_scale(drop_path, x, gamma, kept)
-        return ops.linear(out, *parameters_of(proj), gamma=gamma, row_scale=row_scale, residual=x)
+        return self.ops.linear(out, *parameters_of(proj), gamma=gamma, row_scale=row_scale, residual=x)
 
     def _attend_first(self, x: Tensor, keep: int) -> Tensor:
         """Attention of the first `keep` tokens over all; keys and values for all, queries only for these."""
         attn, qkv, norm = self.attn, self.attn.qkv, norm_args(self.norm1)
         inner, (weight, bias) = attn.attn_dim, parameters_of(qkv)
-        kv = ops.linear(x, weight[inner:], None if bias is None else bias[inner:], **norm)
-        q = ops.linear(x[:, :keep], weight[:inner], None if bias is None else bias[:inner], **norm)
+        kv = self.ops.linear(x, weight[inner:], None if bias is None else bias[inner:], **norm)
+        q = self.ops.linear(x[:, :keep], weight[:inner], None if bias is None else bias[:inner], **norm)
         return attn.attend(attn.split(q, 1).squeeze(2), *attn.split(kv, 2).unbind(2))
 
     def mlp_branch(self, x: Tensor, kept: bool = False) -> Tensor:
@@ -251,7 +267,7 @@ class Block(nn.Module):
         fc2, drop1, drop2, inner_norm = inside["fc2"], inside["drop1"], inside["drop2"], inside["norm"]
         gamma, has_norm = gamma_of(scale), type(inner_norm) is not nn.Identity
         if mlp.kind != "swiglu" and not has_norm and not dropping(drop1) and not dropping(drop2):
-            return ops.mlp(
+            return self.ops.mlp(
                 x, *parameters_of(norm2), *parameters_of(inside["fc1"]), *parameters_of(fc2),
                 norm_eps=eps_of(norm2, norm2.weight), norm=norm_kind(norm2), act=activation_name(inside["act"]),
                 gated=mlp.kind == "swiglu_packed", gamma=gamma, row_scale=self._row_scale(drop_path, x, gamma, kept),
@@ -260,21 +276,21 @@ class Block(nn.Module):
         hidden = drop1(self._hidden(x))
         inner = norm_args(inner_norm) if has_norm else {}
         if dropping(drop2):
-            branch = drop2(ops.linear(hidden, *parameters_of(fc2), **inner))
+            branch = drop2(self.ops.linear(hidden, *parameters_of(fc2), **inner))
             return x + reference.scale_branch(branch, gamma, self._row_scale(drop_path, x, gamma, kept))
         row_scale = self._row_scale(drop_path, x, gamma, kept)
-        return ops.linear(hidden, *parameters_of(fc2), gamma=gamma, row_scale=row_scale, residual=x, **inner)
+        return self.ops.linear(hidden, *parameters_of(fc2), gamma=gamma, row_scale=row_scale, residual=x, **inner)
 
     def _hidden(self, x: Tensor) -> Tensor:
         """The MLP's hidden activation, norm2 included."""
         mlp, norm, act = self.mlp, norm_args(self.norm2), activation_name(self.mlp.act)
         if mlp.kind == "mlp":
-            return ops.linear(x, *parameters_of(mlp.fc1), act=act, **norm)
+            return self.ops.linear(x, *parameters_of(mlp.fc1), act=act, **norm)
         if mlp.kind == "swiglu_packed":
-            gate, value = ops.linear(x, *parameters_of(mlp.fc1), **norm).chunk(2, dim=-1)
+            gate, value = self.ops.linear(x, *parameters_of(mlp.fc1), **norm).chunk(2, dim=-1)
             return reference.activation(gate, act) * value
-        gate = ops.linear(x, *parameters_of(mlp.fc1_g), act=act, **norm)
-        return gate * ops.linear(x, *parameters_of(mlp.fc1_x), **norm)
+        gate = self.ops.linear(x, *parameters_of(mlp.fc1_g), act=act, **norm)
+        return gate * self.ops.linear(x, *parameters_of(mlp.fc1_x), **norm)
 
     def untouched(self, dropout_counts: bool = True) -> bool:
         """Whether every part is what `Block` built, so that each token's row of norms and projections is its own.
@@ -286,7 +302,7 @@ class Block(nn.Module):
         if any_global_hook() or not plain(self, Block) or not plain(attn, Attention) or not self._plain_mlp():
             return False
         maybe_norm = (nn.Identity, *NORMS)
-        dropouts = (attn.attn_drop, attn.proj_drop, self.mlp.drop1, self.mlp.drop2)
+        dropouts = (attn.proj_drop, self.mlp.drop1, self.mlp.drop2)
         return (
             self._plain_tail(self.ls1, self.drop_path1, attn.proj_drop)
             and plain(self.norm1, *NORMS)
@@ -297,11 +313,12 @@ class Block(nn.Module):
             and plain(attn.norm, *maybe_norm)
             and attn.gate is None
             and plain(attn.proj, nn.Linear, nn.Identity)
-            and not (dropout_counts and any(map(dropping, dropouts)))
+            and not (dropout_counts and (attn.dropout_p() or any(map(dropping, dropouts))))
         )
 
     def _plain_tail(self, scale: nn.Module, drop_path: nn.Module, dropout: nn.Module) -> bool:
-        return plain(scale, nn.Identity, LayerScale) and plain(drop_path, DropPath) and plain(dropout, nn.Dropout)
+        maybe_drop = (DropPath, nn.Identity)
+        return plain(scale, nn.Identity, LayerScale) and plain(drop_path, *maybe_drop) and plain(dropout, nn.Dropout)
 
     def _plain_mlp(self) -> bool:
         parts, inside = self._modules, self._modules["mlp"]._modules
@@ -340,7 +357,7 @@ class Block(nn.Module):
             found += [] if attn.gate is None else [("attn.gate", attn.gate, type(None))]
         for n in (1, 2):
             found.append((f"ls{n}", getattr(self, f"ls{n}"), nn.Identity, LayerScale))
-            found.append((f"drop_path{n}", getattr(self, f"drop_path{n}"), DropPath))
+            found.append((f"drop_path{n}", getattr(self, f"drop_path{n}"), DropPath, nn.Identity))
         if type(self.mlp) is Mlp:
             return [*found, *self._mlp_parts(), ("mlp.drop2", self.mlp.drop2, nn.Dropout)]
         return [*found, ("norm2", self.norm2, *NORMS), ("mlp", self.mlp, Mlp)]
@@ -354,7 +371,7 @@ class Block(nn.Module):
         hooks = ["a global module hook is registered"] if any_global_hook() else []
         tail = lambda n, drop: [  # noqa: E731
             (f"ls{n}", getattr(self, f"ls{n}"), nn.Identity, LayerScale),
-            (f"drop_path{n}", getattr(self, f"drop_path{n}"), DropPath), drop,
+            (f"drop_path{n}", getattr(self, f"drop_path{n}"), DropPath, nn.Identity), drop,
         ]  # fmt: skip
         qkv = [("norm1", self.norm1, *NORMS), ("attn.qkv", self.attn.qkv, nn.Linear)]
         proj = [("attn.proj", self.attn.proj, nn.Linear)] + tail(
@@ -364,7 +381,7 @@ class Block(nn.Module):
         attend = watched_view(self.attn, "attend")
         softmax += [] if attend is None else [("attn.attend", attend, nn.Softmax)]
         # the kernels for GPUs drop weights themselves
-        sdpa = dropping(self.attn.attn_drop) and not any(p.is_cuda for p in self.attn.parameters())
+        sdpa = self.attn.dropout_p() and not any(p.is_cuda for p in self.attn.parameters())
         dropout = ["attn_drop is on: scaled_dot_product_attention"] if sdpa else []
         mlp_op = "mlp"
         if self.mlp.kind == "swiglu" or type(self.mlp.norm) is not nn.Identity or dropping(self.mlp.drop1):
@@ -380,7 +397,7 @@ class Block(nn.Module):
         ]  # fmt: skip
 
 
-class AttentionPool(nn.Module):
+class AttentionPool(OnOps, nn.Module):
     """Pooling by one learned query that attends to all tokens, then an MLP (SigLIP's head, timm's 'map')."""
 
     # timm's attributes for what it can do besides
@@ -417,12 +434,12 @@ class AttentionPool(nn.Module):
         if not plain(self.q, nn.Linear) or any_global_hook():
             # once for each image, as timm's: somebody watches it
             latent = latent.expand(x.shape[0], -1, -1)
-        q = run_linear(self.q, latent).expand(x.shape[0], -1, -1).unflatten(-1, heads)
-        k, v = run_linear(self.kv, x).unflatten(-1, (2, *heads)).unbind(2)
-        q, k = _norm_of_heads(self.q_norm, q), _norm_of_heads(self.k_norm, k)
-        out = ops.attention(q, k, v, scale=self.scale, mask=attn_mask)
-        pooled = self.proj_drop(run_linear(self.proj, out))
-        return (pooled + self.mlp(run_norm(self.norm, pooled)))[:, 0]
+        q = run_linear(self.q, latent, self.ops).expand(x.shape[0], -1, -1).unflatten(-1, heads)
+        k, v = run_linear(self.kv, x, self.ops).unflatten(-1, (2, *heads)).unbind(2)
+        q, k = _norm_of_heads(self.q_norm, q, self.ops), _norm_of_heads(self.k_norm, k, self.ops)
+        out = self.ops.attention(q, k, v, scale=self.scale, mask=attn_mask)
+        pooled = self.proj_drop(run_linear(self.proj, out, self.ops))
+        return (pooled + self.mlp(run_norm(self.norm, pooled, self.ops)))[:, 0]
 
 
 stands_for(Attention, Mlp, Block, AttentionPool)

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitfast import ops, reference
+from vitfast import reference
 from vitfast.config import ViTConfig
 from vitfast.fusion import any_global_hook, plain, stands_for
-from vitfast.layers import NORMS, build_norm, norm_args, reasons_of, run_norm
+from vitfast.layers import NORMS, OnOps, build_norm, norm_args, reasons_of, run_norm
 from vitfast.switches import refuse_proxy
 from vitfast.weights.pos_embed import resample_patch_embed
 
@@ -27,7 +27,7 @@ def check_pixels(images: Tensor, takes_uint8: bool = False) -> None:
         raise TypeError(f"ViT: images must be a floating point tensor (normalised pixels){or_uint8}, got {got}")
 
 
-class PatchEmbed(nn.Module):
+class PatchEmbed(OnOps, nn.Module):
     """Images [B, C, H, W] -> patch tokens [B, N, D], row-major over the grid.
 
     Attributes are timm's: without `flatten` the tokens are in the layout `output_fmt` ('NCHW', 'NHWC', 'NLC' or 'NCL';
@@ -152,7 +152,7 @@ class PatchEmbed(nn.Module):
         if self.input_norm is None:
             if self.cuts_patches() and not any_global_hook():
                 self.check(images)
-                x = ops.patch_embed(images, self.proj.weight, self.proj.bias, pad=self.dynamic_img_pad)
+                x = self.ops.patch_embed(images, self.proj.weight, self.proj.bias, pad=self.dynamic_img_pad)
             else:
                 x = self.proj(self.prepare(images)).flatten(2).transpose(1, 2)
             if not self.flatten:
@@ -162,17 +162,17 @@ class PatchEmbed(nn.Module):
             norm = self.input_norm
             # the pixels of a row are in the order of channels-last images
             weight = self.proj.weight.view(-1, *self.patch_size, self.channels)
-            x = ops.patch_embed(
+            x = self.ops.patch_embed(
                 images, weight, self.proj.bias, pad=self.dynamic_img_pad,
                 input_norm=(norm.weight, norm.bias, norm.eps),
             )  # fmt: skip
         else:
             rows = reference.patch_rows(self.prepare(images), self.patch_size, "hwc")
             if plain(self.input_norm, *NORMS) and plain(self.proj, nn.Linear) and not any_global_hook():
-                x = ops.linear(rows, self.proj.weight, self.proj.bias, **norm_args(self.input_norm))
+                x = self.ops.linear(rows, self.proj.weight, self.proj.bias, **norm_args(self.input_norm))
             else:
                 x = self.proj(self.input_norm(rows))
-        return run_norm(self.norm, x)
+        return run_norm(self.norm, x, self.ops)
 
     def _laid_out(self, x: Tensor, images: Tensor) -> Tensor:
         """Tokens [B, N, D] in the layout `output_fmt`."""

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import threading
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ _exportable = False
 
 
 class _Thread(threading.local):
-    # models with `exportable` that run in this thread now
+    # calls of ops that this thread is in, and that are to be stock operators
     lowered = 0
 
 
@@ -49,22 +47,6 @@ class stock_operators:  # noqa: N801  (used as a function)
 
     def __exit__(self, *_: Any) -> None:
         _thread.lowered -= 1
-
-
-def lowers(method: Callable) -> Callable:
-    """Let a method of a module with the attribute `exportable` run on stock operators where that is True."""
-
-    @functools.wraps(method)
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.exportable:
-            return method(self, *args, **kwargs)
-        with stock_operators():
-            return method(self, *args, **kwargs)
-
-    # accelerate would take the method that stands there for the one that was before its own wrapper
-    del run.__wrapped__
-    run.__signature__ = inspect.signature(method)
-    return run
 
 
 def exporting() -> bool:

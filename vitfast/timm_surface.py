@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vitfast.layers import DropPath, run_norm
 from vitfast.model import Mlp, with_causal
 from vitfast.ops.mlp import RECOMPUTE
-from vitfast.switches import lowers
+from vitfast.switches import refuse_proxy
 from vitfast.weights.pos_embed import resample_pos_embed
 
 TIMM_POOLS = {"token": "token", "mean": "avg", "map": "map", "none": ""}
@@ -30,6 +30,12 @@ def say_mask_is_stock() -> None:
         warnings.warn(
             "attn_mask: attention runs as torch's scaled_dot_product_attention, not as vitfast's op", stacklevel=5
         )
+
+
+def given(attn_mask: Tensor | None, is_causal: bool) -> dict[str, Any]:
+    """What a block is told of attention: only what was asked for, which one that somebody put there may not know."""
+    how: dict[str, Any] = {} if attn_mask is None else {"attn_mask": attn_mask}
+    return how | ({"is_causal": True} if is_causal else {})
 
 
 class TimmSurface:
@@ -72,9 +78,16 @@ class TimmSurface:
         return getattr(proj, "in_channels", self.config.channels)
 
     embed_dim = num_features = head_hidden_size = property(lambda self: self.config.dim)
-    pool_include_prefix = property(lambda self: self.config.pool_prefix)
 
-    @lowers
+    @property
+    def pool_include_prefix(self) -> bool:
+        """Whether pooling reads prefix tokens too."""
+        return self.config.pool_prefix
+
+    @pool_include_prefix.setter
+    def pool_include_prefix(self, value: bool) -> None:
+        self.config = self.config.replace(pool_prefix=value)
+
     def forward_intermediates(
         self,
         x: Tensor,
@@ -109,17 +122,18 @@ class TimmSurface:
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"forward_intermediates: output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
         wanted = self._block_indices(indices)
+        refuse_proxy(x)
         self._check_images(x)
-        if attn_mask is not None:
-            say_mask_is_stock()
-        B, grid = x.shape[0], self.patch_embed.grid_of(tuple(x.shape[2:]))
+        B, grid, how = x.shape[0], self._grid_of(x), given(attn_mask, is_causal)
         x, found = self.embed(x), []
-        attn_mask = self._mask(attn_mask, is_causal, x)
+        if how:
+            with_causal(attn_mask, is_causal, x)  # says where both are asked for
+            say_mask_is_stock()
         stop = max(wanted, default=-1) + 1 if stop_early else len(self.blocks)
         for i, block in enumerate(self.blocks[:stop]):
-            x = self._run_block(block, x, attn_mask)
+            x = self._run_block(block, x, **how)
             if i in wanted:
-                found.append(run_norm(self.norm, x) if norm else x)
+                found.append(run_norm(self.norm, x, self.ops) if norm else x)
         prefix = [t[:, : self.num_prefix_tokens] for t in found]
         maps = [t[:, self.num_prefix_tokens :] for t in found]
         if output_fmt == "NCHW":
@@ -130,19 +144,11 @@ class TimmSurface:
             if with_prefix:
                 result["image_intermediates_prefix"] = prefix
             if not intermediates_only:
-                result["image_features"] = run_norm(self.norm, x)
+                result["image_features"] = run_norm(self.norm, x, self.ops)
             return result
         if with_prefix:
             maps = list(zip(maps, prefix, strict=True))
-        return maps if intermediates_only else (run_norm(self.norm, x), maps)
-
-    @staticmethod
-    def _mask(attn_mask: Tensor | None, is_causal: bool, x: Tensor) -> Tensor | None:
-        """What the blocks get, for tokens x."""
-        attn_mask = with_causal(attn_mask, is_causal, x)
-        if attn_mask is not None:
-            say_mask_is_stock()
-        return attn_mask
+        return maps if intermediates_only else (run_norm(self.norm, x, self.ops), maps)
 
     def prune_intermediate_layers(
         self, indices: int | Iterable[int] = 1, prune_norm: bool = False, prune_head: bool = True

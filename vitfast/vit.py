@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vitfast import ops, reference
+from vitfast import reference
 from vitfast.config import ViTConfig
-from vitfast.fusion import any_global_hook, patched, plain, why_not_plain
+from vitfast.fusion import any_global_hook, note_methods, plain, replaced, why_not_plain
 from vitfast.initialise import init_as_timm
-from vitfast.layers import LayerScale, build_norm, norm_report, reasons_of, run_norm
-from vitfast.model import AttentionPool, Block
+from vitfast.layers import LayerScale, OnOps, build_norm, norm_report, reasons_of, run_norm
+from vitfast.model import AttentionPool, Block, with_causal
 from vitfast.stem import PatchEmbed
-from vitfast.switches import exporting, lowers, refuse_proxy, stock_operators
-from vitfast.timm_surface import TimmSurface, pool_of
+from vitfast.switches import exporting, refuse_proxy
+from vitfast.timm_surface import TimmSurface, given, pool_of, say_mask_is_stock
 from vitfast.weights import vit_pytorch
 from vitfast.weights.pos_embed import resample_pos_embed
 from vitfast.weights.state_dict import check_state_dict, load_or_put_back, translates
 from vitfast.weights.views import watched
 
 
-class ViT(TimmSurface, nn.Module):
+class ViT(TimmSurface, OnOps, nn.Module):
     """Vision Transformer on vitfast's ops.
 
     The constructor takes vit-pytorch's keywords and builds vit-pytorch's architecture, so that changing the import
@@ -47,8 +46,6 @@ class ViT(TimmSurface, nn.Module):
 
     BLOCKS: ClassVar = (Block,)  # whose halves `intermediates` can call
     CALLS_VIEWS: ClassVar = True  # vit-pytorch's `transformer` and the like, where they have hooks
-    # run this model on stock operators, as `vitfast.set_exportable` does all models
-    exportable = False
 
     def __init__(
         self, *, image_size, patch_size, num_classes, dim, depth, heads, mlp_dim, pool="cls", channels=3,
@@ -183,7 +180,6 @@ class ViT(TimmSurface, nn.Module):
             # a file of the weights says for how many classes they are
             self.config = self.config.replace(num_classes=value.out_features)
 
-    @lowers
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images [B, C, H, W] -> logits [B, num_classes]; features without a classifier, tokens without pooling.
 
@@ -195,10 +191,12 @@ class ViT(TimmSurface, nn.Module):
         Raises:
             TypeError, ValueError: what is wrong with the images, expected and got; a mask and is_causal.
         """
-        keep = self._tokens_that_count() if attn_mask is None and not is_causal else None
+        refuse_proxy(x)
+        how = given(attn_mask, is_causal)
+        keep = None if how else self._tokens_that_count()
         if keep is None:
-            return self.forward_head(self.forward_features(x, attn_mask, is_causal))
-        return self.forward_head(self._features(x, None, keep=keep))
+            return self.forward_head(self.forward_features(x, **how))
+        return self.forward_head(self._features(x, keep=keep))
 
     def _tokens_that_count(self, dropout_counts: bool = True) -> int | None:
         """How many leading tokens the last block has to compute, None for all.
@@ -208,10 +206,7 @@ class ViT(TimmSurface, nn.Module):
         """
         if self.config.pool != "token" or not self.config.depth:
             return None
-        cls = type(self)
-        if any(getattr(cls, name) is not getattr(ViT, name) for name in PUBLIC_STAGES):
-            return None
-        if any(callable(self.__dict__.get(name)) and patched(self, name) for name in PUBLIC_STAGES):
+        if self.attn_pool is not None or any(replaced(self, name) for name in PUBLIC_STAGES):
             return None
         if not plain(self.blocks, nn.Sequential) or not len(self.blocks) or watched(self, "transformer"):
             return None
@@ -220,42 +215,39 @@ class ViT(TimmSurface, nn.Module):
             return None
         return 1 + int(self.config.distillation_token)
 
-    @lowers
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images -> all tokens [B, N, D] after the final norm."""
-        return self._features(x, attn_mask, is_causal)
+        return self._features(x, **given(attn_mask, is_causal))
 
-    def _features(
-        self, x: Tensor, attn_mask: Tensor | None, is_causal: bool = False, keep: int | None = None
-    ) -> Tensor:
+    def _features(self, x: Tensor, keep: int | None = None, **how: Any) -> Tensor:
+        refuse_proxy(x)
         x, transformer = self.embed(x), watched(self, "transformer")
-        attn_mask = self._mask(attn_mask, is_causal, x)
-        if transformer is None:
-            return self._transform(x, attn_mask, keep)
-        return transformer(x) if attn_mask is None else transformer(x, attn_mask)
+        if how:
+            with_causal(how.get("attn_mask"), "is_causal" in how, x)  # says where both are asked for
+            say_mask_is_stock()
+        return self._transform(x, keep, **how) if transformer is None else transformer(x, **how)
 
-    def _transform(self, x: Tensor, attn_mask: Tensor | None = None, keep: int | None = None) -> Tensor:
-        """Tokens [B, N, D] through all blocks and the final norm; the last block may compute only the first `keep`."""
+    def _transform(self, x: Tensor, keep: int | None = None, **how: Any) -> Tensor:
+        """Tokens [B, N, D] through all blocks and the final norm; the last block may compute only the first `keep`.
+
+        how: of attention, as `given` has it.
+        """
         # with a global hook too, but where checkpointing is on, which timm's does block by block
         watched = any_global_hook() and not self.grad_checkpointing
-        if attn_mask is None and (watched or not plain(self.blocks, nn.Sequential)):
+        if not how and (watched or not plain(self.blocks, nn.Sequential)):
             # as one segment where checkpointing is on: the container has to run, and it runs all blocks
-            return run_norm(self.norm, self._run_block(self.blocks, x, None))
+            return run_norm(self.norm, self._run_block(self.blocks, x), self.ops)
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            x = self._run_block(block, x, attn_mask, keep if i == last else None)
-        return run_norm(self.norm, x)
+            x = self._run_block(block, x, keep if i == last else None, **how)
+        return run_norm(self.norm, x, self.ops)
 
-    def _run_block(self, block: nn.Module, x: Tensor, attn_mask: Tensor | None, keep: int | None = None) -> Tensor:
-        args = (x,) if attn_mask is None and keep is None else (x, attn_mask, False, keep)
+    def _run_block(self, block: nn.Module, x: Tensor, keep: int | None = None, **how: Any) -> Tensor:
+        how |= {} if keep is None else {"keep": keep}
         if self.grad_checkpointing and torch.is_grad_enabled():
-            if not self.exportable or torch.compiler.is_compiling():
-                return checkpoint(block, *args, use_reentrant=False)
-            contexts = lambda: (nullcontext(), stock_operators())  # noqa: E731
-            return checkpoint(block, *args, use_reentrant=False, context_fn=contexts)
-        return block(*args)
+            return checkpoint(block, x, use_reentrant=False, **how)
+        return block(x, **how)
 
-    @lowers
     def embed(self, images: Tensor) -> Tensor:
         """Images -> tokens [B, P + N, D] that enter the first block."""
         refuse_proxy(images)
@@ -263,21 +255,30 @@ class ViT(TimmSurface, nn.Module):
             self.patch_embed.check(images)
             return self._before_blocks(self._drop(self._embed_by_op(images)))
         x = (watched(self, "to_patch_embedding") or self.patch_embed)(images)
-        if x.dim() == 3 and self.config.dynamic_image_size:
+        if x.dim() == 3 and self._has_grid():
             # vit-pytorch's stem, or one that somebody put there
-            x = x.unflatten(1, self.patch_embed.grid_of(tuple(images.shape[2:])))
+            x = x.unflatten(1, self._grid_of(images))
         return self._before_blocks(self._pos_embed(x))
+
+    def _has_grid(self) -> bool:
+        """Whether positions depend on the rows and columns of patches."""
+        return self.config.dynamic_image_size or self.config.input_norm
+
+    def _grid_of(self, images: Tensor) -> tuple[int, int]:
+        stem, size = self.patch_embed, tuple(images.shape[2:])
+        # timm's stems have the other
+        return stem.grid_of(size) if hasattr(stem, "grid_of") else tuple(stem.dynamic_feat_size(size))
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         """Patches [B, N, D], of a model that takes dynamic sizes [B, rows, columns, D] -> tokens [B, P + N, D].
 
         timm's name for positions, prefix tokens and `pos_drop`.
         """
-        if x.dim() != 3 + self.config.dynamic_image_size:
-            expected = "[B, rows, columns, D]" if self.config.dynamic_image_size else "[B, N, D]"
+        if x.dim() != 3 + self._has_grid():
+            expected = "[B, rows, columns, D]" if self._has_grid() else "[B, N, D]"
             raise ValueError(f"ViT: patches must be {expected}, got {list(x.shape)}")
         grid = None
-        if self.config.dynamic_image_size:
+        if self._has_grid():
             grid, x = tuple(x.shape[1:3]), x.flatten(1, 2)
         return self._drop(reference.with_prefix(x, self._positions(grid), self._prefix()))
 
@@ -286,10 +287,11 @@ class ViT(TimmSurface, nn.Module):
         return x if self.pos_embed is None else self.pos_drop(x)
 
     def _before_blocks(self, x: Tensor) -> Tensor:
-        return x if self.config.input_norm else run_norm(self.norm_pre, self.patch_drop(x))
+        return x if self.config.input_norm else run_norm(self.norm_pre, self.patch_drop(x), self.ops)
 
     def _check_images(self, images: Tensor) -> None:
-        self.patch_embed.check(images)
+        if isinstance(self.patch_embed, PatchEmbed):
+            self.patch_embed.check(images)
 
     def _embeds_by_op(self) -> bool:
         """Whether patches, positions and prefix tokens are one op: nothing of them was replaced or is watched."""
@@ -299,14 +301,13 @@ class ViT(TimmSurface, nn.Module):
             and plain(patch_embed, PatchEmbed)
             and patch_embed.cuts_patches()
             and plain(patch_embed.norm, nn.Identity)
-            and type(self)._pos_embed is ViT._pos_embed
-            and not patched(self, "_pos_embed")
+            and not replaced(self, "_pos_embed")
             and not any_global_hook()
         )
 
     def _embed_by_op(self, images: Tensor, mean: Tensor | None = None, std: Tensor | None = None) -> Tensor:
-        proj, positions = self.patch_embed.proj, self._positions(self.patch_embed.grid_of(tuple(images.shape[2:])))
-        return ops.patch_embed(
+        proj, positions = self.patch_embed.proj, self._positions(self._grid_of(images))
+        return self.ops.patch_embed(
             images, proj.weight, proj.bias, pos_embed=positions, prefix=self._prefix(), mean=mean, std=std,
             pad=self.patch_embed.dynamic_img_pad,
         )  # fmt: skip
@@ -342,29 +343,32 @@ class ViT(TimmSurface, nn.Module):
     def _positioned_prefix(self) -> int:
         return 0 if self.no_embed_class else self.num_prefix_tokens
 
-    @lowers
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         """Tokens [B, N, D] -> [B, D], or the tokens where nothing is pooled. pool_type: timm's name, for once."""
         return self._pool(x, self.config.pool if pool_type is None else pool_of("pool_type", pool_type))
 
     def _pool(self, x: Tensor, pool: str) -> Tensor:
+        if self.attn_pool is not None:
+            # whatever is asked for, as in timm
+            return self.attn_pool(x if self.config.pool_prefix else x[:, self.num_prefix_tokens :])
         if pool == "none":
             return x
         if pool == "token":
             return x[:, 0]
         if not self.config.pool_prefix:
             x = x[:, self.num_prefix_tokens :]
-        return x.mean(dim=1) if pool == "mean" else self.attn_pool(x)
+        if pool == "map":
+            raise ValueError("ViT: pooling 'map' must have an attn_pool, got none")
+        return x.mean(dim=1)
 
-    @lowers
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens after the final norm -> logits, or with `pre_logits` the features before the classifier."""
         if self.config.distillation_token:
             return self._forward_two_heads(x, pre_logits)
         if self.config.input_norm:
-            x = self.to_latent(run_norm(self.fc_norm, self._pool(x, self.config.pool)))
+            x = self.to_latent(run_norm(self.fc_norm, self._pool(x, self.config.pool), self.ops))
         else:
-            x = run_norm(self.fc_norm, self.pool(x))
+            x = run_norm(self.fc_norm, self.pool(x), self.ops)
         x = self.head_drop(x)
         return x if pre_logits else self.head(x)
 
@@ -375,7 +379,6 @@ class ViT(TimmSurface, nn.Module):
         x, distilled = self.head(x), self.head_dist(distilled)
         return (x, distilled) if self.distilled_training and self.training else (x + distilled) / 2
 
-    @lowers
     def intermediates(self, x: Tensor) -> dict[str, Tensor]:
         """All named intermediates of one forward, computed the way `forward_features` computes them.
 
@@ -396,7 +399,7 @@ class ViT(TimmSurface, nn.Module):
         for i, block in enumerate(self.blocks):
             x = taps[f"blocks.{i}.attn"] = block.attention_branch(x)
             x = taps[f"blocks.{i}.mlp"] = block.mlp_branch(x)
-        x = taps["tokens"] = run_norm(self.norm, x)
+        x = taps["tokens"] = run_norm(self.norm, x, self.ops)
         taps["pooled"] = self.forward_head(x, pre_logits=True)
         # two heads read two features, of which 'pooled' is the mean
         taps["logits"] = self.forward_head(x) if self.config.distillation_token else self.head(taps["pooled"])
@@ -485,5 +488,7 @@ class ViT(TimmSurface, nn.Module):
             state_dict.update({prefix + k: v for k, v in vit_pytorch.to_vitfast(own, self.config).items()})
 
 
-PUBLIC_STAGES = ("forward_features", "forward_head", "pool", "embed")
 NORMS_OR_NONE = (nn.LayerNorm, nn.RMSNorm, nn.Identity)
+PUBLIC_STAGES = ("forward_features", "forward_head", "pool", "embed")
+
+note_methods(TimmSurface, ViT)

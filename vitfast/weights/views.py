@@ -107,8 +107,8 @@ class TransformerView(View):
         super().__init__()
         self.blocks, self.norm = model.blocks, model.norm
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        return self.model._transform(x, attn_mask)
+    def forward(self, x: Tensor, **how: Any) -> Tensor:
+        return self.model._transform(x, **how)
 
     def modules(self) -> Iterator[nn.Module]:
         """The modules inside, and for each attention one of vit-pytorch's class, for which its Recorder looks here."""
