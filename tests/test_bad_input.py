@@ -239,8 +239,8 @@ def test_wrong_arguments_are_ignored():
     for wrong in (0, 3, -1, [2], [-3]):
         with pytest.raises(ValueError, match=r"indices must be between .*, got \[?-?\d"):
             model.forward_intermediates(x, wrong)
-    with pytest.raises(NotImplementedError, match=r"patch_size stays \(8, 8\), got 4"):
-        model.set_input_size(32, patch_size=4)
+    with pytest.raises(ValueError, match="ViTConfig.image_size must be a multiple of patch_size"):
+        model.set_input_size(32, patch_size=12)
     with pytest.raises(ValueError, match="ViTConfig.image_size must be a multiple"):
         model.set_input_size(33)
     with pytest.raises(ValueError, match="layout must be 'timm' or 'vit_pytorch', got 'jax'"):

@@ -85,6 +85,10 @@ def test_entries_that_a_script_gives_are_dropped():
     args = timm.models.resolve_model_input_args(TINY, {"img_size": 64, "in_chans": 1}, depth=1)
     theirs, ours = timm.create_model(**args), create_model(**args)
     assert ours.pretrained_cfg == theirs.pretrained_cfg and ours.patch_embed.img_size == (64, 64)
+    for given in ({"num_classes": 5}, {}, {"input_size": (1, 32, 32)}):
+        theirs, ours = (build(TINY, depth=1, pretrained_cfg=given) for build in (timm.create_model, create_model))
+        assert ours.pretrained_cfg == without_notes(theirs.pretrained_cfg)
+        assert (ours.num_classes, ours.in_chans) == (theirs.num_classes, theirs.in_chans)
     assert create_model(TINY, depth=1, pretrained_cfg=timm.get_pretrained_cfg(TINY)).num_classes == 1000
     with pytest.raises(TypeError, match="pretrained_cfg_overlay has 'mena', which timm's entries have not"):
         create_model(TINY, pretrained_cfg_overlay={"mena": (0, 0, 0)})
@@ -143,6 +147,15 @@ def test_features_are_of_fresh_weights(tmp_path):
     x = torch.randn(2, 3, 32, 32)
     (expected,) = saved.forward_intermediates(x, indices=[1], intermediates_only=True)
     assert torch.equal(features(x)[0], expected)
+    # a file of the getter itself, timm's
+    theirs = timm.create_model(TINY, features_only=True, out_indices=[1], **SMALL).eval()
+    torch.save(theirs.state_dict(), tmp_path / "getter.pth")
+    features = create_model(
+        TINY, features_only=True, out_indices=[1], checkpoint_path=tmp_path / "getter.pth", **SMALL
+    ).eval()
+    torch.testing.assert_close(features(x)[0], theirs(x)[0], rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="checkpoint_path lacks blocks.2.attn.proj.bias"):
+        create_model(TINY, features_only=True, out_indices=[2], checkpoint_path=tmp_path / "getter.pth", **SMALL)
 
 
 def test_backbone_of_transformers_does_not_take_our_model(monkeypatch):

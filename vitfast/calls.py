@@ -153,7 +153,7 @@ def calls_of_prepared(prepared: Prepared, batch: int) -> list[Call]:
         model, images = _without_memory(prepared.config, batch, prepared.dtype)
         frozen = PreparedViT(model.eval(), prepared.dtype, None)
         with _Recorder(prepared.device) as recorder:
-            frozen._forward(images, None)
+            frozen._forward(images)
     return list(recorder.calls)
 
 

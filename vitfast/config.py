@@ -17,6 +17,14 @@ POSITIONS = ("all", "patches", "none")
 RATES = ("emb_dropout", "attn_dropout", "proj_dropout", "mlp_dropout", "head_dropout", "drop_path")
 
 
+class _Fields(dict):
+    def __missing__(self, key: str) -> str:
+        # peft asks the dict of what a model has as `config`, and gives models without one this answer
+        if key == "model_type":
+            return "custom"
+        raise KeyError(key)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ViTConfig:
     """Architecture and regularisation of a ViT. Every field is checked on construction.
@@ -199,7 +207,7 @@ class ViTConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values; `ViTConfig(**d)` gives the config back."""
-        return asdict(self)
+        return _Fields(asdict(self))
 
     def to_json_string(self) -> str:
         """The fields as JSON; transformers' callbacks write what a model has as `config`."""

@@ -14,7 +14,7 @@ from torch import nn
 from vitfast import pretrained_cfg as cfgs
 from vitfast.variants import config_for
 from vitfast.vit import ViT
-from vitfast.weights.checkpoint import load_checkpoint
+from vitfast.weights.checkpoint import load_checkpoint, read_checkpoint
 
 
 def create_model(
@@ -70,7 +70,7 @@ def create_model(
         )
     given = {keyword: value for keyword, value in timm_keywords.items() if value is not None}
     cfg = _cfg_of(model_name, pretrained_cfg, pretrained_cfg_overlay)
-    if pretrained_cfg is not None or pretrained_cfg_overlay is not None:
+    if pretrained_cfg or pretrained_cfg_overlay:
         timm_keywords = _sizes_of(cfg) | given
     config = config_for(model_name, **timm_keywords)
     with torch.device(device) if device is not None else nullcontext():
@@ -80,24 +80,24 @@ def create_model(
     model._record(**given)
     if dtype is not None:
         model = model.to(dtype)
-    if checkpoint_path:
-        load_checkpoint(model, checkpoint_path, allow_pickle=True)
     if not features_only:
-        return model
+        return load_checkpoint(model, checkpoint_path, allow_pickle=True) if checkpoint_path else model
     getter = _features_of(model, 3 if out_indices is None else out_indices, feature_cls)
+    if checkpoint_path:
+        _load_features(model, checkpoint_path)
     asked = {"features_only": True, "out_indices": out_indices, "feature_cls": feature_cls}
     getter._model_args = given | {name: value for name, value in asked.items() if value is not None}
     return getter
 
 
 def _cfg_of(model_name: str, given: Mapping | None, overlay: Mapping | None) -> dict[str, Any]:
-    if given is not None:
-        cfg = cfgs.checked("pretrained_cfg", given)
+    if given:
+        cfg = cfgs.DEFAULTS | {"architecture": model_name} | cfgs.checked("pretrained_cfg", given)
     else:
         # the size is the one that the weights were trained at, as in timm
         own = config_for(model_name)
         cfg = cfgs.pretrained_cfg(model_name, own.image_size, own.num_classes)
-    return cfg | ({} if overlay is None else cfgs.checked("pretrained_cfg_overlay", overlay))
+    return cfg | (cfgs.checked("pretrained_cfg_overlay", overlay) if overlay else {})
 
 
 def _sizes_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,6 +107,14 @@ def _sizes_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
         sizes |= {"in_chans": cfg["input_size"][0]}
         sizes |= {"img_size": tuple(cfg["input_size"][1:])} if cfg.get("fixed_input_size") else {}
     return sizes
+
+
+def _load_features(model: ViT, path: str | os.PathLike[str]) -> None:
+    """Load what the pruned model has; the file may be of the whole one, or of what features_only returned."""
+    missing = sorted(model.state_dict().keys() - read_checkpoint(path, allow_pickle=True).keys())
+    if missing:
+        raise RuntimeError(f"create_model: checkpoint_path lacks {', '.join(missing)} of the model for features_only")
+    load_checkpoint(model, path, strict=False, allow_pickle=True)
 
 
 def _features_of(model: ViT, out_indices: int | Sequence[int], feature_cls: Any) -> nn.Module:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from vitfast.model import AttentionPool, Mlp
+
 if TYPE_CHECKING:
     from vitfast.vit import ViT
 
@@ -21,18 +23,21 @@ def init_as_timm(model: ViT) -> None:
             nn.init.trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    for block in model.blocks:
-        if block.mlp.kind == "swiglu":
-            open_gate(block.mlp.fc1_g.weight, block.mlp.fc1_g.bias)
-        elif block.mlp.kind == "swiglu_packed":
+    for mlp in model.modules():
+        if mlp is not model and hasattr(mlp, "init_weights"):
+            # timm's, which somebody put there
+            mlp.init_weights()
+        elif type(mlp) is Mlp and mlp.kind == "swiglu":
+            open_gate(mlp.fc1_g.weight, mlp.fc1_g.bias)
+        elif type(mlp) is Mlp and mlp.kind == "swiglu_packed":
             # timm opens the second half, also where the first is the gate
-            half, bias = block.mlp.fc1.out_features // 2, block.mlp.fc1.bias
-            open_gate(block.mlp.fc1.weight[half:], None if bias is None else bias[half:])
+            half, bias = mlp.fc1.out_features // 2, mlp.fc1.bias
+            open_gate(mlp.fc1.weight[half:], None if bias is None else bias[half:])
     for name, std in (("pos_embed", 0.02), ("cls_token", None), ("reg_token", None), ("dist_token", 0.02)):
         token = getattr(model, name, None)
         if token is not None:
             nn.init.normal_(token, std=1e-6) if std is None else nn.init.trunc_normal_(token, std=std)
-    if model.config.pool == "map":
+    if type(model.attn_pool) is AttentionPool:
         nn.init.trunc_normal_(model.attn_pool.latent, std=model.config.dim**-0.5)
 
 

@@ -22,6 +22,12 @@ ENTRIES = {
     "pool_size", "test_pool_size", "first_conv", "classifier", "license", "description", "origin_url", "paper_name",
     "paper_ids", "notes",
 }  # fmt: skip
+# of an entry that a caller gives
+DEFAULTS: dict[str, Any] = {
+    "custom_load": False, "input_size": (3, 224, 224), "fixed_input_size": False, "interpolation": "bicubic",
+    "crop_pct": 0.875, "crop_mode": "center", "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
+    "num_classes": 1000, "pool_size": None, "first_conv": None, "classifier": None,
+}  # fmt: skip
 
 
 @functools.cache

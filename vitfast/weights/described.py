@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vitfast.config import ViTConfig
-from vitfast.fusion import patched, why_changed, why_not_plain
+from vitfast.fusion import METHODS, patched, replaced, why_changed, why_not_plain
 from vitfast.layers import ACTIVATIONS, NORMS, DropPath, LayerScale, activation_name, eps_of, norm_kind
 from vitfast.model import Attention, Mlp
 from vitfast.vit import ViT
@@ -126,9 +126,10 @@ def _same(value: Any, expected: Any) -> bool:
 
 
 def _overridden(model: ViT) -> Iterator[str]:
-    """What a subclass computes that ViT does not."""
+    """What a subclass computes that ViT does not, or a ViT whose class was patched."""
     for name in dir(ViT):
-        if not name.startswith("__") and getattr_static(type(model), name) is not getattr_static(ViT, name):
+        of_class = getattr_static(type(model), name) is not getattr_static(ViT, name)
+        if not name.startswith("__") and (of_class or (name in METHODS and replaced(model, name))):
             yield f"{type(model).__name__}.{name} is not ViT's"
 
 
