@@ -325,7 +325,7 @@ PRUNED = [(1, False, True), (1, True, True), ([0], True, False), ([0, -1], False
 def test_pruned_model_is_another(case, indices, prune_norm, prune_head):
     theirs, ours, images = pair(case, depth=3)
     kept = [model.prune_intermediate_layers(indices, prune_norm, prune_head) for model in (theirs, ours)]
-    assert kept[0] == kept[1]
+    assert kept[0] == kept[1] and ours.config.depth == len(ours.blocks) == len(theirs.blocks)
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     theirs, ours = theirs.eval(), ours.eval()
     close(ours.forward_intermediates(images, kept[0]), theirs.forward_intermediates(images, kept[0]), 2e-4)
@@ -345,9 +345,11 @@ def test_other_patch_gives_other_weights(case, patch, size):
         if any(n % 8 for n in size):
             size = (56, 56)
     for model in (theirs, ours):
-        if model.patch_embed.proj.bias is not None:
-            model.patch_embed.proj.bias.requires_grad_(False)
-        model.set_input_size(size, patch)
+        (model.patch_embed.proj.weight if case == "clip" else model.patch_embed.proj.bias).requires_grad_(False)
+        model.eval().set_input_size(size, patch)
+        assert not model.patch_embed.proj.training
+    assert ours.feature_info == [info | {"reduction": ours.patch_embed.feat_ratio()} for info in theirs.feature_info]
+    assert ours._model_args["patch_size"] == theirs._model_args["patch_size"] == patch
     close(ours.patch_embed.proj.weight.detach(), theirs.patch_embed.proj.weight.detach(), 1e-4)
     for name in ("patch_size", "img_size", "grid_size", "num_patches"):
         assert getattr(ours.patch_embed, name) == getattr(theirs.patch_embed, name), name

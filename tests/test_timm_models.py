@@ -71,7 +71,8 @@ def test_gradient_does_not_reach_a_parameter(name):
     out = model.train()(torch.randn(2, 3, *size_of(name)))
     assert out.shape == (2, 7)
     out.square().mean().backward()
-    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+    reached = lambda p: p.grad is not None and p.grad.isfinite().all() and p.grad.any()  # noqa: E731
+    assert [n for n, p in model.named_parameters() if not reached(p)] == []
     theirs = {n for n, _ in kept_pair(name)[0].named_parameters()}
     assert {n for n, _ in model.named_parameters()} == theirs
 
@@ -137,6 +138,9 @@ def test_features_only_gives_other_maps(name):
     for out_indices in (2, (0, 1), [-2]):
         keywords = dict(depth=DEPTH, img_size=size_of(name), features_only=True, out_indices=out_indices)
         theirs, ours = (build(name, **keywords).eval() for build in (timm.create_model, create_model))
+        # fresh weights with LayerScale would hide another block
+        trained = kept_pair(name)[0].state_dict()
+        theirs.load_state_dict({key: trained[key.removeprefix("model.")] for key in theirs.state_dict()})
         ours.load_state_dict(theirs.state_dict())
         images = kept_pair(name)[2]
         found, expected = ours(images), theirs(images)
@@ -185,16 +189,11 @@ def test_copy_of_the_model_is_another(name, tmp_path):
     buffer = io.BytesIO()
     torch.save(ours, buffer)
     buffer.seek(0)
-    for again in (
-        pickle.loads(pickle.dumps(ours)), copy.deepcopy(ours), torch.load(buffer, weights_only=False),
-        pickle.loads(pickle.dumps(create_model(name, depth=1, features_only=True, out_indices=1).eval())),
-    ):  # fmt: skip
-        if isinstance(again, vitfast.ViT):
-            assert torch.equal(again(images), expected)
-            assert again.pretrained_cfg == ours.pretrained_cfg
-        else:
-            (maps,) = again(torch.randn(1, 3, *again.model.patch_embed.img_size))
-            assert maps.isfinite().all()
+    for again in (pickle.loads(pickle.dumps(ours)), copy.deepcopy(ours), torch.load(buffer, weights_only=False)):
+        assert torch.equal(again(images), expected)
+        assert again.pretrained_cfg == ours.pretrained_cfg
+    getter = timm.models._features.FeatureGetterNet(copy.deepcopy(ours), [0])
+    assert torch.equal(pickle.loads(pickle.dumps(getter))(images)[0], getter(images)[0])
     keywords = dict(depth=DEPTH, num_classes=7, img_size=size_of(name))
     torch.save(ours.state_dict(), tmp_path / "weights.pth")
     from_ours = timm.create_model(name, checkpoint_path=tmp_path / "weights.pth", **keywords).eval()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -133,5 +132,5 @@ def _features_of(model: ViT, out_indices: int | Sequence[int], feature_cls: Any)
     getter._traits, getter.in_chans = model._traits, model.in_chans
     without = ("num_classes", "classifier")
     cfg = {name: entry for name, entry in model.pretrained_cfg.items() if name not in without}
-    getter.pretrained_cfg = getter.default_cfg = copy.deepcopy(cfg)
+    getter.pretrained_cfg = getter.default_cfg = cfg
     return getter

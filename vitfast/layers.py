@@ -22,17 +22,18 @@ class OnOps:
     @property
     def exportable(self) -> bool:
         """Whether this module, and those inside that were there when it was set, run stock operators only."""
-        return self.__dict__.get("_exportable", False)
+        return "_exportable" in self.__dict__
 
     @exportable.setter
     def exportable(self, value: bool) -> None:
         for module in self.modules():
             if isinstance(module, OnOps):
-                module.__dict__["_exportable"] = bool(value)
+                module.__dict__.pop("_exportable", None)
+                module.__dict__ |= {"_exportable": True} if value else {}
 
     @property
     def ops(self) -> ModuleType:
-        return stock if self.exportable else ops
+        return stock if "_exportable" in self.__dict__ else ops
 
 
 class QuickGELU(nn.Module):
