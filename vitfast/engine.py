@@ -397,7 +397,7 @@ class PreparedViT(ViT):
             return super().embed(images.to(self.dtype)).to(self.dtype)
         self.patch_embed.check(images, takes_uint8=True)
         images = (images if images.dtype in native.DTYPES else images.to(self.dtype)).resolve_neg()
-        positions = self._positions(self._grid_of(images))
+        positions = self._positions(self._grid_of(images) if self._has_grid() else None)
         x = self.stem(images, positions, self._prefix(), self.normalisation if is_uint8 else None)
         return self._before_blocks(self._drop(x))
 

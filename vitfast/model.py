@@ -229,7 +229,8 @@ class Block(OnOps, nn.Module):
             # what somebody put there need not know of it
             causal = {"is_causal": True} if is_causal else {}
             return x + drop_path(scale(attn(norm1(x), attn_mask=attn_mask, **causal)))
-        attn_mask = with_causal(attn_mask, is_causal, x)
+        if is_causal is not False:  # a proxy of a tracer is to be told
+            attn_mask = with_causal(attn_mask, is_causal, x)
         qkv, proj, proj_drop = attn._modules["qkv"], attn._modules["proj"], attn._modules["proj_drop"]
         if keep is not None:
             out = self._attend_first(x, keep)

@@ -287,7 +287,11 @@ class ViT(TimmSurface, OnOps, nn.Module):
         return x if self.pos_embed is None else self.pos_drop(x)
 
     def _before_blocks(self, x: Tensor) -> Tensor:
-        return x if self.config.input_norm else run_norm(self.norm_pre, self.patch_drop(x), self.ops)
+        if self.config.input_norm:
+            return x
+        drop = self.patch_drop
+        x = x if plain(drop, nn.Identity) and not any_global_hook() else drop(x)
+        return run_norm(self.norm_pre, x, self.ops)
 
     def _check_images(self, images: Tensor) -> None:
         if isinstance(self.patch_embed, PatchEmbed):
@@ -306,7 +310,7 @@ class ViT(TimmSurface, OnOps, nn.Module):
         )
 
     def _embed_by_op(self, images: Tensor, mean: Tensor | None = None, std: Tensor | None = None) -> Tensor:
-        proj, positions = self.patch_embed.proj, self._positions(self._grid_of(images))
+        proj, positions = self.patch_embed.proj, self._positions(self._grid_of(images) if self._has_grid() else None)
         return self.ops.patch_embed(
             images, proj.weight, proj.bias, pos_embed=positions, prefix=self._prefix(), mean=mean, std=std,
             pad=self.patch_embed.dynamic_img_pad,
