@@ -246,9 +246,10 @@ def _weights(path: Path, content: Any, key: str | None) -> tuple[Any, str]:
         sets = [name for name, value in content.items() if _is_state(value)]
         name = next((name for name in WRAPPERS if _holds_weights(content.get(name))), None)
         if name is None and len(sets) > 1:
+            none = f"nothing under key={key!r} but " if key else ""
             raise ValueError(
-                f"read_checkpoint: {str(path)!r} holds several sets of weights, {', '.join(map(repr, sets))}: choose "
-                f"one with load_checkpoint(model, path, key={sets[0]!r}, ...)"
+                f"read_checkpoint: {str(path)!r} holds {none}several sets of weights, {', '.join(map(repr, sets))}: "
+                f"choose one with load_checkpoint(model, path, key={sets[0]!r}, ...)"
             )
         if name is None and not sets:
             break
@@ -283,8 +284,7 @@ def load_checkpoint(
     file without one is taken to have square images.
 
     Args:
-        strict: False loads what fits by name; something has to, and most of it where the names are another library's
-            or such weights stand under a prefix.
+        strict: False loads what fits by name; that has to be half of the model or half of what is in the file.
         allow_pickle, key: as `read_checkpoint`.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -14,7 +15,9 @@ from vitfast.weights.vit_pytorch import OWN_BLOCKS, ours
 
 CONVERTED = "timm.models.vision_transformer.checkpoint_filter_fn(state_dict, timm_model) gives them timm's"
 RENAMED = "rename them, and join query, key and value to one attn.qkv"
-HUGGING_FACES = r"(^|\.)(embeddings\.patch_embed(ding)?s?|layers?\.\d+\.(self_attn|attention)\.(attention\.)?(q_proj|query))\."
+HUGGING_FACES = (
+    r"(^|\.)(embeddings\.patch_embed(ding)?s?|layers?\.\d+\.(self_attn|attention)\.(attention\.)?(q_proj|query))\."
+)
 CURRENT = "vitfast.ViT takes those of its ViT since release 1.4, and of no other of its models"
 # (a key that only this layout has, whose layout it is, how to get to ours)
 LAYOUTS = (
@@ -37,24 +40,16 @@ def layout_hint(foreign: list[str]) -> str:
     return ""
 
 
-def mostly_under(state_dict: Mapping[str, Any], own: Mapping[str, Tensor]) -> list[str]:
-    """What stands before most of the model's names."""
-    rename, found = own_name(own), {}
-    for key in state_dict:
-        for dot in re.finditer(r"\.", key):
-            if rename(key[dot.end() :]) in own:
-                found.setdefault(key[: dot.end()], []).append(key)
-                break
-    return [prefix for prefix, keys in found.items() if 2 * len(keys) > len(own)]
-
-
 def prefixes(state_dict: Mapping[str, Any], own: Mapping[str, Tensor]) -> dict[str, bool]:
-    """Those of `mostly_under` under which nothing has another shape, each with whether the whole model is all there is.
+    """What stands before most of the model's weights, each with whether the whole model is there and nothing else.
 
-    Who takes off another one gets the next error.
+    Where one of them has another shape there is no such prefix: who takes it off gets the next error.
     """
-    rename, fitting = own_name(own), {}
-    for prefix in mostly_under(state_dict, own):
+    rename, found, fitting = own_name(own), Counter(), {}
+    for key in state_dict:
+        ends = (dot.end() for dot in re.finditer(r"\.", key))
+        found.update([key[:end] for end in ends if rename(key[end:]) in own][:1])
+    for prefix in (prefix for prefix, count in found.items() if 2 * count > len(own)):
         inside = {rename(key[len(prefix) :]): value for key, value in state_dict.items() if key.startswith(prefix)}
         if all(_fits(value, own[name], name) for name, value in inside.items() if name in own):
             fitting[prefix] = inside.keys() == own.keys()

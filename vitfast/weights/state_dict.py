@@ -12,7 +12,7 @@ from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 from torch.nn.parameter import is_lazy
 from torch.overrides import is_tensor_like
 
-from vitfast.weights.hints import layout_hint, mostly_under, own_name, prefix_hints
+from vitfast.weights.hints import layout_hint, own_name, prefix_hints
 from vitfast.weights.names import own_weights
 
 # torch copies any of these to any other
@@ -43,16 +43,14 @@ def check_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], strict:
 
 
 def check_most(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    """Refuse what loads next to nothing: no key fits, or few do and most weights have other names.
+    """Refuse what would leave most of the model and most of the weights aside: such weights have other names.
 
     Raises:
         RuntimeError: as `check_state_dict`.
     """
     own = own_weights(model)
     state = {own_name(own)(key): value for key, value in state_dict.items()}
-    foreign = [key for key in state if key not in own]
-    fit = len(state) - len(foreign)
-    if not fit or (2 * fit < len(own) and (layout_hint(foreign) or mostly_under(state, own))):
+    if 2 * len(own.keys() & state.keys()) < min(len(own), len(state)):
         check_state_dict(model, state)
 
 
