@@ -141,7 +141,9 @@ def _keep(model: nn.Module) -> Callable[[], None]:
             table.update(copy)
         for tensor, kind, place, value in tensors.values():
             with torch.inference_mode(place.is_inference()):
-                place.copy_(value)
+                # what torch could not write into cannot be written into here either
+                if not (_dense(place) and torch.equal(place, value)):
+                    place.copy_(value)
                 tensor.data = place
             if type(tensor) is not kind:  # a lazy one that has its shape now
                 tensor.__class__ = kind
