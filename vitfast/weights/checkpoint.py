@@ -25,7 +25,7 @@ from vitfast.weights.hints import prefixes
 from vitfast.weights.names import own_weights, rename_keys, without_wrappers
 from vitfast.weights.pickled import Unread, load_pickled
 from vitfast.weights.pos_embed import resample_pos_embed
-from vitfast.weights.state_dict import check_most, check_state_dict, translates
+from vitfast.weights.state_dict import load_most
 
 CONFIG_KEY = "vitfast_config"
 # what training scripts and wrappers call the model that they hold
@@ -311,11 +311,10 @@ def load_checkpoint(
             grid = model.patch_embed.grid_size
         if prefix + grid[0] * grid[1] == given.shape[1]:
             state["pos_embed"] = resample_pos_embed(given, model.patch_embed.grid_size, grid, prefix)
-    if not strict and not translates(model, state, ViT._load_from_state_dict):
-        check_most(model, state)
-    loaded = model.load_state_dict(state, strict=strict)
-    if len(loaded.unexpected_keys) == len(state):
-        check_state_dict(model, state)  # says what the names are
+    if strict:
+        model.load_state_dict(state)
+    else:
+        load_most(model, state)
     return wrapped
 
 

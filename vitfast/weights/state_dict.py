@@ -42,18 +42,6 @@ def check_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], strict:
     _refuse(model, state_dict, missing if strict else [], unexpected if strict else [], problems)
 
 
-def check_most(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    """Refuse what would leave most of the model and most of the weights aside: such weights have other names.
-
-    Raises:
-        RuntimeError: as `check_state_dict`.
-    """
-    own = own_weights(model)
-    state = {own_name(own)(key): value for key, value in state_dict.items()}
-    if 2 * len(own.keys() & state.keys()) < min(len(own), len(state)):
-        check_state_dict(model, state)
-
-
 def translates(model: nn.Module, state_dict: Mapping[str, Any], *plain: Callable) -> bool:
     """Whether only loading tells which keys fit: a load hook, extra state, or a module that loads in its own way.
 
@@ -80,8 +68,8 @@ def copies(model: nn.Module, state_dict: Mapping[str, Tensor]) -> bool:
 
 
 def _dense(value: Tensor) -> bool:
-    kinds = (Tensor, nn.Parameter, nn.Buffer)
-    return type(value) in kinds and not value.is_meta and value.layout is torch.strided and value.dtype in COPIED
+    plain = type(value) in (Tensor, nn.Parameter) and not value.is_meta and value.layout is torch.strided
+    return plain and value.dtype in COPIED
 
 
 def load_or_put_back(model: nn.Module, state_dict: Mapping[str, Any], strict: bool, load: Callable[[], Any]) -> Any:
@@ -121,6 +109,20 @@ def load_or_put_back(model: nn.Module, state_dict: Mapping[str, Any], strict: bo
     problems = [re.sub(sizes, r"wrong shape: \1 must be \3, got \2", message) for message in problems]
     _refuse(model, state_dict, missing, unexpected, problems)
     return result
+
+
+def load_most(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Load what fits by name, unless most of the model and most of the weights would stay aside.
+
+    Raises:
+        RuntimeError: as `check_state_dict`; such weights have other names, and a generic one among them fits.
+    """
+    put_back = _keep(model)
+    result = model.load_state_dict(state_dict, strict=False)
+    fit = len(state_dict) - len(result.unexpected_keys)
+    if not fit or 2 * fit < min(len(own_weights(model)), len(state_dict)):
+        put_back()
+        _refuse(model, state_dict, result.missing_keys, result.unexpected_keys, [])
 
 
 def _keep(model: nn.Module) -> Callable[[], None]:
