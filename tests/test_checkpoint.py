@@ -143,7 +143,7 @@ class RunsACommand:
 
 def test_pickled_file_runs_code(tmp_path):
     torch.save({"head.weight": RunsACommand(f"touch {tmp_path / 'ran'}")}, tmp_path / "evil.pt")
-    with pytest.raises(Exception, match=r"evil.pt' is not.* it names \w+\.system"):
+    with pytest.raises(Exception, match=r"evil.pt' is not.* unsupported GLOBAL \w+\.system"):
         vitfast.load_checkpoint(model_of(), tmp_path / "evil.pt", allow_pickle=True)
     assert os.listdir(tmp_path) == ["evil.pt"]
 

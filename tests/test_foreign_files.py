@@ -1,5 +1,6 @@
 """Files that other libraries write of a model: what of them is not read, read wrongly, or refused without a way on."""
 
+import tarfile
 import threading
 import warnings
 import zipfile
@@ -301,7 +302,7 @@ HOSTILE = {
     "attribute of a function": b"\x80\x02ctorch._utils\n_rebuild_tensor\nN}X\x05\x00\x00\x00helloK\x01s\x86b.",
     "call of an object": b"\x80\x02ctorch\ndevice\nX\x03\x00\x00\x00cpu\x85Rcx\ny\n\x85R.",
     "class by another opcode": b"\x80\x02(cos\nsystem\nX\x04\x00\x00\x00trueo.",
-    "module os": b"\x80\x02cos.path\njoin\nX\x01\x00\x00\x00a\x85R.",
+    "module os": b"\x80\x02cos\nsystem\nX\x04\x00\x00\x00true\x85R.",
 }
 
 
@@ -313,6 +314,16 @@ def test_hostile_pickle_writes_runs_or_is_not_named(case, tmp_path):
     with pytest.raises(ValueError, match=r"bad\.pth' is not a whole file of plain weights: (?!.*issue)"):
         vitfast.read_checkpoint(tmp_path / "bad.pth", allow_pickle=True)
     assert not hasattr(torch.Tensor, "hello") and not hasattr(torch._utils._rebuild_tensor, "hello")
+
+
+def test_tar_archive_is_unpacked(tmp_path, monkeypatch):
+    """As torch's files were before 0.1.10: what is in it could be written anywhere."""
+    (tmp_path / "storages").write_bytes(b"")
+    with tarfile.open(tmp_path / "m.pt", "w") as file:
+        file.add(tmp_path / "storages", "storages")
+    monkeypatch.setattr(tarfile.TarFile, "extract", lambda *_, **__: pytest.fail("unpacked"))
+    with pytest.raises(ValueError, match=r"m\.pt' is not a whole file of plain weights"):
+        vitfast.read_checkpoint(tmp_path / "m.pt", allow_pickle=True)
 
 
 def test_weight_of_an_unknown_class_is_taken_for_a_plain_one(tmp_path):
@@ -450,8 +461,10 @@ def test_object_in_the_first_of_several_shards_is_forgotten(tmp_path):
 
 
 def test_names_within_names_stop_after_the_first(tmp_path):
+    """What is read, since weights under a last prefix can be loaded."""
     model = build()
-    torch.save(unwrapped_of("model.backbone.module.net.")(model), tmp_path / "m.pt")
+    torch.save(unwrapped_of("model.backbone.net.")(model), tmp_path / "m.pt")
+    assert [*vitfast.read_checkpoint(tmp_path / "m.pt", allow_pickle=True)] == [*model.state_dict()]
     assert_loaded(read(tmp_path / "m.pt"), model)
 
 

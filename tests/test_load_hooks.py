@@ -3,6 +3,7 @@
 import copy
 import re
 import warnings
+import weakref
 from collections import OrderedDict
 
 import pytest
@@ -361,6 +362,20 @@ def test_refused_weights_leave_something_behind_without_hooks(case, strict):
     with pytest.raises((RuntimeError, KeyError), match=said):
         load()
     assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+
+
+def test_weights_that_cannot_be_swapped_are_swapped_in_part():
+    """torch swaps no parameter of which there is a weak reference."""
+    model = build()
+    before, held = copied(model), weakref.ref(model.norm.bias)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        with pytest.raises(RuntimeError, match=r"swapping the parameter named .norm\.bias"):
+            model.load_state_dict({key: torch.full_like(value, 3) for key, value in before.items()})
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert held() is model.norm.bias
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_inference_weights_are_changed_by_a_refused_load_or_cannot_be_loaded():

@@ -204,6 +204,12 @@ def _content(path: Path, allow_pickle: bool, given: str | os.PathLike) -> tuple[
             "file can be read with load_checkpoint(model, path, allow_pickle=True) if you trust where it comes from"
         )
     try:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True), False
+        except Exception as error:
+            if "TorchScript" in str(error):
+                raise ValueError("a TorchScript archive; save the state_dict() of torch.jit.load(path)") from None
+        # there is more in it than weights
         return load_pickled(path)
     except Exception as error:  # a damaged or hostile file can raise anything
         raise ValueError(

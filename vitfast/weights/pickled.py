@@ -1,20 +1,17 @@
-"""Pickled files of weights, read without running anything that they name."""
+"""Pickled files in which more than plain weights stands, read without running anything that they name."""
 
 from __future__ import annotations
 
-import pickle
-from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+import io
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
-from torch._weights_only_unpickler import _get_allowed_globals, _get_user_allowed_globals
+from torch import _weights_only_unpickler as weights_only
+from torch import serialization
 
-# no weights need them
-REFUSED = ("os", "posix", "nt", "sys")
-UNUSED = (pickle.INST, pickle.OBJ, pickle.EXT1, pickle.EXT2, pickle.EXT4)
 SUBCLASS = "torch._tensor._rebuild_from_type_v2"
 
 
@@ -38,84 +35,56 @@ class Unread(dict):
     append = extend
 
 
+class StandIns(dict):
+    """Every name that is asked for, with an inert class of its own; nothing is imported."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+    def __missing__(self, name: str) -> type[Unread]:
+        self[name] = type(name, (Unread,), {})
+        return self[name]
+
+
 def load_pickled(path: Path) -> tuple[Any, bool]:
     """What the file holds, on the CPU, and whether stand-ins may be in it.
 
-    None of the names in it is imported. The allow list of `torch.serialization.safe_globals` is the whole process's:
-    with stand-ins there another thread's torch.load would read them too. So torch reads plain weights as it always
-    does, and anything else by an unpickler that belongs to this one load.
+    The unpickler is torch's for `weights_only=True`, and refuses what that refuses, but for its allow list:
+    `torch.serialization.safe_globals` is the whole process's, and with stand-ins there another thread's torch.load
+    would get them too. So the list is given to the code of this one unpickler. A torch in which it has another name
+    refuses unknown names.
 
     Raises:
         Exception: of any class; a damaged or hostile file can do that.
     """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True), False
-    except Exception as error:
-        # these torch.load would hand on to torch.jit.load
-        if "TorchScript" in str(error):
-            raise ValueError("a TorchScript archive; save the state_dict() of torch.jit.load(path)") from None
-    unread: set[str] = set()
+    known = weights_only._get_allowed_globals() | weights_only._get_user_allowed_globals() | {SUBCLASS: subclass}
+    unknown = StandIns()
+    names = {
+        "_get_allowed_globals": lambda: known,
+        "_get_user_allowed_globals": lambda: unknown,
+        # torch fills exact lists only
+        "type": lambda value: list if isinstance(value, Unread) else type(value),
+    }
+    unknown["builtins.list"] = list
 
-    class Unpickler(Inert):
-        stand_ins = unread
+    class Unpickler(weights_only.Unpickler):
+        load = FunctionType(weights_only.Unpickler.load.__code__, vars(weights_only) | names)
+
+        def _check_set_item_target(self, opcode: str) -> None:
+            if not isinstance(self.stack[-1], Unread):
+                super()._check_set_item_target(opcode)
 
     module = SimpleNamespace(
         __name__="vitfast", Unpickler=Unpickler, load=lambda file, **how: Unpickler(file, **how).load()
     )
-    content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=module)
-    return content, bool(unread)
-
-
-class Inert(pickle._Unpickler):
-    """Calls what `torch.load(weights_only=True)` would, and for any other name an empty class of its own.
-
-    The Python implementation, since that in C lets a file write into classes and call whatever was made before.
-    """
-
-    stand_ins: set[str]
-
-    def __init__(self, file: Any, **how: Any):
-        super().__init__(file, **how)
-        allowed = _get_allowed_globals() | _get_user_allowed_globals()
-        # only torch's own unpickler has their indices looked at
-        self.allowed = {name: value for name, value in allowed.items() if "sparse" not in name} | {SUBCLASS: subclass}
-
-    def find_class(self, module: str, name: str) -> Any:
-        module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
-        full = f"{module}.{name}"
-        if module.partition(".")[0] in REFUSED:
-            raise pickle.UnpicklingError(f"it names {full}, which no weights need")
-        if full not in self.allowed:
-            self.stand_ins.add(full)
-            self.allowed[full] = type(full, (Unread,), {})
-        return self.allowed[full]
-
-    def check(self, called: Any) -> None:
-        if not any(called is value for value in self.allowed.values()):
-            raise pickle.UnpicklingError(f"it calls or fills a {type(called).__name__}")
-
-    def load_reduce(self) -> None:
-        self.check(self.stack[-2])
-        super().load_reduce()
-
-    def load_newobj(self) -> None:
-        self.check(self.stack[-2])
-        super().load_newobj()
-
-    def load_newobj_ex(self) -> None:
-        self.check(self.stack[-3])
-        super().load_newobj_ex()
-
-    def load_build(self) -> None:
-        self.check(type(self.stack[-2]))
-        super().load_build()
-
-    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if bytes([code]) not in UNUSED} | {
-        pickle.REDUCE[0]: load_reduce,
-        pickle.NEWOBJ[0]: load_newobj,
-        pickle.NEWOBJ_EX[0]: load_newobj_ex,
-        pickle.BUILD[0]: load_build,
-    }
+    with path.open("rb") as file:
+        if serialization._is_zipfile(file):
+            with serialization._open_zipfile_reader(file) as archive:
+                content = serialization._load(archive, "cpu", module, encoding="utf-8")
+        else:
+            # from memory, since an open file may be a tar archive, which torch would unpack
+            content = serialization._legacy_load(io.BytesIO(file.read()), "cpu", module, encoding="utf-8")
+    return content, len(unknown) > 1
 
 
 def subclass(rebuild: Callable, kind: type, args: tuple, state: Any) -> Any:
