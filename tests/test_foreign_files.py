@@ -1,10 +1,9 @@
 """Files that other libraries write of a model: what of them is not read, read wrongly, or refused without a way on."""
 
-import argparse
-import enum
+import tarfile
+import threading
 import warnings
-from collections import OrderedDict, defaultdict
-from dataclasses import dataclass
+import zipfile
 from pathlib import Path
 
 import lightning
@@ -15,6 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import transformers
 from accelerate import Accelerator
+from foreign_files import NAME, SMALL, CfgNode, Recipe, Stage, assert_loaded, build, read, settings, unwrapped_of
 from safetensors.torch import save_file
 from timm.models._hub import save_for_hf
 from timm.utils import CheckpointSaver, ModelEmaV2, ModelEmaV3
@@ -22,53 +22,6 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.optim.swa_utils import AveragedModel
 
 import vitfast
-
-NAME, SMALL = "vit_tiny_patch16_224", dict(img_size=32, depth=2, num_classes=5)
-TRAINED = dict(zip(("loss.weight", "loss.bias"), torch.ones(2, 3), strict=True))
-
-
-def build():
-    return vitfast.create_model(NAME, **SMALL).eval()
-
-
-def assert_loaded(model, expected):
-    """The same weights, and what they compute."""
-    state = model.state_dict()
-    assert list(state) == list(expected.state_dict())
-    for key, value in expected.state_dict().items():
-        assert torch.equal(state[key], value), key
-    images = torch.randn(2, 3, *expected.config.image_size)
-    assert torch.equal(model.eval()(images), expected.eval()(images))
-
-
-def read(path, **how):
-    return vitfast.load_checkpoint(build(), path, allow_pickle=True, **how)
-
-
-class Stage(enum.Enum):
-    WARM = "warm"
-
-
-@dataclass
-class Recipe:
-    """A config of the user's own, which whoever reads the weights need not have."""
-
-    rate: float = 0.1
-
-
-class Attributes(dict):
-    pass
-
-
-Attributes.__qualname__ = Attributes.__name__ = "AttributeDict"
-AttributeDict = Attributes
-
-
-def settings():
-    return argparse.Namespace(
-        model=NAME, output=Path("/runs/1"), stages={Stage.WARM}, mean=np.float32(0.5), recipe=Recipe(), lrs=(1e-3, 0),
-        extra=AttributeDict(a=1, b=[Recipe()]), counts=defaultdict(list, {"a": [1]}), crop=np.arange(3),
-    )  # fmt: skip
 
 
 def trained(model):
@@ -175,21 +128,36 @@ def by_timms_hub(model, folder):
     return folder
 
 
+def by_transformers_around_timm(model, folder):
+    small = SMALL | {"num_labels": SMALL["num_classes"]}
+    config = transformers.TimmWrapperConfig(
+        architecture=NAME, num_labels=small.pop("num_labels"), model_args={k: small[k] for k in ("img_size", "depth")}
+    )
+    wrapper = transformers.TimmWrapperForImageClassification(config)
+    wrapper.timm_model.load_state_dict(model.state_dict())
+    wrapper.save_pretrained(folder)
+    return folder
+
+
+def renamed(name):
+    def write(model, folder):
+        save_file(model.state_dict(), folder / name)
+        return folder / name
+
+    return write
+
+
+def probe(name):
+    """A backbone under a name, and its classifier beside it."""
+    return lambda m: {k if k.startswith("head.") else f"{name}.{k}": v for k, v in m.state_dict().items()}
+
+
 def saved(content):
     def write(model, folder):
         torch.save(content(model), folder / "m.pth")
         return folder / "m.pth"
 
     return write
-
-
-def unwrapped_of(prefix, inside=""):
-    """As the wrapper names them: `prefix` before all keys, `inside` after each block's number."""
-    def content(model):
-        names = {k: prefix + k.replace("blocks.1.", f"blocks.1.{inside}") for k in model.state_dict()}
-        return OrderedDict((names[key], value) for key, value in model.state_dict().items())
-
-    return content
 
 
 WRITERS = {
@@ -221,6 +189,23 @@ WRITERS = {
     "student": saved(lambda m: {"student": m.state_dict(), "epoch": 3}),
     "teacher": saved(lambda m: {"teacher": unwrapped_of("module.backbone.")(m), "args": settings()}),
     "model_state": saved(lambda m: {"model_state": m.state_dict(), "best": np.float64(1)}),
+    "timm in transformers": by_transformers_around_timm,
+    "compiled averages": saved(lambda m: torch.compile(AveragedModel(m), backend="eager").state_dict()),
+    "averages in DataParallel": saved(lambda m: torch.nn.DataParallel(AveragedModel(m)).state_dict()),
+    "averages of a holder": saved(lambda m: AveragedModel(torch.nn.ModuleDict({"net": m})).state_dict()),
+    "averaged by ema_pytorch": saved(unwrapped_of("ema_model.")),
+    "a strategy of Lightning's": saved(unwrapped_of("_forward_module.model.")),
+    "backbone and head": saved(probe("backbone")),
+    "backbone and head of Lightning": saved(lambda m: {"state_dict": probe("model")(m), "args": settings()}),
+    "a config called model": saved(lambda m: {"model": {"name": "vit"}, "net_state": m.state_dict()}),
+    "an average's numbers": saved(
+        lambda m: {"state_dict": m.state_dict(), "model_ema": {"decay": 0.9, "updates": torch.tensor(3)}}
+    ),
+    "no average yet": saved(lambda m: {"state_dict": m.state_dict(), "state_dict_ema": {}}),
+    "a dict of one's own": saved(lambda m: {"model": CfgNode(**m.state_dict()), "args": settings()}),
+    ".sft": renamed("m.sft"),
+    ".SAFETENSORS": renamed("m.SAFETENSORS"),
+    "safetensors called .bin": renamed("m.bin"),
     "network": saved(lambda m: {"network": unwrapped_of("encoder.")(m)}),
 }
 
@@ -276,6 +261,78 @@ def test_object_beside_the_weights_is_run(new, tmp_path):
     assert_loaded(read(tmp_path / "m.pt"), model)
     assert not Runs.seen
     assert set(torch.serialization.get_safe_globals()) == safe
+
+
+def test_pickle_shows_its_stand_ins_to_another_load(tmp_path):
+    """Another thread's torch.load refuses what it does not know, whatever is read meanwhile; and all reads succeed."""
+    torch.save({"args": settings()}, tmp_path / "theirs.pt")
+    for name in "ab":
+        torch.save({"model": build().state_dict(), "args": [settings() for _ in range(20)]}, tmp_path / f"{name}.pt")
+    seen, failed, done = [], [], threading.Event()
+
+    def load():
+        while not done.is_set():
+            try:
+                seen.append(torch.load(tmp_path / "theirs.pt", weights_only=True))
+            except Exception:
+                continue
+
+    def read_often(path):
+        for _ in range(8):
+            try:
+                vitfast.read_checkpoint(path, allow_pickle=True)
+            except Exception as error:
+                failed.append(error)
+
+    other = threading.Thread(target=load)
+    reads = [threading.Thread(target=read_often, args=(tmp_path / f"{name}.pt",)) for name in "ab"]
+    for thread in (other, *reads):
+        thread.start()
+    for thread in reads:
+        thread.join()
+    done.set()
+    other.join()
+    assert not seen and not failed
+
+
+# pickles that write into what torch has, or call what no file may call
+HOSTILE = {
+    "a name with a null": b"\x80\x02ca\x00b\nc\n)R.",
+    "attribute of a class": b"\x80\x02ctorch\nTensor\nN}X\x05\x00\x00\x00helloK\x01s\x86b.",
+    "attribute of a function": b"\x80\x02ctorch._utils\n_rebuild_tensor\nN}X\x05\x00\x00\x00helloK\x01s\x86b.",
+    "call of an object": b"\x80\x02ctorch\ndevice\nX\x03\x00\x00\x00cpu\x85Rcx\ny\n\x85R.",
+    "class by another opcode": b"\x80\x02(cos\nsystem\nX\x04\x00\x00\x00trueo.",
+    "module os": b"\x80\x02cos\nsystem\nX\x04\x00\x00\x00true\x85R.",
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_pickle_writes_runs_or_is_not_named(case, tmp_path):
+    with zipfile.ZipFile(tmp_path / "bad.pth", "w") as file:
+        for name, content in (("data.pkl", HOSTILE[case]), ("version", b"3"), ("byteorder", b"little")):
+            file.writestr(f"bad/{name}", content)
+    with pytest.raises(ValueError, match=r"bad\.pth' is not a whole file of plain weights: (?!.*issue)"):
+        vitfast.read_checkpoint(tmp_path / "bad.pth", allow_pickle=True)
+    assert not hasattr(torch.Tensor, "hello") and not hasattr(torch._utils._rebuild_tensor, "hello")
+
+
+def test_tar_archive_is_unpacked(tmp_path, monkeypatch):
+    """As torch's files were before 0.1.10: what is in it could be written anywhere."""
+    (tmp_path / "storages").write_bytes(b"")
+    with tarfile.open(tmp_path / "m.pt", "w") as file:
+        file.add(tmp_path / "storages", "storages")
+    monkeypatch.setattr(tarfile.TarFile, "extract", lambda *_, **__: pytest.fail("unpacked"))
+    with pytest.raises(ValueError, match=r"m\.pt' is not a whole file of plain weights"):
+        vitfast.read_checkpoint(tmp_path / "m.pt", allow_pickle=True)
+
+
+def test_weight_of_an_unknown_class_is_taken_for_a_plain_one(tmp_path):
+    """What its values mean only its class knows."""
+    state = build().state_dict()
+    state["head.bias"] = settings().labels
+    torch.save({"state_dict": state}, tmp_path / "m.pt")
+    with pytest.raises(ValueError, match="'head.bias': foreign_files.Labels"):
+        read(tmp_path / "m.pt")
 
 
 class Remembers(torch.nn.Linear):
@@ -380,6 +437,44 @@ def test_shard_is_missing_and_not_named(tmp_path):
         read(tmp_path)
 
 
+def test_pickled_shards_are_refused_under_a_name_that_nobody_passed(tmp_path):
+    by_accelerate_in_shards(build(), tmp_path, safe_serialization=False)
+    with pytest.raises(ValueError, match=rf"got '{tmp_path}' \(pytorch_model-00001-of-\S+\.bin\).*allow_pickle=True"):
+        vitfast.read_checkpoint(tmp_path)
+
+
+def test_object_in_the_first_of_several_shards_is_forgotten(tmp_path):
+    """Extra state of which a part was passed over is refused, wherever among the shards that was; later ones win."""
+    model = build()
+    model.head = Remembers(192, 5)
+    model.head.memory = {"steps": Recipe()}
+    first, second = {"head._extra_state": {"steps": Recipe()}, "head.bias": torch.ones(5)}, dict(model.state_dict())
+    del second["head._extra_state"]
+    for name, content in (("a.bin", first), ("b.bin", second)):
+        torch.save(content, tmp_path / name)
+    (tmp_path / "m.bin.index.json").write_text('{"weight_map": {"x": "a.bin", "y": "b.bin"}}')
+    with pytest.raises(ValueError, match="head._extra_state"):
+        read(tmp_path / "m.bin.index.json")
+    torch.save({"head.bias": torch.ones(5)}, tmp_path / "a.bin")
+    state = vitfast.read_checkpoint(tmp_path / "m.bin.index.json", allow_pickle=True)
+    assert torch.equal(state["head.bias"], model.head.bias)
+
+
+def test_names_within_names_stop_after_the_first(tmp_path):
+    """What is read, since weights under a last prefix can be loaded."""
+    model = build()
+    torch.save(unwrapped_of("model.backbone.net.")(model), tmp_path / "m.pt")
+    assert [*vitfast.read_checkpoint(tmp_path / "m.pt", allow_pickle=True)] == [*model.state_dict()]
+    assert_loaded(read(tmp_path / "m.pt"), model)
+
+
+def test_timms_getter_saves_what_cannot_be_read(tmp_path):
+    getter = timm.create_model(NAME, **SMALL, features_only=True, out_indices=(0, 1))
+    torch.save(getter.state_dict(), tmp_path / "getter.pt")
+    state = vitfast.read_checkpoint(tmp_path / "getter.pt", allow_pickle=True)
+    assert {*state} == {name.removeprefix("model.") for name in getter.state_dict()} and "cls_token" in state
+
+
 def test_folder_of_several_models_gives_one_of_them(tmp_path):
     accelerator = Accelerator(cpu=True)
     accelerator.prepare(build(), build())
@@ -389,174 +484,3 @@ def test_folder_of_several_models_gives_one_of_them(tmp_path):
     save_file(build().state_dict(), tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"folder with model\.safetensors or pytorch_model\.bin"):
         read(tmp_path)
-
-
-# what holds two models: the choices that its error names
-TWO = {
-    "sets": lambda a, b: {"student": a, "teacher": b, "epoch": 3},
-    "prefixes": lambda a, b: {f"{n}.{k}": v for n, state in (("student", a), ("teacher", b)) for k, v in state.items()},
-    "prefixes in a run": lambda a, b: {"state_dict": TWO["prefixes"](a, b), "args": settings()},
-}
-
-
-@pytest.mark.parametrize("content", TWO.values(), ids=TWO.keys())
-@pytest.mark.parametrize("strict", [True, False])
-def test_one_of_two_models_is_taken_unasked(content, strict, tmp_path):
-    student, teacher, path = build(), build(), tmp_path / "dino.pth"
-    torch.save(content(student.state_dict(), teacher.state_dict()), path)
-    model = build()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises((ValueError, RuntimeError), match="(?s)student.*teacher.*key='student'"):
-        vitfast.load_checkpoint(model, path, allow_pickle=True, strict=strict)
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert_loaded(read(path, key="student"), student)
-    assert_loaded(read(path, key="teacher"), teacher)
-    with pytest.raises(ValueError, match="key='nobody'|several"):
-        read(path, key="nobody")
-
-
-def test_model_beside_other_weights_is_not_found(tmp_path):
-    """A loss with weights of its own under another name: the error says what to ask for."""
-    model, path = build(), tmp_path / "lit.ckpt"
-    torch.save({"state_dict": unwrapped_of("model.")(model) | TRAINED}, path)
-    for strict in (True, False):
-        with pytest.raises(RuntimeError, match=r"stand under 'model\.'.*key='model'"):
-            read(path, strict=strict)
-    assert_loaded(read(path, key="model"), model)
-
-
-def test_part_of_a_set_cannot_be_chosen(tmp_path):
-    model, path = build(), tmp_path / "dinov2.pth"
-    torch.save({"teacher": unwrapped_of("backbone.")(model) | TRAINED, "student": TRAINED}, path)
-    assert_loaded(read(path, key="teacher.backbone"), model)
-
-
-def test_two_names_become_one_silently(tmp_path):
-    state = build().state_dict()
-    torch.save(state | {"module.head.bias": torch.ones(5)}, tmp_path / "m.pt")
-    with pytest.raises(ValueError, match=r"'head\.bias' and 'module\.head\.bias' are both 'head\.bias'"):
-        read(tmp_path / "m.pt")
-
-
-PREFIXES = {
-    "model.": "every key starts with 'model.': take it off",
-    "encoder.": "every key starts with 'encoder.': take it off",
-    "base_model.model.": "every key starts with 'base_model.model.': take it off",
-    "module.": "every key starts with 'module.', which a wrapper put there: take it off",
-    "_fsdp_wrapped_module.": "every key starts with '_fsdp_wrapped_module.', which a wrapper put there: take it off",
-}
-
-
-@pytest.mark.parametrize("prefix", PREFIXES)
-def test_prefix_of_a_state_dict_is_not_named(prefix):
-    model = build()
-    with pytest.raises(RuntimeError, match=PREFIXES[prefix]):
-        model.load_state_dict(unwrapped_of(prefix, "_checkpoint_wrapped_module.")(model))
-
-
-def test_wrapper_within_the_keys_is_not_named():
-    model = build()
-    with pytest.raises(RuntimeError, match="keys hold '_checkpoint_wrapped_module.', which a wrapper put there"):
-        model.load_state_dict(unwrapped_of("", "_checkpoint_wrapped_module.")(model))
-
-
-def test_vit_pytorch_names_under_a_prefix_are_refused(tmp_path):
-    small = dict(image_size=32, patch_size=8, num_classes=5, dim=64, depth=2, heads=4, mlp_dim=128)
-    model, other = vitfast.ViT(**small), vitfast.ViT(**small)
-    torch.save({f"model.{k}": v for k, v in model.state_dict(layout="vit_pytorch").items()}, tmp_path / "m.pt")
-    assert_loaded(vitfast.load_checkpoint(other, tmp_path / "m.pt", allow_pickle=True), model)
-
-
-def test_whole_file_fits_only_a_model_whose_blocks_are_not_wrapped(tmp_path):
-    model, other = build(), build()
-    vitfast.save_checkpoint(model, tmp_path / "m.safetensors")
-    other.blocks[1] = torch.compile(other.blocks[1], backend="eager")
-    vitfast.load_checkpoint(other, tmp_path / "m.safetensors")
-    assert torch.equal(other.blocks[1]._orig_mod.mlp.fc1.weight, model.blocks[1].mlp.fc1.weight)
-
-
-TINY = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32)
-HUGGING_FACE = {
-    "ViTModel": lambda: transformers.ViTModel(transformers.ViTConfig(**TINY)),
-    "ViTForImageClassification": lambda: transformers.ViTForImageClassification(transformers.ViTConfig(**TINY)),
-    "DeiT": lambda: transformers.DeiTModel(transformers.DeiTConfig(**TINY)),
-    "DINOv2": lambda: transformers.Dinov2Model(transformers.Dinov2Config(**TINY)),
-    "SigLIP": lambda: transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**TINY)),
-    "CLIP": lambda: transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**TINY)),
-}
-
-
-@pytest.mark.parametrize("family", HUGGING_FACE)
-def test_hugging_face_weights_are_so_many_unknown_keys(family, tmp_path):
-    """In memory and in the file, whose names differ."""
-    theirs = HUGGING_FACE[family]()
-    said = "nothing was loaded. These weights have the names of Hugging Face's transformers: rename them"
-    with pytest.raises(RuntimeError, match=said):
-        build().load_state_dict(theirs.state_dict())
-    theirs.save_pretrained(tmp_path)
-    for strict in (True, False):
-        with pytest.raises(RuntimeError, match=said):
-            vitfast.load_checkpoint(build(), tmp_path, strict=strict)
-
-
-def test_weights_of_facebooks_dinov2_are_not_named_or_the_advice_fails():
-    name, keywords = "vit_small_patch14_dinov2", dict(img_size=28, depth=2)
-    theirs = timm.create_model(name, **keywords)
-    state = theirs.state_dict() | {"mask_token": torch.zeros(1, 384)}
-    model = vitfast.create_model(name, **keywords).eval()
-    with pytest.raises(RuntimeError, match=r"names of facebook's DINOv2: timm\..*\.checkpoint_filter_fn\(state_dict"):
-        model.load_state_dict(state)
-    model.load_state_dict(timm.models.vision_transformer.checkpoint_filter_fn(state, theirs))
-    assert_loaded(model, vitfast_of(theirs, name, **keywords))
-
-
-def vitfast_of(theirs, name, **keywords):
-    model = vitfast.create_model(name, **keywords).eval()
-    model.load_state_dict(theirs.state_dict())
-    return model
-
-
-def clip_of(theirs):
-    """Weights of timm's model under OpenAI's names."""
-    state = {"logit_scale": torch.ones(()), "transformer.resblocks.0.ln_1.weight": torch.ones(8)}
-    state["visual.class_embedding"] = theirs.cls_token.detach().flatten()
-    state["visual.positional_embedding"] = theirs.pos_embed.detach()[0]
-    state["visual.conv1.weight"] = theirs.patch_embed.proj.weight.detach()
-    state["visual.proj"] = theirs.head.weight.detach().T
-    pairs = {"norm_pre": "ln_pre", "norm": "ln_post"}
-    for i in range(len(theirs.blocks)):
-        here, there = f"blocks.{i}", f"transformer.resblocks.{i}"
-        pairs |= {f"{here}.norm{n}": f"{there}.ln_{n}" for n in (1, 2)}
-        pairs |= {f"{here}.attn.proj": f"{there}.attn.out_proj", f"{here}.mlp.fc1": f"{there}.mlp.c_fc"}
-        pairs[f"{here}.mlp.fc2"] = f"{there}.mlp.c_proj"
-        for kind in ("weight", "bias"):
-            state[f"visual.{there}.attn.in_proj_{kind}"] = theirs.state_dict()[f"{here}.attn.qkv.{kind}"]
-    for ours, name in pairs.items():
-        for kind in ("weight", "bias"):
-            state[f"visual.{name}.{kind}"] = theirs.state_dict()[f"{ours}.{kind}"]
-    return state
-
-
-def test_weights_of_openais_clip_are_taken_for_vit_pytorchs():
-    """CLIP's text model is called `transformer`, as vit-pytorch's blocks are."""
-    name, keywords = "vit_base_patch32_clip_quickgelu_224", dict(img_size=32, depth=2, num_classes=16)
-    theirs = timm.create_model(name, **keywords)
-    model, state = vitfast.create_model(name, **keywords).eval(), clip_of(theirs)
-    with pytest.raises(RuntimeError, match="names of OpenAI's CLIP and open_clip: timm"):
-        model.load_state_dict(state)
-    model.load_state_dict(timm.models.vision_transformer.checkpoint_filter_fn(state, theirs), strict=False)
-    assert torch.equal(model.blocks[1].attn.qkv.weight, theirs.blocks[1].attn.qkv.weight)
-
-
-OTHERS = {
-    "encoder.layers.encoder_layer_0.ln_1.weight": "torchvision",
-    "Transformer/encoderblock_0/LayerNorm_0/scale": "JAX",
-    "decoder_blocks.0.norm1.weight": "masked autoencoders",
-    "preprocessor.patchifier.proj.weight": "AIMv2",
-}
-
-
-@pytest.mark.parametrize("key", OTHERS)
-def test_known_names_of_another_library_are_not_named(key):
-    with pytest.raises(RuntimeError, match=f"These weights have the names of {OTHERS[key]}"):
-        build().load_state_dict(build().state_dict() | {key: torch.ones(3)})

@@ -3,6 +3,7 @@
 import copy
 import re
 import warnings
+import weakref
 from collections import OrderedDict
 
 import pytest
@@ -106,6 +107,14 @@ def observed(state):
     return {key: torch.ones(48) if "_val" in key else value for key, value in state.items()}
 
 
+class Scaled(nn.Linear):
+    """With a parameter of no dims, for which torch takes one value."""
+
+    def __init__(self):
+        super().__init__(48, 5)
+        self.scale = nn.Parameter(torch.ones(()))
+
+
 # head, what older weights have in its place
 TRANSLATED = {
     "weight_norm": (new_weight_norm, lambda s: build(old_weight_norm).state_dict()),
@@ -115,7 +124,7 @@ TRANSLATED = {
     "lazy": (lambda: nn.LazyLinear(5), lambda s: s | {"head.weight": torch.ones(5, 48), "head.bias": torch.ones(5)}),
     "observers": (quantised, observed),
     "checkpoint_wrapper": (lambda: checkpoint_wrapper(nn.Linear(48, 5)), lambda s: s),
-    "scalar": (lambda: nn.PReLU(), lambda s: s | {"head.weight": torch.ones(1)}),
+    "scalar": (Scaled, lambda s: s | {"head.scale": torch.full((1,), 3.0)}),
 }
 
 
@@ -256,6 +265,144 @@ def test_refused_weights_leave_something_behind_with_hooks(kind, assign):
     assert model.lazy.weight.shape == (3, 4) and model.head.out_features == 9
 
 
+@pytest.mark.parametrize("swap", [False, True], ids=["copied", "swapped"])
+def test_hook_that_moves_weights_leaves_them_elsewhere(swap):
+    """An optimizer, a CUDA graph or a prepared model holds the memory, and the weights are there again."""
+    model = build()
+    before = {name: (value, value.data_ptr(), value.detach().clone()) for name, value in model.named_parameters()}
+
+    def move(*_):
+        for value in model.head.parameters():
+            value.data = torch.zeros(7)
+
+    model.head._register_load_state_dict_pre_hook(move)
+    swapped = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(swap)
+    try:
+        with pytest.raises(RuntimeError, match="unexpected: stray"):
+            model.load_state_dict(copied(build()) | {"stray": torch.ones(1)})
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(swapped)
+    for name, value in model.named_parameters():
+        parameter, place, content = before[name]
+        assert value is parameter and value.data_ptr() == place and torch.equal(value, content)
+
+
+class Remembers(nn.Linear):
+    def get_extra_state(self):
+        return {"steps": 3}
+
+    def set_extra_state(self, state):
+        if state["steps"] < 0:
+            raise KeyError("steps")
+
+
+def remembers():
+    return Remembers(48, 5)
+
+
+def made_in_inference_mode():
+    with torch.inference_mode():
+        return nn.Linear(48, 5).requires_grad_(False)
+
+
+def overlapping():
+    head = nn.Linear(48, 5)
+    head.bias = nn.Parameter(torch.ones(1).expand(5))
+    return head
+
+
+def dropped(module, state, prefix, *_):
+    for key in [key for key in state if key.startswith(prefix)]:
+        del state[key]
+
+
+def adds(module, state, prefix, *_):
+    state[f"{prefix}made_up"] = torch.ones(1)
+
+
+def hooked(hook):
+    def head():
+        head = nn.Linear(48, 5)
+        head.register_state_dict_post_hook(hook)
+        return head
+
+    return head
+
+
+QUANTISED = torch.quantize_per_tensor(torch.ones(5), 0.1, 0, torch.qint8)
+# head, what else is in the weights, what is said
+WITHOUT_HOOKS = {
+    "extra state is missing": (remembers, {}, r"missing: head\._extra_state"),
+    "extra state is unexpected": (None, {"head._extra_state": 3}, r"unexpected: head\._extra_state"),
+    "extra state beside another fault": (remembers, {"stray": torch.ones(1)}, r"2 keys do not fit"),
+    "extra state raises": (remembers, {"head._extra_state": {"steps": -1}}, "steps"),
+    "meta": (None, {"head.bias": torch.ones(5, device="meta")}, r"head\.bias"),
+    "sparse": (None, {"head.bias": torch.ones(5).to_sparse()}, r"head\.bias"),
+    "quantised": (None, {"head.bias": QUANTISED}, r"head\.bias"),
+    "inference mode": (made_in_inference_mode, {}, r"head\.(weight|bias)"),
+    "memory that overlaps": (overlapping, {"head.bias": torch.arange(5.0)}, r"head\.bias"),
+    "saving hook adds": (hooked(adds), {"head.made_up": torch.ones(1)}, r"unexpected: head\.made_up"),
+    "saving hook drops": (hooked(dropped), {"head.bias": torch.ones(3)}, r"head\.bias must be \[5\], got \[3\]"),
+}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("case", WITHOUT_HOOKS)
+def test_refused_weights_leave_something_behind_without_hooks(case, strict):
+    head, others, said = WITHOUT_HOOKS[case]
+    model = build(head)
+    state = {key: torch.full_like(value, 3) for key, value in copied(build()).items()} | others
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    load = lambda: model.load_state_dict(state, strict=strict)  # noqa: E731
+    if not strict and said.startswith(("missing", "unexpected", "2 keys")):
+        load()
+        assert all((value == 3).all() for name, value in model.named_parameters())
+        return
+    with pytest.raises((RuntimeError, KeyError), match=said):
+        load()
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+
+
+def test_weights_that_cannot_be_swapped_are_swapped_in_part():
+    """torch swaps no parameter of which there is a weak reference."""
+    model = build()
+    before, held = copied(model), weakref.ref(model.norm.bias)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        with pytest.raises(RuntimeError, match=r"swapping the parameter named .norm\.bias"):
+            model.load_state_dict({key: torch.full_like(value, 3) for key, value in before.items()})
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert held() is model.norm.bias
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_inference_weights_are_changed_by_a_refused_load_or_cannot_be_loaded():
+    with torch.inference_mode():
+        model = build()
+        before = copied(model)
+        model.head._register_load_state_dict_pre_hook(lambda *_: None)
+        state = {key: torch.full_like(value, 3) for key, value in before.items()}
+        with pytest.raises(RuntimeError, match="unexpected: stray"):
+            model.load_state_dict(state | {"stray": torch.ones(1)})
+    with pytest.raises(RuntimeError, match="unexpected: stray"):
+        model.load_state_dict(state | {"stray": torch.ones(1)})
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    with torch.inference_mode():
+        model.load_state_dict(state)
+    assert all((value == 3).all() for value in model.state_dict().values())
+
+
+def test_hook_that_leaves_weights_out_of_files_leaves_them_unloaded():
+    """Adapter-only saving: torch loads a whole file into such a model, and misses what a partial one lacks."""
+    model, saved = build(hooked(dropped)), build()
+    model.load_state_dict(copied(saved))
+    assert torch.equal(model.head.weight, saved.head.weight)
+    with pytest.raises(RuntimeError, match=r"2 keys do not fit(?s:.*)missing: head\.weight \[5, 48\]"):
+        model.load_state_dict(copied(model))
+
+
 @pytest.mark.parametrize("fits", [True, False])
 def test_hook_runs_more_than_once(fits):
     model, calls = build(), []
@@ -274,8 +421,8 @@ def test_hook_runs_more_than_once(fits):
 
 def test_loading_without_hooks_copies_the_model(monkeypatch):
     monkeypatch.setattr(checks, "_keep", lambda _: pytest.fail("nothing can change the keys here"))
-    for model in (build(), vitfast.ViT(**SMALL)):
-        model.load_state_dict(copied(model))
+    for model in (build(), vitfast.ViT(**SMALL), build().bfloat16()):
+        model.load_state_dict({key: value.float() for key, value in copied(model).items()})
 
 
 def test_hook_sees_other_names_than_were_given():

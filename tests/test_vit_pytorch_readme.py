@@ -147,6 +147,35 @@ def test_extractor_gives_nothing_or_other_embeddings(pool, layer_name, options):
         found(x)
 
 
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+@pytest.mark.parametrize("masked", ["attn_mask", "is_causal"])
+def test_watched_model_forgets_its_mask(masked, pool):
+    """The numbers of the same model that nobody watches, which are not those without a mask."""
+    _, ours = pair(pool=pool)
+    x, tokens = images(3, 3, 32, 32), TOKENS - (pool == "mean")
+    how = {"attn_mask": torch.ones(tokens, tokens, dtype=torch.bool).tril(), "is_causal": True}
+    how = {masked: how[masked]}
+    expected, last, unmasked = ours(x, **how), ours.forward_features(x, **how), ours(x)
+    assert not torch.allclose(expected, unmasked, atol=1e-3)
+    found = []
+    ours.transformer.register_forward_hook(lambda module, args, out: found.append(out))
+    assert ours._tokens_that_count() is None
+    close(ours(x, **how), expected)
+    close(found[0], last)
+
+
+@pytest.mark.parametrize("name", ["transformer", "to_patch_embedding"])
+def test_view_is_in_another_mode_than_its_model(name):
+    """Also the one that hooks see, which was made in the mode before."""
+    _, ours = pair()
+    seen = []
+    getattr(ours, name).register_forward_hook(lambda module, *_: seen.append(module.training))
+    for mode in (False, True, False):
+        assert getattr(ours.train(mode), name).training is mode
+        ours(images(1, 3, 32, 32))
+    assert seen == [False, True, False]
+
+
 def test_layer_given_to_extractor_as_a_view_never_fires():
     theirs, ours = pair()
     x = images(3, 3, 32, 32)

@@ -20,7 +20,7 @@ from vitfast.switches import exporting, refuse_proxy
 from vitfast.timm_surface import TimmSurface, given, pool_of, say_mask_is_stock
 from vitfast.weights import vit_pytorch
 from vitfast.weights.pos_embed import resample_pos_embed
-from vitfast.weights.state_dict import check_state_dict, load_or_put_back, translates
+from vitfast.weights.state_dict import check_state_dict, copies, load_or_put_back, translates
 from vitfast.weights.views import watched
 
 
@@ -468,12 +468,14 @@ class ViT(TimmSurface, OnOps, nn.Module):
         load = super().load_state_dict
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"load_state_dict: state_dict must map names to tensors, got {type(state_dict).__name__}")
-        if translates(self, ViT._load_from_state_dict):
+        if translates(self, state_dict, ViT._load_from_state_dict):
             return load_or_put_back(self, state_dict, strict, lambda: load(state_dict, strict=False, assign=assign))
-        if vit_pytorch.is_layout(state_dict):
+        if vit_pytorch.is_layout(state_dict, self.config):
             state_dict = vit_pytorch.to_vitfast(state_dict, self.config)
         check_state_dict(self, state_dict, strict)
-        return load(state_dict, strict=strict, assign=assign)
+        if assign or not copies(self, state_dict):
+            return load_or_put_back(self, state_dict, strict, lambda: load(state_dict, strict=False, assign=assign))
+        return load(state_dict, strict=strict)
 
     def _load_from_state_dict(self, *args) -> None:
         # vit-pytorch weights of a ViT inside another module (MAE, DataParallel), whose load_state_dict is not ours, or
@@ -486,7 +488,7 @@ class ViT(TimmSurface, OnOps, nn.Module):
 
     def _translate_names(self, state_dict, prefix, *_) -> None:
         own = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
-        if vit_pytorch.is_layout(own):
+        if vit_pytorch.is_layout(own, self.config):
             for key in own:
                 del state_dict[prefix + key]
             state_dict.update({prefix + k: v for k, v in vit_pytorch.to_vitfast(own, self.config).items()})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import secrets
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -21,13 +20,19 @@ from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 from vitfast.config import ViTConfig
 from vitfast.vit import ViT
 from vitfast.weights.described import config_of
-from vitfast.weights.files import INDEX, file_of, stand_ins
+from vitfast.weights.files import INDEX, file_of, is_safetensors
+from vitfast.weights.hints import prefixes
+from vitfast.weights.names import own_weights, rename_keys, without_wrappers
+from vitfast.weights.pickled import Unread, load_pickled
 from vitfast.weights.pos_embed import resample_pos_embed
-from vitfast.weights.state_dict import LEADING, check_state_dict, rename_keys, without_wrappers
+from vitfast.weights.state_dict import load_most
 
 CONFIG_KEY = "vitfast_config"
-# what training scripts call the model that they hold
-NAMED = tuple(f"{name}." for name in ("model", "net", "network", "backbone", "encoder", "student", "teacher", "vit"))
+# what training scripts and wrappers call the model that they hold
+NAMED = (
+    "model.", "net.", "network.", "backbone.", "encoder.", "student.", "teacher.", "vit.", "timm_model.", "ema_model.",
+    "_forward_module.",
+)  # fmt: skip
 COUNTER = "n_averaged"  # of torch's AveragedModel, no weight
 # averaged weights first, as timm's loader takes them
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -48,11 +53,13 @@ def save_checkpoint(
         with_config: False writes the weights alone, of any model; whoever reads them has to build it.
 
     Raises:
-        ValueError: the path does not end in .safetensors, or vit-pytorch has no names for these weights.
+        ValueError: the path does not end in .safetensors, vit-pytorch has no names for these weights, or the model
+            has none here: it is on the meta device, or offloaded.
         FileNotFoundError: its folder does not exist.
         TypeError: no ViT.
         NotImplementedError: no ViTConfig describes what was made of the model: a hook, an adapter, a module of
-            another class, an eps that only one norm has; names the parts. Nothing is written.
+            another class, an eps that only one norm has, weights that a state-dict hook leaves out or changes; names
+            the parts. Nothing is written.
     """
     model, path = unwrapped(model), Path(path)
     if path.suffix != ".safetensors":
@@ -61,6 +68,14 @@ def save_checkpoint(
         raise FileNotFoundError(f"save_checkpoint: no folder {str(path.parent)!r}")
     if not isinstance(model, ViT):
         raise TypeError(f"save_checkpoint: model must be a vitfast.ViT, got {type(model).__name__}")
+    own = own_weights(model)
+    absent = [key for key, value in own.items() if value.is_meta]
+    if absent:
+        raise ValueError(
+            f"save_checkpoint: no values here for {', '.join(absent[:3])}{' and others' * (len(absent) > 3)}, on the "
+            "meta device as of a model built there or offloaded"
+        )
+    state = model.state_dict(layout=layout)
     # without it accelerate and transformers refuse a file that has other metadata
     metadata = {"format": "pt"}
     if with_config:
@@ -71,7 +86,13 @@ def save_checkpoint(
                 f"save_checkpoint: {error}. with_config=False writes the weights alone; the model then has to be "
                 "built as this one was"
             ) from None
-    state = model.state_dict(layout=layout)
+        saved = nn.Module.state_dict(model)
+        hooked = [key for key in own.keys() | saved.keys() if not _same(own.get(key), saved.get(key))]
+        if hooked:
+            raise NotImplementedError(
+                f"save_checkpoint: a state-dict hook leaves out or changes {', '.join(sorted(hooked)[:3])}; "
+                "with_config=False writes what it leaves"
+            )
     foreign = [key for key, value in state.items() if not isinstance(value, Tensor)]
     if foreign:
         raise NotImplementedError(f"save_checkpoint: safetensors holds tensors only, not {', '.join(foreign[:3])}")
@@ -88,7 +109,13 @@ def save_checkpoint(
         temporary.unlink(missing_ok=True)
 
 
-def unwrapped(model: torch.nn.Module) -> ViT:
+def _same(own: Any, saved: Any) -> bool:
+    if not isinstance(own, Tensor) or not isinstance(saved, Tensor) or own.dtype != saved.dtype:
+        return False
+    return own.data_ptr() == saved.data_ptr() or torch.equal(own, saved.to(own.device))
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
     """The model inside the wrappers of torch.compile, DataParallel and DDP."""
     while (inner := getattr(model, "_orig_mod", None) or getattr(model, "module", None)) is not None:
         model = inner
@@ -108,8 +135,8 @@ def read_checkpoint(
         path: a .safetensors file, or with `allow_pickle` a .pt, .pth, .pth.tar, .ckpt or .bin file; the
             .index.json of shards; a folder of transformers, accelerate or timm, whose model.safetensors is read where
             there is a pytorch_model.bin too.
-        allow_pickle: read pickled files too (`weights_only=True`, and what is no tensor is passed over). Even so, only
-            open files that you trust.
+        allow_pickle: read pickled files too (nothing that they name is run, and what is no tensor is passed over). Even
+            so, only open files that you trust.
         key: of a file with several models the one to take, by its name in the file or before its keys: 'teacher',
             'teacher.backbone'.
 
@@ -118,18 +145,16 @@ def read_checkpoint(
         ValueError: a pickled file without `allow_pickle`, no flat mapping of names to tensors inside, or several of
             them and no `key`; names what there is.
     """
-    path = file_of(path)
-    content, unread = _content(path, allow_pickle)
+    given, path = path, file_of(path)
+    content, unread = _content(path, allow_pickle, given)
     state, prefix = _weights(path, content, key)
-    if not isinstance(state, Mapping):
+    if not isinstance(state, Mapping) or (isinstance(state, Unread) and not state):
         wrong = f"a {type(state).__name__}; of a model save the state_dict()"
     else:
         wrong = ", ".join(f"{k!r}: {type(v).__name__}" for k, v in state.items() if not _is_entry(k, v, unread))
     if wrong:
         raise ValueError(f"read_checkpoint: {str(path)!r} must hold a flat mapping of names to tensors, got {wrong}")
-    if all(name == COUNTER or name.startswith(LEADING) for name in state):
-        state = _part(state, LEADING)
-    state = rename_keys(state, without_wrappers)
+    state = _part(state, "")
     if prefix and not any(name.startswith(f"{prefix}.") for name in state):
         there = sorted({name.partition(".")[0] for name in state})
         raise ValueError(f"read_checkpoint: {str(path)!r} has nothing under key={key!r}, only {', '.join(there)}")
@@ -142,23 +167,27 @@ def read_checkpoint(
 
 def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """What stands under the prefix, without it."""
-    inside = OrderedDict((name, value) for name, value in state.items() if name.startswith(prefix))
+    inside = OrderedDict(
+        (name, value)
+        for name, value in state.items()
+        if name.startswith(prefix) and without_wrappers(name[len(prefix) :]) != COUNTER
+    )
     versions = getattr(state, "_metadata", None)
     if versions is not None:
         inside._metadata = {module: v for module, v in versions.items() if f"{module}.".startswith(prefix)}
     return rename_keys(inside, lambda name: without_wrappers(name[len(prefix) :]))
 
 
-def _content(path: Path, allow_pickle: bool) -> tuple[Any, bool]:
-    """What the file holds, on the CPU, and whether stand-ins may be in it.
+def _content(path: Path, allow_pickle: bool, given: str | os.PathLike) -> tuple[Any, bool]:
+    """What the file holds, on the CPU, and whether stand-ins may be in it. given: the path that was asked for.
 
     Raises:
         FileNotFoundError: a shard is missing.
         ValueError: a pickled file without `allow_pickle`, a damaged one, or one of another kind.
     """
     if path.name.endswith(INDEX):
-        return _shards(path, allow_pickle)
-    if path.suffix == ".safetensors":
+        return _shards(path, allow_pickle, given)
+    if is_safetensors(path):
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}, False  # noqa: SIM118  (not a dict)
@@ -171,22 +200,24 @@ def _content(path: Path, allow_pickle: bool) -> tuple[Any, bool]:
         )
     if not allow_pickle:
         raise ValueError(
-            f"read_checkpoint: path must be a .safetensors file, got {str(path)!r}; a pickled file can be read with "
-            "load_checkpoint(model, path, allow_pickle=True) if you trust where it comes from"
+            f"read_checkpoint: path must be a .safetensors file, got {os.fspath(given)!r} ({path.name}); a pickled "
+            "file can be read with load_checkpoint(model, path, allow_pickle=True) if you trust where it comes from"
         )
-    unknown = stand_ins(path)
     try:
-        with torch.serialization.safe_globals(unknown):
-            return torch.load(path, map_location="cpu", weights_only=True), bool(unknown)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True), False
+        except Exception as error:
+            if "TorchScript" in str(error):
+                raise ValueError("a TorchScript archive; save the state_dict() of torch.jit.load(path)") from None
+        # there is more in it than weights
+        return load_pickled(path)
     except Exception as error:  # a damaged or hostile file can raise anything
-        # torch's advice to read it without weights_only is not ours
-        reason = re.sub(r"In PyTorch 2\.6, .*?trusted source\.|Check the documentation.*", "", str(error), flags=re.S)
         raise ValueError(
-            f"read_checkpoint: {str(path)!r} is not a whole file of plain weights: {' '.join(reason.split())}"
+            f"read_checkpoint: {str(path)!r} is not a whole file of plain weights: {type(error).__name__}: {error}"
         ) from error
 
 
-def _shards(path: Path, allow_pickle: bool) -> tuple[dict[str, Any], bool]:
+def _shards(path: Path, allow_pickle: bool, given: str | os.PathLike) -> tuple[dict[str, Any], bool]:
     try:
         names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
         files = [path.parent / name for name in names]
@@ -199,7 +230,7 @@ def _shards(path: Path, allow_pickle: bool) -> tuple[dict[str, Any], bool]:
             raise ValueError(f"read_checkpoint: {str(path)!r} names a file outside its folder, {name!r}")
         if not file.is_file():
             raise FileNotFoundError(f"read_checkpoint: no file {str(file)!r}, which {path.name} names")
-        shard, partly = _content(file, allow_pickle)
+        shard, partly = _content(file, allow_pickle, given)
         if not isinstance(shard, Mapping):
             raise ValueError(f"read_checkpoint: {str(file)!r} must map names to tensors, got {type(shard).__name__}")
         state, unread = state | shard, unread or partly
@@ -219,16 +250,25 @@ def _weights(path: Path, content: Any, key: str | None) -> tuple[Any, str]:
         if not isinstance(content, Mapping):
             break
         sets = [name for name, value in content.items() if _is_state(value)]
-        name = next((name for name in WRAPPERS if isinstance(content.get(name), Mapping)), None)
+        name = next((name for name in WRAPPERS if _holds_weights(content.get(name))), None)
         if name is None and len(sets) > 1:
+            none = f"nothing under key={key!r} but " if key else ""
             raise ValueError(
-                f"read_checkpoint: {str(path)!r} holds several sets of weights, {', '.join(map(repr, sets))}: choose "
-                f"one with load_checkpoint(model, path, key={sets[0]!r}, ...)"
+                f"read_checkpoint: {str(path)!r} holds {none}several sets of weights, {', '.join(map(repr, sets))}: "
+                f"choose one with load_checkpoint(model, path, key={sets[0]!r}, ...)"
             )
         if name is None and not sets:
             break
         content = content[sets[0] if name is None else name]
     return content, prefix
+
+
+def _holds_weights(content: Any, depth: int = len(WRAPPERS)) -> bool:
+    """Whether a mapping has weights in it; numbers, as of an average's decay, are none."""
+    if not isinstance(content, Mapping) or not depth:
+        return False
+    values = content.values()
+    return any(isinstance(v, Tensor) and v.dim() or _holds_weights(v, depth - 1) for v in values)
 
 
 def _is_state(value: Any) -> bool:
@@ -250,17 +290,20 @@ def load_checkpoint(
     file without one is taken to have square images.
 
     Args:
-        strict: False loads what fits by name; something has to.
+        strict: False loads what fits by name; that has to be half of the model or half of what is in the file.
         allow_pickle, key: as `read_checkpoint`.
 
     Raises:
         RuntimeError: one error that lists every missing, unexpected and wrongly shaped key; nothing is loaded then.
         FileNotFoundError, ValueError: as `read_checkpoint`.
+        TypeError: no ViT.
     """
     wrapped, model = model, unwrapped(model)
-    state = read_checkpoint(path, allow_pickle=allow_pickle, key=key)
+    if not isinstance(model, ViT):
+        raise TypeError(f"load_checkpoint: model must be a vitfast.ViT, got {type(model).__name__}")
+    state = _joined(read_checkpoint(path, allow_pickle=allow_pickle, key=key), model)
     # blocks compiled or wrapped one by one
-    own_names = {without_wrappers(name): name for name in nn.Module.state_dict(model)}
+    own_names = {without_wrappers(name): name for name in own_weights(model)}
     state = rename_keys(state, lambda name: own_names.get(name, name))
     own, given = model.pos_embed, state.get("pos_embed")
     if own is not None and given is not None and given.dim() == own.dim() == 3:
@@ -274,10 +317,21 @@ def load_checkpoint(
             grid = model.patch_embed.grid_size
         if prefix + grid[0] * grid[1] == given.shape[1]:
             state["pos_embed"] = resample_pos_embed(given, model.patch_embed.grid_size, grid, prefix)
-    loaded = model.load_state_dict(state, strict=strict)
-    if len(loaded.unexpected_keys) == len(state):
-        check_state_dict(model, state)  # says what the names are
+    if strict:
+        model.load_state_dict(state)
+    else:
+        load_most(model, state)
     return wrapped
+
+
+def _joined(state: dict[str, Tensor], model: ViT) -> dict[str, Tensor]:
+    """A backbone under a prefix and the classifier beside it, where together they are the model and nothing else."""
+    own = own_weights(model)
+    for prefix in prefixes(state, own):
+        joined = [key.removeprefix(prefix) for key in state]
+        if len(joined) == len(own) and own.keys() == {*joined}:
+            return rename_keys(state, lambda key, prefix=prefix: key.removeprefix(prefix))
+    return state
 
 
 def read_config(path: str | os.PathLike) -> ViTConfig | None:
@@ -290,7 +344,7 @@ def read_config(path: str | os.PathLike) -> ViTConfig | None:
         ValueError: what is written there is no config that this release understands.
     """
     path = file_of(path)
-    if path.suffix != ".safetensors":
+    if not is_safetensors(path):
         return None
     try:
         with safe_open(path, framework="pt", device="cpu") as file:

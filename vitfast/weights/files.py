@@ -1,34 +1,12 @@
-"""Which file of a folder holds the weights, and what stands in for what a pickled file holds beside them."""
+"""Which file of a folder holds the weights, and of which kind a file is."""
 
 from __future__ import annotations
 
-import pickletools
-from collections import OrderedDict
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import torch
 
 INDEX = ".index.json"
 # as transformers, accelerate and timm name them; where both are they are the same weights
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
-
-
-class Unread:
-    """Stands in for an object of a pickled file that is neither a tensor nor plain data, and keeps nothing of it."""
-
-    def __new__(cls, *args: Any) -> Any:
-        # torch's unpickler fills exact dicts and lists only
-        if cls.__name__.lower().endswith("dict"):
-            return OrderedDict()
-        return [] if cls.__name__ == "collections.deque" else super().__new__(cls)
-
-    def __init__(self, *args: Any):
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
 
 
 def file_of(path: str | Path) -> Path:
@@ -64,32 +42,10 @@ def file_of(path: str | Path) -> Path:
     )
 
 
-def stand_ins(path: Path) -> list[tuple[type, str]]:
-    """For `torch.serialization.safe_globals`: an inert class for every name in the file that torch does not know.
-
-    None of those names is imported.
-    """
-    return [(type(name, (Unread,), {}), name) for name in set(_unknown_globals(path))]
-
-
-def _unknown_globals(path: Path) -> Iterator[str]:
-    """Classes and functions that a pickled file names and torch does not take for safe.
-
-    Of a damaged file those before the damage: loading it says what is wrong.
-    """
-    try:
-        yield from torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        return
-    except Exception:
-        pass
-    try:
-        with path.open("rb") as file:
-            # torch's format before 1.6: the object is the fourth of several pickles
-            for _ in range(4):
-                for opcode, name, _ in pickletools.genops(file):
-                    if opcode.name == "GLOBAL":
-                        module, _, name = name.partition(" ")
-                        module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
-                        yield f"{module}.{name}"
-    except Exception:
-        return
+def is_safetensors(path: Path) -> bool:
+    """By its ending or, as files are renamed, by how it begins: the length of a JSON object, and that."""
+    if path.suffix == ".safetensors":
+        return True
+    with path.open("rb") as file:
+        start = file.read(9)
+    return start[8:] == b"{" and 8 + int.from_bytes(start[:8], "little") <= path.stat().st_size

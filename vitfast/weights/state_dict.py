@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,47 +12,11 @@ from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 from torch.nn.parameter import is_lazy
 from torch.overrides import is_tensor_like
 
-# of DataParallel and DDP before all keys; of torch.compile, FSDP and checkpointing wherever a part was wrapped
-LEADING = "module."
-INSIDE = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+from vitfast.weights.hints import layout_hint, own_name, prefix_hints
+from vitfast.weights.names import own_weights
 
-CONVERTED = "timm.models.vision_transformer.checkpoint_filter_fn(state_dict, timm_model) gives them timm's"
-RENAMED = "rename them, and join query, key and value to one attn.qkv"
-# (a key that only this layout has, whose layout it is, how to get to ours)
-LAYOUTS = (
-    (r"(^|\.)embeddings\.patch_embeddings?\.", "Hugging Face's transformers", RENAMED),
-    (r"(^|\.)transformer\.resblocks\.\d", "OpenAI's CLIP and open_clip", CONVERTED),
-    (r"(^|\.)encoder\.layers\.encoder_layer_\d", "torchvision", RENAMED.replace("query, key and value", "in_proj")),
-    (r"(^|/)Transformer/encoderblock_\d", "JAX", "timm.create_model(name, checkpoint_path=...) reads the .npz file"),
-    (r"(^|\.)decoder_blocks\.\d", "masked autoencoders (MAE)", "leave out mask_token and what starts with decoder_"),
-    (r"^mask_token$", "facebook's DINOv2", CONVERTED),
-    (r"^(preprocessor\.patchifier|radio_model|beit3|encoder\.beit3)\.", "AIMv2, RADIO or BEiT-3", CONVERTED),
-)
-
-
-def without_wrappers(key: str) -> str:
-    """The key as the model has it that torch.compile, DDP, FSDP or activation checkpointing wrapped."""
-    key = INSIDE.sub("", key)
-    return without_wrappers(key[len(LEADING) :]) if key.startswith(LEADING) else key
-
-
-def rename_keys(state_dict: Mapping[str, Any], rename: Callable[[str], str]) -> OrderedDict[str, Any]:
-    """The state dict under other keys, with the versions of the modules that wrote it.
-
-    Raises:
-        ValueError: two keys would become one; names them.
-    """
-    state: OrderedDict[str, Any] = OrderedDict()
-    origin: dict[str, str] = {}
-    for key, value in state_dict.items():
-        new = rename(key)
-        if new in state:
-            raise ValueError(f"state dict: {origin[new]!r} and {key!r} are both {new!r}: leave one out")
-        state[new], origin[new] = value, key
-    versions = getattr(state_dict, "_metadata", None)
-    if versions is not None:
-        state._metadata = {rename(f"{module}.")[:-1]: version for module, version in versions.items()}
-    return state
+# torch copies any of these to any other
+COPIED = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool}
 
 
 def check_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True) -> None:
@@ -65,12 +28,12 @@ def check_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], strict:
     Raises:
         RuntimeError: one error with all missing, unexpected and wrongly shaped keys, and values that are no tensors.
     """
-    own, given = entries(nn.Module.state_dict(model)), entries(state_dict)
-    missing, unexpected, problems = [k for k in own if k not in given], [k for k in given if k not in own], []
+    own = own_weights(model)
+    missing, unexpected, problems = [k for k in own if k not in state_dict], [k for k in state_dict if k not in own], []
     for key, value in own.items():
-        if key not in given or is_lazy(value):
+        if key not in state_dict or is_lazy(value):
             continue
-        new = given[key]
+        new = state_dict[key]
         if not is_tensor_like(new):
             problems.append(f"no tensor: {key} must be a torch.Tensor, got {type(new).__name__}")
         # torch takes one value for a scalar
@@ -79,24 +42,34 @@ def check_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], strict:
     _refuse(model, state_dict, missing if strict else [], unexpected if strict else [], problems)
 
 
-def entries(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Without modules' extra state, which may be anything, and which torch hands on unread."""
-    return {key: value for key, value in state_dict.items() if not key.endswith(_EXTRA_STATE_KEY_SUFFIX)}
-
-
-def translates(model: nn.Module, *plain: Callable) -> bool:
-    """Whether only loading tells which keys fit: a load hook, or a module that translates what older releases wrote.
+def translates(model: nn.Module, state_dict: Mapping[str, Any], *plain: Callable) -> bool:
+    """Whether only loading tells which keys fit: a load hook, extra state, or a module that loads in its own way.
 
     Args:
         plain: implementations of `_load_from_state_dict` that do not, beside that of nn.Module.
     """
     plain = (nn.Module._load_from_state_dict, *plain)
-    return any(
+    return any(key.endswith(_EXTRA_STATE_KEY_SUFFIX) for key in state_dict) or any(
         module._load_state_dict_pre_hooks
         or module._load_state_dict_post_hooks
+        or type(module).set_extra_state is not nn.Module.set_extra_state
         or getattr(module._load_from_state_dict, "__func__", None) not in plain
         for module in model.modules()
     )
+
+
+def copies(model: nn.Module, state_dict: Mapping[str, Tensor]) -> bool:
+    """Whether weights of the right shapes are sure to be copied; only trying tells of other kinds of tensors."""
+    own = own_weights(model)
+    pairs = [(own[key], value) for key, value in state_dict.items() if key in own]
+    return not torch.__future__.get_swap_module_params_on_conversion() and all(
+        _dense(held) and _dense(value) and not held.is_inference() and held.is_contiguous() for held, value in pairs
+    )
+
+
+def _dense(value: Tensor) -> bool:
+    plain = type(value) in (Tensor, nn.Parameter) and not value.is_meta and value.layout is torch.strided
+    return plain and value.dtype in COPIED
 
 
 def load_or_put_back(model: nn.Module, state_dict: Mapping[str, Any], strict: bool, load: Callable[[], Any]) -> Any:
@@ -138,6 +111,20 @@ def load_or_put_back(model: nn.Module, state_dict: Mapping[str, Any], strict: bo
     return result
 
 
+def load_most(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Load what fits by name, unless most of the model and most of the weights would stay aside.
+
+    Raises:
+        RuntimeError: as `check_state_dict`; such weights have other names, and a generic one among them fits.
+    """
+    put_back = _keep(model)
+    result = model.load_state_dict(state_dict, strict=False)
+    fit = len(state_dict) - len(result.unexpected_keys)
+    if not fit or 2 * fit < min(len(own_weights(model)), len(state_dict)):
+        put_back()
+        _refuse(model, state_dict, result.missing_keys, result.unexpected_keys, [])
+
+
 def _keep(model: nn.Module) -> Callable[[], None]:
     """Remember all parts, attributes and weights; what is returned puts them back."""
     tables, tensors = [], {}
@@ -155,8 +142,11 @@ def _keep(model: nn.Module) -> Callable[[], None]:
             table.clear()
             table.update(copy)
         for tensor, kind, place, value in tensors.values():
-            place.copy_(value)
-            tensor.data = place
+            with torch.inference_mode(place.is_inference()):
+                # what torch could not write into cannot be written into here either
+                if not (_dense(place) and torch.equal(place, value)):
+                    place.copy_(value)
+                tensor.data = place
             if type(tensor) is not kind:  # a lazy one that has its shape now
                 tensor.__class__ = kind
 
@@ -168,48 +158,12 @@ def _refuse(
 ) -> None:
     if not (missing or unexpected or problems):
         return
-    own = nn.Module.state_dict(model)
-    foreign = [key for key in state_dict if key not in own]
+    own = own_weights(model)
+    rename = own_name(own)
+    foreign = [key for key in state_dict if rename(key) not in own]
     shape = lambda key: f" {list(own[key].shape)}" if key in own and not is_lazy(own[key]) else ""  # noqa: E731
     problems = [f"missing: {k}{shape(k)}" for k in missing] + [f"unexpected: {k}" for k in unexpected] + problems
     raise RuntimeError(
         f"load_state_dict: {len(problems)} keys do not fit {type(model).__name__}; nothing was loaded."
-        + "\n  ".join([_layout_hint(foreign), *problems, *_prefix_hints(foreign, len(foreign) == len(state_dict), own)])
+        + "\n  ".join([layout_hint(foreign), *problems, *prefix_hints(state_dict, own)])
     )
-
-
-def _layout_hint(keys: list[str]) -> str:
-    """Whose names these are, where they are known."""
-    for pattern, whose, how in LAYOUTS:
-        if any(re.search(pattern, key) for key in keys):
-            return f" These weights have the names of {whose}: {how}"
-    return ""
-
-
-def _prefix_hints(keys: list[str], every: bool, own: Mapping[str, Any]) -> Iterator[str]:
-    """What stands before the model's keys, or within them, and would have to be taken off. every: no key fits."""
-    take = "pass {}; load_checkpoint takes key={!r}"
-    prefixes = [p for p, n in Counter(_prefixes(keys, own)).items() if 2 * n > len(own)]
-    firsts = {f"{key.partition('.')[0]}." for key in keys}
-    if not prefixes and len(firsts) == 1 and not any(key.startswith(*firsts) for key in own):
-        prefixes = [*firsts]
-    if len(prefixes) > 1:
-        under = " and ".join(f"under {p!r}" for p in prefixes)
-        yield f"(such weights stand {under}: {take.format('one of them', prefixes[0][:-1])})"
-    elif prefixes and every and all(key.startswith(prefixes[0]) for key in keys):
-        put = ", which a wrapper put there" if not without_wrappers(prefixes[0]) else ""
-        yield f"(every key starts with {prefixes[0]!r}{put}: take it off)"
-    elif prefixes:
-        yield f"(such weights stand under {prefixes[0]!r}: {take.format('them alone', prefixes[0][:-1])})"
-    else:
-        inside = {f"{found[2]}." for key in keys if (found := INSIDE.search(key)) and INSIDE.sub("", key) in own}
-        if inside:
-            yield f"(keys hold {' and '.join(map(repr, sorted(inside)))}, which a wrapper put there: take it off)"
-
-
-def _prefixes(keys: list[str], own: Mapping[str, Any]) -> Iterator[str]:
-    for key in keys:
-        for dot in re.finditer(r"\.", key):
-            if INSIDE.sub("", key[dot.end() :]) in own:
-                yield key[: dot.end()]
-                break

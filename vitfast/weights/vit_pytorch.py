@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from vitfast.config import ViTConfig
-from vitfast.weights.state_dict import rename_keys
+from vitfast.weights.names import rename_keys
 from vitfast.weights.views import PatchEmbeddingView, Patchify, TransformerView
 
 if TYPE_CHECKING:
@@ -39,10 +39,20 @@ NAMES = (
 )
 
 
-def is_layout(state_dict: Mapping[str, Any]) -> bool:
-    """Whether the keys are those of a vit-pytorch ViT."""
-    theirs = ("to_patch_embedding.", "transformer.layers.", "transformer.norm.")  # CLIP's text is a `transformer` too
-    return any(key.startswith(theirs) for key in state_dict)
+# what each of its models has, and no other library
+OWN_BLOCKS = r"(to_patch_embedding\.|transformer\.layers\.\d+\.[01]\.)"
+
+
+def is_layout(state_dict: Mapping[str, Any], config: ViTConfig) -> bool:
+    """Whether there are names of vit-pytorch; of single ones only a model of its architecture can tell."""
+    if config.input_norm:
+        return any(ours(key) != key for key in state_dict)
+    return any(re.match(OWN_BLOCKS, key) for key in state_dict)
+
+
+def ours(key: str) -> str:
+    """Our name for vit-pytorch's; any other name as it is."""
+    return _rename(key, 0)
 
 
 def _rename(key: str, source: int) -> str:
@@ -61,20 +71,14 @@ def to_vitfast(state_dict: Mapping[str, Tensor], config: ViTConfig) -> dict[str,
     the batch dim is dropped here.
 
     Raises:
-        ValueError: the model is not of vit-pytorch's architecture, or the weights come from a release before 1.4,
-            whose blocks have other modules.
+        ValueError: the model is not of vit-pytorch's architecture.
     """
     if not config.input_norm:
         raise ValueError(
             "load_state_dict: these are vit-pytorch weights; build the model with vitfast.ViT(image_size=..., ...), "
             "this one has another architecture (ViTConfig.input_norm is False)"
         )
-    if "transformer.norm.weight" not in state_dict:
-        raise ValueError(
-            "load_state_dict: these vit-pytorch weights have no transformer.norm: they come from a release before 1.4, "
-            "whose architecture differs"
-        )
-    state = rename_keys(state_dict, lambda key: _rename(key, 0))
+    state = rename_keys(state_dict, ours)
     for key in ("cls_token", "pos_embed"):
         if isinstance(state.get(key), Tensor) and state[key].dim() == 3 and state[key].shape[0] == 1:
             state[key] = state[key].squeeze(0)
