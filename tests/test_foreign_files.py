@@ -302,6 +302,9 @@ HOSTILE = {
     "attribute of a function": b"\x80\x02ctorch._utils\n_rebuild_tensor\nN}X\x05\x00\x00\x00helloK\x01s\x86b.",
     "call of an object": b"\x80\x02ctorch\ndevice\nX\x03\x00\x00\x00cpu\x85Rcx\ny\n\x85R.",
     "class by another opcode": b"\x80\x02(cos\nsystem\nX\x04\x00\x00\x00trueo.",
+    # keyword arguments that are addresses of C++ objects
+    "allocator": b"\x80\x04ctorch.storage\nUntypedStorage\nI8\n\x85}X\t\0\0\0allocatorI1094795584\ns\x92.",
+    "tensor at an address": b"\x80\x04ctorch\nTensor\n)}X\x05\0\0\0cdataI1094795584\ns\x92.",
     "module os": b"\x80\x02cos\nsystem\nX\x04\x00\x00\x00true\x85R.",
 }
 

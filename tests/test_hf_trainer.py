@@ -135,9 +135,12 @@ def test_best_or_resumed_model_of_trainer_is_another(digits, tmp_path):
 
 @pytest.fixture
 def accelerator(request):
-    """A fresh one, and no trace of it for the tests after."""
+    """A fresh one, with no trace of a Trainer before it, and none of it for the tests after."""
+    states = AcceleratorState, GradientState, PartialState
+    for state in states:
+        state._reset_state()
     yield accelerate.Accelerator(cpu=True, mixed_precision=request.param, gradient_accumulation_steps=2)
-    for state in (AcceleratorState, GradientState, PartialState):
+    for state in states:
         state._reset_state()
 
 

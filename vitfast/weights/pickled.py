@@ -65,7 +65,8 @@ def load_pickled(path: Path) -> tuple[Any, bool]:
         # torch fills exact lists only
         "type": lambda value: list if isinstance(value, Unread) else type(value),
     }
-    unknown["builtins.list"] = list
+    # under a name that no file can hold, since those have a dot
+    unknown[""] = list
 
     class Unpickler(weights_only.Unpickler):
         load = FunctionType(weights_only.Unpickler.load.__code__, vars(weights_only) | names)
