@@ -351,7 +351,7 @@ def test_benchmark_script_takes_other_steps(name, precision):
 @pytest.mark.parametrize("dynamo", [False, True], ids=["traced", "dynamo"])
 def test_onnx_export_script_writes_another_network(tmp_path, name, dynamo):
     """Both of its exporters; the file runs at a batch size that the export did not see."""
-    theirs, ours = pair(name)
+    theirs, ours = pair(name, exportable=True)
     path, size = tmp_path / "model.onnx", (3, *ours.patch_embed.img_size)
     onnx_export(ours, str(path), check=True, check_forward=True, use_dynamo=dynamo, input_size=size, batch_size=2)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
