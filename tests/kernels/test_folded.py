@@ -136,7 +136,7 @@ def test_warm_up_passes_over_a_prepared_model(device, monkeypatch):
     prepared, images = vitfast.prepare(model), torch.randn(3, 3, 24, 24, device=device).half()
     recorder = calls._Recorder()
     with torch.no_grad(), recorder:
-        prepared._forward(images, None)
+        prepared._forward(images)
     made = [str(call) for call in recorder.calls if call.op in FAMILIES]
     with warnings.catch_warnings(action="error", category=RuntimeWarning):
         report = warm_up_of(prepared, device)
