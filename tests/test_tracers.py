@@ -44,7 +44,7 @@ def model_and_images(flavour):
         keywords = dict(image_size=32, patch_size=8, num_classes=10, dim=64, depth=2, heads=2, mlp_dim=128)
         return vitfast.ViT(**keywords).eval(), torch.randn(3, 3, 32, 32)
     if flavour in FLAVOURS:
-        _, ours, images = build_pair(flavour, batch=3)
+        _, ours, images = build_pair(flavour, batch=3, massive=False)
         return ours.eval(), images
     kw = dict(img_size=32, depth=2, num_classes=10, dynamic_img_size=flavour == "dynamic")
     model = vitfast.create_model("vit_tiny_patch16_224", **kw).eval()

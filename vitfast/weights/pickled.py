@@ -75,6 +75,11 @@ def load_pickled(path: Path) -> tuple[Any, bool]:
             if not isinstance(self.stack[-1], Unread):
                 super()._check_set_item_target(opcode)
 
+        def _check_append_target(self, value: Any) -> None:
+            # torch 2.14 asks this in place of type()
+            if not isinstance(value, Unread):
+                super()._check_append_target(value)
+
     module = SimpleNamespace(
         __name__="vitfast", Unpickler=Unpickler, load=lambda file, **how: Unpickler(file, **how).load()
     )
