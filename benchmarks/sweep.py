@@ -39,7 +39,6 @@ import argparse
 import gc
 import json
 import os
-import shlex
 import sys
 import threading
 import time
@@ -293,7 +292,7 @@ def main(argv: list[str] | None = None) -> int:
         waiting = [row for row in rows if not finished(row, data["rows"].get(row.name))]
         workers.work(told.claims, tasks(waiting, place))
         return DONE
-    command = shlex.join(["python", "benchmarks/sweep.py", *given])
+    command = machine.command_of(["benchmarks/sweep.py", *given])
     facts = {**machine.describe(device, ("timm",)), "kernels": kernels_digest()}
     data = new(command, facts)
     try:

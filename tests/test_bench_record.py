@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import re
 import subprocess
 import tempfile
 from pathlib import Path
@@ -262,3 +263,14 @@ def test_a_run_does_not_say_what_its_times_depend_on():
         assert name in run, name
     assert run["no-such-package"] is None and run["numpy"] and run["date"].endswith("Z") and run["threads"] > 0
     json.dumps(run)
+
+
+def test_record_holds_a_path_of_the_machine():
+    """Of who ran it, and where: the command line of a run that was given whole paths."""
+    inside, outside = machine.ROOT / "benchmarks" / "sweep.py", "/home/somebody/out/r.json"
+    told = [str(inside), "--out", outside, f"--state={machine.ROOT}/benchmarks/state", "--sets=a,b", "-c", "x = 1 / 2"]
+    found = machine.command_of(told)
+    assert found == "python benchmarks/sweep.py --out r.json --state=benchmarks/state --sets=a,b -c 'x = 1 / 2'"
+    for file in (machine.ROOT / machine.RESULTS).rglob("*.json"):
+        commands = re.findall(r'"command": "(.*)"', file.read_text())
+        assert [command for command in commands if re.search(r"(^|[\s=])/", command)] == [], file

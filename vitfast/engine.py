@@ -15,12 +15,11 @@ from vitfast import native, reference
 from vitfast.folded import AddedLinear, FoldedBlock, FoldedLinear
 from vitfast.fusion import METHODS, PLAIN_TENSORS, any_global_hook, plain, replaced, watched_view
 from vitfast.layers import reasons_of, run_norm
-from vitfast.model import Block, with_causal
+from vitfast.model import Block, given, with_causal
 from vitfast.ops import _launch
 from vitfast.original import Source
 from vitfast.packed import PackedBlock, PackedLinear, PackedStem, frozen, own_product, refuse
 from vitfast.stem import check_pixels
-from vitfast.timm_surface import given
 from vitfast.vit import ViT
 
 DTYPES = (torch.float32, torch.bfloat16)

@@ -28,8 +28,8 @@ class OnOps:
     def exportable(self, value: bool) -> None:
         for module in self.modules():
             if isinstance(module, OnOps):
-                module.__dict__.pop("_exportable", None)
-                module.__dict__ |= {"_exportable": True} if value else {}
+                held = vars(module)
+                held.update(_exportable=True) if value else held.pop("_exportable", None)
 
     @property
     def ops(self) -> ModuleType:

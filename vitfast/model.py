@@ -8,6 +8,7 @@ Shapes: B images, N tokens, D channels, H heads.
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,18 @@ def _norm_of_heads(norm: nn.Module, t: Tensor, using: ModuleType) -> Tensor:
     return norm(t.transpose(1, 2)).transpose(1, 2)
 
 
+def given(attn_mask: Tensor | None, is_causal: bool) -> dict[str, Any]:
+    """What a part is told of attention: only what was asked for, which one that somebody put there may not know.
+
+    Raises:
+        ValueError: both are asked for.
+    """
+    if attn_mask is not None and is_causal:
+        raise ValueError("is_causal must be False where attn_mask is given, got True: a mask can say the same")
+    how: dict[str, Any] = {} if attn_mask is None else {"attn_mask": attn_mask}
+    return how | ({"is_causal": True} if is_causal else {})
+
+
 def with_causal(mask: Tensor | None, is_causal: bool, x: Tensor) -> Tensor | None:
     """`mask`, or for tokens x [B, N, D] the mask [N, N] under which a token attends to itself and those before it.
 
@@ -55,8 +68,7 @@ def with_causal(mask: Tensor | None, is_causal: bool, x: Tensor) -> Tensor | Non
     refuse_proxy(x)
     if not is_causal:
         return mask
-    if mask is not None:
-        raise ValueError("is_causal must be False where attn_mask is given, got True: a mask can say the same")
+    given(mask, is_causal)
     return torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril_()
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vitfast.layers import DropPath, run_norm
-from vitfast.model import Mlp, with_causal
+from vitfast.model import Mlp, given
 from vitfast.ops.mlp import RECOMPUTE
 from vitfast.switches import refuse_proxy
 from vitfast.weights.pos_embed import resample_pos_embed
@@ -30,12 +30,6 @@ def say_mask_is_stock() -> None:
         warnings.warn(
             "attn_mask: attention runs as torch's scaled_dot_product_attention, not as vitfast's op", stacklevel=5
         )
-
-
-def given(attn_mask: Tensor | None, is_causal: bool) -> dict[str, Any]:
-    """What a block is told of attention: only what was asked for, which one that somebody put there may not know."""
-    how: dict[str, Any] = {} if attn_mask is None else {"attn_mask": attn_mask}
-    return how | ({"is_causal": True} if is_causal else {})
 
 
 class TimmSurface:
@@ -127,7 +121,6 @@ class TimmSurface:
         B, grid, how = x.shape[0], self._grid_of(x), given(attn_mask, is_causal)
         x, found = self.embed(x), []
         if how:
-            with_causal(attn_mask, is_causal, x)  # says where both are asked for
             say_mask_is_stock()
         stop = max(wanted, default=-1) + 1 if stop_early else len(self.blocks)
         for i, block in enumerate(self.blocks[:stop]):

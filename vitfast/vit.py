@@ -14,10 +14,10 @@ from vitfast.config import ViTConfig
 from vitfast.fusion import any_global_hook, note_methods, plain, replaced, why_not_plain
 from vitfast.initialise import init_as_timm
 from vitfast.layers import LayerScale, OnOps, build_norm, norm_report, reasons_of, run_norm
-from vitfast.model import AttentionPool, Block, with_causal
+from vitfast.model import AttentionPool, Block, given
 from vitfast.stem import PatchEmbed
 from vitfast.switches import exporting, refuse_proxy
-from vitfast.timm_surface import TimmSurface, given, pool_of, say_mask_is_stock
+from vitfast.timm_surface import TimmSurface, pool_of, say_mask_is_stock
 from vitfast.weights import vit_pytorch
 from vitfast.weights.pos_embed import resample_pos_embed
 from vitfast.weights.state_dict import check_state_dict, copies, load_or_put_back, translates
@@ -223,7 +223,6 @@ class ViT(TimmSurface, OnOps, nn.Module):
         refuse_proxy(x)
         x, transformer = self.embed(x), watched(self, "transformer")
         if how:
-            with_causal(how.get("attn_mask"), "is_causal" in how, x)  # says where both are asked for
             say_mask_is_stock()
         return self._transform(x, keep, **how) if transformer is None else transformer(x, **how)
 

@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ def describe(device: torch.device | str = "cpu", packages: tuple[str, ...] = ())
     """
     device = torch.device(device)
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command_of(sys.argv),
         "date": now(),
         **commit(),
         **(_cuda(device) if device.type == "cuda" else {"device": cpu_name()}),
@@ -50,6 +50,19 @@ def describe(device: torch.device | str = "cpu", packages: tuple[str, ...] = ())
         "vitfast": vitfast.__version__,
         **{package: version(package) for package in (*PACKAGES, *packages)},
     }
+
+
+def command_of(arguments: Sequence[str]) -> str:
+    """The command line for a record: paths from the repository's root on, and of others their last part only."""
+
+    def short(text: str) -> str:
+        path = Path(text)
+        if not path.is_absolute():
+            return text
+        return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+
+    parts = (argument.rpartition("=") for argument in arguments)
+    return shlex.join(["python", *(before + sign + short(value) for before, sign, value in parts)])
 
 
 def now() -> str:
