@@ -10,7 +10,7 @@ VENV := .venv
 CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 # what decides which packages are installed and what is compiled; the package itself is installed editable
-INPUTS := pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
+INPUTS := pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*.* csrc/*/*.*)
 
 # pip names a hundred requirements that are met; only downloads, the install and errors (stderr) are news
 define install

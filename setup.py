@@ -26,13 +26,13 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
-SOURCES = ["bindings.cpp", "cpu_features.cpp"]
+SOURCES = ["bindings.cpp", "cpu/features.cpp"]
 # compiled once for each instruction set that the machine's architecture has; the CPU's best is chosen at run time
-KERNELS = "cpu_kernels.cpp"
+KERNELS = "cpu/kernels.cpp"
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
 X86_FLAGS = {"avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
-CUDA_SOURCES = ["patch_embed.cu", "cuda_probe.cu"]
-CUDA_BINDINGS = "bindings_cuda.cpp"
+CUDA_SOURCES = ["cuda/patch_embed.cu", "cuda/probe.cu"]
+CUDA_BINDINGS = "cuda/bindings.cpp"
 # sm_80 runs on 8.6 and 8.9 too; PTX of 90a would not run on anything newer, so compute_80 and compute_100 are kept
 ARCHS = "80+PTX;90a;100+PTX"
 
@@ -220,10 +220,11 @@ class BuildWhatIsPossible(build_ext):
         return report["openmp"]
 
     def compile(self, compiler: list[str], source: str, name: str, flags: list[str]) -> str:
-        """The object file of one source."""
-        target = str(self.object_dir() / name)
-        run([*compiler, "-c", str(CSRC / source), "-o", target, *flags])
-        return target
+        """The object file of one source, in the folder that its source is in: two sources may have one name."""
+        target = self.object_dir() / name
+        target.parent.mkdir(exist_ok=True)
+        run([*compiler, "-c", str(CSRC / source), "-o", str(target), f"-I{CSRC}", *flags])
+        return str(target)
 
     def object_dir(self) -> Path:
         folder = Path(self.build_temp)

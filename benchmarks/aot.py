@@ -2,7 +2,7 @@
 
     python benchmarks/aot.py [--arch 80 89 90 100] [--only NAME-PART] [--defaults] [--write]
 
-Prints a line for each configuration of each Triton kernel and for each kernel of csrc/*.cu: registers, stack, shared
+Prints a line for each configuration of each Triton kernel and for each kernel of csrc/cuda: registers, stack, shared
 memory, programs a multiprocessor, tensor core instructions, widths of loads, instructions behind the last product,
 barriers in the loop around it, why it is refused; then what differs from the record. --write, which
 takes all configurations, renews the record: without times in it, so that the same versions write the same file.
@@ -43,8 +43,7 @@ SCHEMA = 1
 # each has `compilations(arch)`
 KERNELS = ("attention", "layer_norm", "linear", "mlp")
 KERNEL_MODULES: tuple[str, ...] = tuple(f"vitfast.kernels.{name}" for name in KERNELS)
-CUDA_SOURCES = tuple(sorted(str(path) for path in (ROOT / "csrc").glob("*.cu")))
-CUDA_HEADERS = ("cuda_probe", "dtype", "patch_embed", "patch_geometry")
+CUDA_SOURCES = tuple(sorted(str(path) for path in (ROOT / "csrc").rglob("*.cu")))
 CRASHED = {"refused": ["does not compile: the compiler took its process down"]}
 
 
@@ -70,7 +69,7 @@ def kernel_jobs(modules: Iterable[str], archs: Iterable[int], *, defaults: bool 
 
 def cuda_jobs(sources: Iterable[str], archs: Iterable[int]) -> list[Job]:
     return [
-        Job(f"csrc/{Path(source).name} sm_{CUDA_ARCHS[arch]}", cuda_rows, (source, arch))
+        Job(key := f"{Path(source).relative_to(ROOT)} sm_{CUDA_ARCHS[arch]}", cuda_rows, (source, key, arch))
         for source in sources
         for arch in archs
         if arch in CUDA_ARCHS
@@ -128,8 +127,9 @@ def read(path: Path) -> dict[str, Any]:
 
 def sources() -> str:
     """A digest of the kernels' source: a record with another one is of other kernels."""
-    # headers that only kernels for CPUs include are none of these
-    of_cuda = [path for path in (ROOT / "csrc").glob("*.*") if ".cu" in path.suffix or path.stem in CUDA_HEADERS]
+    folders = [ROOT / "csrc" / name for name in ("cuda", "shared")]
+    # bindings are compiled into no kernel
+    of_cuda = [path for folder in folders for path in folder.rglob("*.*") if path.suffix != ".cpp"]
     return digest_of(sorted([*(ROOT / "vitfast" / "kernels").glob("*.py"), *of_cuda]))
 
 

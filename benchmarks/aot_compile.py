@@ -29,6 +29,7 @@ from triton.compiler import ASTSource
 
 from vitfast.kernels.compilation import Compilation
 
+CSRC = Path(__file__).resolve().parents[1] / "csrc"
 ARCHS = (80, 89, 90, 100)
 # bytes that one block may have, by CUDA's programming guide
 SHARED_LIMITS = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -200,18 +201,17 @@ def kernel_row(module: str, key: str, arch: int) -> dict[str, Row]:
     return {key: row | _described(found, gate(compilation, arch, found))}
 
 
-def cuda_rows(source: str, arch: int) -> dict[str, Row]:
+def cuda_rows(source: str, key: str, arch: int) -> dict[str, Row]:
     """Compile a .cu file for the architecture that setup.py has in the place of `arch`; a row for each kernel in it.
 
-    Where there is no nvcc, the row says "skipped".
+    A row's key is `key` and the kernel's name. Where there is no nvcc, the one of `key` says "skipped".
     """
-    file, name = Path(source), CUDA_ARCHS[arch]
-    key = f"{file.parent.name}/{file.name} sm_{name}"
     nvcc = shutil.which(os.environ.get("NVCC", "nvcc"))
     if nvcc is None:
         return {key: {"skipped": NO_NVCC}}
     with tempfile.TemporaryDirectory() as folder:
-        command = [nvcc, *NVCC_FLAGS, f"-arch=sm_{name}", "-cubin", source, "-o", f"{folder}/kernels.cubin"]
+        command = [nvcc, *NVCC_FLAGS, f"-I{CSRC}", f"-arch=sm_{CUDA_ARCHS[arch]}", "-cubin", source]
+        command += ["-o", f"{folder}/kernels.cubin"]
         done = subprocess.run([*command, "--keep", "--keep-dir", folder], capture_output=True, text=True)
         if done.returncode:
             said = done.stderr or done.stdout

@@ -40,7 +40,7 @@ def extension(run: Run, stage: Stage, budget_s: float) -> Outcome:
     cuda = run.device.type == "cuda"
     there = (ROOT / "vitfast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").exists()
     # what was built stays in the tree while its sources may be replaced; what could not be built is not tried again
-    sources = tuning_cache.digest_of([ROOT / "setup.py", *sorted((ROOT / "csrc").glob("*"))])
+    sources = tuning_cache.digest_of([ROOT / "setup.py", *sorted((ROOT / "csrc").rglob("*.*"))])
     built_from, wanted = ROOT / "build" / "built_from", f"{sources} {nvcc()}"
     if built_from.exists():
         known = built_from.read_text() == wanted

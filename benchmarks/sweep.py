@@ -265,7 +265,7 @@ def read(path: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def kernels_digest() -> str:
     """Changes with the source of any kernel, or of what launches it."""
-    return tuning_cache.digest_of(sorted([*(ROOT / "vitfast" / "kernels").glob("*.py"), *(ROOT / "csrc").glob("*.*")]))
+    return tuning_cache.digest_of(sorted([*(ROOT / "vitfast" / "kernels").glob("*.py"), *(ROOT / "csrc").rglob("*.*")]))
 
 
 def main(argv: list[str] | None = None) -> int:

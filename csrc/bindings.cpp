@@ -1,5 +1,5 @@
 // Python's view of the extension. No torch header anywhere in csrc: it builds without torch and survives its upgrades.
-// Tensors arrive as addresses, sizes and strides; vitfast/native.py is the only caller and checks them.
+// Tensors arrive as addresses, sizes and strides; vitfast/kernels/cpu is the only caller and checks them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -7,11 +7,11 @@
 #include <optional>
 #include <tuple>
 
-#include "cpu_features.h"
-#include "cpu_kernels.h"
+#include "cpu/features.h"
+#include "cpu/kernels.h"
 #ifdef VITFAST_CUDA
-#include "bindings_cuda.h"
-#include "cuda_probe.h"
+#include "cuda/bindings.h"
+#include "cuda/probe.h"
 #endif
 
 namespace py = pybind11;

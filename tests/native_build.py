@@ -88,7 +88,7 @@ def kernels_on_host(folder):
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
             includes = [pybind11.get_include(), sysconfig.get_path("include"), CSRC, PROGRAMS]
-            sources = [PROGRAMS / "cuda_kernels_on_host.cpp", CSRC / "bindings_cuda.cpp"]
+            sources = [PROGRAMS / "cuda_kernels_on_host.cpp", CSRC / "cuda" / "bindings.cpp"]
             flags = [*HOST_FLAGS, "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-x", "c++"]
             flags += [f"-I{path}" for path in includes]
             built = _run([*find_compiler().split(), *flags, *sources, "-o", target])

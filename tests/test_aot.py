@@ -81,7 +81,7 @@ def test_a_cuda_kernel_is_refused_or_not_the_recorded_one():
     rows = {}
     for job in aot.cuda_jobs(aot.CUDA_SOURCES, [80]):
         rows |= job.work(*job.arguments)
-    assert {key.split()[0] for key in rows} == {f"csrc/{path.name}" for path in (ROOT / "csrc").glob("*.cu")}
+    assert {key.split()[0] for key in rows} == {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cu")}
     if NVCC is None:
         assert all(row == {"skipped": NO_NVCC} for row in rows.values())
         return
@@ -400,19 +400,19 @@ def test_a_cuda_kernel_that_spills_passes(tmp_path, monkeypatch):
         "for (int i = 0; i < 64; ++i) x[i * 1024 + threadIdx.x] = a[i]; }\n"
     )
     if NVCC is None:
-        (row,) = cuda_rows(str(file), 90).values()
+        (row,) = cuda_rows(str(file), "sample", 90).values()
         assert row == {"skipped": NO_NVCC}
         return
     for arch in CUDA_ARCHS:
-        rows = {key.split()[-1]: row for key, row in cuda_rows(str(file), arch).items()}
+        rows = {key.split()[-1]: row for key, row in cuda_rows(str(file), "sample", arch).items()}
         fine, spilling = rows["fine"], rows["spilling"]
         assert "refused" not in fine and fine["shared"] == 4096 and "1 ld 16" in fine["loads"]
         assert spilling["registers"] <= 32 and spilling["refused"][0].startswith("spills: ")
     file.write_text("__global__ void broken() { nothing; }")
-    (row,) = cuda_rows(str(file), 80).values()
+    (row,) = cuda_rows(str(file), "sample", 80).values()
     assert 'identifier "nothing" is undefined' in row["refused"][0]
     monkeypatch.setenv("NVCC", "/nowhere/nvcc")
-    assert list(cuda_rows(str(file), 90).values()) == [{"skipped": NO_NVCC}]
+    assert list(cuda_rows(str(file), "sample", 90).values()) == [{"skipped": NO_NVCC}]
 
 
 # the command

@@ -7,6 +7,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import venv
 import zipfile
@@ -64,6 +65,12 @@ def sdist(tmp_path_factory):
     assert code == 0, said
     (file,) = folder.glob("*.tar.gz")
     return file
+
+
+def test_source_is_not_in_the_sdist(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()} <= names
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +285,8 @@ fi
 """
 
 
-def test_source_waits_for_the_longest(tmp_path):
+def test_source_waits_for_the_longest_or_overwrites_another_object(tmp_path):
+    """Folders have sources of one name."""
     compiler, log = tmp_path / "compiler", tmp_path / "log"
     compiler.write_text(SLOW.format(log=log))
     compiler.chmod(0o755)
@@ -291,8 +299,9 @@ def test_source_waits_for_the_longest(tmp_path):
     )  # fmt: skip
     assert status == 0, said
     lines = log.read_text().splitlines()
-    assert lines.index("end csrc/patch_embed.cu") == len(lines) - 1
-    assert {"begin csrc/cuda_probe.cu", "begin csrc/bindings.cpp", "begin csrc/bindings_cuda.cpp"} < {*lines}
+    assert lines.index("end csrc/cuda/patch_embed.cu") == len(lines) - 1
+    assert {"begin csrc/cuda/probe.cu", "begin csrc/bindings.cpp", "begin csrc/cuda/bindings.cpp"} < {*lines}
+    assert len([*(tmp_path / "temp").rglob("*.o")]) == sum(line.startswith("begin") for line in lines)
 
 
 def test_cuda_source_that_does_not_compile_costs_more_than_the_cuda_part(builder, sdist, tmp_path):

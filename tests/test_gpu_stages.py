@@ -89,12 +89,13 @@ def test_row_does_not_say_which_tables_it_was_timed_with(a_run, monkeypatch):
     assert [row["notes"]["tables"] for row in written(run)["rows"]] == ["old", "new"]
 
 
-def test_extension_of_sources_that_were_changed_is_kept(a_run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("source", ["a.cpp", "cuda/a.cu"])
+def test_extension_of_sources_that_were_changed_is_kept(source, a_run, tmp_path, monkeypatch):
     """What is built stays in the tree when a later call brings other sources."""
-    built, sources = [], tmp_path / "csrc" / "a.cu"
+    built, sources = [], tmp_path / "csrc" / source
     library = tmp_path / "vitfast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     for file in (sources, library):
-        file.parent.mkdir()
+        file.parent.mkdir(parents=True)
         file.write_text("one")
     (tmp_path / "setup.py").touch()
     monkeypatch.setattr(gpu_stages, "ROOT", tmp_path)

@@ -17,14 +17,14 @@ def test_two_pixels_share_a_place_or_one_is_out_of_range(tmp_path):
 @every_isa
 def test_patch_rows_touches_a_byte_beside_its_image_or_rows(isa, tmp_path):
     """Whole vectors at the end of a view, a wrong line for some stride; also another result than the plain loop's."""
-    assert run_sanitized("check_patch_rows.cpp", tmp_path, isa, ["cpu_kernels.cpp"]) == "ok\n"
+    assert run_sanitized("check_patch_rows.cpp", tmp_path, isa, ["cpu/kernels.cpp"]) == "ok\n"
 
 
 @pytest.mark.slow
 @every_isa
 def test_kernel_touches_a_byte_beside_its_tensors(isa, tmp_path):
     """Whole vectors at the end of a view, sizes that fill no panel; also another result than plain loops in double."""
-    assert run_sanitized("check_kernels.cpp", tmp_path, isa, ["cpu_kernels.cpp"]) == "ok\n"
+    assert run_sanitized("check_kernels.cpp", tmp_path, isa, ["cpu/kernels.cpp"]) == "ok\n"
 
 
 SANITIZERS = ["address,undefined", "thread"]
@@ -39,7 +39,7 @@ def test_kernel_for_gpus_races_or_touches_a_byte_beside_its_tensors(sanitizers, 
     assert (done.returncode, done.stdout) == (0, "ok\n"), done.stdout[-2000:] + done.stderr[-4000:]
 
 
-# file, what stands there, what is planted in its place, who sees it
+# file of csrc/cuda, what stands there, what is planted in its place, who sees it
 PLANTED = {
     "barrier of a step": (
         "patch_embed.cuh", "      __syncthreads();\n      const int next", "      const int next", "thread"
@@ -68,8 +68,8 @@ PLANTED = {
 def test_planted_bug_in_a_kernel_for_gpus_is_not_seen(name, tmp_path):
     file, right, wrong, sanitizers = PLANTED[name]
     shutil.copytree(CSRC, tmp_path / "csrc")
-    source = (tmp_path / "csrc" / file).read_text()
+    source = (tmp_path / "csrc" / "cuda" / file).read_text()
     assert source.count(right) == 1
-    (tmp_path / "csrc" / file).write_text(source.replace(right, wrong))
+    (tmp_path / "csrc" / "cuda" / file).write_text(source.replace(right, wrong))
     done = run_kernels_on_host(tmp_path, sanitizers, trials=4, csrc=tmp_path / "csrc")
     assert done.returncode, f"{name}: {done.stdout}"

@@ -45,8 +45,8 @@ KERNELS: dict[str, str] = {
     "added_linear": "kernels/linear_product.py",
     "mlp": "kernels/linear_product.py",
     "mlp_backward": "kernels/linear_product.py",
-    "patch_embed": "csrc/patch_embed.cuh",
-    "patch_embed_backward": "csrc/patch_gradient.cuh",
+    "patch_embed": "csrc/cuda/patch_embed.cuh",
+    "patch_embed_backward": "csrc/cuda/patch_gradient.cuh",
 }
 
 

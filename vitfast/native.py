@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vitfast import extension
 
-# as in csrc/cpu_kernels.h
+# as in csrc/cpu/kernels.h
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "quick_gelu": 2, "silu": 3}
 PATCH_ORDERS = {"chw": 0, "hwc": 1}

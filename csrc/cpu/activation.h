@@ -1,9 +1,9 @@
 // Elementwise activations: GELU with erf and with tanh, quick GELU, SiLU.
 #pragma once
 
-#include "cpu_kernels.h"
-#include "parallel.h"
-#include "simd.h"
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "cpu/simd.h"
 
 namespace {
 

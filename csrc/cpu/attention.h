@@ -5,10 +5,10 @@
 
 #include <math.h>
 
-#include "cpu_kernels.h"
-#include "parallel.h"
-#include "tile_cpu.h"
-#include "workspace.h"
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "cpu/tile.h"
+#include "cpu/workspace.h"
 
 namespace {
 

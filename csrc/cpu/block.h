@@ -2,8 +2,8 @@
 // attention.
 #pragma once
 
-#include "attention_cpu.h"
-#include "linear_cpu.h"
+#include "cpu/attention.h"
+#include "cpu/linear.h"
 
 namespace {
 

@@ -1,4 +1,4 @@
-#include "cpu_features.h"
+#include "cpu/features.h"
 
 #if defined(__x86_64__) && defined(__linux__)
 #include <cpuid.h>

@@ -1,13 +1,13 @@
 // Compiled once per instruction set, with its compiler flags and VITFAST_ISA as its name: one table of kernels each.
-#include "cpu_kernels.h"
+#include "cpu/kernels.h"
 
-#include "activation_cpu.h"
-#include "attention_cpu.h"
-#include "block_cpu.h"
-#include "embed_cpu.h"
-#include "layer_norm_cpu.h"
-#include "linear_cpu.h"
-#include "patch_rows_cpu.h"
+#include "cpu/activation.h"
+#include "cpu/attention.h"
+#include "cpu/block.h"
+#include "cpu/layer_norm.h"
+#include "cpu/linear.h"
+#include "cpu/patch_embed.h"
+#include "cpu/patch_rows.h"
 
 #define VITFAST_CONCATENATE(a, b) a##b
 #define VITFAST_TABLE(isa) VITFAST_CONCATENATE(kernels_, isa)

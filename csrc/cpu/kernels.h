@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
-#include "dtype.h"
-#include "patch_geometry.h"
+#include "shared/dtype.h"
+#include "shared/patch_geometry.h"
 
 namespace vitfast {
 

@@ -3,9 +3,9 @@
 
 #include <math.h>
 
-#include "cpu_kernels.h"
-#include "parallel.h"
-#include "simd.h"
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "cpu/simd.h"
 
 namespace {
 

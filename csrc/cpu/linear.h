@@ -3,12 +3,12 @@
 // between the two products of an MLP nothing goes to memory.
 #pragma once
 
-#include "activation_cpu.h"
-#include "cpu_kernels.h"
-#include "layer_norm_cpu.h"
-#include "parallel.h"
-#include "tile_cpu.h"
-#include "workspace.h"
+#include "cpu/activation.h"
+#include "cpu/kernels.h"
+#include "cpu/layer_norm.h"
+#include "cpu/parallel.h"
+#include "cpu/tile.h"
+#include "cpu/workspace.h"
 
 namespace {
 

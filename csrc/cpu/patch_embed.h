@@ -4,8 +4,8 @@
 
 #include <cstring>
 
-#include "linear_cpu.h"
-#include "patch_rows_cpu.h"
+#include "cpu/linear.h"
+#include "cpu/patch_rows.h"
 
 namespace {
 

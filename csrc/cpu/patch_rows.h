@@ -5,10 +5,10 @@
 #include <cstdlib>
 #include <new>
 
-#include "cpu_kernels.h"
-#include "parallel.h"
-#include "patch_geometry.h"
-#include "simd.h"
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "cpu/simd.h"
+#include "shared/patch_geometry.h"
 
 namespace {
 

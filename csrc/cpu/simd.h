@@ -1,5 +1,5 @@
 // One vector type for every instruction set: GCC's and clang's vector extensions, as wide as this translation unit is
-// compiled for. cpu_kernels.cpp includes this once per instruction set; everything is in an unnamed namespace and no
+// compiled for. kernels.cpp includes this once per instruction set; everything is in an unnamed namespace and no
 // template of the standard library is used, because the linker would merge their AVX-512 code into the portable one.
 #pragma once
 

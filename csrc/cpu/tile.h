@@ -1,7 +1,7 @@
 // The product inside attention and linear layers: a tile of rows times a panel of packed columns, sums in registers.
 #pragma once
 
-#include "simd.h"
+#include "cpu/simd.h"
 
 namespace {
 

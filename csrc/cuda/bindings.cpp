@@ -1,12 +1,12 @@
-// Python's view of the kernels for GPUs; vitfast/kernels/patch_embed.py is the only caller and checks what it gives.
-#include "bindings_cuda.h"
+// Python's view of the kernels for GPUs; vitfast/kernels/cuda is the only caller and checks what it gives.
+#include "cuda/bindings.h"
 
 #include <pybind11/stl.h>
 
 #include <array>
 #include <tuple>
 
-#include "patch_embed.h"
+#include "cuda/patch_embed.h"
 
 namespace py = pybind11;
 using namespace vitfast;

@@ -1,9 +1,9 @@
-#include "patch_embed.h"
+#include "cuda/patch_embed.h"
 
-#include "patch_embed.cuh"
-#include "patch_gradient.cuh"
-#include "patch_launch.cuh"
-#include "patch_rows.cuh"
+#include "cuda/patch_embed.cuh"
+#include "cuda/patch_gradient.cuh"
+#include "cuda/patch_launch.cuh"
+#include "cuda/patch_rows.cuh"
 
 namespace vitfast {
 namespace {

@@ -2,9 +2,9 @@
 // before it is multiplied, bias and positions are added to the sums, and each token is written once.
 #pragma once
 
-#include "device.cuh"
-#include "patch_embed.h"
-#include "patch_pixels.cuh"
+#include "cuda/device.cuh"
+#include "cuda/patch_embed.h"
+#include "cuda/patch_pixels.cuh"
 
 namespace vitfast {
 namespace {

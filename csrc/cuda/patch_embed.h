@@ -7,8 +7,8 @@
 #include <string>
 #include <vector>
 
-#include "dtype.h"
-#include "patch_geometry.h"
+#include "shared/dtype.h"
+#include "shared/patch_geometry.h"
 
 namespace vitfast {
 

@@ -3,9 +3,9 @@
 // result is the same in every run.
 #pragma once
 
-#include "device.cuh"
-#include "patch_embed.h"
-#include "patch_pixels.cuh"
+#include "cuda/device.cuh"
+#include "cuda/patch_embed.h"
+#include "cuda/patch_pixels.cuh"
 
 namespace vitfast {
 namespace {

@@ -3,11 +3,11 @@
 
 #include <cstdint>
 
-#include "device.cuh"
-#include "patch_embed.cuh"
-#include "patch_embed.h"
-#include "patch_gradient.cuh"
-#include "patch_rows.cuh"
+#include "cuda/device.cuh"
+#include "cuda/patch_embed.cuh"
+#include "cuda/patch_embed.h"
+#include "cuda/patch_gradient.cuh"
+#include "cuda/patch_rows.cuh"
 
 namespace vitfast {
 namespace {

@@ -2,9 +2,9 @@
 // multiplied. Three ways to read them: side by side in a channel, side by side with their channels, one by one.
 #pragma once
 
-#include "device.cuh"
-#include "patch_embed.h"
-#include "patch_geometry.h"
+#include "cuda/device.cuh"
+#include "cuda/patch_embed.h"
+#include "shared/patch_geometry.h"
 
 namespace vitfast {
 namespace {

@@ -1,9 +1,9 @@
 // Images -> rows of pixels in memory, [patches, C * ph * pw]: for what multiplies them elsewhere, as the weight's gradient.
 #pragma once
 
-#include "device.cuh"
-#include "patch_embed.h"
-#include "patch_pixels.cuh"
+#include "cuda/device.cuh"
+#include "cuda/patch_embed.h"
+#include "cuda/patch_pixels.cuh"
 
 namespace vitfast {
 namespace {

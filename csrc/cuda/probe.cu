@@ -1,6 +1,6 @@
 #include <cuda_runtime_api.h>
 
-#include "cuda_probe.h"
+#include "cuda/probe.h"
 
 namespace vitfast {
 

@@ -1,5 +1,5 @@
 // All kernels but patch rows against plain loops in double, on buffers of exactly the size they may touch.
-#include "cpu_kernels.h"
+#include "cpu/kernels.h"
 
 #include <cmath>
 #include <cstring>

@@ -1,7 +1,7 @@
 // The kernels of patch embedding, run on the host, beside plain loops in double: random sizes, patches, strides and
 // number types, with memory that is exactly as large as it has to be. A few of each kind: every reader of pixels, every
 // way to multiply. An argument is how many trials.
-#include "patch_launch.cuh"
+#include "cuda/patch_launch.cuh"
 
 #include <cmath>
 

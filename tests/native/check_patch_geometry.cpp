@@ -1,5 +1,5 @@
 // Pixels <-> places in rows is a bijection for random sizes, patches, strides and prefixes, and nothing is out of range.
-#include "patch_geometry.h"
+#include "shared/patch_geometry.h"
 
 #include "random_layout.h"
 

@@ -1,5 +1,5 @@
 // The kernel patch_rows against a loop over patch_geometry.h, on buffers of exactly the size it may touch.
-#include "cpu_kernels.h"
+#include "cpu/kernels.h"
 
 #include <cstring>
 

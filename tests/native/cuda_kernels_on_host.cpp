@@ -1,6 +1,6 @@
 // The kernels for GPUs as a Python module that runs them on the host, with the bindings and launchers of the real one.
-#include "bindings_cuda.h"
-#include "patch_embed.cu"
+#include "cuda/bindings.h"
+#include "cuda/patch_embed.cu"
 
 PYBIND11_MODULE(cuda_kernels_on_host, m) {
   bind_cuda(m);

@@ -1,6 +1,6 @@
-// A GPU's words on the host: csrc/*.cu compiled with this runs block by block, each CUDA thread as a fiber that runs until
-// it has to wait for others. What a GPU leaves open is taken at its worst: copies and wgmma happen when they are waited
-// for, shared memory begins as NaN, and what needs an alignment or a fence stops the program where that is missing.
+// A GPU's words on the host: csrc/cuda compiled with this runs block by block, each CUDA thread as a fiber that runs
+// until it has to wait for others. What a GPU leaves open is taken at its worst: copies and wgmma happen when they are
+// waited for, shared memory begins as NaN, and what needs an alignment or a fence stops the program where that is missing.
 // Under the thread sanitizer every fiber is a thread of its own, and only __syncthreads orders them: mma does not.
 #pragma once
 

@@ -1,4 +1,4 @@
-"""Starts the CUDA kernels of patch embedding: csrc/patch_embed.cuh and csrc/patch_rows.cuh, by `vitfast._C.cuda`.
+"""Starts the CUDA kernels of patch embedding: patch_embed.cuh and patch_rows.cuh of csrc/cuda, by `vitfast._C.cuda`.
 
 The extension has no torch in it: tensors go there as addresses, sizes and strides, and a cudaError_t comes back.
 """

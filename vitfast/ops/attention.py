@@ -292,7 +292,7 @@ _EXTRAS = "float scale, Tensor? lengths=None, float dropout_p=0.0, Tensor? seed=
 
 _attention = _register.op(
     f"attention(Tensor q, Tensor k, Tensor v, {_EXTRAS}) -> (Tensor, Tensor)",
-    cpu=run.attention_cpu, cuda=run.attention_cuda, fake=_attention_fake, cpu_kernel="csrc/attention_cpu.h",
+    cpu=run.attention_cpu, cuda=run.attention_cuda, fake=_attention_fake, cpu_kernel="csrc/cpu/attention.h",
     cuda_kernel="attention",
 )  # fmt: skip
 _attention_backward = _register.op(
@@ -304,7 +304,7 @@ _attention_backward = _register.op(
 _register.autograd("attention", setup_context=_setup_attention, backward=_attention_grad)
 _attention_qkv = _register.op(
     f"attention_qkv(Tensor qkv, {_EXTRAS}) -> (Tensor, Tensor)",
-    cpu=run.attention_qkv_cpu, cuda=run.attention_qkv_cuda, cpu_kernel="csrc/attention_cpu.h",
+    cpu=run.attention_qkv_cpu, cuda=run.attention_qkv_cuda, cpu_kernel="csrc/cpu/attention.h",
     cuda_kernel="attention",
     fake=lambda qkv, *others: _attention_fake(*qkv.unbind(2), *others),
 )  # fmt: skip

@@ -214,7 +214,7 @@ _formulas = stock.attention_formula, stock.attention_formula_backward
 _varlen = _register.op(
     f"attention_varlen(Tensor q, Tensor k, Tensor v, {_STARTS}, {_EXTRAS}) -> (Tensor, Tensor)",
     cpu=_forward(stock.attention_cpu, _formulas[0]), cuda=_forward(stock.attention_cuda, _formulas[0]), fake=_fake,
-    cpu_kernel="csrc/attention_cpu.h", cuda_kernel="attention",
+    cpu_kernel="csrc/cpu/attention.h", cuda_kernel="attention",
 )  # fmt: skip
 _varlen_backward = _register.op(
     "attention_varlen_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "

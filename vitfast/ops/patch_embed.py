@@ -397,7 +397,7 @@ _patch_embed = _register.op(
     "patch_embed(Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix, Tensor? mean,"
     " Tensor? std) -> Tensor",
     cpu=_patch_embed_kernel if _launch.INTERPRETED else _patch_embed_cpu, cuda=_patch_embed_kernel,
-    fake=_patch_embed_fake, cpu_kernel="csrc/patch_rows_cpu.h", cuda_kernel="patch_embed",
+    fake=_patch_embed_fake, cpu_kernel="csrc/cpu/patch_rows.h", cuda_kernel="patch_embed",
 )  # fmt: skip
 _patch_embed_backward = _register.op(
     "patch_embed_backward(Tensor grad, Tensor images, Tensor weight, Tensor? pos_embed, Tensor? prefix, Tensor? mean,"
@@ -410,6 +410,6 @@ _register.autograd("patch_embed", setup_context=_setup, backward=_patch_embed_gr
 _image_rows = _register.op(
     "image_rows(Tensor images, int[] patch, ScalarType dtype, Tensor? mean, Tensor? std, str order) -> Tensor",
     cpu=_image_rows_kernel if _launch.INTERPRETED else _image_rows_cpu, cuda=_image_rows_kernel, fake=_image_rows_fake,
-    cpu_kernel="csrc/patch_rows_cpu.h", cuda_kernel="patch_embed",
+    cpu_kernel="csrc/cpu/patch_rows.h", cuda_kernel="patch_embed",
 )  # fmt: skip
 _register.no_gradient("image_rows")

@@ -221,7 +221,7 @@ def _packed_grad(ctx, grad):
 _packed = _register.op(
     "patch_embed_packed(Tensor[] images, Tensor weight, Tensor? bias, Tensor? positions, Tensor? prefix,"
     " Tensor? mean, Tensor? std) -> Tensor",
-    cpu=_packed_run, cuda=_packed_run, fake=_packed_fake, cpu_kernel="csrc/patch_rows_cpu.h", cuda_kernel="patch_embed",
+    cpu=_packed_run, cuda=_packed_run, fake=_packed_fake, cpu_kernel="csrc/cpu/patch_rows.h", cuda_kernel="patch_embed",
 )  # fmt: skip
 _packed_backward = _register.op(
     "patch_embed_packed_backward(Tensor grad, Tensor[] images, Tensor weight, Tensor? positions, Tensor? prefix,"
