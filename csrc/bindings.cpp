@@ -73,7 +73,10 @@ using Packed = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t>;  // cells, bi
 
 LayerNormArgs layer_norm_of(const Norm& norm, int64_t D, DType dtype) {
   const auto& [weight, bias, eps] = norm;
-  return {nullptr, nullptr, reinterpret_cast<const void*>(weight), reinterpret_cast<const void*>(bias), 0, D, eps, dtype, 1};
+  LayerNormArgs args{};
+  args.weight = reinterpret_cast<const void*>(weight), args.bias = reinterpret_cast<const void*>(bias);
+  args.D = D, args.eps = eps, args.dtype = dtype, args.threads = 1;
+  return args;
 }
 
 PackedWeight packed_weight(const Packed& weight) {
@@ -100,7 +103,8 @@ void mlp(const CpuKernels& kernels, uintptr_t x, const Norm& norm, const Packed&
                reinterpret_cast<void*>(out), rows, dtype, act, threads});
 }
 
-using BlockWeights = std::tuple<Norm, Packed, Packed, Norm, Packed, Packed, int>;  // norm1, qkv, proj, norm2, fc1, fc2, act
+// norm1, qkv, proj, norm2, fc1, fc2, act
+using BlockWeights = std::tuple<Norm, Packed, Packed, Norm, Packed, Packed, int>;
 
 void block(const CpuKernels& kernels, uintptr_t x, const BlockWeights& weights, uintptr_t out, int64_t B, int64_t N,
            int64_t H, int64_t D, float scale, int dtype_number, int threads) {

@@ -277,9 +277,9 @@ __device__ __forceinline__ void write_numbers(const float (&v)[CHUNK], void* ten
   if (dtype == DType::fp32) {
 #pragma unroll
     for (int e = 0; e < CHUNK; e += 4) {
+      auto* const four = reinterpret_cast<Bytes16*>(to + 4 * e);
       if (wide)
-        *reinterpret_cast<Bytes16*>(to + 4 * e) = {
-            {as_bits(v[e]), as_bits(v[e + 1]), as_bits(v[e + 2]), as_bits(v[e + 3])}};
+        *four = {{as_bits(v[e]), as_bits(v[e + 1]), as_bits(v[e + 2]), as_bits(v[e + 3])}};
       else
         for (int i = e; i < e + 4; ++i)
           if (i < count) reinterpret_cast<float*>(to)[i] = v[i];

@@ -65,7 +65,8 @@ Case drawn(DType from, int64_t side, bool interleaved, bool any_layout) {
   } else {
     c.span = lay_out(sizes, interleaved ? std::vector<int>{1, 3, 2, 0} : std::vector<int>{3, 2, 1, 0}, false, strides);
   }
-  c.g = {sizes[1], sizes[2], sizes[3], ph, pw, draw(0, 2), PatchOrder::chw, strides[0], strides[1], strides[2], strides[3]};
+  const int64_t P = draw(0, 2);
+  c.g = {sizes[1], sizes[2], sizes[3], ph, pw, P, PatchOrder::chw, strides[0], strides[1], strides[2], strides[3]};
   return c;
 }
 
@@ -78,11 +79,14 @@ void check(const Case& c, DType dtype, DType to) {
   images.fill(1), weight.fill(0.2), bias.fill(1), positions.fill(1), prefix.fill(1), mean.fill(0.5);
   for (int64_t i = 0; i < g.C; ++i) reinterpret_cast<float*>(std.memory)[i] = 0.25f + 0.125f * static_cast<float>(i % 3);
   const bool normalises = c.from == DType::uint8;
-  const float *const m = reinterpret_cast<float*>(mean.memory), *const s = reinterpret_cast<float*>(std.memory);
-  const ImagesArgs given{g, images.memory, c.B, c.from, normalises ? m : nullptr, normalises ? s : nullptr, {}, nullptr,
-                         c.B * N};
-  const PatchEmbedArgs args{given, weight.memory, bias.memory, c.D, dtype, positions.memory, DType::fp32,
-                            P ? prefix.memory : nullptr, 0, nullptr, dtype, tokens.memory, to, 0, 0, nullptr};
+  const float* const m = normalises ? reinterpret_cast<float*>(mean.memory) : nullptr;
+  const float* const s = normalises ? reinterpret_cast<float*>(std.memory) : nullptr;
+  PatchEmbedArgs args{};
+  args.images = {g, images.memory, c.B, c.from, m, s, {}, nullptr, c.B * N};
+  args.weight = weight.memory, args.bias = bias.memory, args.D = c.D, args.dtype = dtype;
+  args.positions = positions.memory, args.positions_dtype = DType::fp32;
+  args.prefix = P ? prefix.memory : nullptr, args.prefix_dtype = dtype;
+  args.tokens = tokens.memory, args.tokens_dtype = to;
   REQUIRE((embed_with<Product, Pixels>(args, embedding_of(args)) == cudaSuccess), "it did not start");
 
   const double eps = to == DType::fp32 && dtype == DType::fp32 ? 1e-5 : dtype == DType::bf16 ? 2e-2 : 3e-3;
@@ -110,8 +114,8 @@ void check_gradient(const Case& c, DType dtype) {
   Numbers images(c.from, c.span), grad(dtype, c.B * (g.P + N) * c.D), parts(DType::fp32, splits * c.D * K), sum(dtype, c.D * K);
   images.fill(1), grad.fill(0.2);
   const ImagesArgs given{g, images.memory, c.B, c.from, nullptr, nullptr, {}, nullptr, c.B * N};
-  const WeightGradientArgs args{given, grad.memory, c.D, dtype, reinterpret_cast<float*>(parts.memory), splits, sum.memory,
-                                0, nullptr};
+  float* const partial = reinterpret_cast<float*>(parts.memory);
+  const WeightGradientArgs args{given, grad.memory, c.D, dtype, partial, splits, sum.memory, 0, nullptr};
   REQUIRE((gradient_with<T, Pixels>(args, gradient_of(args)) == cudaSuccess), "it did not start");
   for (int64_t d = 0; d < c.D; ++d)
     for (int64_t k = 0; k < K; ++k) {

@@ -86,7 +86,8 @@ int main() {
     const int64_t pw = side * draw(1, 2), C = step == 3 ? 3 : draw(1, 3), H = draw(1, 9);
     const int64_t W = draw(0, 3) ? side * draw(1, 4) : draw(1, 40);
     const int64_t gap = draw(0, 3) ? 0 : 16 * draw(0, 2) + draw(0, 1), line = W * step + gap, plane = H * line;
-    const PatchGeometry g{C, H, W, ph, pw, 0, PatchOrder::chw, plane * (step == 3 ? 1 : C), step == 3 ? 1 : plane, line, step};
+    const int64_t image = plane * (step == 3 ? 1 : C), channel = step == 3 ? 1 : plane;
+    const PatchGeometry g{C, H, W, ph, pw, 0, PatchOrder::chw, image, channel, line, step};
     loads += loads_together(g, 0, bytes, side, step);
     check_loads(g, 2, bytes, side, step);
   }

@@ -38,8 +38,9 @@ int main() {
     const int64_t span = lay_out(sizes, layout == 0 ? nchw : layout == 1 ? nhwc : random_order(4), draw(0, 1), strides);
     if (layout == 3) strides[draw(0, 3)] = 0;  // expanded
     PatchRowsArgs args{};
-    const PatchGeometry g{C, sizes[2], sizes[3], ph, pw, draw(0, 2), draw(0, 1) ? PatchOrder::chw : PatchOrder::hwc,
-                          strides[0], strides[1], strides[2], strides[3]};
+    const int64_t P = draw(0, 2);
+    const PatchOrder order = draw(0, 1) ? PatchOrder::chw : PatchOrder::hwc;
+    const PatchGeometry g{C, sizes[2], sizes[3], ph, pw, P, order, strides[0], strides[1], strides[2], strides[3]};
     args.geometry = g;
     args.B = B;
     args.from = dtypes[draw(0, 3)];
