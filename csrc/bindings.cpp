@@ -45,19 +45,24 @@ PatchRowsArgs patch_rows_args(uintptr_t images, const std::array<int64_t, 4>& sh
                               int order, uintptr_t rows, uintptr_t scale, uintptr_t shift, int from, int to,
                               int threads) {
   const auto [B, C, H, W] = shape;
-  const PatchGeometry geometry{C, H, W, patch[0], patch[1], P, static_cast<PatchOrder>(order),
-                               strides[0], strides[1], strides[2], strides[3]};
-  return {geometry, reinterpret_cast<const void*>(images), reinterpret_cast<void*>(rows),
-          reinterpret_cast<const float*>(scale), reinterpret_cast<const float*>(shift), B,
-          static_cast<DType>(from), static_cast<DType>(to), threads};
+  const PatchGeometry geometry{
+      C, H, W, patch[0], patch[1], P, static_cast<PatchOrder>(order), strides[0], strides[1], strides[2], strides[3]};
+  return {geometry,
+          reinterpret_cast<const void*>(images),
+          reinterpret_cast<void*>(rows),
+          reinterpret_cast<const float*>(scale),
+          reinterpret_cast<const float*>(shift),
+          B,
+          static_cast<DType>(from),
+          static_cast<DType>(to),
+          threads};
 }
 
 void patch_rows(const CpuKernels& kernels, uintptr_t images, const std::array<int64_t, 4>& shape,
                 const std::array<int64_t, 4>& strides, const std::array<int64_t, 2>& patch, int64_t P, int order,
                 uintptr_t rows, uintptr_t scale, uintptr_t shift, int from, int to, int threads) {
   py::gil_scoped_release release;
-  kernels.patch_rows(
-      patch_rows_args(images, shape, strides, patch, P, order, rows, scale, shift, from, to, threads));
+  kernels.patch_rows(patch_rows_args(images, shape, strides, patch, P, order, rows, scale, shift, from, to, threads));
 }
 
 void layer_norm(const CpuKernels& kernels, uintptr_t x, uintptr_t y, uintptr_t weight, uintptr_t bias, int64_t rows,
@@ -68,7 +73,7 @@ void layer_norm(const CpuKernels& kernels, uintptr_t x, uintptr_t y, uintptr_t w
                       static_cast<DType>(dtype), threads});
 }
 
-using Norm = std::tuple<uintptr_t, uintptr_t, float>;                // weight, bias, eps
+using Norm = std::tuple<uintptr_t, uintptr_t, float>;               // weight, bias, eps
 using Packed = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t>;  // cells, bias, K, D
 
 LayerNormArgs layer_norm_of(const Norm& norm, int64_t D, DType dtype) {
@@ -123,14 +128,14 @@ void embed(const CpuKernels& kernels, uintptr_t images, const std::array<int64_t
            uintptr_t prefix, uintptr_t tokens) {
   py::gil_scoped_release release;
   kernels.embed({patch_rows_args(images, shape, strides, patch, P, order, 0, scale, shift, from, to, threads),
-                 packed_weight(weight), reinterpret_cast<const void*>(positions),
-                 reinterpret_cast<const void*>(prefix), reinterpret_cast<void*>(tokens)});
+                 packed_weight(weight), reinterpret_cast<const void*>(positions), reinterpret_cast<const void*>(prefix),
+                 reinterpret_cast<void*>(tokens)});
 }
 
 void pack_weight(const CpuKernels& kernels, uintptr_t weight, uintptr_t packed, int64_t D, int64_t K, int dtype) {
   py::gil_scoped_release release;
-  kernels.pack_weight({reinterpret_cast<const void*>(weight), reinterpret_cast<void*>(packed), D, K,
-                       static_cast<DType>(dtype)});
+  kernels.pack_weight(
+      {reinterpret_cast<const void*>(weight), reinterpret_cast<void*>(packed), D, K, static_cast<DType>(dtype)});
 }
 
 // The tables that were built and that this CPU can run, best last.

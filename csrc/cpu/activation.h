@@ -10,8 +10,9 @@ namespace {
 using vitfast::Act;
 using vitfast::DType;
 
-// x Phi(x). Phi(x) = 1/2 + x p(x^2), p fitted by least squares on Chebyshev nodes (weight max(|x|, 2)) for |x| < 5.4, beyond which Phi is
-// 0 or 1 to fp32's accuracy. On normal x of spread 0.1 to 10 the rms error is 0.7 to 1.1 times that of torch's erf.
+// x Phi(x). Phi(x) = 1/2 + x p(x^2), p fitted by least squares on Chebyshev nodes (weight max(|x|, 2)) for |x| < 5.4,
+// beyond which Phi is 0 or 1 to fp32's accuracy. On normal x of spread 0.1 to 10 the rms error is 0.7 to 1.1 times that
+// of torch's erf.
 inline Floats gelu(Floats x) {
   const float limit = 5.4f;
   const Floats high = x > limit ? splat(limit) : x, inside = high < -limit ? splat(-limit) : high;

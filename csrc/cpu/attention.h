@@ -1,6 +1,6 @@
-// softmax(scale q k^T) v, one head at a time: its keys and values are packed once into panels that an inner product reads
-// in order; then a few query rows at a time get all their logits, the softmax and their output.
-// No online softmax: the logits of ROWS queries stay in the cache up to tens of thousands of keys.
+// softmax(scale q k^T) v, one head at a time: its keys and values are packed once into panels that an inner product
+// reads in order; then a few query rows at a time get all their logits, the softmax and their output. No online
+// softmax: the logits of ROWS queries stay in the cache up to tens of thousands of keys.
 #pragma once
 
 #include <math.h>
@@ -18,8 +18,8 @@ using vitfast::HeadsView;
 
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 
-// How many cells of a query and a key, or of weights and values, are summed up in one chain: in fp32 few, for exactness, but
-// chains of 16 in place of 64 would take a tenth longer; bf16 rounds more elsewhere.
+// How many cells of a query and a key, or of weights and values, are summed up in one chain: in fp32 few, for
+// exactness, but chains of 16 in place of 64 would take a tenth longer; bf16 rounds more elsewhere.
 template <class Cells>
 constexpr int64_t PIECE = Cells::numbers == 1 ? 64 : 512;
 
@@ -35,7 +35,8 @@ inline void multiply_panels(const Cell* a, int64_t a_row, const Cell* b, int64_t
   }
 }
 
-// Logits of one query -> weights times their sum, in place, 0 from n to padded; returns the sum, and the largest logit times log2 e.
+// Logits of one query -> weights times their sum, in place, 0 from n to padded; returns the sum, and the largest logit
+// times log2 e.
 inline float exponentiate(float* logits, int64_t n, int64_t padded, float scale, float* most) {
   const float factor = scale * LOG2_E;
   Floats high = splat(-INFINITY), sum = {};
@@ -187,9 +188,9 @@ class Attention {
   }
 
   const AttentionArgs& a;
-  const int64_t keys, width;        // Nk and D in whole vectors
-  const int64_t depth, key_depth;   // cells in D and Nk numbers
-  int64_t offset[8] = {};           // of k, v, q, logits, weights, out, row in a thread's workspace, and its size
+  const int64_t keys, width;       // Nk and D in whole vectors
+  const int64_t depth, key_depth;  // cells in D and Nk numbers
+  int64_t offset[8] = {};          // of k, v, q, logits, weights, out, row in a thread's workspace, and its size
 };
 
 inline void attention(const AttentionArgs& args) {

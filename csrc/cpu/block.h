@@ -1,5 +1,5 @@
-// A transformer block from the kernels of its parts: for one image, calling them one by one from Python takes as long as an
-// attention.
+// A transformer block from the kernels of its parts: for one image, calling them one by one from Python takes as long
+// as an attention.
 #pragma once
 
 #include "cpu/attention.h"

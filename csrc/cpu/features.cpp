@@ -43,7 +43,8 @@ std::map<std::string, bool> cpu_features() {
   const uint64_t state = saved_state();
   const bool ymm = (state & 0x6) == 0x6, zmm = (state & 0xe6) == 0xe6, tiles = (state & 0x60000) == 0x60000;
   const bool avx2 = ymm && bit(leaf7.ebx, 5) && bit(cpuid(1, 0).ecx, 12) && bit(cpuid(1, 0).ecx, 29);  // FMA, F16C
-  const bool avx512 = avx2 && zmm && bit(leaf7.ebx, 16) && bit(leaf7.ebx, 30) && bit(leaf7.ebx, 31) && bit(leaf7.ebx, 17);
+  const bool avx512 =
+      avx2 && zmm && bit(leaf7.ebx, 16) && bit(leaf7.ebx, 30) && bit(leaf7.ebx, 31) && bit(leaf7.ebx, 17);
   return {
       {"avx2", avx2},
       {"avx512", avx512},

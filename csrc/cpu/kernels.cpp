@@ -16,7 +16,16 @@
 
 namespace vitfast {
 
-const CpuKernels VITFAST_TABLE(VITFAST_ISA) = {
-    VITFAST_NAME(VITFAST_ISA), attention, activation, layer_norm, linear, mlp, pack_weight, block, embed, multiplies, patch_rows};
+const CpuKernels VITFAST_TABLE(VITFAST_ISA) = {VITFAST_NAME(VITFAST_ISA),
+                                               attention,
+                                               activation,
+                                               layer_norm,
+                                               linear,
+                                               mlp,
+                                               pack_weight,
+                                               block,
+                                               embed,
+                                               multiplies,
+                                               patch_rows};
 
 }  // namespace vitfast

@@ -29,8 +29,8 @@ struct AttentionArgs {
 struct PatchRowsArgs {
   PatchGeometry geometry;
   const void* images;
-  void* rows;           // [B, P + N, C * ph * pw], contiguous
-  const float* scale;   // [C]: uint8 pixels become x * scale + shift; null: they become floats
+  void* rows;          // [B, P + N, C * ph * pw], contiguous
+  const float* scale;  // [C]: uint8 pixels become x * scale + shift; null: they become floats
   const float* shift;
   int64_t B;
   DType from, to;  // to is fp32, bf16 or fp16
@@ -56,8 +56,8 @@ struct PackedWeight {
 constexpr int NO_ACT = -1;
 
 struct LinearArgs {
-  const void* x;        // [rows, K], contiguous
-  LayerNormArgs norm;   // of x: weight, bias, D and eps of it, if it
+  const void* x;       // [rows, K], contiguous
+  LayerNormArgs norm;  // of x: weight, bias, D and eps of it, if it
   bool normalises;
   PackedWeight weight;
   const void* residual;  // [residual_rows, D], contiguous, or null; begins again after its last row

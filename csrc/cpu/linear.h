@@ -1,6 +1,6 @@
-// residual + act(norm(x) W^T + bias), and two of them in a row as an MLP. A block of rows stays in a thread's cache while
-// panels of the weight pass by: what comes before the product is done to the block once, what follows it to its sums, and
-// between the two products of an MLP nothing goes to memory.
+// residual + act(norm(x) W^T + bias), and two of them in a row as an MLP. A block of rows stays in a thread's cache
+// while panels of the weight pass by: what comes before the product is done to the block once, what follows it to its
+// sums, and between the two products of an MLP nothing goes to memory.
 #pragma once
 
 #include "cpu/activation.h"
@@ -17,10 +17,10 @@ using vitfast::MlpArgs;
 using vitfast::PackedWeight;
 using vitfast::PackWeightArgs;
 
-constexpr int64_t BLOCK = 96;  // rows, or a few more or less
+constexpr int64_t BLOCK = 96;                // rows, or a few more or less
 constexpr int64_t HIDDEN_BYTES = 600 << 10;  // of a block between the products of an MLP, for a cache of 1 MiB
-// How many cells are summed up in one chain: a panel of as many stays in the cache. In fp32 shorter ones make the result more
-// exact, but each costs a pass over the sums: 96 cells would be twice as exact and 4 % slower.
+// How many cells are summed up in one chain: a panel of as many stays in the cache. In fp32 shorter ones make the
+// result more exact, but each costs a pass over the sums: 96 cells would be twice as exact and 4 % slower.
 template <class Cells>
 constexpr int64_t WEIGHT_PIECE = Cells::numbers == 1 ? 192 : 512;
 
@@ -76,8 +76,8 @@ class Weight {
   explicit Weight(const PackedWeight& weight)
       : w(weight), depth(w.K / Cells::numbers), columns(round_up(w.D, LANES)), panels((columns + PANEL - 1) / PANEL) {}
 
-  // then(row, column, sums plus bias) for each vector of x[rows][K] W^T + bias in these panels; x_row is from row to row of
-  // x, sums is scratch [rows][PANEL]
+  // then(row, column, sums plus bias) for each vector of x[rows][K] W^T + bias in these panels; x_row is from row to
+  // row of x, sums is scratch [rows][PANEL]
   template <class Then>
   void multiply(const T* x, int64_t x_row, int64_t rows, int64_t first, int64_t last, float* sums,
                 const Then& then) const {
@@ -117,8 +117,8 @@ class Weight {
   const int64_t depth, columns, panels;  // cells in K numbers; D in whole vectors; and in panels
 };
 
-// How far rows of n numbers in a workspace are apart: an odd number of cache lines, because the rows of a tile are read side
-// by side and powers of two would send all of them to the same few places of the cache.
+// How far rows of n numbers in a workspace are apart: an odd number of cache lines, because the rows of a tile are read
+// side by side and powers of two would send all of them to the same few places of the cache.
 template <class T>
 inline int64_t row_in_workspace(int64_t n) {
   constexpr int64_t line = 64 / sizeof(T);
@@ -129,7 +129,8 @@ inline int64_t blocks_of(int64_t rows, int64_t block, int threads) {
   return round_up((rows + block - 1) / block, threads);
 }
 
-// Few rows would leave threads idle, or with too few rows each to hide the reading of the weight: they share its columns.
+// Few rows would leave threads idle, or with too few rows each to hide the reading of the weight: they share its
+// columns.
 inline bool few_rows(int64_t rows, int threads) { return rows < threads * BLOCK / 2; }
 
 // the first row of a block

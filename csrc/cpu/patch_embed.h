@@ -1,5 +1,5 @@
-// Images -> tokens with a packed projection: the rows of pixels live in kept scratch memory, positions are added to the sums of
-// the product, and prefix tokens are written over the rows of zeros that were left for them.
+// Images -> tokens with a packed projection: the rows of pixels live in kept scratch memory, positions are added to the
+// sums of the product, and prefix tokens are written over the rows of zeros that were left for them.
 #pragma once
 
 #include <cstring>
@@ -18,7 +18,16 @@ inline void embed(const EmbedArgs& a) {
   PatchRowsArgs patches = a.patches;
   patches.rows = memory.of(0);
   patch_rows(patches);
-  linear({memory.of(0), {}, false, a.weight, a.positions, tokens, a.tokens, rows, a.patches.to, vitfast::NO_ACT,
+  linear({memory.of(0),
+          {},
+          false,
+          a.weight,
+          a.positions,
+          tokens,
+          a.tokens,
+          rows,
+          a.patches.to,
+          vitfast::NO_ACT,
           a.patches.threads});
   for (int64_t b = 0; prefix && b < a.patches.B; ++b)
     memcpy((char*)a.tokens + b * tokens * D * size, a.prefix, prefix * D * size);

@@ -1,5 +1,5 @@
-// Images -> rows of pixels for the projection, see patch_geometry.h. A line is what lies side by side in the image and in
-// runs also in the rows: a row of one channel for the order chw, a row of all channels for hwc.
+// Images -> rows of pixels for the projection, see patch_geometry.h. A line is what lies side by side in the image and
+// in runs also in the rows: a row of one channel for the order chw, a row of all channels for hwc.
 #pragma once
 
 #include <cstdlib>
@@ -69,8 +69,8 @@ class PatchRows {
         for (int64_t gx = 0; gx < patches; ++gx) {
           const int64_t start = gx * run, left = width - start, n = left < run ? left : run;
           // past its end a run may spill over columns that are written later
-          convert(line + start, left, first + gx * K + column, padded ? n : K - column, n,
-                  scale + l * vectors * LANES, shift + l * vectors * LANES);
+          convert(line + start, left, first + gx * K + column, padded ? n : K - column, n, scale + l * vectors * LANES,
+                  shift + l * vectors * LANES);
         }
       }
     }

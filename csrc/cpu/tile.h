@@ -86,8 +86,8 @@ inline void multiply(const Cell* a, int64_t a_row, const Cell* b, int64_t first,
   }
 }
 
-// `multiply` of a panel of two vectors (wide) or one, for `rows` <= ROWS rows: a must have ROWS, or half where those are
-// enough.
+// `multiply` of a panel of two vectors (wide) or one, for `rows` <= ROWS rows: a must have ROWS, or half where those
+// are enough.
 template <class Cells, class Cell = typename Cells::Cell>
 inline void multiply_rows(const Cell* a, int64_t a_row, const Cell* b, int64_t first, int64_t last, float* c,
                           int64_t c_row, bool wide, int64_t rows) {
@@ -109,8 +109,8 @@ struct Column {
   }
 };
 
-// Rows j ... j + LANES of a matrix -> these columns of a packed one. row_at(j) is where row j of n numbers begins, or null
-// for a row of zeros; `row` is scratch for one row of cells.
+// Rows j ... j + LANES of a matrix -> these columns of a packed one. row_at(j) is where row j of n numbers begins, or
+// null for a row of zeros; `row` is scratch for one row of cells.
 template <class Cells, class RowAt, class Cell = typename Cells::Cell>
 inline void pack_transposed(int64_t j, int64_t columns, int64_t n, const RowAt& row_at, Cell* packed, Cell* row) {
   const int64_t depth = (n + Cells::numbers - 1) / Cells::numbers, squares = n / Cells::numbers / LANES * LANES;

@@ -1,5 +1,5 @@
-// Scratch memory for kernels. Fresh memory costs a page fault every 4 KiB, up to a twentieth of a kernel's time, so each thread
-// that calls kernels keeps what they needed, up to a limit.
+// Scratch memory for kernels. Fresh memory costs a page fault every 4 KiB, up to a twentieth of a kernel's time, so
+// each thread that calls kernels keeps what they needed, up to a limit.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,6 @@
-// What the kernels ask of a GPU in its own words: copies into shared memory, tensor cores, numbers of 16 bits. The tests
-// compile the kernels for the host, where all of this is emulated by the header that takes the place of this part.
+// What the kernels ask of a GPU in its own words: copies into shared memory, tensor cores, numbers of 16 bits. The
+// tests compile the kernels for the host, where all of this is emulated by the header that takes the place of this
+// part.
 #pragma once
 
 #include <cstdint>
@@ -26,8 +27,8 @@ struct alignas(8) Bytes8 {
 #endif
 
 // wgmma's word for a matrix of 16 columns in shared memory, from byte `start` on, without a swizzle: 8 rows of 8
-// numbers lie side by side in 128 bytes, the next 8 rows follow, and the other 8 columns lie `across` bytes behind. All in
-// units of 16 bytes (PTX ISA, "Matrix descriptor": bits 0 the start, 16 the step along columns, 32 along rows).
+// numbers lie side by side in 128 bytes, the next 8 rows follow, and the other 8 columns lie `across` bytes behind. All
+// in units of 16 bytes (PTX ISA, "Matrix descriptor": bits 0 the start, 16 the step along columns, 32 along rows).
 VITFAST_BOTH uint64_t matrix_descriptor(uint32_t start, int across) {
   return (start >> 4 & 0x3fff) | static_cast<uint64_t>(across >> 4) << 16 | static_cast<uint64_t>(128 >> 4) << 32;
 }
@@ -178,24 +179,24 @@ __device__ __forceinline__ uint64_t described(const char* matrix, int across) {
 #define VITFAST_SUMS_4(i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
 #define VITFAST_SUMS_16(i) VITFAST_SUMS_4(i), VITFAST_SUMS_4(i + 1), VITFAST_SUMS_4(i + 2), VITFAST_SUMS_4(i + 3)
 #define VITFAST_SUMS_64(i) VITFAST_SUMS_16(i), VITFAST_SUMS_16(i + 4), VITFAST_SUMS_16(i + 8), VITFAST_SUMS_16(i + 12)
-#define VITFAST_NAMES_64                                                                                            \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "   \
-  "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, "   \
+#define VITFAST_NAMES_64                                                                                           \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
+  "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, " \
   "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define VITFAST_NAMES_128                                                                                           \
-  VITFAST_NAMES_64                                                                                                  \
+#define VITFAST_NAMES_128                                                                                            \
+  VITFAST_NAMES_64                                                                                                   \
   ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, " \
   "%86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, " \
   "%107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, "     \
   "%125, %126, %127"
-#define VITFAST_WGMMA_256(type)                                                                        \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type " {" VITFAST_NAMES_128    \
-               "}, %128, %129, 1, 1, 1, 0, 0;"                                                         \
-               : VITFAST_SUMS_64(0), VITFAST_SUMS_64(16)                                               \
+#define VITFAST_WGMMA_256(type)                                                                    \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type " {" VITFAST_NAMES_128 \
+               "}, %128, %129, 1, 1, 1, 0, 0;"                                                     \
+               : VITFAST_SUMS_64(0), VITFAST_SUMS_64(16)                                           \
                : "l"(from_a), "l"(from_b))
 
-// c[64][256] += a[64][16] b[256][16]^T over four warps: each warp has 16 rows, in blocks of 8 columns that are spread as
-// multiply_fragments has them. Nothing of c, a and b may be touched before wait_for_wgmma.
+// c[64][256] += a[64][16] b[256][16]^T over four warps: each warp has 16 rows, in blocks of 8 columns that are spread
+// as multiply_fragments has them. Nothing of c, a and b may be touched before wait_for_wgmma.
 template <class T>
 __device__ __forceinline__ void multiply_async(float (&c)[32][4], const char* a, int a_across, const char* b,
                                                int b_across) {
@@ -231,7 +232,8 @@ inline cudaError_t most_shared(const void* kernel, int* most) {
   if (const cudaError_t error = cudaFuncGetAttributes(&has, kernel)) return error;
   // the code that the driver chose for this card has no body for this tile
   if (has.numRegs < FEWEST_REGISTERS) return cudaErrorInvalidDeviceFunction;
-  if (const cudaError_t error = cudaDeviceGetAttribute(most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) return error;
+  if (const cudaError_t error = cudaDeviceGetAttribute(most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device))
+    return error;
   *most -= static_cast<int>(has.sharedSizeBytes);
   const cudaFuncAttribute shared = cudaFuncAttributeMaxDynamicSharedMemorySize;
   if (const cudaError_t error = cudaFuncSetAttribute(kernel, shared, *most)) return error;
@@ -240,7 +242,8 @@ inline cudaError_t most_shared(const void* kernel, int* most) {
 }
 
 template <class Args>
-inline cudaError_t start(void (*kernel)(Args), int64_t blocks, int threads, int shared, void* stream, const Args& args) {
+inline cudaError_t start(void (*kernel)(Args), int64_t blocks, int threads, int shared, void* stream,
+                         const Args& args) {
   int most = 0;
   if (const cudaError_t error = most_shared(reinterpret_cast<const void*>(kernel), &most)) {
     // or the next call would report it

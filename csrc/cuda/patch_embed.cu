@@ -63,7 +63,10 @@ cudaError_t gradient_by(const WeightGradientArgs& args) {
 }  // namespace
 
 std::vector<Tile> tiles() {
-  return {{128, 128, false, false}, {64, 64, false, false}, {32, 64, false, false}, {128, 256, true, false},
+  return {{128, 128, false, false},
+          {64, 64, false, false},
+          {32, 64, false, false},
+          {128, 256, true, false},
           {64, 64, false, true}};
 }
 

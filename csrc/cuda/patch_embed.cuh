@@ -57,8 +57,8 @@ class WarpProduct {
         load_matrices(a[i], cell<T, ROWS>(rows, q + lane / 16, first_row() + 16 * i + lane % 16));
 #pragma unroll
       for (int j = 0; j < ACROSS / 2; ++j)
-        load_matrices(b[j], cell<T, COLUMNS>(weight, q + lane / 8 % 2,
-                                             first_column() + 16 * j + lane / 16 * 8 + lane % 8));
+        load_matrices(b[j],
+                      cell<T, COLUMNS>(weight, q + lane / 8 % 2, first_column() + 16 * j + lane / 16 * 8 + lane % 8));
 #pragma unroll
       for (int i = 0; i < DOWN; ++i)
 #pragma unroll
@@ -212,8 +212,9 @@ __device__ __forceinline__ void fetch_weight(const Embedding& a, int64_t first, 
   // calls `copy` with a place, the numbers that belong there, and how many bytes of them exist
   const auto cell_of = [&](int i, auto copy) {
     const int chunk = i % CHUNKS, n = i / CHUNKS, q = step * CHUNKS + chunk;
-    const int column =
-        Pixels::interleaved_side ? column_of_interleaved_chunk<int>(a.images.g, q, Pixels::interleaved_side) : q * CHUNK;
+    const int column = Pixels::interleaved_side
+                           ? column_of_interleaved_chunk<int>(a.images.g, q, Pixels::interleaved_side)
+                           : q * CHUNK;
     const bool any = q * CHUNK < a.images.K && first + n < a.D;
     const char* const from = any ? a.weight + ((first + n) * a.images.K + column) * sizeof(T) : a.weight;
     copy(cell<T, COLUMNS>(stage, chunk, n), from, any ? (a.images.K - column) * static_cast<int>(sizeof(T)) : 0);
@@ -244,8 +245,8 @@ __device__ __forceinline__ void fetch_weight(const Embedding& a, int64_t first, 
 }
 
 // numbers [index, index + count) of a tensor are added to v; CHUNK of them where it is read at once
-__device__ __forceinline__ void add_numbers(float (&v)[CHUNK], const void* tensor, DType dtype, int64_t index, int count,
-                                            bool wide) {
+__device__ __forceinline__ void add_numbers(float (&v)[CHUNK], const void* tensor, DType dtype, int64_t index,
+                                            int count, bool wide) {
   if (!tensor) return;
   const char* const from = static_cast<const char*>(tensor) + index * (dtype == DType::fp32 ? 4 : 2);
   if (dtype == DType::fp32) {
@@ -271,8 +272,8 @@ __device__ __forceinline__ void add_numbers(float (&v)[CHUNK], const void* tenso
   }
 }
 
-__device__ __forceinline__ void write_numbers(const float (&v)[CHUNK], void* tensor, DType dtype, int64_t index, int count,
-                                              bool wide) {
+__device__ __forceinline__ void write_numbers(const float (&v)[CHUNK], void* tensor, DType dtype, int64_t index,
+                                              int count, bool wide) {
   char* const to = static_cast<char*>(tensor) + index * (dtype == DType::fp32 ? 4 : 2);
   if (dtype == DType::fp32) {
 #pragma unroll
@@ -368,7 +369,8 @@ struct Plan {
 };
 
 template <class Product, class Pixels>
-__global__ void __launch_bounds__(Product::THREADS, Product::BLOCKS) embed_patches(const __grid_constant__ Embedding a) {
+__global__ void __launch_bounds__(Product::THREADS, Product::BLOCKS)
+    embed_patches(const __grid_constant__ Embedding a) {
   if constexpr (COMPILED<Product>) {
     using P = Plan<Product, Pixels>;
     note_shared_bytes<P::SHARED + 3 * P::OF_CHANNEL>();

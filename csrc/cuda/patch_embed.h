@@ -1,6 +1,6 @@
-// The CUDA kernels of patch embedding. No CUDA type in here, so that bindings.cpp needs no toolkit; sizes and strides in
-// elements. Each call starts its kernels on args.stream of args.device, leaves the current device as it was, and returns
-// a cudaError_t: 0, or why nothing was started.
+// The CUDA kernels of patch embedding. No CUDA type in here, so that bindings.cpp needs no toolkit; sizes and strides
+// in elements. Each call starts its kernels on args.stream of args.device, leaves the current device as it was, and
+// returns a cudaError_t: 0, or why nothing was started.
 #pragma once
 
 #include <cstdint>
@@ -39,16 +39,16 @@ struct PatchEmbedArgs {
   int64_t prefix_image;
   const void* prefix_positions;  // [P, D] to add, in positions_dtype, or null
   DType prefix_dtype;
-  void* tokens;  // [B, P + N, D] or [sum of P + N_i, D], contiguous
+  void* tokens;        // [B, P + N, D] or [sum of P + N_i, D], contiguous
   DType tokens_dtype;  // `dtype` or fp32
-  int tile;             // a number of `tiles()`
+  int tile;            // a number of `tiles()`
   int device;
   void* stream;
 };
 
 struct PatchRowsOnGpuArgs {
   ImagesArgs images;
-  void* rows;  // [patches, C * ph * pw], contiguous
+  void* rows;   // [patches, C * ph * pw], contiguous
   DType dtype;  // fp32, bf16 or fp16
   int device;
   void* stream;

@@ -1,6 +1,6 @@
-// The gradient of the projection's weight, from the tokens' gradient and the images: grad[patches, D]^T pixels[patches, K]
-// without rows of pixels in memory. Patches are split among programs, whose sums another kernel adds up in order: the
-// result is the same in every run.
+// The gradient of the projection's weight, from the tokens' gradient and the images: grad[patches, D]^T pixels[patches,
+// K] without rows of pixels in memory. Patches are split among programs, whose sums another kernel adds up in order:
+// the result is the same in every run.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -14,9 +14,9 @@ struct Gradient {
   Images images;
   const char* grad;  // of tokens, rows of D numbers
   int64_t D;
-  bool wide;         // CHUNK of these may be copied at once
-  float* parts;      // [splits, D, K]
-  int64_t steps;     // of PATCHES_OF_STEP patches, of a program
+  bool wide;      // CHUNK of these may be copied at once
+  float* parts;   // [splits, D, K]
+  int64_t steps;  // of PATCHES_OF_STEP patches, of a program
   int64_t tiles_down, tiles_across;
 };
 
@@ -35,12 +35,12 @@ class GradientProduct {
       uint32_t a[DOWN][4], b[ACROSS / 2][4];
 #pragma unroll
       for (int i = 0; i < DOWN; ++i)
-        load_transposed(a[i], cell<T, PATCHES_OF_STEP>(grad, first_down() + 2 * i + matrix % 2,
-                                                       p + matrix / 2 * 8 + lane % 8));
+        load_transposed(
+            a[i], cell<T, PATCHES_OF_STEP>(grad, first_down() + 2 * i + matrix % 2, p + matrix / 2 * 8 + lane % 8));
 #pragma unroll
       for (int j = 0; j < ACROSS / 2; ++j)
-        load_transposed(b[j], cell<T, PATCHES_OF_STEP>(pixels, first_across() + 2 * j + matrix / 2,
-                                                       p + matrix % 2 * 8 + lane % 8));
+        load_transposed(
+            b[j], cell<T, PATCHES_OF_STEP>(pixels, first_across() + 2 * j + matrix / 2, p + matrix % 2 * 8 + lane % 8));
 #pragma unroll
       for (int i = 0; i < DOWN; ++i)
 #pragma unroll
@@ -121,7 +121,8 @@ __global__ void __launch_bounds__(GRADIENT_THREADS, Pixels::one_by_one ? 1 : 2)
   char* const memory = shared_memory();
   auto* const rows = reinterpret_cast<TileRows<PATCHES_OF_STEP>*>(memory + GRADIENT_STAGES * P::STAGE);
   float* const scaling = reinterpret_cast<float*>(rows + 2);
-  const int64_t tile = blockIdx.x % (a.tiles_down * a.tiles_across), split = blockIdx.x / (a.tiles_down * a.tiles_across);
+  const int64_t tile = blockIdx.x % (a.tiles_down * a.tiles_across),
+                split = blockIdx.x / (a.tiles_down * a.tiles_across);
   const int64_t first_row = tile / a.tiles_across * GRAD_CHUNKS * CHUNK;
   const int across = static_cast<int>(tile % a.tiles_across);
   const int64_t first_patch = split * a.steps * PATCHES_OF_STEP;

@@ -84,9 +84,22 @@ inline bool reads_wide(const PatchEmbedArgs& args) {
 }
 
 inline Embedding embedding_of(const PatchEmbedArgs& args) {
-  return {images_of(args.images), static_cast<const char*>(args.weight), copied_bytes(args), args.bias, args.D, args.dtype,
-          args.positions, args.positions_dtype, args.prefix, args.prefix_image, args.prefix_positions, args.prefix_dtype,
-          args.tokens, args.tokens_dtype, 0, reads_wide(args)};
+  return {images_of(args.images),
+          static_cast<const char*>(args.weight),
+          copied_bytes(args),
+          args.bias,
+          args.D,
+          args.dtype,
+          args.positions,
+          args.positions_dtype,
+          args.prefix,
+          args.prefix_image,
+          args.prefix_positions,
+          args.prefix_dtype,
+          args.tokens,
+          args.tokens_dtype,
+          0,
+          reads_wide(args)};
 }
 
 inline Rows rows_of(const PatchRowsOnGpuArgs& args) {
@@ -115,10 +128,10 @@ cudaError_t gradient_with(const WeightGradientArgs& args, Gradient a) {
   const int64_t blocks = (count + SUM_THREADS - 1) / SUM_THREADS;
   if (args.splits < 1 || !fits(args.images, programs) || !fits(args.images, blocks)) return cudaErrorInvalidValue;
   const int shared = P::SHARED + static_cast<int>(a.images.g.C) * P::OF_CHANNEL;
-  const cudaError_t error =
-      start(sum_weight_gradient<T, Pixels>, programs, GRADIENT_THREADS, shared, args.stream, a);
+  const cudaError_t error = start(sum_weight_gradient<T, Pixels>, programs, GRADIENT_THREADS, shared, args.stream, a);
   if (error != cudaSuccess) return error;
-  return start(add_parts<T>, blocks, SUM_THREADS, 0, args.stream, Parts{args.parts, args.splits, count, args.weight_grad});
+  return start(add_parts<T>, blocks, SUM_THREADS, 0, args.stream,
+               Parts{args.parts, args.splits, count, args.weight_grad});
 }
 
 template <class Product, class Pixels>

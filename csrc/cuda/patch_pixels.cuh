@@ -29,11 +29,11 @@ struct Images {
 template <int ROWS>
 struct TileRows {
   struct Row {
-    const char* origin;      // first pixel
-    int32_t height, width;   // of what is inside the image; 0 for what is no patch
+    const char* origin;     // first pixel
+    int32_t height, width;  // of what is inside the image; 0 for what is no patch
   } row[ROWS];
-  int64_t token[ROWS], position[ROWS];         // rows of `tokens` and `positions`
-  int64_t channel[ROWS], y[ROWS], x[ROWS];     // strides
+  int64_t token[ROWS], position[ROWS];      // rows of `tokens` and `positions`
+  int64_t channel[ROWS], y[ROWS], x[ROWS];  // strides
 
   __device__ void find(const Images& images, int64_t first) {
     for (int t = threadIdx.x; t < ROWS; t += blockDim.x) {
@@ -78,8 +78,8 @@ __device__ inline void find_scaling(const Images& images, float* scaling) {
   }
 }
 
-// Tiles lie in shared memory as chunks of CHUNK columns, in each of which the rows follow each other. The 16 bytes behind
-// a chunk bring the same row of the next one to other banks.
+// Tiles lie in shared memory as chunks of CHUNK columns, in each of which the rows follow each other. The 16 bytes
+// behind a chunk bring the same row of the next one to other banks.
 template <class T, int ROWS>
 constexpr int CHUNK_BYTES = ROWS * CHUNK * static_cast<int>(sizeof(T)) + 16;
 
@@ -114,8 +114,8 @@ __device__ __forceinline__ void load_words(uint32_t (&words)[count], const char*
   }
 }
 
-// A group is what one thread loads at once. Neighbouring threads take neighbouring rows, that is patches, which lie side
-// by side in a line of the image.
+// A group is what one thread loads at once. Neighbouring threads take neighbouring rows, that is patches, which lie
+// side by side in a line of the image.
 template <int ROWS, int GROUPS, int THREADS>
 constexpr int EACH = (ROWS * GROUPS + THREADS - 1) / THREADS;
 
@@ -273,7 +273,8 @@ __device__ __forceinline__ float pixel_of(uint32_t bits, DType dtype, float scal
 }
 
 // The place in its patch of what is `count` columns behind `column`, whose place is p.
-__device__ __forceinline__ InPatch<int> following(const PatchGeometry& g, const InPatch<int>& p, int column, int count) {
+__device__ __forceinline__ InPatch<int> following(const PatchGeometry& g, const InPatch<int>& p, int column,
+                                                  int count) {
   return g.order == PatchOrder::chw ? after<int>(g, p, count) : place_in_patch<int>(g, column + count);
 }
 

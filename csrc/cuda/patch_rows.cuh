@@ -1,4 +1,5 @@
-// Images -> rows of pixels in memory, [patches, C * ph * pw]: for what multiplies them elsewhere, as the weight's gradient.
+// Images -> rows of pixels in memory, [patches, C * ph * pw]: for what multiplies them elsewhere, as the weight's
+// gradient.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -11,7 +12,7 @@ namespace {
 struct Rows {
   Images images;
   void* rows;
-  bool wide;  // CHUNK numbers of a row may be written at once
+  bool wide;       // CHUNK numbers of a row may be written at once
   int64_t chunks;  // of a row
 };
 

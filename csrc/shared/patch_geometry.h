@@ -15,8 +15,8 @@ namespace vitfast {
 // Order of a patch's pixels in its row: as a convolution's weight [D, C, ph, pw], or channels side by side.
 enum class PatchOrder { chw, hwc };
 
-// Images [B, C, H, W] of any strides -> rows [B, P + N, C * ph * pw]: N patches in row-major order after P rows for prefix
-// tokens. The patches at the right and at the bottom may reach past the image.
+// Images [B, C, H, W] of any strides -> rows [B, P + N, C * ph * pw]: N patches in row-major order after P rows for
+// prefix tokens. The patches at the right and at the bottom may reach past the image.
 struct PatchGeometry {
   int64_t C, H, W, ph, pw;
   int64_t P;
@@ -85,9 +85,7 @@ VITFAST_HOST_DEVICE inline RowColumn place_of(const PatchGeometry& g, const Pixe
   return {row_of_patch(g, p.b, p.y / g.ph, p.x / g.pw), column_in_patch(g, p.c, p.y % g.ph, p.x % g.pw)};
 }
 
-VITFAST_HOST_DEVICE inline bool is_prefix(const PatchGeometry& g, int64_t row) {
-  return row % rows_per_image(g) < g.P;
-}
+VITFAST_HOST_DEVICE inline bool is_prefix(const PatchGeometry& g, int64_t row) { return row % rows_per_image(g) < g.P; }
 
 VITFAST_HOST_DEVICE inline Patch patch_of(const PatchGeometry& g, int64_t b, int64_t number) {
   return {b, number, number / grid_width(g) * g.ph, number % grid_width(g) * g.pw};
@@ -162,8 +160,8 @@ VITFAST_HOST_DEVICE inline PatchGeometry geometry_of(const PatchGeometry& common
 constexpr int CHUNK = 8;
 
 // Whether `side` numbers of `bytes` each can be loaded at once wherever they begin at a multiple of `side` in a line of
-// a patch: they are in one line, all inside the image or none, and at an address that a load of up to 16 bytes may have.
-// `step` is how far pixels lie apart: 1, or C where the channels of a pixel lie side by side.
+// a patch: they are in one line, all inside the image or none, and at an address that a load of up to 16 bytes may
+// have. `step` is how far pixels lie apart: 1, or C where the channels of a pixel lie side by side.
 VITFAST_HOST_DEVICE inline bool loads_together(const PatchGeometry& g, uint64_t address, int64_t bytes, int64_t side,
                                                int64_t step) {
   const int64_t width = side * step * bytes < 16 ? side * step * bytes : 16;

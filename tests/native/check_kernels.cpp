@@ -74,8 +74,9 @@ static void check_attention() {
     std::vector<uint8_t> out(B * Nq * H * D * (dtype == DType::fp32 ? 4 : 2));
     std::vector<float> lse(B * H * Nq);
     const float scale = trial % 9 ? 1 / std::sqrt(float(D)) : draw(-1, 0) * 0.1f;
-    JOIN(kernels_, VITFAST_ISA).attention({q.view, k.view, v.view, out.data(), with_lse ? lse.data() : nullptr, B, H, Nq,
-                                           Nk, D, scale, dtype, int(draw(1, 3))});
+    JOIN(kernels_, VITFAST_ISA)
+        .attention({q.view, k.view, v.view, out.data(), with_lse ? lse.data() : nullptr, B, H, Nq, Nk, D, scale, dtype,
+                    int(draw(1, 3))});
     for (int64_t b = 0; b < B; ++b)
       for (int64_t h = 0; h < H; ++h)
         for (int64_t i = 0; i < Nq; ++i) {
@@ -123,8 +124,7 @@ static void check_activations() {
     for (int64_t i = 0; i < n; ++i) write(x.data(), i, dtype, rounded(range * normal(), dtype));
     const bool in_place = draw(0, 1);
     const std::vector<uint8_t> from = x;
-    JOIN(kernels_, VITFAST_ISA)
-        .activation(x.data(), in_place ? x.data() : y.data(), n, dtype, act, int(draw(1, 3)));
+    JOIN(kernels_, VITFAST_ISA).activation(x.data(), in_place ? x.data() : y.data(), n, dtype, act, int(draw(1, 3)));
     for (int64_t i = 0; i < n; ++i) {
       const double in = read(from.data(), i, dtype), expected = activated(in, act);
       const double got = read(in_place ? x.data() : y.data(), i, dtype);
@@ -208,8 +208,15 @@ static void check_linear_and_mlp() {
     const Numbers x(rows * K, dtype, 2), residual(rows * D, dtype, 1), norm_weight(K, dtype, 1), norm_bias(K, dtype, 1);
     const Packed fc1(D, K, dtype), fc2(K, D, dtype);
     const bool affine = draw(0, 2);
-    const LayerNormArgs norm{nullptr, nullptr, affine ? norm_weight.bytes.data() : nullptr,
-                             affine ? norm_bias.bytes.data() : nullptr, 0, K, 1e-6f, dtype, 1};
+    const LayerNormArgs norm{nullptr,
+                             nullptr,
+                             affine ? norm_weight.bytes.data() : nullptr,
+                             affine ? norm_bias.bytes.data() : nullptr,
+                             0,
+                             K,
+                             1e-6f,
+                             dtype,
+                             1};
     std::vector<double> in(rows * K), normed(rows * K);
     for (int64_t r = 0; r < rows; ++r) {
       double mean = 0, variance = 1e-6;
@@ -223,8 +230,9 @@ static void check_linear_and_mlp() {
     const auto compare = [&](const std::vector<uint8_t>& out, const std::vector<double>& expected, const char* what) {
       for (size_t i = 0; i < expected.size(); ++i) {
         const double got = read(out.data(), i, dtype);
-        REQUIRE(std::abs(got - expected[i]) <= eps * (1 + std::abs(expected[i])), "%s rows %ld K %ld D %ld: %g at %ld, expected %g",
-                what, (long)rows, (long)K, (long)D, got, (long)i, expected[i]);
+        REQUIRE(std::abs(got - expected[i]) <= eps * (1 + std::abs(expected[i])),
+                "%s rows %ld K %ld D %ld: %g at %ld, expected %g", what, (long)rows, (long)K, (long)D, got, (long)i,
+                expected[i]);
       }
     };
     const bool normalises = draw(0, 1), adds = draw(0, 1), acts = draw(0, 1);
@@ -269,7 +277,8 @@ static void check_block() {
       return HeadsView{projected.data() + i * inner * size, N * inner * 3, inner * 3, D};
     };
     kernels.attention({part(0), part(1), part(2), attended.data(), nullptr, B, H, N, N, D, 0.3f, dtype, threads});
-    kernels.linear({attended.data(), {}, false, proj.view, x.bytes.data(), rows, y.data(), rows, dtype, NO_ACT, threads});
+    kernels.linear(
+        {attended.data(), {}, false, proj.view, x.bytes.data(), rows, y.data(), rows, dtype, NO_ACT, threads});
     kernels.mlp({y.data(), norm, fc1.view, fc2.view, y.data(), rows, dtype, act, threads});
     kernels.block({x.bytes.data(), norm, norm, qkv.view, proj.view, fc1.view, fc2.view, out.data(), B, N, H, D, 0.3f,
                    dtype, act, threads});
@@ -282,7 +291,8 @@ static void check_embed() {
   const CpuKernels& kernels = JOIN(kernels_, VITFAST_ISA);
   for (int trial = 0; trial < 40; ++trial) {
     const DType dtype = kernels.multiplies(DType::bf16) && trial % 2 ? DType::bf16 : DType::fp32;
-    const int64_t B = draw(1, 3), C = draw(1, 3), p = 2 * draw(1, 4), H = p * draw(1, 4), W = p * draw(1, 4), P = draw(0, 2);
+    const int64_t B = draw(1, 3), C = draw(1, 3), p = 2 * draw(1, 4), H = p * draw(1, 4), W = p * draw(1, 4),
+                  P = draw(0, 2);
     const int64_t tokens = P + H / p * (W / p), K = C * p * p, D = draw(1, 50), size = dtype == DType::fp32 ? 4 : 2;
     const int threads = int(draw(1, 3));
     const Numbers images(B * C * H * W, DType::fp32, 1), positions(tokens * D, dtype, 1), prefix(P * D, dtype, 1);

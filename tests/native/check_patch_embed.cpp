@@ -77,7 +77,8 @@ void check(const Case& c, DType dtype, DType to) {
   Numbers images(c.from, c.span), weight(dtype, c.D * K), bias(dtype, c.D), positions(DType::fp32, N * c.D);
   Numbers prefix(dtype, P * c.D), mean(DType::fp32, g.C), std(DType::fp32, g.C), tokens(to, c.B * (P + N) * c.D);
   images.fill(1), weight.fill(0.2), bias.fill(1), positions.fill(1), prefix.fill(1), mean.fill(0.5);
-  for (int64_t i = 0; i < g.C; ++i) reinterpret_cast<float*>(std.memory)[i] = 0.25f + 0.125f * static_cast<float>(i % 3);
+  for (int64_t i = 0; i < g.C; ++i)
+    reinterpret_cast<float*>(std.memory)[i] = 0.25f + 0.125f * static_cast<float>(i % 3);
   const bool normalises = c.from == DType::uint8;
   const float* const m = normalises ? reinterpret_cast<float*>(mean.memory) : nullptr;
   const float* const s = normalises ? reinterpret_cast<float*>(std.memory) : nullptr;
@@ -102,8 +103,8 @@ void check(const Case& c, DType dtype, DType to) {
           sum += x * weight.at(d * K + k);
         }
         const double got = tokens.at((b * (P + N) + n) * c.D + d);
-        REQUIRE(std::fabs(got - sum) <= eps * (2 + std::fabs(sum)), "image %ld token %ld column %ld: %g, expected %g", (long)b,
-                (long)n, (long)d, got, sum);
+        REQUIRE(std::fabs(got - sum) <= eps * (2 + std::fabs(sum)), "image %ld token %ld column %ld: %g, expected %g",
+                (long)b, (long)n, (long)d, got, sum);
       }
 }
 
@@ -111,7 +112,8 @@ template <class T, class Pixels>
 void check_gradient(const Case& c, DType dtype) {
   const PatchGeometry& g = c.g;
   const int64_t N = grid_height(g) * grid_width(g), K = columns(g), splits = draw(1, 3);
-  Numbers images(c.from, c.span), grad(dtype, c.B * (g.P + N) * c.D), parts(DType::fp32, splits * c.D * K), sum(dtype, c.D * K);
+  Numbers images(c.from, c.span), grad(dtype, c.B * (g.P + N) * c.D), parts(DType::fp32, splits * c.D * K),
+      sum(dtype, c.D * K);
   images.fill(1), grad.fill(0.2);
   const ImagesArgs given{g, images.memory, c.B, c.from, nullptr, nullptr, {}, nullptr, c.B * N};
   float* const partial = reinterpret_cast<float*>(parts.memory);
@@ -135,9 +137,11 @@ void check_gradient(const Case& c, DType dtype) {
 template <class T, class Product>
 void check_all(DType dtype) {
   const auto to = [&] { return draw(0, 1) ? dtype : DType::fp32; };
-  check<Product, PlanarPixels<uint8_t, T, Product::ROWS, Product::THREADS>>(drawn(DType::uint8, 16, false, false), dtype, to());
+  check<Product, PlanarPixels<uint8_t, T, Product::ROWS, Product::THREADS>>(drawn(DType::uint8, 16, false, false),
+                                                                            dtype, to());
   check<Product, PlanarPixels<T, T, Product::ROWS, Product::THREADS>>(drawn(dtype, 8, false, false), dtype, to());
-  check<Product, InterleavedPixels<uint8_t, T, Product::ROWS, Product::THREADS>>(drawn(DType::uint8, 16, true, false), dtype, to());
+  check<Product, InterleavedPixels<uint8_t, T, Product::ROWS, Product::THREADS>>(drawn(DType::uint8, 16, true, false),
+                                                                                 dtype, to());
   const DType any = std::vector<DType>{DType::uint8, DType::fp16, DType::bf16, DType::fp32}[draw(0, 3)];
   check<Product, ScatteredPixels<T, Product::ROWS, Product::THREADS>>(drawn(any, draw(1, 2), false, true), dtype, to());
 }

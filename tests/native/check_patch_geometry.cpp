@@ -1,4 +1,5 @@
-// Pixels <-> places in rows is a bijection for random sizes, patches, strides and prefixes, and nothing is out of range.
+// Pixels <-> places in rows is a bijection for random sizes, patches, strides and prefixes, and nothing is out of
+// range.
 #include "shared/patch_geometry.h"
 
 #include "random_layout.h"
@@ -34,7 +35,8 @@ void check_loads(const PatchGeometry& g, int64_t B, int64_t bytes, int64_t side,
           const Patch patch = patch_at(g, m);
           const Pixel first{patch.b, c, patch.y + y, patch.x + x};
           const int64_t offset = offset_of(g, first);
-          REQUIRE((address + offset * bytes) % width == 0, "offset %ld is not aligned to %ld", (long)offset, (long)width);
+          REQUIRE((address + offset * bytes) % width == 0, "offset %ld is not aligned to %ld", (long)offset,
+                  (long)width);
           for (int64_t i = 0; i < side * step; ++i) {
             const Pixel p{first.b, c + i % step, first.y, first.x + i / step};
             REQUIRE(offset_of(g, p) == offset + i && in_image(g, p) == in_image(g, first), "pixel %ld of %ld", (long)i,
@@ -82,7 +84,8 @@ int main() {
   check_packed_images();
   int loads = 0;
   for (int trial = 0; trial < 3000; ++trial) {
-    const int64_t side = int64_t{1} << draw(0, 4), step = draw(0, 1) ? 1 : 3, bytes = int64_t{1} << draw(0, 2), ph = draw(1, 4);
+    const int64_t side = int64_t{1} << draw(0, 4), step = draw(0, 1) ? 1 : 3, bytes = int64_t{1} << draw(0, 2),
+                  ph = draw(1, 4);
     const int64_t pw = side * draw(1, 2), C = step == 3 ? 3 : draw(1, 3), H = draw(1, 9);
     const int64_t W = draw(0, 3) ? side * draw(1, 4) : draw(1, 40);
     const int64_t gap = draw(0, 3) ? 0 : 16 * draw(0, 2) + draw(0, 1), line = W * step + gap, plane = H * line;
@@ -97,9 +100,17 @@ int main() {
     const std::vector<int64_t> sizes{B, draw(1, 5), draw(1, 12), draw(1, 12)};
     std::vector<int64_t> strides;
     const int64_t span = lay_out(sizes, random_order(4), draw(0, 1), strides);
-    const PatchGeometry g{sizes[1], sizes[2], sizes[3], draw(1, 6), draw(1, 6), draw(0, 3),
+    const PatchGeometry g{sizes[1],
+                          sizes[2],
+                          sizes[3],
+                          draw(1, 6),
+                          draw(1, 6),
+                          draw(0, 3),
                           draw(0, 1) ? PatchOrder::chw : PatchOrder::hwc,
-                          strides[0], strides[1], strides[2], strides[3]};
+                          strides[0],
+                          strides[1],
+                          strides[2],
+                          strides[3]};
     const int64_t H = grid_height(g) * g.ph, W = grid_width(g) * g.pw, N = grid_height(g) * grid_width(g);
     REQUIRE(H >= g.H && H < g.H + g.ph && W >= g.W && W < g.W + g.pw, "padded %ld x %ld", (long)H, (long)W);
     REQUIRE(rows_per_image(g) == g.P + N, "%ld rows", (long)rows_per_image(g));
@@ -135,14 +146,15 @@ int main() {
   }
 
   // more rows, columns and numbers than 32 bits count
-  const PatchGeometry huge{3, int64_t{1} << 40, int64_t{1} << 20, 3, 5, 2, PatchOrder::hwc, int64_t{1} << 61, 1,
-                           int64_t{3} << 20, 3};
+  const PatchGeometry huge{
+      3, int64_t{1} << 40, int64_t{1} << 20, 3, 5, 2, PatchOrder::hwc, int64_t{1} << 61, 1, int64_t{3} << 20, 3};
   const Pixel far{1, 2, huge.H - 1, huge.W - 1}, back = pixel_at(huge, place_of(huge, far));
   REQUIRE(back.b == far.b && back.c == far.c && back.y == far.y && back.x == far.x, "huge image");
   for (int64_t m : {int64_t{INT32_MAX} - 1, int64_t{INT32_MAX}, int64_t{1} << 40}) {
     const PatchGeometry g{3, 64, 80, 16, 16, 1, PatchOrder::chw, 0, 0, 0, 0};
     const Patch patch = patch_at(g, m);
-    REQUIRE(patch.b == m / 20 && patch.number == m % 20 && patch.y == m % 20 / 5 * 16 && patch.x == m % 5 * 16, "patch %ld", (long)m);
+    REQUIRE(patch.b == m / 20 && patch.number == m % 20 && patch.y == m % 20 / 5 * 16 && patch.x == m % 5 * 16,
+            "patch %ld", (long)m);
   }
   std::puts("ok");
 }

@@ -10,9 +10,7 @@
 
 using namespace vitfast;
 
-static int64_t size_of(DType dtype) {
-  return dtype == DType::fp32 ? 4 : dtype == DType::uint8 ? 1 : 2;
-}
+static int64_t size_of(DType dtype) { return dtype == DType::fp32 ? 4 : dtype == DType::uint8 ? 1 : 2; }
 
 // All numbers here are multiples of 1/2 below 64, which every dtype but uint8 (whole numbers) holds exactly.
 static void write(void* data, int64_t i, DType dtype, float value) {
@@ -22,7 +20,8 @@ static void write(void* data, int64_t i, DType dtype, float value) {
   if (dtype == DType::fp32) static_cast<float*>(data)[i] = value;
   if (dtype == DType::bf16) static_cast<uint16_t*>(data)[i] = bits >> 16;
   if (dtype == DType::fp16)
-    static_cast<uint16_t*>(data)[i] = value == 0 ? 0 : (bits >> 16 & 0x8000) | ((bits & 0x7fffffff) - (112u << 23)) >> 13;
+    static_cast<uint16_t*>(data)[i] =
+        value == 0 ? 0 : (bits >> 16 & 0x8000) | ((bits & 0x7fffffff) - (112u << 23)) >> 13;
 }
 
 int main() {

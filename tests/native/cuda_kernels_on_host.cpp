@@ -4,6 +4,8 @@
 
 PYBIND11_MODULE(cuda_kernels_on_host, m) {
   bind_cuda(m);
-  m.def("set_shared_limit", [](int bytes) { on_host::gpu.shared_limit = bytes; }, "Bytes of shared memory a block may have.");
+  m.def(
+      "set_shared_limit", [](int bytes) { on_host::gpu.shared_limit = bytes; },
+      "Bytes of shared memory a block may have.");
   m.def("device", [] { return on_host::gpu.device; });
 }

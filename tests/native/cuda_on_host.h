@@ -1,7 +1,8 @@
 // A GPU's words on the host: csrc/cuda compiled with this runs block by block, each CUDA thread as a fiber that runs
 // until it has to wait for others. What a GPU leaves open is taken at its worst: copies and wgmma happen when they are
-// waited for, shared memory begins as NaN, and what needs an alignment or a fence stops the program where that is missing.
-// Under the thread sanitizer every fiber is a thread of its own, and only __syncthreads orders them: mma does not.
+// waited for, shared memory begins as NaN, and what needs an alignment or a fence stops the program where that is
+// missing. Under the thread sanitizer every fiber is a thread of its own, and only __syncthreads orders them: mma does
+// not.
 #pragma once
 
 #include <ucontext.h>
@@ -78,12 +79,12 @@ struct Gpu {
   ucontext_t scheduler;
   void* scheduler_sanitizer = nullptr;
   std::function<void()> kernel;
-  uint64_t arrived = 0;        // at barriers, of all fibers
-  uint64_t met[64] = {};       // of each warp
-  uint64_t events = 0;         // what others may wait for
+  uint64_t arrived = 0;   // at barriers, of all fibers
+  uint64_t met[64] = {};  // of each warp
+  uint64_t events = 0;    // what others may wait for
   uint32_t exchange[64][2][32][8];
   const void* addresses[64][2][32];
-  char barrier[2];             // what the thread sanitizer knows of it
+  char barrier[2];  // what the thread sanitizer knows of it
 };
 
 inline Gpu gpu;
@@ -421,7 +422,7 @@ inline void multiply_async(float (&c)[32][4], const char* a, int a_across, const
   const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane / 4;
   const uint64_t from_a = matrix_descriptor(static_cast<uint32_t>(a - on_host::gpu.shared), a_across);
   const uint64_t from_b = matrix_descriptor(static_cast<uint32_t>(b - on_host::gpu.shared), b_across);
-  float(*const sums)[4] = c;
+  float (*const sums)[4] = c;
   on_host::gpu.running->products.push_back([=] {
     for (int down = 0; down < 2; ++down) {
       float of_row[16];

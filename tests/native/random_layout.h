@@ -11,18 +11,16 @@
 static std::mt19937_64 generator(0);
 
 // from low to high, both included
-static int64_t draw(int64_t low, int64_t high) {
-  return std::uniform_int_distribution<int64_t>(low, high)(generator);
-}
+static int64_t draw(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
 
-#define REQUIRE(condition, ...)                                             \
-  do {                                                                      \
-    if (!(condition)) {                                                     \
+#define REQUIRE(condition, ...)                                            \
+  do {                                                                     \
+    if (!(condition)) {                                                    \
       std::printf("%s:%d: %s is false: ", __FILE__, __LINE__, #condition); \
-      std::printf(__VA_ARGS__);                                             \
-      std::printf("\n");                                                    \
-      std::exit(1);                                                         \
-    }                                                                       \
+      std::printf(__VA_ARGS__);                                            \
+      std::printf("\n");                                                   \
+      std::exit(1);                                                        \
+    }                                                                      \
   } while (0)
 
 // Strides of `sizes` in the order `order` (innermost first) with random gaps; returns how many numbers they span.
