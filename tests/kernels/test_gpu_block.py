@@ -9,12 +9,14 @@ from fake_kernel import restart
 from launches import Launches
 
 import vitfast
-from vitfast import calls, dispatch, info, warm_up
-from vitfast.acceptance import accept_model
-from vitfast.bench import device as devices
-from vitfast.families import FAMILIES
-from vitfast.kernels import attention, layer_norm, linear
-from vitfast.kernels.tuning import Product
+from vitfast.check import calls, warmup
+from vitfast.check.acceptance import accept_model
+from vitfast.check.families import FAMILIES
+from vitfast.choose import dispatch
+from vitfast.choose.config_tables import Product
+from vitfast.commands import info
+from vitfast.kernels.triton import attention, layer_norm, linear
+from vitfast.measure import device as devices
 
 CONFIGS = {
     "plain": {},
@@ -123,9 +125,9 @@ PRODUCTS = ("folded_linear", "added_linear")
 
 def warm_up_of(prepared, device):
     """`vitfast.warmup`, which in Triton's interpreter has no device."""
-    described = warm_up.description(prepared, device)
-    found = warm_up.kernel_calls([described], (3,), torch.float32, False)
-    return warm_up.warm(found, devices.of(device), lambda line: None)
+    described = warmup.description(prepared, device)
+    found = warmup.kernel_calls([described], (3,), torch.float32, False)
+    return warmup.warm(found, devices.of(device), lambda line: None)
 
 
 @pytest.mark.usefixtures("stock_norms_of_a_gpu")

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from test_folded import model_of
+from test_gpu_block import model_of
 
 import vitfast
-from vitfast import dispatch
-from vitfast.acceptance import accept_model
+from vitfast.check.acceptance import accept_model
+from vitfast.choose import dispatch
 
 
 def test_graph_of_a_prepared_model_replays_something_else():

@@ -16,8 +16,9 @@ from linear_cases import (
     yardsticks,
 )
 
-from vitfast import dispatch, ops, reference
-from vitfast.kernels import layer_norm
+from vitfast import ops, reference
+from vitfast.choose import dispatch
+from vitfast.kernels.triton import layer_norm
 
 WIDTHS = (64, 72, 192, 197, 384, 768, 1000, 1024, 1280, 8192)
 KINDS = ("layer", "rms")

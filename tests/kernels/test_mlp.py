@@ -4,10 +4,11 @@ import pytest
 import torch
 from attention_cases import INTERPRETED, draw
 
-from vitfast import dispatch, ops, reference
-from vitfast.acceptance import accept, rms_ratio_of_few
-from vitfast.kernels import mlp
-from vitfast.kernels.tuning import Product
+from vitfast import ops, reference
+from vitfast.check.acceptance import accept, rms_ratio_of_few
+from vitfast.choose import dispatch
+from vitfast.choose.config_tables import Product
+from vitfast.kernels.triton import mlp
 
 CONFIGS = {
     "pointers": Product("whole", 32, 32, warps=4, stages=2),

@@ -4,58 +4,34 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vitfast import dispatch, info, tuning_cache
-from vitfast.bench import device as devices
 from vitfast.bench import harness
 from vitfast.bench.case import DTYPES, Case, Variant, Work
-from vitfast.calls import NAMES, Call, Prepared
+from vitfast.check.calls import NAMES, SEED, Call, Prepared
+from vitfast.check.families import FAMILIES, Family
+from vitfast.check.measuring import BUILT_IN, STOCK, Row, keep, verdict
+from vitfast.check.warmup import batches_of, check_dtype, description, kernel_calls, models_in
+from vitfast.choose import dispatch, tuning_cache
+from vitfast.choose.tuning_cache import Choice
 from vitfast.config import ViTConfig
-from vitfast.families import FAMILIES, Family
-from vitfast.tuning_cache import Choice
-from vitfast.variants import config_for
-from vitfast.warm_up import SEED, batches_of, check_dtype, description, kernel_calls, models_in
-
-Place = devices.Cpu | devices.Cuda
+from vitfast.measure import device as devices
+from vitfast.measure.device import Place
+from vitfast.timm_names.variants import config_for
 
 # how long to time one call, and the least of that where the budget is short
 SECONDS, LEAST_S = 2.0, 0.1
 BUDGET_S = 300.0
 # the truth of more would take more time than all the rest
 CHECK_IMAGES = 2
-STOCK, BUILT_IN = "stock", "built-in"
 # a kernel that is not made for a call, or had no memory or time, was neither slower nor wrong
 UNDECIDED = ("NotImplementedError", "out of memory", harness.NO_TIME_LEFT)
-
-
-class Row(NamedTuple):
-    """What was measured for one call.
-
-    Attributes:
-        call: op, shapes and dtype.
-        use: "kernel", "stock", or "" where nothing could be decided.
-        stock_ms, kernel_ms: time of one call, the kernel's with its fastest configuration; None where not timed.
-        config: the fastest configuration; None where that is the built-in choice, or nothing was timed.
-        why: what decided.
-        wrong: configurations with a wrong result.
-    """
-
-    kernel: str
-    call: str
-    use: str
-    stock_ms: float | None = None
-    kernel_ms: float | None = None
-    config: dispatch.Config | None = None
-    why: str = ""
-    wrong: tuple[str, ...] = ()
 
 
 @dataclass
@@ -88,9 +64,9 @@ def tune(
 ) -> Report:
     """Time every configuration of every kernel that these models may run against stock operators; keep the fastest.
 
-    What is wrong by `vitfast.acceptance` is not timed, and a kernel that is not faster than stock beyond the noise
-    loses. What won holds at once, and for every later process with the same card, driver, versions and
-    kernels: see `vitfast.tuning_cache`. Nothing else should use the card meanwhile. Forgets what torch.compile
+    What is wrong by `vitfast.check.acceptance` is not timed, and a kernel that is not faster than stock beyond the
+    noise loses. What won holds at once, and for every later process with the same card, driver, versions and
+    kernels: see `vitfast.choose.tuning_cache`. Nothing else should use the card meanwhile. Forgets what torch.compile
     compiled.
 
     Args:
@@ -175,20 +151,6 @@ def _asked(family: Family, call: Call, place: Place) -> tuple[dispatch.Seen | No
     return (asked[-1] if asked else None), family.by_image(results)
 
 
-def keep(device: Any, choices: tuning_cache.Table, what: str, stacklevel: int) -> Path | None:
-    """Let `choices` hold in this process, and in later ones if they can be written; `what` warns if not."""
-    dispatch.learn(device, choices)
-    try:
-        return tuning_cache.store(device, choices)
-    except OSError as problem:
-        warnings.warn(
-            f"{what}: {tuning_cache.folder()} cannot be written, so that this holds for this process only: {problem}",
-            RuntimeWarning,
-            stacklevel=stacklevel,
-        )
-        return None
-
-
 def _tune_one(
     family: Family, call: Call, listed: Sequence[dispatch.Config | None], stock: dispatch.Config | None,
     by_image: tuple[bool, ...], place: Place, left: float, seconds: float,
@@ -226,12 +188,6 @@ def _case(
     )  # fmt: skip
 
 
-def verdict(ratio: float, within_noise: bool) -> tuple[str, str]:
-    """Who runs what was timed, and why: the kernel only where it is faster beyond the noise."""
-    noise = ", within the noise" if within_noise else ""
-    return "kernel" if ratio > 1 and not within_noise else "stock", f"the kernel is {ratio:.2f} x as fast{noise}"
-
-
 def _decided(
     kernel: str, call: Call, variants: Mapping[str, Any], configs: Mapping[str, dispatch.Config | None]
 ) -> Row:
@@ -260,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 1 where a kernel was wrong or nothing could be kept, 2 for wrong use."""
     told = _parser().parse_args(argv)
     try:
-        device = info.device_named(told.device)
+        device = devices.device_named(told.device)
         if not told.budget > 0:
             raise ValueError(f"--budget must be more than 0, got {told.budget}")
         configs = [config_for(name, img_size=told.image_size) for name in told.model]

@@ -14,11 +14,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitfast.config import ViTConfig
-from vitfast.vit import ViT
+from vitfast.inference.prepare import PreparedViT
+from vitfast.model.vit import ViT
+from vitfast.ops._check import autocast_on_meta
 
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 # the blocks in between are like the first, and the last one may compute fewer tokens
 BLOCKS = 2
+# of numbers drawn to check and time a call
+SEED = 0
 
 
 class Like(NamedTuple):
@@ -128,9 +132,6 @@ def calls_of(
         dtype: of weights and images.
         autocast: what autocast computes in, where it is on.
     """
-    # not with the module: ops import this one's users
-    from vitfast.ops._check import autocast_on_meta
-
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         model, images = _without_memory(config, batch, dtype)
         model.train(training)
@@ -147,8 +148,6 @@ def calls_of_prepared(prepared: Prepared, batch: int) -> list[Call]:
 
     Those depend on what each product runs as there: on its shape, on what was tuned, and on what is switched off.
     """
-    from vitfast.engine import PreparedViT
-
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]), torch.no_grad():
         model, images = _without_memory(prepared.config, batch, prepared.dtype)
         frozen = PreparedViT(model.eval(), prepared.dtype, None)

@@ -8,27 +8,51 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Hashable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vitfast import builtin, dispatch, tuning, tuning_cache
-from vitfast.bench import device as devices
-from vitfast.calls import Call
-from vitfast.families import Family
-from vitfast.timing import Comparison, interleaved_medians, rotating
-from vitfast.tuning import BUILT_IN, STOCK, Place
-from vitfast.tuning_cache import Choice
-from vitfast.warm_up import SEED, see_device
+from vitfast.check.calls import SEED, Call
+from vitfast.check.families.family import Family
+from vitfast.choose import builtin, dispatch, tuning_cache
+from vitfast.choose.tuning_cache import Choice
+from vitfast.measure import device as devices
+from vitfast.measure.device import Place
+from vitfast.measure.timing import Comparison, interleaved_medians, rotating
 
+STOCK, BUILT_IN = "stock", "built-in"
 # aimed-at time for the rounds of one call, and how long each of their measurements has to last
 SECONDS, SAMPLE_MS = 0.1, 5.0
 # what a model's op reads and no cache holds is large, so that few sets of it fill one; drawing more takes time
 MOST_SETS = 32
 # no host needs as long to issue a call: to find that out would take longer than to time it
 LONG_MS = 1.0
+
+
+class Row(NamedTuple):
+    """What was measured for one call.
+
+    Attributes:
+        call: op, shapes and dtype.
+        use: "kernel", "stock", or "" where nothing could be decided.
+        stock_ms, kernel_ms: time of one call, the kernel's with its fastest configuration; None where not timed.
+        config: the fastest configuration; None where that is the built-in choice, or nothing was timed.
+        why: what decided.
+        wrong: configurations with a wrong result.
+    """
+
+    kernel: str
+    call: str
+    use: str
+    stock_ms: float | None = None
+    kernel_ms: float | None = None
+    config: dispatch.Config | None = None
+    why: str = ""
+    wrong: tuple[str, ...] = ()
 
 
 class Measurer:
@@ -39,7 +63,7 @@ class Measurer:
         self.device: Hashable = None
         self.choices: tuning_cache.Table = {}
 
-    def row(self, family: Family, call: Call, asked: dispatch.Seen) -> tuning.Row | None:
+    def row(self, family: Family, call: Call, asked: dispatch.Seen) -> Row | None:
         """What came out for a call whose kernel was found right; None where there is nothing to decide.
 
         That is where somebody decided before, and where no choice is kept: in Triton's interpreter, whose times say
@@ -59,15 +83,15 @@ class Measurer:
         except Exception as problem:
             why = devices.first_line(problem)
         if why:
-            see_device(family, self.place, why)
+            dispatch.see_device(family.kernel, self.place.synchronize, why)
             self.place.release()
-            return tuning.Row(family.kernel, str(call), "", why=f"not measured: {why}")
-        use, why = tuning.verdict(found.ratio[BUILT_IN], found.within_noise(BUILT_IN))
+            return Row(family.kernel, str(call), "", why=f"not measured: {why}")
+        use, why = verdict(found.ratio[BUILT_IN], found.within_noise(BUILT_IN))
         choice = Choice(use == "kernel", None, found.median_ms[BUILT_IN], found.median_ms[STOCK])
         self.device = asked.device
         self.choices[name] = choice
         dispatch.learn(asked.device, {name: choice})
-        return tuning.Row(family.kernel, str(call), use, choice.stock_ms, choice.kernel_ms, why=why)
+        return Row(family.kernel, str(call), use, choice.stock_ms, choice.kernel_ms, why=why)
 
     def _compared(self, family: Family, call: Call, config: dispatch.Config | None) -> Comparison:
         place, generator = self.place, torch.Generator(self.place.device).manual_seed(SEED)
@@ -95,8 +119,28 @@ class Measurer:
         if self.choices:
             there = tuning_cache.load(self.device)
             new = {name: choice for name, choice in self.choices.items() if name not in there}
-            tuning.keep(self.device, new, "warmup", stacklevel=5)
+            keep(self.device, new, "warmup", stacklevel=5)
 
 
 def _bytes(args: tuple[Any, ...]) -> int:
     return sum(arg.numel() * arg.element_size() for arg in args if isinstance(arg, Tensor))
+
+
+def verdict(ratio: float, within_noise: bool) -> tuple[str, str]:
+    """Who runs what was timed, and why: the kernel only where it is faster beyond the noise."""
+    noise = ", within the noise" if within_noise else ""
+    return "kernel" if ratio > 1 and not within_noise else "stock", f"the kernel is {ratio:.2f} x as fast{noise}"
+
+
+def keep(device: Any, choices: tuning_cache.Table, what: str, stacklevel: int) -> Path | None:
+    """Let `choices` hold in this process, and in later ones if they can be written; `what` warns if not."""
+    dispatch.learn(device, choices)
+    try:
+        return tuning_cache.store(device, choices)
+    except OSError as problem:
+        warnings.warn(
+            f"{what}: {tuning_cache.folder()} cannot be written, so that this holds for this process only: {problem}",
+            RuntimeWarning,
+            stacklevel=stacklevel,
+        )
+        return None

@@ -14,22 +14,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from vitfast import dispatch
-from vitfast.acceptance import RMS_RATIO, NotAccepted, accept, rms_ratio_of_few
-from vitfast.calls import Call, Prepared, calls_of, calls_of_prepared, distinct
+from vitfast.check.acceptance import RMS_RATIO, NotAccepted, accept, rms_ratio_of_few
+from vitfast.check.calls import SEED, Call, Prepared, calls_of, calls_of_prepared, distinct
+from vitfast.choose import dispatch
 from vitfast.config import ViTConfig
-from vitfast.engine import PreparedViT
-from vitfast.vit import ViT
+from vitfast.inference.prepare import PreparedViT
+from vitfast.model.vit import ViT
 
 if TYPE_CHECKING:
-    from vitfast.bench.device import Cpu, Cuda
-    from vitfast.families import Family
-    from vitfast.families.family import Results
-
-    Place = Cpu | Cuda
+    from vitfast.check.families.family import Family, Results
+    from vitfast.measure.device import Place
 
 KERNEL, STOCK, RIGHT = "kernel", "stock operators", "right"
-SEED = 0
 # a prepared model makes other calls where an earlier product no longer leaves its rows' statistics
 PASSES = 4
 
@@ -87,7 +83,7 @@ def warmup(
     Attention is checked and compiled without dropout, which is compiled when it is first called.
     Every call that the model will make is made once, with numbers drawn for it: all that comes out must be finite, and
     the first and last rows, those at the boundaries of tiles and 512 others (of attention and patches some images) are
-    held to the rule of `vitfast.acceptance`, next to stock operators; so are all results on a few small inputs. A
+    held to the rule of `vitfast.check.acceptance`, next to stock operators; so are all results on a few small inputs. A
     kernel that fails is switched off for the process, with one warning that names it. In the same go everything is
     compiled that these batches need. Neither weights and gradients nor the state of random number generators are
     touched.
@@ -140,7 +136,7 @@ def warmup(
     described = [description(vit, device) for vit in vits]
     measure = measure and not torch.are_deterministic_algorithms_enabled()
     say = (lambda text: print(text, file=sys.stderr, flush=True)) if progress else lambda text: None
-    from vitfast.bench import device as devices
+    from vitfast.measure import device as devices
 
     place = devices.of(device)
     report, done = Report(), set()
@@ -192,7 +188,7 @@ def kernel_calls(
         dtype: of weights and images; autocast: what that computes in, None where it is off.
     """
     # not with the package: `import vitfast` has a limit
-    from vitfast.families import FAMILIES
+    from vitfast.check.families import FAMILIES
 
     found = [
         call
@@ -213,8 +209,8 @@ def warm(calls: Sequence[Call], place: Place, say: Callable[[str], None], measur
     As it is, at its own batch: a smaller one may get another configuration, or another compilation of the same one.
     That takes less memory than a single block of the model does at that batch.
     """
-    from vitfast.families import FAMILIES
-    from vitfast.measuring import Measurer
+    from vitfast.check.families import FAMILIES
+    from vitfast.check.measuring import Measurer
 
     report, checked, measurer = Report(), {}, Measurer(place)
     began = time.perf_counter()
@@ -235,8 +231,8 @@ def warm(calls: Sequence[Call], place: Place, say: Callable[[str], None], measur
 
 def _warm_one(call: Call, place: Place, checked: dict[tuple, str]) -> tuple[str, str, dispatch.Seen | None]:
     """Who runs the call, what came out, and where the kernel was found right what the op asked."""
-    from vitfast.bench.device import first_line
-    from vitfast.families import FAMILIES
+    from vitfast.check.families import FAMILIES
+    from vitfast.measure.device import first_line
 
     family = FAMILIES[call.op]
     generator = torch.Generator(place.device).manual_seed(SEED)
@@ -286,24 +282,13 @@ def _last(seen: Sequence[dispatch.Seen], family: Family) -> dispatch.Seen:
 
 
 def _failed(family: Family, place: Place, problem: Exception) -> tuple[str, str]:
-    from vitfast.bench.device import first_line
+    from vitfast.measure.device import first_line
 
     why = " ".join(str(problem).split())[:500] if isinstance(problem, NotAccepted) else first_line(problem)
-    see_device(family, place, why)
+    dispatch.see_device(family.kernel, place.synchronize, why)
     dispatch.spare(family.kernel, problem)
     dispatch.switch_off(family.kernel, why)
     return STOCK, f"switched off: {why}"
-
-
-def see_device(family: Family, place: Place, why: str) -> None:
-    """Raise RuntimeError where the device is lost."""
-    try:
-        place.synchronize()
-    except Exception as lost:
-        raise RuntimeError(
-            f"warmup: the {family.kernel} kernel broke the device ({why}), and nothing will run on it in this process. "
-            f"Start again with vitfast.set_backend('stock', op={family.kernel!r}), and please report this"
-        ) from lost
 
 
 def check(family: Family, call: Call, config: dispatch.Config | None, place: Place) -> str:

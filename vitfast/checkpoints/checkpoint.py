@@ -17,14 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
+from vitfast.checkpoints.described import config_of
+from vitfast.checkpoints.files import INDEX, file_of, is_safetensors
+from vitfast.checkpoints.pickled import Unread, load_pickled
 from vitfast.config import ViTConfig
-from vitfast.vit import ViT
-from vitfast.weights.described import config_of
-from vitfast.weights.files import INDEX, file_of, is_safetensors
+from vitfast.model.vit import ViT
 from vitfast.weights.hints import prefixes
 from vitfast.weights.names import own_weights, rename_keys, without_wrappers
-from vitfast.weights.pickled import Unread, load_pickled
-from vitfast.weights.pos_embed import resample_pos_embed
+from vitfast.weights.resample import resample_pos_embed
 from vitfast.weights.state_dict import load_most
 
 CONFIG_KEY = "vitfast_config"

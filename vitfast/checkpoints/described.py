@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from vitfast.config import ViTConfig
-from vitfast.fusion import METHODS, patched, replaced, why_changed, why_not_plain
-from vitfast.layers import ACTIVATIONS, NORMS, DropPath, LayerScale, activation_name, eps_of, norm_kind
-from vitfast.model import Attention, Mlp
-from vitfast.vit import ViT
+from vitfast.model.block import Attention, Mlp
+from vitfast.model.layers import ACTIVATIONS, NORMS, DropPath, LayerScale, activation_name, eps_of, norm_kind
+from vitfast.model.plain import METHODS, patched, replaced, why_changed, why_not_plain
+from vitfast.model.vit import ViT
 
 NORMED = (nn.Identity, *NORMS)
 OWN = frozenset(vars(nn.Module()))

@@ -20,7 +20,7 @@ from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vitfast.kernels import tuning
+from vitfast.choose import config_tables
 
 Config = Mapping[str, int | str]
 Shape = tuple[Hashable, ...]
@@ -167,7 +167,7 @@ def _takes(choice: Builtin, kernel: str, shape: Shape) -> bool:
 @functools.cache
 def longest(kernel: str, way: str) -> int:
     """Keys that attention's forward or backward takes at most where it is computed in this way."""
-    tables = tuning.BACKWARD if kernel.endswith("_backward") else tuning.FORWARD
+    tables = config_tables.BACKWARD if kernel.endswith("_backward") else config_tables.FORWARD
     return max(row.keys for table in tables.values() for row in table if row.config.kernel == way)
 
 
@@ -207,7 +207,7 @@ def _careful_attention(kernel: str, shape: Shape) -> Builtin:
     return _stock("flash attention of PyTorch")
 
 
-BLAS = tuning.BLAS.as_dict()
+BLAS = config_tables.BLAS.as_dict()
 
 
 def _careful_product(kernel: str, shape: Shape, arch: int) -> Builtin:
@@ -230,7 +230,7 @@ def _careful_mlp(kernel: str, shape: Shape, words: list[str], arch: int) -> Buil
         keeps = words[-1] in ("none", "act") or (words[-1] == "fc1" and "scaled" in words)
         half = shape[0] == shape[1] != "float32"
         if half and not keeps and "gated" not in words and rows >= WHOLE_ROWS.bit_length():
-            whole = tuning.WHOLE[arch].get(width) if width in tuning.WHOLE_FIRST.get(arch, ()) else None
+            whole = config_tables.WHOLE[arch].get(width) if width in config_tables.WHOLE_FIRST.get(arch, ()) else None
             if whole is not None and hidden % whole.block_n == 0:
                 return _kernel("both layers in one kernel, which hidden numbers never leave", whole.as_dict())
         if rows < LEAST_ROWS.bit_length():

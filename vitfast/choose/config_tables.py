@@ -1,8 +1,8 @@
 """Configurations of the kernels as data, by architecture: chosen by shape, never searched for while a model runs.
 
-Whether a kernel runs, and what was measured to be its fastest configuration, is in `vitfast.builtin`. These are the
-configurations that there are, which come from what compiles without spilling (`make aot`); where none was measured the
-launchers read them from top to bottom and take the first row that fits. A row holds what a kernel is compiled with.
+Whether a kernel runs, and what was measured to be its fastest configuration, is in `vitfast.choose.builtin`. These are
+the configurations that there are, which come from what compiles without spilling (`make aot`); where none was measured
+the launchers read them from top to bottom and take the first row that fits. A row holds what a kernel is compiled with.
 Architectures: 80 (A100), 89 (its kin with 99 KB of shared memory: RTX 30 to 50, L4, L40), 90 (Hopper), 100.
 """
 
@@ -345,6 +345,6 @@ WHOLE: dict[int, dict[int, Product]] = {
 }
 WHOLE[89] = WHOLE[80]
 WHOLE[100] = WHOLE[90]
-# widths at which that is the careful choice (`vitfast.builtin`), on the architectures with wide tiles; at 384 the
-# weights cross the L2 cache twice as often as two products take in all
+# widths at which that is the careful choice (`vitfast.choose.builtin`), on the architectures with wide tiles; at 384
+# the weights cross the L2 cache twice as often as two products take in all
 WHOLE_FIRST = {90: (192,), 100: (192,)}

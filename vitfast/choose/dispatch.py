@@ -5,7 +5,7 @@ Every call of an op asks `choose`. What decides, the first that applies:
 1. what the user forces, with `set_backend` or `backend`;
 2. whether the kernel can run here at all, and passed `vitfast.warmup`'s check;
 3. what `vitfast tune` or `vitfast.warmup` measured on this card for this shape;
-4. `vitfast.builtin`: what was measured on cards of this architecture, or where nothing was, a careful choice.
+4. `vitfast.choose.builtin`: what was measured on cards of this architecture, or where nothing was, a careful choice.
 
 Nothing here imports triton or asks a device for anything until an op runs on one.
 """
@@ -17,36 +17,34 @@ import functools
 import importlib.util
 import threading
 import warnings
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from vitfast import builtin, tuning_cache
-from vitfast.builtin import Builtin
-from vitfast.kernels import tuning
-from vitfast.tuning_cache import Choice, Table
+from vitfast.choose import builtin, config_tables, tuning_cache
+from vitfast.choose.builtin import Builtin
+from vitfast.choose.tuning_cache import Choice, Table
 
 BACKENDS = ("auto", "kernel", "stock")
 
 Config = Mapping[str, int | str]
 
 
-# by the name of the torch op whose work it is, its source: relative to the package, or under csrc/ to that of the
-# repository. A backward is chosen apart from its forward
+# by the name of the torch op whose work it is, its source. A backward is chosen apart from its forward
 KERNELS: dict[str, str] = {
-    "attention": "kernels/attention_forward.py",
-    "attention_backward": "kernels/attention_backward.py",
-    "layer_norm": "kernels/norm_rows.py",
-    "layer_norm_backward": "kernels/norm_rows.py",
-    "linear": "kernels/linear_product.py",
-    "linear_backward": "kernels/linear_product.py",
-    "folded_linear": "kernels/linear_product.py",
-    "added_linear": "kernels/linear_product.py",
-    "mlp": "kernels/linear_product.py",
-    "mlp_backward": "kernels/linear_product.py",
-    "patch_embed": "csrc/patch_embed.cuh",
-    "patch_embed_backward": "csrc/patch_gradient.cuh",
+    "attention": "vitfast/kernels/triton/attention_forward.py",
+    "attention_backward": "vitfast/kernels/triton/attention_backward.py",
+    "layer_norm": "vitfast/kernels/triton/layer_norm_rows.py",
+    "layer_norm_backward": "vitfast/kernels/triton/layer_norm_rows.py",
+    "linear": "vitfast/kernels/triton/linear_product.py",
+    "linear_backward": "vitfast/kernels/triton/linear_product.py",
+    "folded_linear": "vitfast/kernels/triton/linear_product.py",
+    "added_linear": "vitfast/kernels/triton/linear_product.py",
+    "mlp": "vitfast/kernels/triton/linear_product.py",
+    "mlp_backward": "vitfast/kernels/triton/linear_product.py",
+    "patch_embed": "csrc/cuda/patch_embed.cuh",
+    "patch_embed_backward": "csrc/cuda/patch_gradient.cuh",
 }
 
 
@@ -76,6 +74,11 @@ _thread = _ThisThread()
 _forced: dict[str, str] = {}
 _off: dict[str, str] = {}
 _tables: dict[Hashable, Table] = {}
+
+
+def language(kernel: str) -> str:
+    """What a kernel is written in, "Triton" or "CUDA"."""
+    return "CUDA" if KERNELS[kernel].startswith("csrc/") else "Triton"
 
 
 def set_backend(backend: str, op: str | None = None) -> None:
@@ -182,7 +185,7 @@ def stock_config(kernel: str, shape: tuple[Hashable, ...], device: Hashable) -> 
 
 
 def built_in(kernel: str, shape: tuple[Hashable, ...], device: Hashable) -> Builtin:
-    """What `vitfast.builtin` says for this device."""
+    """What `vitfast.choose.builtin` says for this device."""
     # without a device it is Triton's interpreter, which is there to test kernels
     if device is None or builtin.EVERYWHERE:
         return builtin.ALWAYS
@@ -191,7 +194,7 @@ def built_in(kernel: str, shape: tuple[Hashable, ...], device: Hashable) -> Buil
 
 @functools.cache
 def _architecture(device: Hashable) -> int:
-    return tuning.architecture_of(torch.cuda.get_device_capability(device))
+    return config_tables.architecture_of(torch.cuda.get_device_capability(device))
 
 
 def _table(device: Hashable) -> Table:
@@ -283,6 +286,17 @@ def spare(kernel: str, problem: Exception) -> None:
         raise problem
 
 
+def see_device(kernel: str, synchronize: Callable[[], Any], why: str) -> None:
+    """Raise RuntimeError where the device is lost after a kernel failed, for `why`."""
+    try:
+        synchronize()
+    except Exception as lost:
+        raise RuntimeError(
+            f"warmup: the {kernel} kernel broke the device ({why}), and nothing will run on it in this process. "
+            f"Start again with vitfast.set_backend('stock', op={kernel!r}), and please report this"
+        ) from lost
+
+
 def asked_for(kernel: str) -> bool:
     """Whether somebody forces this kernel, in this thread or for the process."""
     trial = _thread.trial
@@ -341,7 +355,7 @@ def _archs(device: int | None) -> Sequence[int]:
     """The architecture of a device, or where there is none all that were measured."""
     if device is not None:
         return [_architecture(device)]
-    return [arch for arch in tuning.ARCHITECTURES if builtin.table(arch)]
+    return [arch for arch in config_tables.ARCHITECTURES if builtin.table(arch)]
 
 
 def facts(kernel: str, device: int | None) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -26,8 +25,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from vitfast.measure import nvml
+from vitfast.measure.files import write_json
+from vitfast.measure.machine import version
+from vitfast.version import __version__
+
 SCHEMA = 1
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
+CONFIGS = "choose/config_tables.py"
 
 
 class Choice(NamedTuple):
@@ -52,10 +57,6 @@ def folder() -> Path:
 
 def key_of(device: Hashable) -> dict[str, str]:
     """What a measurement on this CUDA device holds for: the card, its driver, and who compiles and runs the kernels."""
-    from vitfast import __version__
-    from vitfast.bench import nvml
-    from vitfast.bench.machine import version
-
     return {
         "device": torch.cuda.get_device_properties(device).name,
         "driver": nvml.source(torch.device("cuda", device))["driver"] or "unknown",
@@ -69,8 +70,15 @@ def key_of(device: Hashable) -> dict[str, str]:
 @functools.cache
 def kernels() -> str:
     """A digest of what runs on a card, built-in configurations among it: versions stay the same between commits."""
-    found = [sorted(PACKAGE.glob(name)) for name in ("kernels/*.py", "_C.*", "builtin.py", "measured_sm*.json")]
-    return digest_of(itertools.chain(*found))
+    of_choices = ("choose/builtin.py", "choose/measured_sm*.json")
+    found = [*sources(), *(path for name in ("_C.*", *of_choices) for path in sorted(PACKAGE.glob(name)))]
+    return digest_of(found)
+
+
+def sources() -> list[Path]:
+    """The Python files of what runs on a card, with the tables of its configurations, in one order."""
+    found = [*PACKAGE.glob("kernels/triton/*.py"), *PACKAGE.glob("kernels/cuda/*.py"), PACKAGE / CONFIGS]
+    return sorted(path for path in found if path.exists())
 
 
 def digest_of(paths: Iterable[Path]) -> str:
@@ -122,8 +130,6 @@ def store(device: Hashable, choices: Table) -> Path:
         OSError: it cannot be written.
         TypeError: a shape with something else than strings and ints, which would not be found again.
     """
-    from vitfast.bench.record import write_json
-
     for kernel, shape in choices:
         if not all(isinstance(part, (str, int)) for part in shape):
             raise TypeError(f"{kernel}: the key of a shape must be strings and ints, got {shape}")

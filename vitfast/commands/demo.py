@@ -18,7 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vitfast
-from vitfast import info, parity, timing
+from vitfast.check import parity
+from vitfast.commands import info
+from vitfast.measure import device as devices
+from vitfast.measure import timing
 
 EXTRAS = ("matplotlib", "sklearn", "timm", "tqdm")
 PIP_NAMES = {"sklearn": "scikit-learn"}
@@ -103,9 +106,9 @@ def run_demo(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DemoError(f"--output {str(folder)!r} cannot be made a folder: {error.strerror}", status=2) from error
-    conditions = timing.conditions(place)
-    print(f"{conditions['device']}, {conditions['threads']} CPU threads")
-    print(", ".join(f"{name} {conditions[name]}" for name in ("vitfast", "torch", "timm")))
+    where = conditions(place)
+    print(f"{where['device']}, {where['threads']} CPU threads")
+    print(", ".join(f"{name} {where[name]}" for name in ("vitfast", "torch", "timm")))
 
     torch.manual_seed(seed)
     data = load_digits(place)
@@ -131,7 +134,7 @@ def run_demo(
     picture = folder / "digits.png"
     draw(picture, history, data, predictions, accuracy)
     summary = {
-        **conditions,
+        **where,
         "seed": seed,
         "epochs": epochs,
         "accuracy": accuracy,
@@ -171,9 +174,23 @@ def _require_extras() -> None:
 
 def _device(name: str) -> torch.device:
     try:
-        return info.device_named(name)
+        return devices.device_named(name)
     except ValueError as error:
         raise DemoError(f"--device: {error}", status=2) from error
+
+
+def conditions(device: torch.device | str) -> dict[str, Any]:
+    """What has to stand next to a time: device, threads, versions."""
+    device = torch.device(device)
+    facts = info.collect()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else facts["device"]["cpu"]
+    return {
+        "device": f"{device.type}: {name}",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "timm": facts["packages"]["timm"],
+        "vitfast": facts["vitfast"],
+    }
 
 
 def load_digits(device: torch.device) -> Digits:

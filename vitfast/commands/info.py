@@ -9,34 +9,18 @@ from typing import Any
 
 import torch
 
-from vitfast import dispatch, extension, native, tuning_cache
+from vitfast.choose import dispatch, tuning_cache
+from vitfast.kernels import cpu as cpu_kernels
+from vitfast.kernels import extension
+from vitfast.measure.machine import cpu_name
+from vitfast.ops._register import implementations
+from vitfast.version import __version__
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "timm", "vit-pytorch", "torchvision", "transformers")
 
 
-def device_named(name: str) -> torch.device:
-    """The device that a command line names: auto (a GPU if there is one), cpu, cuda, cuda:1, ...
-
-    Raises:
-        ValueError: there is none of that name here, or it cannot be used; says why.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"{name!r} cannot be used: {str(error).splitlines()[0]}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"must be auto, cpu or cuda, got {name!r}")
-    return device
-
-
 def collect() -> dict[str, Any]:
     """Everything `vitfast info` prints, as plain values."""
-    from vitfast import __version__
-    from vitfast.ops._register import implementations
-
     device = _device()
     return {
         "vitfast": __version__,
@@ -100,18 +84,9 @@ def _extension() -> dict[str, Any]:
         "compiler": report.get("compiler"),
         "cuda": {"archs": report.get("archs", []), "toolkit": report.get("nvcc"), **cuda},
         "cpu_features": module.cpu_features(),
-        "cpu_kernels": native.kernels().name,
+        "cpu_kernels": cpu_kernels.kernels().name,
         "openmp": bool(report.get("openmp")),
     }
-
-
-def cpu_name() -> str:
-    """The CPU's name, as far as the system tells."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _triton() -> dict[str, Any]:

@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("tune", help="measure which kernels are faster on this GPU, and keep it", add_help=False)
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command == "demo":
-        from vitfast import demo
+        from vitfast.commands import demo
 
         return demo.main(rest)
     if arguments.command == "bench":
@@ -31,9 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return bench.main(rest)
     if arguments.command == "tune":
-        from vitfast import tuning
+        from vitfast.bench import tune
 
-        return tuning.main(rest)
+        return tune.main(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    from vitfast import info
+    from vitfast.commands import info
 
     print(json.dumps(info.collect(), indent=2) if arguments.json else info.report())
     return 0
@@ -56,7 +56,7 @@ def _info(arguments: argparse.Namespace) -> int:
 def _models(arguments: argparse.Namespace) -> int:
     from fnmatch import fnmatchcase
 
-    from vitfast.variants import UNSUPPORTED, VARIANTS
+    from vitfast.timm_names.variants import UNSUPPORTED, VARIANTS
 
     pattern = arguments.filter or "*"
     works = sorted(name for name in VARIANTS if fnmatchcase(name, pattern))

@@ -1,6 +1,6 @@
 """Parts of a prepared model on a CPU: weights in the layout of the C++ kernels, or of oneDNN where that is faster.
 
-Nothing here is differentiable, and nothing is checked: `engine.prepare` builds these and guards their use.
+Nothing here is differentiable, and nothing is checked: `vitfast.prepare` builds these and guards their use.
 Shapes: B images, N tokens, D channels, H heads.
 """
 
@@ -14,15 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitfast import native, reference
-from vitfast.fusion import plain, stands_for
-from vitfast.layers import LayerScale, activation_name, run_norm
-from vitfast.model import Block
+from vitfast import reference
+from vitfast.kernels import cpu as cpu_kernels
+from vitfast.model.block import Block
+from vitfast.model.layers import LayerScale, activation_name, run_norm
+from vitfast.model.patch_embed import PatchEmbed
+from vitfast.model.plain import plain, stands_for
 from vitfast.ops import _stock
+from vitfast.ops._attention_check import check_mask
 from vitfast.ops._attention_stock import attention_cpu
-from vitfast.ops.attention import check_mask
 from vitfast.ops.patch_embed import place_prefix
-from vitfast.stem import PatchEmbed
 
 # Rows that oneDNN's layout is chosen for. It picks one for few rows and one for many, and the first is half as fast on
 # many; from 197 to 16,384 rows the choice was the same.
@@ -35,10 +36,10 @@ def own_product(dtype: torch.dtype, K: int) -> bool:
     Alone they are as fast with AVX-512 and gain what surrounds the product: norm, activation, addition, and the memory
     between them. With AVX2 they lose up to 6 % on wide layers; AMX, which oneDNN has, is several times as fast in bf16.
     """
-    kernels = native.kernels()
-    if kernels is None or not kernels.name.startswith("avx512") or not native.PackedWeight.takes(K, dtype):
+    kernels = cpu_kernels.kernels()
+    if kernels is None or not kernels.name.startswith("avx512") or not cpu_kernels.PackedWeight.takes(K, dtype):
         return False
-    return native.multiplies(dtype) and not native.has_amx(dtype)
+    return cpu_kernels.multiplies(dtype) and not cpu_kernels.has_amx(dtype)
 
 
 def refuse(name: str) -> Callable:
@@ -74,7 +75,7 @@ class PackedLinear(Packed):
         self.out_features, self.in_features = weight.shape
         weight, bias = weight.to(dtype).contiguous(), None if bias is None else bias.to(dtype)
         # plain attributes: opaque tensors have no storage that a module could move or save
-        self.own = native.PackedWeight(weight, bias) if own_product(dtype, self.in_features) else None
+        self.own = cpu_kernels.PackedWeight(weight, bias) if own_product(dtype, self.in_features) else None
         self.weight = self.bias = None
         if self.own is None:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, ONEDNN_ROWS)
@@ -101,7 +102,7 @@ class PackedLinear(Packed):
             first = norm_of(norm, x.dtype)
             if norm is not None and first is None:
                 x = run(norm, x)
-            return native.linear(x.contiguous(), self.own, norm=first, act=act)
+            return cpu_kernels.linear(x.contiguous(), self.own, norm=first, act=act)
         if norm is not None:
             x = run(norm, x)
         if act in ("gelu", "gelu_tanh") and x.dtype is torch.float32:
@@ -116,7 +117,7 @@ class PackedLinear(Packed):
         if not x.numel():
             return residual.clone()
         if self.own:
-            return native.linear(x.contiguous(), self.own, residual=residual.contiguous())
+            return cpu_kernels.linear(x.contiguous(), self.own, residual=residual.contiguous())
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
 
 
@@ -136,7 +137,7 @@ class PackedStem(nn.Module):
     @staticmethod
     def takes(patch_embed: nn.Module) -> bool:
         return (
-            native.kernels() is not None
+            cpu_kernels.kernels() is not None
             and plain(patch_embed, PatchEmbed)
             and patch_embed.input_norm is None
             and patch_embed.cuts_patches()
@@ -151,7 +152,7 @@ class PackedStem(nn.Module):
         mean, std = normalisation or (None, None)
         if self.proj.own is not None and images.numel():
             return self._in_one_pass(images, positions, prefix, mean, std)
-        rows = native.patch_rows(
+        rows = cpu_kernels.patch_rows(
             images, self.patch_size, dtype=self.dtype, mean=mean, std=std, prefix=P, pad=self.pad
         )
         tokens = self.proj(rows)
@@ -169,7 +170,7 @@ class PackedStem(nn.Module):
                 positions = torch.cat([torch.zeros_like(prefix), positions])
         positions = None if positions is None else positions.contiguous()
         prefix = None if prefix is None else prefix.contiguous()
-        return native.embed(images, self.patch_size, self.proj.own, positions, prefix, mean, std)
+        return cpu_kernels.embed(images, self.patch_size, self.proj.own, positions, prefix, mean, std)
 
 
 class PackedBlock(Packed):
@@ -209,7 +210,7 @@ class PackedBlock(Packed):
         self.fc2 = pack(mlp.fc2, gamma(block.ls2))
         self.whole = self._whole(dtype)
 
-    def _whole(self, dtype: torch.dtype) -> native.Block | None:
+    def _whole(self, dtype: torch.dtype) -> cpu_kernels.Block | None:
         """All of it for one call, None where some part is not plain."""
         # copies: a module's parameters can be moved
         norms = [norm_of(copy.deepcopy(each), dtype) for each in (self.norm1, self.norm2)]
@@ -220,14 +221,14 @@ class PackedBlock(Packed):
         if not nothing or any(linear.own is None for linear in linears):
             return None
         qkv, proj, fc1, fc2 = (linear.own for linear in linears)
-        return native.Block(
+        return cpu_kernels.Block(
             norms[0], qkv, proj, norms[1], fc1, fc2, self.act, self.num_heads, self.head_dim, self.scale
         )
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, keep: int | None = None) -> Tensor:
         """Tokens [B, N, D] -> [B, N, D], or the first `keep` of them."""
         if self.whole is not None and attn_mask is None and keep is None and x.numel() and x.is_contiguous():
-            return native.block(x, self.whole)
+            return cpu_kernels.block(x, self.whole)
         return self.mlp_branch(self.attention_branch(x, attn_mask, keep))
 
     def attention_branch(self, x: Tensor, attn_mask: Tensor | None = None, keep: int | None = None) -> Tensor:
@@ -260,7 +261,7 @@ class PackedBlock(Packed):
     def mlp_branch(self, x: Tensor) -> Tensor:
         """x + mlp(norm2(x))"""
         if self._in_one_pass(x):
-            return native.mlp(x, norm_of(self.norm2, x.dtype), self.first[0].own, self.fc2.own, self.act)
+            return cpu_kernels.mlp(x, norm_of(self.norm2, x.dtype), self.first[0].own, self.fc2.own, self.act)
         return self.fc2.add_to(x, run(self.mlp_norm, self._hidden(x)))
 
     def _in_one_pass(self, x: Tensor) -> bool:
@@ -284,20 +285,20 @@ class PackedBlock(Packed):
         return _stock.activation(gate, self.act) * value
 
 
-def norm_of(module: nn.Module | None, dtype: torch.dtype) -> native.Norm | None:
+def norm_of(module: nn.Module | None, dtype: torch.dtype) -> cpu_kernels.Norm | None:
     """The norm as the kernels read it, None where they do not know it."""
     if type(module) is not nn.LayerNorm:
         return None
     if any(t is not None and t.dtype is not dtype for t in (module.weight, module.bias)):
         return None
-    return native.Norm(module.weight, module.bias, module.eps)
+    return cpu_kernels.Norm(module.weight, module.bias, module.eps)
 
 
 def run(norm: nn.Module, x: Tensor) -> Tensor:
     """`norm(x)` of a norm or nothing, by the shortest way."""
     if type(norm) is nn.LayerNorm:
-        if x.numel() and x.is_contiguous() and native.takes(x) and norm_of(norm, x.dtype):
-            return native.layer_norm(x, norm.weight, norm.bias, norm.eps)
+        if x.numel() and x.is_contiguous() and cpu_kernels.takes(x) and norm_of(norm, x.dtype):
+            return cpu_kernels.layer_norm(x, norm.weight, norm.bias, norm.eps)
         return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
     return x if type(norm) is nn.Identity else run_norm(norm, x)
 

@@ -1,6 +1,6 @@
 """Blocks of a prepared model on a GPU: norms and LayerScale are in the weights, and five kernels make a block.
 
-Nothing here is differentiable, and nothing is checked: `engine.prepare` builds these and guards their use. A residual
+Nothing here is differentiable, and nothing is checked: `vitfast.prepare` builds these and guards their use. A residual
 stream travels with the statistics of its rows, which the product that wrote it has left (`pieces`), so that no norm
 has to read it for them. Where a kernel does not run, its op computes the same from the same weights.
 Shapes: B images, N tokens, D channels, H heads.
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from vitfast import ops, reference
-from vitfast.fusion import stands_for
-from vitfast.layers import activation_name, eps_of, gamma_of, norm_kind, norm_report, run_norm
-from vitfast.model import Attention, Block, Mlp
-from vitfast.ops._prepared import added_linear, folded_linear
-from vitfast.packed import frozen
+from vitfast.inference.cpu_block import frozen
+from vitfast.model.block import Attention, Block, Mlp
+from vitfast.model.layers import activation_name, eps_of, gamma_of, norm_kind, norm_report, run_norm
+from vitfast.model.plain import stands_for
+from vitfast.ops.linear_folded import added_linear, folded_linear
 
 
 def _rounded(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -11,16 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitfast import native, reference
-from vitfast.folded import AddedLinear, FoldedBlock, FoldedLinear
-from vitfast.fusion import METHODS, PLAIN_TENSORS, any_global_hook, plain, replaced, watched_view
-from vitfast.layers import reasons_of, run_norm
-from vitfast.model import Block, given, with_causal
+from vitfast import reference
+from vitfast.inference.cpu_block import PackedBlock, PackedLinear, PackedStem, frozen, own_product, refuse
+from vitfast.inference.gpu_block import AddedLinear, FoldedBlock, FoldedLinear
+from vitfast.inference.original import Source
+from vitfast.kernels import cpu as cpu_kernels
+from vitfast.model.block import Block, given, with_causal
+from vitfast.model.layers import reasons_of, run_norm
+from vitfast.model.patch_embed import check_pixels
+from vitfast.model.plain import METHODS, PLAIN_TENSORS, any_global_hook, plain, replaced, watched_view
+from vitfast.model.vit import ViT
 from vitfast.ops import _launch
-from vitfast.original import Source
-from vitfast.packed import PackedBlock, PackedLinear, PackedStem, frozen, own_product, refuse
-from vitfast.stem import check_pixels
-from vitfast.vit import ViT
 
 DTYPES = (torch.float32, torch.bfloat16)
 TOKENS = ("cls_token", "reg_token", "dist_token", "pos_embed")
@@ -151,7 +152,7 @@ def _unusable(p: Tensor) -> list[str]:
         reasons.append("was made in inference mode, where torch does not count changes")
     elif p.device.type not in ("cpu", "cuda"):
         reasons.append(f"is on {p.device}; models on CPUs and CUDA devices can be prepared")
-    elif p.dtype not in native.FLOATS:
+    elif p.dtype not in cpu_kernels.FLOATS:
         reasons.append(f"is {str(p.dtype)[6:]}; float32, bfloat16 and float16 can be prepared")
     return reasons
 
@@ -196,7 +197,7 @@ def _folded_dtype(model: ViT, dtype: torch.dtype | str | None) -> torch.dtype:
         return torch.bfloat16
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"prepare: dtype must be a torch.dtype, 'auto' or None, got {dtype!r}")
-    if dtype not in native.FLOATS:
+    if dtype not in cpu_kernels.FLOATS:
         raise NotImplementedError(f"prepare: dtype must be float32, bfloat16 or float16, got {str(dtype)[6:]}")
     return dtype
 
@@ -395,7 +396,7 @@ class PreparedViT(ViT):
             # a replaced stem may give another dtype
             return super().embed(images.to(self.dtype)).to(self.dtype)
         self.patch_embed.check(images, takes_uint8=True)
-        images = (images if images.dtype in native.DTYPES else images.to(self.dtype)).resolve_neg()
+        images = (images if images.dtype in cpu_kernels.DTYPES else images.to(self.dtype)).resolve_neg()
         positions = self._positions(self._grid_of(images) if self._has_grid() else None)
         x = self.stem(images, positions, self._prefix(), self.normalisation if is_uint8 else None)
         return self._before_blocks(self._drop(x))

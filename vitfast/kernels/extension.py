@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-BUILD_REPORT = Path(__file__).parent / "_build.json"
+BUILD_REPORT = Path(__file__).parents[1] / "_build.json"
 # the oldest driver for each major version of the CUDA runtime (CUDA's release notes, "CUDA Toolkit and Minimum Required
 # Driver Version for CUDA Minor Version Compatibility")
 OLDEST_DRIVER = {12: "525", 13: "580"}

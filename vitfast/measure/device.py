@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from vitfast.bench import nvml
-from vitfast.timing import EventSampler, HostSampler, Repeated, Sampler
+from vitfast.measure import nvml
+from vitfast.measure.timing import EventSampler, HostSampler, Repeated, Sampler
 
 # issuing a call takes "as long as" the device needs for it from this share on: both vary by some percent
 HOST_SHARE = 0.8
@@ -30,6 +30,24 @@ LOAD_MS = 30.0
 BURST_S, MOST_IN_BURST = 5e-4, 32
 
 Call = Callable[[], Any]
+
+
+def device_named(name: str) -> torch.device:
+    """The device that a command line names: auto (a GPU if there is one), cpu, cuda, cuda:1, ...
+
+    Raises:
+        ValueError: there is none of that name here, or it cannot be used; says why.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"{name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"must be auto, cpu or cuda, got {name!r}")
+    return device
 
 
 class NotCaptured(RuntimeError):
@@ -240,6 +258,9 @@ def _no_synchronisation() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode(before)
+
+
+Place = Cpu | Cuda
 
 
 def of(device: torch.device | str) -> Cpu | Cuda:

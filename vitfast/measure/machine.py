@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 
-import vitfast
-from vitfast.bench import nvml
-from vitfast.info import cpu_name
+from vitfast.measure import nvml
+from vitfast.version import __version__
 
-ROOT = Path(vitfast.__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = "benchmarks/results"
 PACKAGES = ("triton", "timm", "transformers", "vit-pytorch")
 
@@ -47,9 +46,18 @@ def describe(device: torch.device | str = "cpu", packages: tuple[str, ...] = ())
         "platform": platform.platform(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "vitfast": vitfast.__version__,
+        "vitfast": __version__,
         **{package: version(package) for package in (*PACKAGES, *packages)},
     }
+
+
+def cpu_name() -> str:
+    """The CPU's name, as far as the system tells."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def command_of(arguments: Sequence[str]) -> str:

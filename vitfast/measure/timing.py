@@ -62,7 +62,7 @@ class HostSampler:
 class EventSampler:
     """Times what callables make a device do, between two events on its current stream.
 
-    Where issuing takes longer than the device needs, that is what this measures: see `vitfast.bench.device`.
+    Where issuing takes longer than the device needs, that is what this measures: see `vitfast.measure.device`.
     """
 
     min_ms = 10.0
@@ -294,17 +294,3 @@ def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[
     return call
 
 
-def conditions(device: torch.device | str) -> dict[str, Any]:
-    """What has to stand next to a time: device, threads, versions."""
-    from vitfast import info
-
-    device = torch.device(device)
-    facts = info.collect()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else facts["device"]["cpu"]
-    return {
-        "device": f"{device.type}: {name}",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "timm": facts["packages"]["timm"],
-        "vitfast": facts["vitfast"],
-    }

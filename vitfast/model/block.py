@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from vitfast import reference
+from vitfast.choose.exportable import refuse_proxy
 from vitfast.config import ViTConfig
-from vitfast.fusion import any_global_hook, plain, stands_for, watched_view
-from vitfast.layers import (
+from vitfast.model.layers import (
     ACTIVATIONS,
     NORMS,
     DropPath,
@@ -36,8 +36,8 @@ from vitfast.layers import (
     run_linear,
     run_norm,
 )
-from vitfast.ops.attention import check_mask
-from vitfast.switches import refuse_proxy
+from vitfast.model.plain import any_global_hook, plain, stands_for, watched_view
+from vitfast.ops._attention_check import check_mask
 
 
 def _norm_of_heads(norm: nn.Module, t: Tensor, using: ModuleType) -> Tensor:

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
-from vitfast.model import AttentionPool, Mlp
-
-if TYPE_CHECKING:
-    from vitfast.vit import ViT
+from vitfast.model.block import AttentionPool, Mlp
 
 
 @torch.no_grad()
-def init_as_timm(model: ViT) -> None:
+def init_as_timm(model: nn.Module) -> None:
     """What timm does after its modules were made."""
     if next(model.parameters()).is_meta:
         return  # nothing is there, and drawing it takes its time

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vitfast import ops, reference
 from vitfast.config import ViTConfig
-from vitfast.fusion import any_global_hook, plain, stands_for, why_not_plain
+from vitfast.model.plain import any_global_hook, plain, stands_for, why_not_plain
 from vitfast.ops import stock
 from vitfast.ops._check import autocast_dtype
 
@@ -31,8 +31,9 @@ class OnOps:
                 held = vars(module)
                 held.update(_exportable=True) if value else held.pop("_exportable", None)
 
+    # no annotation: so an editor finds the op behind `self.ops.linear`
     @property
-    def ops(self) -> ModuleType:
+    def ops(self):
         return stock if "_exportable" in self.__dict__ else ops
 
 

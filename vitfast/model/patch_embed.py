@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitfast import reference
+from vitfast.choose.exportable import refuse_proxy
 from vitfast.config import ViTConfig
-from vitfast.fusion import any_global_hook, plain, stands_for
-from vitfast.layers import NORMS, OnOps, build_norm, norm_args, reasons_of, run_norm
-from vitfast.switches import refuse_proxy
-from vitfast.weights.pos_embed import resample_patch_embed
+from vitfast.model.layers import NORMS, OnOps, build_norm, norm_args, reasons_of, run_norm
+from vitfast.model.plain import any_global_hook, plain, stands_for
+from vitfast.weights.resample import resample_patch_embed
 
 
 def check_pixels(images: Tensor, takes_uint8: bool = False) -> None:

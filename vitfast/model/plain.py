@@ -7,14 +7,13 @@ changed what those forwards do: a LoRA adapter, a hook, a parametrization or a q
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.modules import module as torch_module
 
-from vitfast.switches import exporting
+from vitfast.choose.exportable import exporting
 
 # the methods of the model's class as they were when vitfast was imported
 METHODS: dict[str, Any] = {}
@@ -116,84 +115,3 @@ def watched_view(module: nn.Module, name: str) -> nn.Module | None:
 def any_global_hook() -> bool:
     """Whether a hook for all modules is registered (profilers, FLOP counters): then every module must run."""
     return bool(torch_module._has_any_global_hook())
-
-
-class Row(NamedTuple):
-    """One part of the model: what runs it, and why nothing better does."""
-
-    part: str
-    path: str
-    reason: str
-
-
-class Explanation:
-    """What `explain` found; `str()` is a table."""
-
-    def __init__(self, rows: list[Row], notes: list[str]):
-        self.rows = rows
-        self.notes = notes
-
-    @property
-    def all_fused(self) -> bool:
-        return all(row.path.startswith("op") for row in self.rows)
-
-    def __str__(self) -> str:
-        rows = [Row("part", "runs as", "because"), *self.rows]
-        widths = [max(len(row[i]) for row in rows) for i in range(2)]
-        lines = [f"{row.part:<{widths[0]}}  {row.path:<{widths[1]}}  {row.reason}".rstrip() for row in rows]
-        return "\n".join([*lines, *self.notes])
-
-    __repr__ = __str__
-
-
-def explain(model: nn.Module) -> Explanation:
-    """Which part of the model runs as which op at the next call, and where not, why.
-
-    Args:
-        model: a `vitfast.ViT`, or a module that contains one.
-
-    Returns:
-        An `Explanation`: `str()` prints a table, `.rows` has (part, path, reason).
-
-    Raises:
-        TypeError: there is no vitfast model inside.
-    """
-    from vitfast import switches
-    from vitfast.ops._register import implementations
-    from vitfast.vit import ViT
-
-    vits = [(name, m) for name, m in model.named_modules() if isinstance(m, ViT)]
-    if not vits:
-        raise TypeError(f"explain: model must be or contain a vitfast.ViT, got {type(model).__name__}")
-    rows = []
-    for prefix, vit in vits:
-        for part, op_name, reasons in vit.fusion_report():
-            name = f"{prefix}.{part}" if prefix else part
-            if switches.stock_only() or vit.exportable:
-                why = "its exportable is True" if vit.exportable else "set_exportable(True) is on"
-                rows.append(Row(name, "stock operators", why))
-            elif reasons:
-                rows.append(Row(name, "its modules' own forward", "; ".join(reasons)))
-            else:
-                rows.append(Row(name, f"op {op_name}", ""))
-    device = next(vits[0][1].parameters()).device
-    without: dict[tuple[str, str], list[str]] = {}
-    for op, devices in implementations().items():
-        here = devices.get(device.type)
-        if here is not None and here.kernel is None:
-            without.setdefault((here.path, here.why_no_kernel), []).append(op)
-    notes = [f"on {device.type}, {path} ({why}): {', '.join(found)}" for (path, why), found in without.items()]
-    return Explanation(rows, notes + (_built_in(rows, device) if device.type == "cuda" else []))
-
-
-def _built_in(rows: list[Row], device: torch.device) -> list[str]:
-    """What was measured, on cards like this one, of each kernel that may run a part."""
-    from vitfast import dispatch
-
-    ops = {row.path.removeprefix("op ") for row in rows}
-    return [
-        f"built in, {name}: {words}"
-        for name in dispatch.KERNELS
-        if name.removesuffix("_backward") in ops
-        for words in dispatch.facts(name, device.index or 0)["builtin"].values()
-    ]

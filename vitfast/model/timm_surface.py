@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitfast.layers import DropPath, run_norm
-from vitfast.model import Mlp, given
+from vitfast.choose.exportable import refuse_proxy
+from vitfast.model.block import Mlp, given
+from vitfast.model.layers import DropPath, run_norm
 from vitfast.ops.mlp import RECOMPUTE
-from vitfast.switches import refuse_proxy
-from vitfast.weights.pos_embed import resample_pos_embed
+from vitfast.weights.resample import resample_pos_embed
 
 TIMM_POOLS = {"token": "token", "mean": "avg", "map": "map", "none": ""}
 POOLS_BY_TIMM_NAME = {timm_name: pool for pool, timm_name in TIMM_POOLS.items()}

@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitfast import reference
+from vitfast.choose.exportable import exporting, refuse_proxy
 from vitfast.config import ViTConfig
-from vitfast.fusion import any_global_hook, note_methods, plain, replaced, why_not_plain
-from vitfast.initialise import init_as_timm
-from vitfast.layers import LayerScale, OnOps, build_norm, norm_report, reasons_of, run_norm
-from vitfast.model import AttentionPool, Block, given
-from vitfast.stem import PatchEmbed
-from vitfast.switches import exporting, refuse_proxy
-from vitfast.timm_surface import TimmSurface, pool_of, say_mask_is_stock
+from vitfast.model import vit_pytorch_surface
+from vitfast.model.block import AttentionPool, Block, given
+from vitfast.model.initialise import init_as_timm
+from vitfast.model.layers import LayerScale, OnOps, build_norm, norm_report, reasons_of, run_norm
+from vitfast.model.patch_embed import PatchEmbed
+from vitfast.model.plain import any_global_hook, note_methods, plain, replaced, why_not_plain
+from vitfast.model.timm_surface import TimmSurface, pool_of, say_mask_is_stock
 from vitfast.weights import vit_pytorch
-from vitfast.weights.pos_embed import resample_pos_embed
+from vitfast.weights.resample import resample_pos_embed
 from vitfast.weights.state_dict import check_state_dict, copies, load_or_put_back, translates
-from vitfast.weights.views import watched
 
 
 class ViT(TimmSurface, OnOps, nn.Module):
@@ -168,13 +168,13 @@ class ViT(TimmSurface, OnOps, nn.Module):
             init_as_timm(self)
 
     def __getattr__(self, name: str) -> Any:
-        if name in vit_pytorch.ATTRIBUTES:
-            return vit_pytorch.attribute(self, name)
+        if name in vit_pytorch_surface.ATTRIBUTES:
+            return vit_pytorch_surface.attribute(self, name)
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in vit_pytorch.ATTRIBUTES:
-            name, value = vit_pytorch.assigned(self, name, value)
+        if name in vit_pytorch_surface.ATTRIBUTES:
+            name, value = vit_pytorch_surface.assigned(self, name, value)
         super().__setattr__(name, value)
         if name == "head" and isinstance(value, nn.Linear) and value.out_features != self.num_classes:
             # a file of the weights says for how many classes they are
@@ -208,7 +208,8 @@ class ViT(TimmSurface, OnOps, nn.Module):
             return None
         if self.attn_pool is not None or any(replaced(self, name) for name in PUBLIC_STAGES):
             return None
-        if not plain(self.blocks, nn.Sequential) or not len(self.blocks) or watched(self, "transformer"):
+        watched = vit_pytorch_surface.watched(self, "transformer")
+        if watched or not plain(self.blocks, nn.Sequential) or not len(self.blocks):
             return None
         last = self.blocks[-1]
         if not (type(last) is Block and last.untouched(dropout_counts) and plain(self.norm, *NORMS_OR_NONE)):
@@ -221,7 +222,7 @@ class ViT(TimmSurface, OnOps, nn.Module):
 
     def _features(self, x: Tensor, keep: int | None = None, **how: Any) -> Tensor:
         refuse_proxy(x)
-        x, transformer = self.embed(x), watched(self, "transformer")
+        x, transformer = self.embed(x), vit_pytorch_surface.watched(self, "transformer")
         if how:
             say_mask_is_stock()
         return self._transform(x, keep, **how) if transformer is None else transformer(x, **how)
@@ -253,7 +254,7 @@ class ViT(TimmSurface, OnOps, nn.Module):
         if self._embeds_by_op():
             self.patch_embed.check(images)
             return self._before_blocks(self._drop(self._embed_by_op(images)))
-        x = (watched(self, "to_patch_embedding") or self.patch_embed)(images)
+        x = (vit_pytorch_surface.watched(self, "to_patch_embedding") or self.patch_embed)(images)
         if x.dim() == 3 and self._has_grid():
             # vit-pytorch's stem, or one that somebody put there
             x = x.unflatten(1, self._grid_of(images))

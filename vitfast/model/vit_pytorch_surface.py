@@ -1,20 +1,20 @@
-"""What vit-pytorch calls `transformer` and `to_patch_embedding`, for wrappers that look at a ViT from outside."""
+"""The attributes of vit-pytorch's ViT that wrappers read and assign, with views where we have no such module."""
 
 from __future__ import annotations
 
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from vitfast import reference
-from vitfast.fusion import watched_view
-from vitfast.model import Attention
+from vitfast.config import ViTConfig
+from vitfast.model.block import Attention
+from vitfast.model.plain import watched_view
 
-if TYPE_CHECKING:
-    from vitfast.vit import ViT
+ATTRIBUTES = ("to_patch_embedding", "transformer", "pos_embedding", "mlp_head", "dropout", "pool")
 
 
 def _watches(register: Callable) -> Callable:
@@ -41,7 +41,7 @@ class View(nn.Module):
     instead = ""
     # of the attribute that it is
     name = ""
-    model: ViT | None = None
+    model: nn.Module | None = None
 
     register_forward_hook = _watches(nn.Module.register_forward_hook)
     register_forward_pre_hook = _watches(nn.Module.register_forward_pre_hook)
@@ -49,7 +49,7 @@ class View(nn.Module):
     register_full_backward_hook = _watches(nn.Module.register_full_backward_hook)
     register_full_backward_pre_hook = _watches(nn.Module.register_full_backward_pre_hook)
 
-    def of(self, model: ViT) -> View:
+    def of(self, model: nn.Module) -> View:
         """This view as an attribute of `model`, with the hooks that it was given there before."""
         earlier = model.__dict__.get("_views", {}).get(self.name)
         if earlier is not None:
@@ -103,7 +103,7 @@ class TransformerView(View):
     )
     name = "transformer"
 
-    def __init__(self, model: ViT):
+    def __init__(self, model: nn.Module):
         super().__init__()
         self.blocks, self.norm = model.blocks, model.norm
 
@@ -159,6 +159,74 @@ def _derived(theirs: type[nn.Module]) -> type[AttentionView]:
     return type("AttentionView", (AttentionView, theirs), {})
 
 
-def watched(model: ViT, name: str) -> View | None:
+def watched(model: nn.Module, name: str) -> View | None:
     """The view `name` of the model, to be called in place of its parts; None where nobody watches it."""
     return None if watched_view(model, name) is None else getattr(model, name)
+
+
+def attribute(model: nn.Module, name: str) -> Any:
+    """What vit-pytorch calls `name`, for wrappers that read it.
+
+    Raises:
+        AttributeError: the model is of timm's architecture; the message says what to use.
+    """
+    instead = {
+        "to_patch_embedding": "patch_embed",
+        "transformer": "blocks and norm",
+        "pos_embedding": "pos_embed",
+        "mlp_head": "head",
+        "dropout": "pos_drop",
+        "pool": "config.pool",
+    }[name]
+    if "config" not in model.__dict__ or not model.config.input_norm:
+        raise AttributeError(
+            f"ViT has {name!r} only in vit-pytorch's architecture (vitfast.ViT(image_size=..., ...)); "
+            f"here use {instead!r}"
+        )
+    if name == "to_patch_embedding":
+        embed = model.patch_embed
+        return PatchEmbeddingView(Patchify(embed.patch_size), embed.input_norm, embed.proj, embed.norm).of(model)
+    if name == "transformer":
+        return TransformerView(model).of(model)
+    if name == "pos_embedding":
+        return model.pos_embed
+    if name == "dropout":
+        return model.pos_drop
+    return None if isinstance(model.head, nn.Identity) else model.head
+
+
+def assigned(model: nn.Module, name: str, value: Any) -> tuple[str, Any]:
+    """Our name and value for what a user assigns under vit-pytorch's name; the config follows.
+
+    Raises:
+        AttributeError: assigning it would have no effect, or the model is of timm's architecture; says what to assign.
+        ValueError: a pooling that vit-pytorch does not have, or that this model has no token for.
+    """
+    config = model.__dict__["config"]
+    if not config.input_norm:
+        if name in ("pool", "dropout"):
+            return name, value
+        attribute(model, name)
+    if name == "pool":
+        if value not in ("cls", "mean") or (value == "cls" and not config.class_token):
+            allowed = "'cls' or 'mean'" if config.class_token else "'mean' (there is no class token)"
+            raise ValueError(f"ViT.pool must be {allowed}, got {value!r}")
+        if config.pool != "none":
+            model.config = _pooled(config, value)
+    elif name == "mlp_head" and value is None:
+        # vit-pytorch's way of asking for tokens
+        model.config, value = config.replace(num_classes=0, pool="none"), nn.Identity()
+    elif name == "mlp_head":
+        model.config = _pooled(config, model.__dict__["pool"])
+    ours = {"mlp_head": "head", "pos_embedding": "pos_embed", "dropout": "pos_drop", "pool": "pool"}.get(name)
+    if ours is None:
+        raise AttributeError(
+            f"ViT.{name} is a view and cannot be replaced; assign to the modules under `patch_embed`, `blocks` or "
+            "`norm` instead"
+        )
+    return ours, value
+
+
+def _pooled(config: ViTConfig, pool: str) -> ViTConfig:
+    """With pooling by vit-pytorch's name; its mean is that of all tokens."""
+    return config.replace(pool={"cls": "token", "mean": "mean"}[pool], pool_prefix=pool == "mean")

@@ -1,6 +1,6 @@
 """The two products of a prepared block as ops of their own: what is around them is in the weights already.
 
-Nothing here is differentiable, and nothing is checked: `engine.prepare` builds what calls these and guards its use.
+Nothing here is differentiable, and nothing is checked: `vitfast.prepare` builds what calls these and guards its use.
 Statistics of rows, `pieces`, go from the product that wrote the rows to the one that norms them: fp32 [pieces, 2, M]
 for M rows, mean and sum of squared distances from it of each of so many equal parts of a row.
 """
@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from vitfast import reference
+from vitfast.choose.config_tables import Product
+from vitfast.choose.exportable import stock_only
 from vitfast.ops import _launch, _register
 from vitfast.ops._register import call
 from vitfast.ops._stock import add_branch
 from vitfast.ops.linear import _linear_stock, shape_of
-from vitfast.switches import stock_only
 
 WHY_NO_CPU_KERNEL = "models prepared for a CPU have packed products, which are no ops"
 
@@ -57,19 +58,21 @@ def _folded_stock(x, weight, sums, wide_bias, bias, pieces, norm_eps, norm, act)
 
 
 def _folded_kernel(x, weight, sums, wide_bias, bias, pieces, norm_eps, norm, act):
-    def launch(kernels, config):
-        config = kernels.Product(**config) if config else None
-        found = kernels.folded_forward(x, weight, sums, wide_bias, norm, norm_eps, act, pieces, config)
+    def launch(config):
+        config = Product(**config) if config else None
+        found = launcher.folded_forward(x, weight, sums, wide_bias, norm, norm_eps, act, pieces, config)
         if found is None:
             # of fp32, or multiplied by cuBLAS: normed by a kernel of its own
             given = (x, weight, bias, None, None, norm_eps, norm, act, None, None, None, False)
-            found, *_ = kernels.forward(*given, config=config)
+            found, *_ = launcher.forward(*given, config=config)
         return found
 
     found = None
-    if x.numel():
+    if x.numel() and _launch.ready("folded_linear", x):
+        from vitfast.kernels.triton import linear as launcher
+
         found = _launch.attempt(
-            "folded_linear", "linear", x, lambda kernels: kernels.why_not(x, weight, norm, None, act, False),
+            "folded_linear", x, launcher.why_not(x, weight, norm, None, act, False),
             shape_of(x, weight, norm, act, "" if pieces is None else "pieces"), launch,
         )  # fmt: skip
     return _folded_stock(x, weight, sums, wide_bias, bias, pieces, norm_eps, norm, act) if found is None else found
@@ -84,34 +87,37 @@ def _added_stock(x, weight, bias, residual):
 
 
 def _added_kernel(x, weight, bias, residual):
-    found = _attempt_added(
-        x, weight,
-        lambda kernels, config: kernels.forward_with_pieces(
-            x, weight, bias, residual, kernels.Product(**config) if config else None
-        ),
-    )  # fmt: skip
+    def launch(config):
+        from vitfast.kernels.triton import linear as launcher
+
+        return launcher.forward_with_pieces(x, weight, bias, residual, Product(**config) if config else None)
+
+    found = _attempt_added(x, weight, launch)
     return found or _added_stock(x, weight, bias, residual)
 
 
 def _attempt_added(x, weight, launch):
-    if not x.numel():
+    if not x.numel() or not _launch.ready("added_linear", x):
         return None
-    return _launch.attempt(
-        "added_linear", "linear", x, lambda kernels: kernels.why_not(x, weight, "none", None, "none", False),
-        shape_of(x, weight), launch,
-    )  # fmt: skip
+    from vitfast.kernels.triton import linear as launcher
+
+    why_not = launcher.why_not(x, weight, "none", None, "none", False)
+    return _launch.attempt("added_linear", x, why_not, shape_of(x, weight), launch)
 
 
 def _added_fake(x, weight, bias, residual):
     """Whether there are statistics, and in how many parts, is asked of who would run it: the device's kernel, now."""
+
+    def pieces_for(config):
+        from vitfast.kernels.triton import linear as launcher
+
+        return launcher.pieces_for(x, weight, Product(**config) if config else None)
+
     y = x.new_empty(*x.shape[:-1], weight.shape[0], dtype=weight.dtype)
     pieces = None
     # a graph may go without: the next product then takes its own
     if not x.is_meta and isinstance(x.numel(), int):
-        shape = _attempt_added(
-            x, weight,
-            lambda kernels, config: kernels.pieces_for(x, weight, kernels.Product(**config) if config else None),
-        )  # fmt: skip
+        shape = _attempt_added(x, weight, pieces_for)
         pieces = None if shape is None else x.new_empty(shape, dtype=torch.float32)
     return add_branch(residual, y, None, None), pieces
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitfast import pretrained_cfg as cfgs
-from vitfast.variants import config_for
-from vitfast.vit import ViT
-from vitfast.weights.checkpoint import load_checkpoint, read_checkpoint
+from vitfast.checkpoints.checkpoint import load_checkpoint, read_checkpoint
+from vitfast.model.vit import ViT
+from vitfast.timm_names import pretrained_cfg as cfgs
+from vitfast.timm_names.variants import config_for
 
 
 def create_model(

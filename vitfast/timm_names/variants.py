@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from vitfast.config import ACTIVATIONS, ViTConfig
-from vitfast.timm_surface import POOLS_BY_TIMM_NAME
+from vitfast.model.timm_surface import POOLS_BY_TIMM_NAME
 
 # mlp_ratio, 4 where not given, is timm's literal: the MLP's width has to follow it when a caller changes embed_dim
 _SIZES: dict[str, dict[str, Any]] = {

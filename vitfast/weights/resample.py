@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitfast.switches import exporting
+from vitfast.choose.exportable import exporting
 
 
 def resample_pos_embed(

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from vitfast import reference
-from vitfast.calls import Call, Like, contiguous
-from vitfast.dispatch import Config
-from vitfast.families.family import Family, Tensors, draw_all, some_images
+from vitfast.check.calls import Call, Like, contiguous
+from vitfast.check.families.family import Family, Tensors, draw_all, some_images
+from vitfast.choose.dispatch import Config
 
 
 def _by_head(truth: Callable[..., Tensors], *tensors: Tensor) -> list[list[Tensors]]:
@@ -114,7 +114,7 @@ def _attention_call(like: Call, B: int, Nq: int, Nk: int, H: int, D: int) -> Cal
 
 
 def _attention_configs(call: Call, device: torch.device) -> list[Config]:
-    from vitfast.kernels import attention
+    from vitfast.kernels.triton import attention
 
     q, k = _parts(call)
     configs = attention.backward_configs if call.op.endswith("_backward") else attention.forward_configs

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitfast import dispatch
-from vitfast.calls import Call, Like
-from vitfast.dispatch import Config
+from vitfast.check.calls import Call, Like
+from vitfast.choose import dispatch
+from vitfast.choose.dispatch import Config
 
 # of a family of rows, the arguments that have a number an image, and those whose last dim are all rows
 PER_IMAGE, PER_ROW = "row_scale", "pieces"

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from vitfast import reference
-from vitfast.calls import Call, Like, contiguous
-from vitfast.dispatch import Config
-from vitfast.families.family import Family, Results, arguments
-from vitfast.families.layers import gradients
+from vitfast.check.calls import Call, Like, contiguous
+from vitfast.check.families.family import Family, Results, arguments
+from vitfast.check.families.rows import gradients
+from vitfast.choose.dispatch import Config
 from vitfast.ops.patch_embed import patches_of
 
 SHARED = frozenset({"weight", "bias", "pos_embed", "prefix", "mean", "std"})
@@ -90,7 +90,7 @@ def _rows(images, patch, dtype, mean, std, order) -> Results:
 
 
 def _tiles(call: Call, device: torch.device) -> Sequence[Config | None]:
-    from vitfast.kernels import patch_embed
+    from vitfast.kernels.cuda import patch_embed
 
     of = _named(call)
     if patch_embed.device_reasons(device):
@@ -112,7 +112,7 @@ def _family(op: str, kernel: str, truth: Any, configs: Any = _only_builtin, **mo
 
 
 def _ways(call: Call, device: torch.device) -> Sequence[Config | None]:
-    from vitfast.kernels import patch_embed
+    from vitfast.kernels.cuda import patch_embed
 
     of = _named(call)
     if patch_embed.device_reasons(device):
@@ -120,7 +120,7 @@ def _ways(call: Call, device: torch.device) -> Sequence[Config | None]:
     return patch_embed.gradient_configs(device, of["weight"].dtype)
 
 
-PATCHES: dict[str, Family] = {
+PATCH_EMBED: dict[str, Family] = {
     "patch_embed": _family("patch_embed", "patch_embed", _embed, _tiles),
     "image_rows": _family("image_rows", "patch_embed", _rows),
     "patch_embed_backward": _family(

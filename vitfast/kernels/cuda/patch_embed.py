@@ -15,12 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitfast import extension
-from vitfast.extension import DoesNotFit
-from vitfast.native import DTYPES, FLOATS, PATCH_ORDERS
+from vitfast.kernels import extension
+from vitfast.kernels.cpu.arguments import DTYPES, FLOATS, PATCH_ORDERS
+from vitfast.kernels.extension import DoesNotFit
 
-# it needs no compiler and no triton here
-NEEDS_TRITON = False
 HALVES = (torch.float16, torch.bfloat16)
 WGMMA_ROWS = 128
 # constants of channels have a place in shared memory; columns of a row are counted in 32 bits, and their bytes
@@ -217,7 +215,7 @@ class _Images:
             for image, first in zip(images, firsts[:-1], strict=True):
                 rows.append((image.data_ptr(), first, *image.shape[1:], *_strides(image)))
             self.patches, shape, strides = firsts[-1], [len(rows), *like.shape], [0] * 4
-            self.table = torch.tensor(rows, dtype=torch.int64).to(like.device, non_blocking=True)
+            self.table = torch.tensor(rows, dtype=torch.int64, device="cpu").to(like.device, non_blocking=True)
         else:
             gh, gw = _grid(*like.shape[2:], patch)
             self.patches, shape, strides = like.shape[0] * gh * gw, list(like.shape), _strides(like)

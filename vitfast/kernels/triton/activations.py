@@ -8,7 +8,7 @@ as well. Its absolute error of 1.5e-7 makes GELU differ from the true one by at 
 import triton
 import triton.language as tl
 
-from vitfast.kernels.addresses import advance
+from vitfast.kernels.triton.addresses import advance
 
 # Triton's interpreter knows no assembler
 COMPILED = tl.constexpr(isinstance(advance, triton.JITFunction))

@@ -9,12 +9,12 @@ import torch
 import triton
 from torch import Tensor
 
-from vitfast import builtin
-from vitfast.kernels import attention_backward as backward_kernels
-from vitfast.kernels import attention_forward as forward_kernels
-from vitfast.kernels import tuning
-from vitfast.kernels.compilation import Compilation
-from vitfast.kernels.launch import (
+from vitfast.choose import builtin, config_tables
+from vitfast.choose.config_tables import Config
+from vitfast.kernels.triton import attention_backward as backward_kernels
+from vitfast.kernels.triton import attention_forward as forward_kernels
+from vitfast.kernels.triton.compilation import Compilation
+from vitfast.kernels.triton.launch import (
     DTYPES,
     TILE,
     UNIT,
@@ -24,7 +24,6 @@ from vitfast.kernels.launch import (
     launch,
     multiprocessors,
 )
-from vitfast.kernels.tuning import Config
 
 LOG2E = 1.4426950408889634
 DROPOUT_STEPS = 1 << 31
@@ -222,32 +221,32 @@ def _units(t: Tensor, dims: int) -> list[int]:
 
 def forward_configs(device: torch.device, dtype: torch.dtype, heads: int, D: int, Nq: int, Nk: int) -> list[Config]:
     """Every configuration of the table that can run this, the built-in choice first; `heads` of all images."""
-    return _candidates(tuning.FORWARD, device, dtype, heads, D, Nq, Nk)
+    return _candidates(config_tables.FORWARD, device, dtype, heads, D, Nq, Nk)
 
 
 def backward_configs(device: torch.device, dtype: torch.dtype, heads: int, D: int, Nq: int, Nk: int) -> list[Config]:
     """The same of the backward."""
-    return _candidates(tuning.BACKWARD, device, dtype, heads, D, Nq, Nk)
+    return _candidates(config_tables.BACKWARD, device, dtype, heads, D, Nq, Nk)
 
 
 def _candidates(tables, device, dtype, heads, D, Nq, Nk) -> list[Config]:
     table = tables[architecture(device)]
     programs = heads * -(-Nq // 64) / multiprocessors(device)
-    return tuning.candidates(table, _bits(dtype), sum(widths(D)), Nk, programs)
+    return config_tables.candidates(table, _bits(dtype), sum(widths(D)), Nk, programs)
 
 
 def forward_config(call: _Call) -> Config:
-    return _config(tuning.FORWARD[architecture(call.device)], call, multiprocessors(call.device))
+    return _config(config_tables.FORWARD[architecture(call.device)], call, multiprocessors(call.device))
 
 
 def backward_config(call: _Call) -> Config:
-    return _config(tuning.BACKWARD[architecture(call.device)], call, multiprocessors(call.device))
+    return _config(config_tables.BACKWARD[architecture(call.device)], call, multiprocessors(call.device))
 
 
-def _config(table: list[tuning.Row], call: _Call, multiprocessors: int) -> Config:
+def _config(table: list[config_tables.Row], call: _Call, multiprocessors: int) -> Config:
     # packed sequences are of any length, which only blocks of keys can be
     keys = 1 << 30 if call.packed else call.Nk
-    return tuning.choose(table, call.bits, call.width, keys, call.tiles / multiprocessors, call.dropout)
+    return config_tables.choose(table, call.bits, call.width, keys, call.tiles / multiprocessors, call.dropout)
 
 
 def _forward_constants(call: _Call, config: Config) -> dict[str, Any]:
@@ -328,12 +327,12 @@ def _compilations(
         torch.empty(1, dtype=torch.int64, device="meta"), (index, index, N, N) if extras.get("packed") else None,
     )  # fmt: skip
     # of an A100, the smallest of those with tables of their own
-    tables, programs = (tuning.FORWARD[arch], tuning.BACKWARD[arch]), call.tiles / 108
+    tables, programs = (config_tables.FORWARD[arch], config_tables.BACKWARD[arch]), call.tiles / 108
     forwards, backwards = ([_config(table, call, 108)] for table in tables)
     if only is not None:
         forwards, backwards = only
     elif not default:
-        forwards, backwards = (tuning.candidates(table, call.bits, call.width, N, programs) for table in tables)
+        forwards, backwards = (config_tables.candidates(table, call.bits, call.width, N, programs) for table in tables)
     found = []
     for config in forwards:
         kernel = forward_kernels.forward_short if config.kernel == "short" else forward_kernels.forward_online

@@ -16,8 +16,8 @@ Every gradient is written by one program in a fixed order, so the result is the 
 import triton
 import triton.language as tl
 
-from vitfast.kernels.addresses import advance, row_step
-from vitfast.kernels.attention_tiles import (
+from vitfast.kernels.triton.addresses import advance, row_step
+from vitfast.kernels.triton.attention_tiles import (
     add_product,
     kept,
     load_rows,

@@ -11,8 +11,8 @@ the next projection reads it. Weights and sums are fp32; lse is the natural loga
 import triton
 import triton.language as tl
 
-from vitfast.kernels.addresses import advance, row_step
-from vitfast.kernels.attention_tiles import (
+from vitfast.kernels.triton.addresses import advance, row_step
+from vitfast.kernels.triton.attention_tiles import (
     add_product,
     kept,
     load_rows,

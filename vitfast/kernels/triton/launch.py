@@ -11,7 +11,8 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vitfast.kernels import addresses, tuning
+from vitfast.choose import config_tables
+from vitfast.kernels.triton import addresses
 
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 # elements that strides are counted in where all of them are multiples: rows then begin at multiples of 16 bytes
@@ -124,7 +125,7 @@ def architecture(device: torch.device) -> int:
     """The architecture whose tables a device uses."""
     if device.type != "cuda":
         return 90
-    return tuning.architecture_of(torch.cuda.get_device_capability(device))
+    return config_tables.architecture_of(torch.cuda.get_device_capability(device))
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -9,9 +9,9 @@ import torch
 import triton
 from torch import Tensor
 
-from vitfast.kernels import norm_rows
-from vitfast.kernels.compilation import Compilation
-from vitfast.kernels.launch import DTYPES, UNIT, device_reasons, launch, multiprocessors, rows_of
+from vitfast.kernels.triton import layer_norm_rows
+from vitfast.kernels.triton.compilation import Compilation
+from vitfast.kernels.triton.launch import DTYPES, UNIT, device_reasons, launch, multiprocessors, rows_of
 
 WIDEST = 8192
 # with branch and gamma beside it a wider row does not fit into registers
@@ -105,7 +105,7 @@ def forward(
     # a kernel takes no None; what stands in its place is not touched
     tensors = [x if t is None else t for t in tensors]
     numbers = (count, tokens_of(x), rows.step // unit, added.step // unit, eps)
-    launch(norm_rows.norm_forward, (-(-count // tile.rows),), tensors, numbers, constants, tile.warps)
+    launch(layer_norm_rows.norm_forward, (-(-count // tile.rows),), tensors, numbers, constants, tile.warps)
     return total, out, mean, rstd
 
 
@@ -162,7 +162,7 @@ def backward(
     steps = [t.step // unit for t in (grads, sums_of, rows, added)]
     numbers = (count, each, tokens_of(x), *steps, programs, eps)
     if count:
-        launch(norm_rows.norm_backward, (programs,), tensors, numbers, constants, tile.warps)
+        launch(layer_norm_rows.norm_backward, (programs,), tensors, numbers, constants, tile.warps)
     elif sums is not None:
         sums.zero_()
     wanted = (weight if need_weight else None, bias if need_bias else None, gamma if need_gamma else None)
@@ -204,7 +204,7 @@ def add_up(sums: Tensor, dtype: torch.dtype) -> Tensor:
     """[programs, C] in fp32 -> [C] in `dtype`, added in one order."""
     programs, C = sums.shape
     out = torch.empty(C, dtype=dtype, device=sums.device)
-    launch(norm_rows.add_up, (-(-C // 32), 1), (sums, out), (programs,), {"C": C, "BM": 32, "BN": 32}, 4)
+    launch(layer_norm_rows.add_up, (-(-C // 32), 1), (sums, out), (programs,), {"C": C, "BM": 32, "BN": 32}, 4)
     return out
 
 
@@ -225,7 +225,7 @@ def compilations(arch: int) -> Iterator[Compilation]:
                     yield _backward_compilation(C, wide, dtype, branch)
         yield _forward_compilation(C, "bf16", "bf16", False, statistics=True, out=False)
     yield Compilation(
-        "add_up C768", norm_rows.add_up, {"sums": "*fp32", "out": "*bf16", "programs": "i32"},
+        "add_up C768", layer_norm_rows.add_up, {"sums": "*fp32", "out": "*bf16", "programs": "i32"},
         {"C": 768, "BM": 32, "BN": 32}, ("sums", "out"), 4, 1,
     )  # fmt: skip
 
@@ -234,14 +234,15 @@ def _forward_compilation(C, wide, dtype, branch, statistics, out) -> Compilation
     tile = forward_tile(C)
     flags = {"BRANCH": branch, "GAMMA": branch, "ROW_SCALE": branch, "WEIGHT": True, "BIAS": True}
     flags |= {"OUT": out, "STATISTICS": statistics, "RMS": False}
-    return _compilation(norm_rows.norm_forward, C, wide, dtype, tile, flags, "of a sum" if branch else "")
+    return _compilation(layer_norm_rows.norm_forward, C, wide, dtype, tile, flags, "of a sum" if branch else "")
 
 
 def _backward_compilation(C, wide, dtype, branch) -> Compilation:
     flags = {"NORM": True, "TOTAL_GRAD": branch, "GAMMA": branch, "ROW_SCALE": branch, "WEIGHT": True}
     flags |= {"DSUM": True, "DX": True}
     flags |= {"DBRANCH": branch, "DWEIGHT": True, "DGAMMA": branch, "RMS": False}
-    return _compilation(norm_rows.norm_backward, C, wide, dtype, backward_tile(C), flags, "of a sum" if branch else "")
+    name = "of a sum" if branch else ""
+    return _compilation(layer_norm_rows.norm_backward, C, wide, dtype, backward_tile(C), flags, name)
 
 
 def _compilation(kernel, C, wide, dtype, tile, flags, variant) -> Compilation:
@@ -252,7 +253,7 @@ def _compilation(kernel, C, wide, dtype, tile, flags, variant) -> Compilation:
     for name in kernel.arg_names:
         if name in constants:
             continue
-        is_number = name in norm_rows.RUNTIME
+        is_number = name in layer_norm_rows.RUNTIME
         types[name] = "i32" if is_number else "fp32" if name == "eps" else f"*{own.get(name, dtype)}"
     pointers = tuple(name for name, kind in types.items() if kind.startswith("*"))
     out = "" if flags.get("OUT", True) else "statistics"

@@ -11,7 +11,7 @@ comes out; `add_up` adds these in one order, so that every run gives the same bi
 import triton
 import triton.language as tl
 
-from vitfast.kernels.addresses import advance
+from vitfast.kernels.triton.addresses import advance
 
 RUNTIME = ("rows", "tokens", "each", "x_row", "branch_row", "grad_row", "total_grad_row", "programs")
 

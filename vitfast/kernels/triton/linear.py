@@ -11,10 +11,11 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from vitfast import builtin
-from vitfast.kernels import layer_norm, linear_product, tuning
-from vitfast.kernels.compilation import Compilation
-from vitfast.kernels.launch import (
+from vitfast.choose import builtin, config_tables
+from vitfast.choose.config_tables import Product
+from vitfast.kernels.triton import layer_norm, linear_product
+from vitfast.kernels.triton.compilation import Compilation
+from vitfast.kernels.triton.launch import (
     DTYPES,
     UNIT,
     architecture,
@@ -24,7 +25,6 @@ from vitfast.kernels.launch import (
     multiprocessors,
     rows_of,
 )
-from vitfast.kernels.tuning import Product
 
 
 def why_not(x: Tensor, weight: Tensor, norm: str, gamma: Tensor | None, act: str, saves: bool) -> list[str]:
@@ -154,7 +154,7 @@ def product(
     out, aside, beside = _results(x, M, N, after)
     bits = torch.finfo(x.dtype).bits
     if config.descriptors and not describable(x, weight, out, aside, beside):
-        config = tuning.product_config(architecture(x.device), bits, M, N, K, multiprocessors(x.device), False)
+        config = config_tables.product_config(architecture(x.device), bits, M, N, K, multiprocessors(x.device), False)
     if config.kernel == "blas":
         return _by_blas(x, weight, after, out, beside, across)
     tiles_m, tiles_n = -(-M // config.block_m), -(-N // config.block_n)
@@ -227,7 +227,7 @@ def _split(config: Product, tiles: int, K: int, multiprocessors: int) -> int:
 def _constants(config: Product, split: int, unit: int, K: int, across: bool, dtype: torch.dtype) -> dict[str, Any]:
     each = -(-K // config.block_k) * config.block_k
     return {
-        "BM": config.block_m, "BN": config.block_n, "BK": config.block_k, "GROUP": tuning.GROUP,
+        "BM": config.block_m, "BN": config.block_n, "BK": config.block_k, "GROUP": config_tables.GROUP,
         "PARTS": config.parts, "STAGES": config.stages, "UNIT": unit, "DESC": config.descriptors, "ACROSS": across,
         "SWAP": config.swap, "EVEN_K": each == K, "PERSISTENT": config.persistent, "SPLIT": split,
         "PRECISION": dot_precision(dtype), "NORM": "none", "PIECES_OUT": False, "PIECES": 0, "PIECE": 1,
@@ -264,7 +264,7 @@ def finish(
     M, N = y.shape
     fresh, aside, beside = _results(y, M, N, after, out)
     unit = UNIT if _aligned(y, fresh, aside, beside) else 1
-    tile = tuning.FINISH
+    tile = config_tables.FINISH
     tiles_m = -(-M // tile.block_m)
     sums = torch.empty(tiles_m, N, dtype=torch.float32, device=y.device) if after.sums else None
     constants = {"BM": tile.block_m, "BN": tile.block_n, "UNIT": unit, **after.flags()}
@@ -277,19 +277,19 @@ def finish(
 
 
 def config_for(x: Tensor, weight: Tensor, across: bool = False) -> Product:
-    """The choice of `tuning.PRODUCT` for x [..., K], where nobody gives another."""
+    """The choice of `config_tables.PRODUCT` for x [..., K], where nobody gives another."""
     M, K = x.numel() // max(1, x.shape[-1]), x.shape[-1]
     N = weight.shape[1 if across else 0]
     bits = torch.finfo(weight.dtype).bits
     aligned = K % UNIT == 0 and N % UNIT == 0
-    return tuning.product_config(architecture(x.device), bits, M, N, K, multiprocessors(x.device), aligned)
+    return config_tables.product_config(architecture(x.device), bits, M, N, K, multiprocessors(x.device), aligned)
 
 
 def configs(device: torch.device, dtype: torch.dtype, M: int, N: int, K: int) -> list[Product]:
     """Every configuration of the table that can run this, that of `config_for` first."""
     aligned = K % UNIT == 0 and N % UNIT == 0
     bits = torch.finfo(dtype).bits
-    return tuning.product_candidates(architecture(device), bits, M, N, K, multiprocessors(device), aligned)
+    return config_tables.product_candidates(architecture(device), bits, M, N, K, multiprocessors(device), aligned)
 
 
 def normed(
@@ -392,13 +392,13 @@ def compilations(arch: int) -> Iterator[Compilation]:
     """Every configuration of the tables of `arch` around the products of ViTs, and the kernels beside them."""
     measured = {name: [Product(**config) for config in builtin.configs(arch, name)] for name in OWN_FORMS}
     made: dict[str, Compilation] = {}
-    for config in dict.fromkeys([row.config for row in tuning.PRODUCT[arch]] + sum(measured.values(), [])):
+    for config in dict.fromkeys([row.config for row in config_tables.PRODUCT[arch]] + sum(measured.values(), [])):
         if config.kernel != "tiles":
             continue
         for name, flags in AROUND.items():
             default = any(name in OWN_FORMS[op] and config in configs for op, configs in measured.items())
             # where an MLP's backward was not measured cuBLAS computes it
-            default |= name != "slope" and tuning.some_choice(arch, config)
+            default |= name != "slope" and config_tables.some_choice(arch, config)
             for split in (1, config.split) if config.split > 1 else (1,):
                 each = _product_compilation(config, name, flags, split, default)
                 # configurations that differ in the most programs of a tile only share what takes one
@@ -446,7 +446,7 @@ def _product_compilation(
 
 
 def _finish_compilation(name: str, flags: dict[str, Any]) -> Compilation:
-    tile = tuning.FINISH
+    tile = config_tables.FINISH
     constants = {"BM": tile.block_m, "BN": tile.block_n, "UNIT": UNIT} | NO_FLAGS | flags
     constants = {key: constants[key] for key in linear_product.finish_rows.arg_names if key in constants}
     types = _types(linear_product.finish_rows.arg_names, constants, "wide" in name)

@@ -24,8 +24,8 @@ computing sample variances", 1979).
 import triton
 import triton.language as tl
 
-from vitfast.kernels.activations import activate, activate_and_slope
-from vitfast.kernels.addresses import advance
+from vitfast.kernels.triton.activations import activate, activate_and_slope
+from vitfast.kernels.triton.addresses import advance
 
 
 @triton.jit

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vitfast.kernels import layer_norm, linear
-from vitfast.kernels.launch import rows_of
-from vitfast.kernels.linear import After, finish
+from vitfast.kernels.triton import layer_norm, linear
+from vitfast.kernels.triton.launch import rows_of
+from vitfast.kernels.triton.linear import After, finish
 
 
 def why_not(x: Tensor, weight: Tensor, norm: str) -> list[str]:

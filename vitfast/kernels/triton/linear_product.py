@@ -16,9 +16,9 @@ well, so that a large mean cancels.
 import triton
 import triton.language as tl
 
-from vitfast.kernels import norm_rows
-from vitfast.kernels.addresses import advance
-from vitfast.kernels.linear_finish import finish, finish_part, load_statistics, load_tile
+from vitfast.kernels.triton import layer_norm_rows
+from vitfast.kernels.triton.addresses import advance
+from vitfast.kernels.triton.linear_finish import finish, finish_part, load_statistics, load_tile
 
 RUNTIME = ("M", "n_units", "k_units", "x_step", "w_step", "beside_step", "tokens", "programs")
 
@@ -183,15 +183,15 @@ def fold_norm(
     first = tl.program_id(0) * BM
     left = N - first
     columns, rows = tl.arange(0, BLOCK), tl.arange(0, BM)
-    tile = norm_rows.load_tile(w, first, w_step, left, columns, K, BM, UNIT)
+    tile = layer_norm_rows.load_tile(w, first, w_step, left, columns, K, BM, UNIT)
     added = tl.zeros((BM,), tl.float32)
     if NORM_BIAS:
-        added += tl.sum(tile * norm_rows.load_vector(norm_bias, columns, K)[None, :], 1)
+        added += tl.sum(tile * layer_norm_rows.load_vector(norm_bias, columns, K)[None, :], 1)
     if BIAS:
         added += tl.load(bias + first + rows, mask=rows < left, other=0.0).to(tl.float32)
     if WEIGHT:
-        tile = tile * norm_rows.load_vector(norm_weight, columns, K)[None, :]
-        norm_rows.store_tile(folded, first, left, columns, tile, K, BM)
+        tile = tile * layer_norm_rows.load_vector(norm_weight, columns, K)[None, :]
+        layer_norm_rows.store_tile(folded, first, left, columns, tile, K, BM)
     sums = tl.sum(tile.to(folded.dtype.element_ty).to(tl.float32), 1)
     tl.store(column_sums + first + rows, sums, mask=rows < left)
     tl.store(folded_bias + first + rows, added, mask=rows < left)

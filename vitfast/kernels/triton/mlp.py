@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitfast.kernels import gated_rows, layer_norm, linear, mlp_whole, tuning
-from vitfast.kernels.compilation import Compilation
-from vitfast.kernels.launch import (
+from vitfast.choose import config_tables
+from vitfast.choose.config_tables import Product
+from vitfast.kernels.triton import layer_norm, linear, mlp_gated, mlp_whole
+from vitfast.kernels.triton.compilation import Compilation
+from vitfast.kernels.triton.launch import (
     DTYPES,
     UNIT,
     architecture,
@@ -19,9 +21,8 @@ from vitfast.kernels.launch import (
     launch,
     rows_of,
 )
-from vitfast.kernels.linear import After, out_dtype, product
-from vitfast.kernels.linear_grads import before_product, column_sums
-from vitfast.kernels.tuning import Product
+from vitfast.kernels.triton.linear import After, out_dtype, product
+from vitfast.kernels.triton.linear_grads import before_product, column_sums
 
 
 def why_not(x: Tensor, w1: Tensor) -> list[str]:
@@ -141,14 +142,14 @@ def whole_configs(
     device: torch.device, dtype: torch.dtype, weight_dtype: torch.dtype, F: int, C: int
 ) -> list[Product]:
     """What computes an MLP without a gate in one kernel."""
-    config = tuning.WHOLE[architecture(device)].get(C)
+    config = config_tables.WHOLE[architecture(device)].get(C)
     x, w1 = (torch.empty(n, C, dtype=t, device="meta") for n, t in ((1, dtype), (F, weight_dtype)))
     return [] if config is None or why_not_whole(x, w1, config) else [config]
 
 
 def compilations(arch: int) -> Iterator[Compilation]:
     """One kernel for a whole MLP at the widths of its table, and the gated activation."""
-    for C, config in tuning.WHOLE[arch].items():
+    for C, config in config_tables.WHOLE[arch].items():
         for scaled in (False, True):
             constants = _whole_constants(C, 4 * C, config, torch.bfloat16) | {
                 "ACT": "gelu", "RMS": False, "WEIGHT": True, "BIAS": True, "B1": True, "B2": True, "GAMMA": scaled,
@@ -165,13 +166,13 @@ def compilations(arch: int) -> Iterator[Compilation]:
             name += " desc" * config.descriptors + " scaled" * scaled
             yield Compilation(
                 name, mlp_whole.mlp_whole, types, constants, pointers, config.warps, config.stages,
-                default=C in tuning.WHOLE_FIRST.get(arch, ()),
+                default=C in config_tables.WHOLE_FIRST.get(arch, ()),
             )  # fmt: skip
-    for kernel in (gated_rows.gated_forward, gated_rows.gated_backward):
-        constants = {"ACT": "silu", "BLOCK": gated_rows.BLOCK, "HIDDEN": True, "UNIT": UNIT}
+    for kernel in (mlp_gated.gated_forward, mlp_gated.gated_backward):
+        constants = {"ACT": "silu", "BLOCK": mlp_gated.BLOCK, "HIDDEN": True, "UNIT": UNIT}
         constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
         types = {name: "*bf16" for name in kernel.arg_names if name not in constants}
-        types |= dict.fromkeys(gated_rows.RUNTIME, "i32")
+        types |= dict.fromkeys(mlp_gated.RUNTIME, "i32")
         pointers = tuple(name for name, kind in types.items() if kind.startswith("*"))
         yield Compilation(f"{kernel.__name__} bf16", kernel, types, constants, pointers, 4, 2)
 
@@ -180,7 +181,7 @@ def _hidden(rows, w1, b1, act, gated, config, folded, keeps_pre):
     """(pre, hidden): fc1's output where that is kept, and the hidden activation."""
     if gated:
         pre, *_ = product(rows, rows_of(w1), After(w1.dtype, b1), config, folded=folded)
-        return pre if keeps_pre else None, gated_rows.forward(pre, act)
+        return pre if keeps_pre else None, mlp_gated.forward(pre, act)
     hidden, pre, _ = product(rows, rows_of(w1), After(w1.dtype, b1, act, aside=keeps_pre), config, folded=folded)
     return pre, hidden
 
@@ -206,7 +207,7 @@ def backward(
         config = config or linear.config_for(grad_y, w2, across=True)
         if gated:
             grad_hidden = grad_y @ w2
-            grad_pre, made = gated_rows.backward(grad_hidden, pre, act, again)
+            grad_pre, made = mlp_gated.backward(grad_hidden, pre, act, again)
             sums = None
         else:
             after = After(w1.dtype, act=act, slope=True, beside=pre, aside=again, sums=need_b1 and b1 is not None)
@@ -219,7 +220,7 @@ def backward(
             [need_x, need_w1, need_norm_weight, need_norm_bias], residual_grad=grad,
         )  # fmt: skip
     elif again:
-        hidden = gated_rows.forward(pre, act) if gated else linear.finish(pre, After(w1.dtype, act=act))[0]
+        hidden = mlp_gated.forward(pre, act) if gated else linear.finish(pre, After(w1.dtype, act=act))[0]
     if need_w2:
         grad_w2 = grad_y.t() @ hidden
     if need_b2:

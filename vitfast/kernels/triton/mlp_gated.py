@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitfast.kernels.activations import activate, activate_and_slope
-from vitfast.kernels.addresses import advance
-from vitfast.kernels.launch import UNIT, launch
+from vitfast.kernels.triton.activations import activate, activate_and_slope
+from vitfast.kernels.triton.addresses import advance
+from vitfast.kernels.triton.launch import UNIT, launch
 
 BLOCK = 1024
 RUNTIME = ("units", "blocks", "row_step")

@@ -8,8 +8,8 @@ that both have to stay in registers.
 import triton
 import triton.language as tl
 
-from vitfast.kernels.activations import activate
-from vitfast.kernels.addresses import advance
+from vitfast.kernels.triton.activations import activate
+from vitfast.kernels.triton.addresses import advance
 
 RUNTIME = ("M", "x_step", "tokens")
 
