@@ -1,4 +1,4 @@
-"""Tables of the README, as Markdown, from the rows of one device."""
+"""Tables of README and docs, as Markdown, from the rows of one device."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ NOT_MEASURED = "not measured"
 PACKAGES = ("torch", "triton", "timm", "transformers", "cuda", "driver")
 # what the shorter table of ops shows: the shapes of a ViT-B
 BASE = {"width": 768, "head_dim": 64}
+# what the README shows of all that was measured: these models, and of the others the one that people have
+SUMMARY = tuple(f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large"))
+RIVAL = "timm"
 
 
 class Notes:
@@ -98,6 +101,19 @@ def _variants_table(device: Device, rows: list[Row], value: Callable[[Row, str],
     if absent:
         explained += f" Absent there: {', '.join(absent)}."
     return _complete(device, rows, body, notes, explained) if rows else None
+
+
+def summary(device: Device) -> str | None:
+    return _variants_table(
+        device, summary_rows(device), lambda row, name: f"{images_per_s(row, name):,.0f}",
+        f"Inference at the largest batch, images/s; in brackets the ratio to {RIVAL}, pair by pair, ≈ within noise.",
+    )  # fmt: skip
+
+
+def summary_rows(device: Device) -> list[Row]:
+    """Ours and timm's at the largest batch, of the models that the README shows."""
+    rows = [row for row in largest_models(device) if row["name"] in SUMMARY and row["baseline"] == RIVAL]
+    return [row | {"variants": {n: v for n, v in row["variants"].items() if v.get("ours") or n == RIVAL}} for row in rows]
 
 
 def throughput(device: Device) -> str | None:
