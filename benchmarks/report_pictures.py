@@ -367,6 +367,6 @@ def _label_ends(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
 
 
 PICTURES = {
-    "summary": summary, "throughput": throughput_by_batch, "rivals": throughput_by_rival, "latency": latency, "memory": memory,
-    "ops": roofline_by_op, "flops": flops_and_throughput,
+    "summary": summary, "throughput": throughput_by_batch, "rivals": throughput_by_rival, "latency": latency,
+    "memory": memory, "ops": roofline_by_op, "flops": flops_and_throughput,
 }  # fmt: skip

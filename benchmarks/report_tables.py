@@ -113,7 +113,11 @@ def summary(device: Device) -> str | None:
 def summary_rows(device: Device) -> list[Row]:
     """Ours and timm's at the largest batch, of the models that the README shows."""
     rows = [row for row in largest_models(device) if row["name"] in SUMMARY and row["baseline"] == RIVAL]
-    return [row | {"variants": {n: v for n, v in row["variants"].items() if v.get("ours") or n == RIVAL}} for row in rows]
+
+    def shown(variants: Row) -> Row:
+        return {name: variant for name, variant in variants.items() if variant.get("ours") or name == RIVAL}
+
+    return [row | {"variants": shown(row["variants"])} for row in rows]
 
 
 def throughput(device: Device) -> str | None:
