@@ -34,6 +34,7 @@ Loaded = tuple[list[Device], list[str]]
 # each with the pictures above it, in words for who cannot see them
 TABLES = {
     "summary": (report_tables.summary, {"summary": "times timm's images a second"}),
+    "host": (report_tables.host, {}),
     "throughput": (report_tables.throughput, {"throughput": "images a second by batch", "rivals": "images a second"}),
     "latency": (report_tables.latency, {"latency": "milliseconds of one image"}),
     "training": (report_tables.training, {}),

@@ -15,6 +15,7 @@ BASE = {"width": 768, "head_dim": 64}
 # what the README shows of all that was measured: these models, and of the others the one that people have
 SUMMARY = tuple(f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large"))
 RIVAL = "timm"
+GRAPHS = "Where the host would be the limit times are those of replayed CUDA graphs; the last column has the host's clock, without."
 
 
 class Notes:
@@ -104,10 +105,22 @@ def _variants_table(device: Device, rows: list[Row], value: Callable[[Row, str],
 
 
 def summary(device: Device) -> str | None:
-    return _variants_table(
-        device, summary_rows(device), lambda row, name: f"{images_per_s(row, name):,.0f}",
-        f"Inference at the largest batch, images/s; in brackets the ratio to {RIVAL}, pair by pair, ≈ within noise.",
-    )  # fmt: skip
+    rows = summary_rows(device)
+    if not rows:
+        return None
+    notes, names = Notes(), rows_of.variant_names(rows)
+    replayed = any(map(is_replayed, rows))
+    head = ["model", "batch", "dtype", *names, *([f"without graphs: {' / '.join(names)}"] if replayed else [])]
+    lines = [
+        [row["name"], str(row["batch"]), dtype(row),
+         *(cell(row, name, lambda _, name=name, row=row: f"{images_per_s(row, name):,.0f}", notes) for name in names),
+         *([" / ".join(called(row, name, lambda ms, row=row: f"{row['batch'] * 1e3 / ms:,.0f}") for name in names)]
+           if replayed else [])]
+        for row in rows
+    ]  # fmt: skip
+    explained = f"Inference at the largest batch, images/s; in brackets the ratio to {RIVAL}, pair by pair, "
+    explained += "≈ within noise." + f" {GRAPHS}" * replayed
+    return _complete(device, rows, table(head, lines), notes, explained)
 
 
 def summary_rows(device: Device) -> list[Row]:
@@ -118,6 +131,33 @@ def summary_rows(device: Device) -> list[Row]:
         return {name: variant for name, variant in variants.items() if variant.get("ours") or name == RIVAL}
 
     return [row | {"variants": shown(row["variants"])} for row in rows]
+
+
+def is_replayed(row: Row) -> bool:
+    """Whether a time of this row is that of a replayed graph, and another when Python calls."""
+    return any(timed(v) and v.get("graph") and v.get("wall_ms") is not None for v in row["variants"].values())
+
+
+def called(row: Row, name: str, text: Callable[[float], str]) -> str:
+    """What the host's clock says of a variant whose operators Python calls one after the other."""
+    variant = row["variants"].get(name, {})
+    return text(variant["wall_ms"]) if timed(variant) and variant.get("wall_ms") is not None else "-"
+
+
+def host(device: Device) -> str | None:
+    """Milliseconds of a call by the host's clock, of the rows whose times are those of graphs."""
+    rows = [row for row in joined(r for r in device.rows if r["kind"] == "model") if is_replayed(row) and ours(row)]
+    if not rows:
+        return None
+    mine = {name for row in rows for name, variant in row["variants"].items() if variant.get("ours")}
+    names = [name for name in rows_of.variant_names(rows) if name == RIVAL or name in mine]
+    lines = [
+        [row["name"], row["mode"], str(row["batch"]), dtype(row), *(called(row, name, number) for name in names)]
+        for row in rows
+    ]
+    explained = "Milliseconds of a call from Python without a graph, by the host's clock."
+    body = table(["model", "mode", "batch", "dtype", *names], lines)
+    return _complete(device, rows, body, Notes(), explained, noise=False)
 
 
 def throughput(device: Device) -> str | None:

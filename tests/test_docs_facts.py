@@ -88,6 +88,14 @@ def test_readme_says_that_something_ran_where_no_record_is():
     assert set(re.findall(r"\b(?:at|Newer than) ([0-9a-f]{7})\b", TEXTS["docs/gpu.md"])) <= {of["commit"] for of in ran}
 
 
+def test_readme_says_that_nobody_was_compiled_after_somebody_was():
+    records = [json.loads(path.read_text()) for path in (ROOT / "benchmarks/results").glob("*-models.json")]
+    variants = {name for record in records for row in record["rows"] for name, variant in row["variants"].items()
+                if variant.get("ms")}  # fmt: skip
+    assert variants
+    assert any("compiled" in name for name in variants) is not ("torch.compile was not timed there" in README)
+
+
 def test_number_of_names_is_another():
     told = re.findall(r"the (\d+) names of timm.*?other (\d+) ViT names", EVERYTHING, re.DOTALL)
     assert len(told) == 2 and set(told) == {(str(len(vitfast.VARIANTS)), str(len(vitfast.UNSUPPORTED)))}

@@ -98,7 +98,9 @@ def test_a_table_or_picture_of_one_device_shows_another_or_does_not_say_which(si
     assert report(site) == 0
     found = blocks(site)
     for name, body in found.items():
-        if name in ("cpu ops", "cpu all ops", "cpu ceilings", "gpu patch", "gpu growth", "gpu gelu"):
+        if name in (
+            "cpu ops", "cpu all ops", "cpu ceilings", "cpu host", "gpu host", "gpu patch", "gpu growth", "gpu gelu",
+        ):  # fmt: skip
             assert body == NOT_MEASURED
             continue
         gpu = name.startswith("gpu")
@@ -345,6 +347,27 @@ def test_the_summary_shows_another_model_a_rival_or_the_smaller_batch(site):
     assert ax.get_xlim()[0] == 0
 
 
+def test_time_of_a_graph_passes_for_that_of_calls(site):
+    """Both are shown where there are both, each from its own clock, and of timm the same."""
+    times = {"timm": (16.0, 32.0), "vitfast": (8.0, 64.0), "torchvision": (16.0, 20.0)}
+
+    def change(variants):
+        for name, (ms, wall_ms) in times.items():
+            variants[name] |= {"ms": ms, "wall_ms": wall_ms, "graph": True}
+
+    one_row(site, change)
+    assert report(site) == 0
+    found = blocks(site)
+    (line,) = [line for line in found["gpu summary"].splitlines() if line.startswith("| vit")]
+    assert "| 8,000 (" in line and line.endswith("| 4,000 | 1,000 / 2,000 |")
+    assert "without graphs: vitfast / timm" in found["gpu summary"] and "replayed CUDA graphs" in found["gpu summary"]
+    (line,) = [line for line in found["gpu host"].splitlines() if line.startswith("| vit")]
+    assert line.endswith("| inference | 64 | bf16 | 64.0 | 32.0 |") and "torchvision" not in found["gpu host"]
+    one_row(site, lambda variants: [v.update(graph=False, wall_ms=v["ms"]) for v in variants.values()])
+    report(site)
+    assert blocks(site)["gpu host"] == NOT_MEASURED and "without graphs" not in blocks(site)["gpu summary"]
+
+
 def test_a_page_is_not_what_the_results_say():
     filled, pictures, _ = make_report.fill_all(ROOT, ROOT / "benchmarks/results")
     assert all(path.read_text(encoding="utf-8") == text for path, text in filled.items()), "run make report"
@@ -355,5 +378,5 @@ def test_a_table_is_on_no_page():
     """But those that bench_cpu.py writes, of a GPU."""
     written = {name for path in make_report.fill_all(ROOT, ROOT / "benchmarks/results")[0]
                for _, name, _, _ in make_report.BLOCK.findall(path.read_text(encoding="utf-8"))}  # fmt: skip
-    never = {"gpu patch", "gpu growth", "gpu gelu", "cpu memory", "cpu summary"}
+    never = {"gpu patch", "gpu growth", "gpu gelu", "cpu memory", "cpu summary", "cpu host"}
     assert written == {*NAMES, "choices", "records"} - never
