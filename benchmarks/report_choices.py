@@ -1,4 +1,4 @@
-"""The table of built-in choices: from `vitfast.builtin`, whose tables ops read."""
+"""The table of built-in choices: from `vitfast.choose.builtin`, whose tables ops read."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from pathlib import Path
 from report_tables import table
 
 import vitfast
-from vitfast import builtin
-from vitfast.builtin import Measured
-from vitfast.kernels import tuning
+from vitfast.choose import builtin, config_tables
+from vitfast.choose.builtin import Measured
 
 ROOT = Path(vitfast.__file__).parents[1]
 NUMBER = re.compile(r" [0-9.]+ us$")
@@ -25,7 +24,7 @@ DTYPES = {"float16": "fp16", "float32": "fp32"}
 
 def choices() -> str:
     """A table for each architecture that was measured, and one of what is chosen elsewhere."""
-    measured = [arch for arch in tuning.ARCHITECTURES if builtin.table(arch)]
+    measured = [arch for arch in config_tables.ARCHITECTURES if builtin.table(arch)]
     parts = ["\n".join([_heading(arch), "", *_measured(builtin.table(arch))]) for arch in measured]
     return "\n\n".join([*parts, "\n".join([_elsewhere_heading(measured), "", *_elsewhere()])])
 
