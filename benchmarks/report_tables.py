@@ -15,7 +15,7 @@ BASE = {"width": 768, "head_dim": 64}
 # what the README shows of all that was measured: these models, and of the others the one that people have
 SUMMARY = tuple(f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large"))
 RIVAL = "timm"
-GRAPHS = "Where the host would be the limit, times are of replayed CUDA graphs; the last column is its clock without them."
+GRAPHS = "Where the host is the limit, times are of replayed CUDA graphs; the last column is its clock without them."
 
 
 class Notes:
