@@ -35,14 +35,16 @@ sys.path.insert(0, str(ROOT))
 
 from aot_compile import ARCHS, CUDA_ARCHS, Row, compilations, cuda_rows, kernel_row, nvcc_release  # noqa: E402
 
-from vitfast.bench import machine, record  # noqa: E402
-from vitfast.tuning_cache import digest_of  # noqa: E402
+from vitfast.bench import record  # noqa: E402
+from vitfast.choose import tuning_cache  # noqa: E402
+from vitfast.choose.tuning_cache import digest_of  # noqa: E402
+from vitfast.measure import machine  # noqa: E402
 
 RECORD = ROOT / "benchmarks" / "aot.json"
 SCHEMA = 1
 # each has `compilations(arch)`
 KERNELS = ("attention", "layer_norm", "linear", "mlp")
-KERNEL_MODULES: tuple[str, ...] = tuple(f"vitfast.kernels.{name}" for name in KERNELS)
+KERNEL_MODULES: tuple[str, ...] = tuple(f"vitfast.kernels.triton.{name}" for name in KERNELS)
 CUDA_SOURCES = tuple(sorted(str(path) for path in (ROOT / "csrc").rglob("*.cu")))
 CRASHED = {"refused": ["does not compile: the compiler took its process down"]}
 
@@ -130,7 +132,7 @@ def sources() -> str:
     folders = [ROOT / "csrc" / name for name in ("cuda", "shared")]
     # bindings are compiled into no kernel
     of_cuda = [path for folder in folders for path in folder.rglob("*.*") if path.suffix != ".cpp"]
-    return digest_of(sorted([*(ROOT / "vitfast" / "kernels").glob("*.py"), *of_cuda]))
+    return digest_of([*tuning_cache.sources(), *sorted(of_cuda)])
 
 
 def record_of(rows: dict[str, Row], before: dict[str, Any]) -> dict[str, Any]:

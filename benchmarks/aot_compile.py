@@ -27,7 +27,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vitfast.kernels.compilation import Compilation
+from vitfast.kernels.triton.compilation import Compilation
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 ARCHS = (80, 89, 90, 100)

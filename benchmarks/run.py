@@ -7,7 +7,7 @@ tune     every configuration of every kernel beside stock operators, and from it
 models   ViT-B, S, then others: ours, timm's, Hugging Face's and torchvision's, compiled and not, inference and training
 tests    all tests that need a GPU
 profile  what the hardware counts in three kernels, by ncu
-rest     ops and further models, for the tables of the README
+rest     ops and further models, for the tables of the report
 next     what comes next of these in this order, going on where the last call stopped, for --minutes (9)
 all      all of them, for as long as it takes
 cpu      ceilings, models and ops against what people would use instead
@@ -58,8 +58,9 @@ from plans import LIMITS_S, ORDER, PLANS  # noqa: E402
 from report import slug  # noqa: E402
 from stages import STATE, Kept, Run, go, is_finished, same_keys, say  # noqa: E402
 
-from vitfast.bench import harness, machine, record  # noqa: E402
-from vitfast.info import cpu_name  # noqa: E402
+from vitfast.bench import harness, record  # noqa: E402
+from vitfast.measure import machine  # noqa: E402
+from vitfast.measure.machine import cpu_name  # noqa: E402
 
 NEXT_MINUTES = 9.0
 # for who owns a GPU: nobody waits longer, and no budget cuts off what only takes its time

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import vitfast
-from vitfast import demo as demo_module
+from vitfast.commands import demo as demo_module
 
 pytestmark = pytest.mark.slow
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 def demo(tmp_path_factory):
     """One real run. One thread: beside another test worker two would spend their time waiting for each other."""
     output = tmp_path_factory.mktemp("demo")
-    command = [sys.executable, "-m", "vitfast.cli", "demo", "--output", str(output), "--device", "cpu"]
+    command = [sys.executable, "-m", "vitfast", "demo", "--output", str(output), "--device", "cpu"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=850)
     assert run.returncode == 0, run.stdout + run.stderr
