@@ -145,13 +145,13 @@ BACKWARD: dict[int, list[Row]] = {
     90: [
         Row(BACKWARD_HOPPER, programs_at_most=FEW),
         Row(
-            Config("blocks", 128, 64, warps=8, keys_m=32, keys_n=64, keys_warps=4), width=64, keys=400,
+            Config("blocks", 128, 64, warps=8, keys_m=32, keys_n=64, keys_warps=4),
+            width=64,
+            keys=400,
             programs_at_most=SOME,
         ),
         Row(BACKWARD_HOPPER, width=64, keys=400),
-        Row(
-            Config("blocks", 128, 64, warps=8, stages=3, keys_m=64, keys_n=64, keys_warps=4), width=64, dropout=False
-        ),
+        Row(Config("blocks", 128, 64, warps=8, stages=3, keys_m=64, keys_n=64, keys_warps=4), width=64, dropout=False),
         Row(BACKWARD_HOPPER),
         Row(Config("blocks", 64, 64, keys_m=64, keys_n=64, keys_warps=4), width=80),
         # with two stages each wgmma waits for the one before, and only that keeps the next rows out of the tile of
@@ -275,9 +275,7 @@ PRODUCT: dict[int, list[ProductRow]] = {
         ProductRow(Product("tiles", 16, 64, 128, stages=4, descriptors=True, swap=True, split=8), rows=16),
         ProductRow(Product("tiles", 64, 64, 128, stages=4, descriptors=True, split=4), tiles_at_most=0.2),
         ProductRow(Product("tiles", 64, 128, 64, stages=4, parts=2, descriptors=True), tiles_at_most=1.0),
-        ProductRow(
-            Product("tiles", 128, 128, 64, stages=3, parts=2, descriptors=True, persistent=True, programs=2)
-        ),
+        ProductRow(Product("tiles", 128, 128, 64, stages=3, parts=2, descriptors=True, persistent=True, programs=2)),
         ProductRow(Product("tiles", 128, 128, 64, warps=8, stages=3, parts=2, descriptors=True)),
         ProductRow(Product("tiles", 128, 256, 64, warps=8, parts=4, descriptors=True, persistent=True)),
         *PRODUCT_POINTERS,

@@ -50,9 +50,7 @@ class PackedWeight:
         self.cells = weight.new_empty(-(-self.D // MAX_LANES), self.K * MAX_LANES)
         weight = weight.contiguous()
         self.kernels = using or kernels()
-        self.kernels.pack_weight(
-            weight.data_ptr(), self.cells.data_ptr(), self.D, self.K, DTYPES[weight.dtype]
-        )
+        self.kernels.pack_weight(weight.data_ptr(), self.cells.data_ptr(), self.D, self.K, DTYPES[weight.dtype])
         self.bias = None if bias is None else F.pad(bias.float(), (0, -self.D % MAX_LANES))
         self.view = self.cells.data_ptr(), 0 if bias is None else self.bias.data_ptr(), self.K, self.D
 

@@ -66,9 +66,7 @@ def short_tile(
 ):  # fmt: skip
     """Queries m * BM and on, of one head, against all its keys."""
     left = queries - m * BM
-    q0, q1 = load_rows(
-        advance(q, m * BM, q_row, UNIT), row_step(q_row, UNIT, WIDE), left, BM, W0, W1, D, True, WIDE
-    )
+    q0, q1 = load_rows(advance(q, m * BM, q_row, UNIT), row_step(q_row, UNIT, WIDE), left, BM, W0, W1, D, True, WIDE)
     s0 = part_scores(q0, q1, k00, k01, 0, n, P0, W1, LENGTHS or P1 == 0, PRECISION)
     top = tl.max(s0, 1)
     if P1 > 0:
@@ -95,7 +93,7 @@ def short_tile(
     finish_tile(
         out, lse, m, n, left, out_row, acc0, acc1, top, shift, total, scale, scale_log2, inv_keep,
         D, W0, W1, BM, WIDE, LENGTHS, DROPOUT,
-    )
+    )  # fmt: skip
 
 
 @triton.jit

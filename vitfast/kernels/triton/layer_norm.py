@@ -259,5 +259,3 @@ def _compilation(kernel, C, wide, dtype, tile, flags, variant) -> Compilation:
     out = "" if flags.get("OUT", True) else "statistics"
     words = [kernel.__name__, wide, dtype if dtype != wide else "", f"C{C}", f"w{tile.warps}", out, variant]
     return Compilation(" ".join(filter(None, words)), kernel, types, constants, pointers, tile.warps, 2)
-
-

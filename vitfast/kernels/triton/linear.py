@@ -189,9 +189,7 @@ def product(
     numbers = (M, N // unit, K // unit, *steps, after.tokens, programs, 0.0 if folded is None else folded.eps)
     # a kernel takes no None; what stands in its place is not touched
     tensors = [out if t is None else t for t in (*tiles, *rest)]
-    launch(
-        linear_product.product, (programs,), tensors, numbers, constants, config.warps, config.stages, boxes=boxes
-    )
+    launch(linear_product.product, (programs,), tensors, numbers, constants, config.warps, config.stages, boxes=boxes)
     if after.pieces:
         return out, aside, pieces
     return out, aside, None if sums is None else layer_norm.add_up(sums, torch.float32)
@@ -257,9 +255,7 @@ def _by_blas(x, weight, after, out, beside, across):
     return out, second if aside is None else aside, sums
 
 
-def finish(
-    y: Tensor, after: After, out: Tensor | None = None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def finish(y: Tensor, after: After, out: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What follows a product y [M, N] that is there already; the results of `product`."""
     M, N = y.shape
     fresh, aside, beside = _results(y, M, N, after, out)

@@ -48,9 +48,7 @@ def before_product(
         h = x
         if norm != "none":
             # normed again rather than kept: one light pass against M * K numbers of memory
-            _, h, *_ = layer_norm.forward(
-                x, norm_weight, norm_bias, norm_eps, norm, weight.dtype, statistics=False
-            )
+            _, h, *_ = layer_norm.forward(x, norm_weight, norm_bias, norm_eps, norm, weight.dtype, statistics=False)
         grad_weight = rows.t() @ rows_of(h.to(weight.dtype))
     if need_x or need_norm_weight or need_norm_bias:
         grad_x = (rows @ weight).view(x.shape)

@@ -54,9 +54,7 @@ def forward(
         mean = rstd = None
         if keep and norm == "layer":
             *_, mean, rstd = layer_norm.forward(x, norm_weight, norm_bias, norm_eps, norm, None)
-        out = whole(
-            x, norm_weight, norm_bias, norm_eps, norm, w1, b1, w2, b2, act, gamma, row_scale, first
-        )
+        out = whole(x, norm_weight, norm_bias, norm_eps, norm, w1, b1, w2, b2, act, gamma, row_scale, first)
         return out, mean, rstd, None, None, None
     rows, folded, mean, rstd = linear.normed(x, w1, b1, norm, norm_weight, norm_bias, norm_eps, first, keep)
     pre, hidden = _hidden(rows, w1, b1, act, gated, first, folded, keeps_pre=saves in ("none", "act"))
@@ -116,9 +114,7 @@ def whole(
     numbers = (M, rows.stride(0) // UNIT, layer_norm.tokens_of(x), norm_eps)
     grid = (-(-M // config.block_m),)
     boxes = _boxes(C, config) if config.descriptors else ()
-    launch(
-        mlp_whole.mlp_whole, grid, (*tiles, *vectors), numbers, constants, config.warps, config.stages, boxes=boxes
-    )
+    launch(mlp_whole.mlp_whole, grid, (*tiles, *vectors), numbers, constants, config.warps, config.stages, boxes=boxes)
     return out.view(x.shape)
 
 
@@ -138,9 +134,7 @@ def _boxes(C: int, config: Product) -> list[tuple[int, int]]:
     return [(rows, W0), (rows, W1), (hidden, W0), (hidden, W1), (W0, hidden), (W1, hidden), (rows, W0), (rows, W1)]
 
 
-def whole_configs(
-    device: torch.device, dtype: torch.dtype, weight_dtype: torch.dtype, F: int, C: int
-) -> list[Product]:
+def whole_configs(device: torch.device, dtype: torch.dtype, weight_dtype: torch.dtype, F: int, C: int) -> list[Product]:
     """What computes an MLP without a gate in one kernel."""
     config = config_tables.WHOLE[architecture(device)].get(C)
     x, w1 = (torch.empty(n, C, dtype=t, device="meta") for n, t in ((1, dtype), (F, weight_dtype)))

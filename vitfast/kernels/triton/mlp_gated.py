@@ -24,9 +24,7 @@ def place_of(units, blocks, UNIT: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def gated_forward(
-    pre, hidden, units, blocks, row_step, ACT: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr
-):
+def gated_forward(pre, hidden, units, blocks, row_step, ACT: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr):
     """F, the columns of gate and of value, and steps from row to row come in units of UNIT elements."""
     row, start, there = place_of(units, blocks, UNIT, BLOCK)
     columns, F = tl.arange(0, BLOCK), tl.cast(units, tl.int64) * UNIT
