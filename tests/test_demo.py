@@ -78,14 +78,40 @@ def test_speed_table_is_empty(demo):
         assert f"{row['ratio']:.2f}" in run.stdout
 
 
-def test_picture_is_missing_or_blank_or_something_is_left_behind(demo):
+def test_picture_is_missing_or_half_of_it_is_blank_or_something_is_left_behind(demo):
     from matplotlib import image
 
     output, _, _ = demo
-    picture = image.imread(output / "digits.png")
-    assert picture.shape[0] > 400 and picture.shape[1] > 800
-    assert picture[..., :3].std() > 0.05
+    picture = image.imread(output / "digits.png")[..., :3]
+    height, width, _ = picture.shape
+    assert height > 400 and width > 800
+    # below the titles; of the digits nearly a third is ink, of axes without any nothing
+    for half, ink in ((picture[height // 8 :, : width // 2], 0.01), (picture[height // 8 :, width // 2 :], 0.1)):
+        assert (half.min(axis=2) < 0.5).mean() > ink
     assert sorted(p.name for p in output.iterdir()) == ["digits.png", "digits.safetensors", "summary.json"]
+
+
+def test_digit_is_drawn_beside_what_was_predicted_of_another(tmp_path, monkeypatch):
+    """Every cell's picture, title and colour; wrong predictions first, right ones after them."""
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: (drawn.append(figure), open(path, "w").close()))
+    data = demo_module.load_digits(torch.device("cpu"))
+    predictions = data.test_labels.clone()
+    wrong = [5, 9, 300]
+    predictions[wrong] = (predictions[wrong] + 1) % 10
+    demo_module.draw(tmp_path / "digits.png", demo_module.Training([1.0], [0.9], 1.0), data, predictions, 0.9)
+    cells = drawn[0].subfigs[1].axes
+    rows, columns = demo_module.SAMPLES
+    assert len(cells) == rows * columns
+    correct = [i for i in range(360) if i not in wrong]
+    for cell, i in zip(cells, wrong + correct, strict=False):
+        (picture,) = cell.images
+        assert (picture.get_array() == data.test_images[i, 0].numpy()).all()
+        hit = i not in wrong
+        assert cell.get_title() == f"{predictions[i]} ({data.test_labels[i]})" + ("" if hit else " wrong")
+        assert cell.title.get_color() == ("black" if hit else "red")
 
 
 @pytest.mark.parametrize("enough", [False, True])

@@ -370,7 +370,8 @@ def draw(path: Path, history: Training, data: Digits, predictions: Tensor, accur
     shown = wrong[: cells // 2]
     shown += correct[: cells - len(shown)]
     right.suptitle(f"held-out digits: predicted (true); {len(wrong)} of {len(labels)} are wrong")
-    grid = right.subplots(*SAMPLES).flat
+    # a list: `flat` is an iterator, which the first loop would use up
+    grid = list(right.subplots(*SAMPLES).flat)
     for axes in grid:
         axes.axis("off")
     for axes, i in zip(grid, shown, strict=False):
