@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,10 +74,61 @@ def test_parity_table_misses_a_stage_or_hides_an_error(demo):
 
 def test_speed_table_is_empty(demo):
     _, run, summary = demo
-    assert [row["mode"] for row in summary["speed"]] == ["inference", "training step", "inference"]
+    modes = ["inference", "prepared", "training step", "inference", "prepared"]
+    assert [row["mode"] for row in summary["speed"]] == modes
     for row in summary["speed"]:
         assert row["vitfast_ms"] > 0 and row["timm_ms"] > 0
         assert f"{row['ratio']:.2f}" in run.stdout
+        assert ("over_model" in row) == (row["mode"] == "prepared")
+        if "over_model" in row:
+            assert f"{row['over_model'][1]:.2f} x the model's speed" in run.stdout
+
+
+def test_line_of_what_to_try_next_does_not_work(demo):
+    """All of them, as they were printed, in one shell and one Python; only the benchmark is asked for less time."""
+    _, run, _ = demo
+    commands, lines = run.stdout.partition("\nNext, in a shell:\n")[2].split("\nand in Python:\n")
+    assert len(commands.splitlines()) >= 3 and "vitfast info" in commands and "vitfast.prepare" in lines
+    script = f"set -e\n{commands.strip()} --seconds 0.1 --ceilings 0"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    options = dict(capture_output=True, text=True, timeout=300, env=environment)
+    shell = subprocess.run(["bash", "-c", script], **options)
+    assert shell.returncode == 0, shell.stdout + shell.stderr
+    assert f"vitfast {vitfast.__version__}" in shell.stdout and "dinov2" in shell.stdout and "| vitfast prepared |" in shell.stdout
+    python = subprocess.run([sys.executable, "-c", textwrap.dedent(lines)], **options)
+    assert python.returncode == 0, python.stderr
+    assert "blocks.2: norm2 + mlp + residual" in python.stdout and "tensor([[" in python.stdout
+
+
+@pytest.fixture
+def small_pair():
+    """The digits model, and timm's with its weights."""
+    torch.manual_seed(0)
+    model = vitfast.create_model(demo_module.DIGITS_NAME, **demo_module.DIGITS_MODEL)
+    return model, demo_module._timm_twin(demo_module.DIGITS_NAME, model, **demo_module.DIGITS_MODEL)
+
+
+@pytest.mark.parametrize("wrong", ["intermediates", "forward"])
+def test_prepared_model_that_is_wrong_is_timed(small_pair, wrong, monkeypatch):
+    """In one stage, or only in what a call returns."""
+    images = torch.randn(4, 1, 8, 8)
+    assert demo_module.prepare_and_judge(*small_pair, images) is not None
+    kind = type(vitfast.prepare(small_pair[0], threads=None))
+    right = getattr(kind, wrong)
+    spoilt = {
+        "intermediates": lambda self, x: (taps := right(self, x)) | {"blocks.1.mlp": taps["blocks.1.mlp"] * 1.001},
+        "forward": lambda self, x: right(self, x) * 1.001,
+    }
+    monkeypatch.setattr(kind, wrong, spoilt[wrong])
+    with pytest.raises(demo_module.DemoError, match="the prepared model is less exact than timm's"):
+        demo_module.prepare_and_judge(*small_pair, images)
+
+
+def test_reason_why_nothing_was_prepared_is_not_told(small_pair, capsys):
+    model, theirs = small_pair
+    model.blocks[0].register_forward_hook(lambda *arguments: None)
+    assert demo_module.prepare_and_judge(model, theirs, torch.randn(4, 1, 8, 8)) is None
+    assert "not prepared: prepare: this model cannot be frozen: blocks.0 has" in capsys.readouterr().out
 
 
 def test_picture_is_missing_or_half_of_it_is_blank_or_something_is_left_behind(demo):
