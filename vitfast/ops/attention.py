@@ -79,8 +79,10 @@ def attention_qkv(
     """`attention` of the packed projection [B, N, 3, H, D]; the gradient comes back packed as well."""
     qkv = cast(qkv, autocast_dtype(qkv))
     if isinstance(scale, Tensor):
-        extras = {"mask": mask, "lengths": lengths, "dropout_p": dropout_p, "return_lse": return_lse}
-        return attention(*qkv.unbind(2), scale=scale, **extras)
+        q, k, v = qkv.unbind(2)
+        return attention(
+            q, k, v, scale=scale, mask=mask, lengths=lengths, dropout_p=dropout_p, return_lse=return_lse
+        )
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(f"attention_qkv: qkv must be [B, N, 3, H, D], got {list(qkv.shape)}")
     if qkv.dtype not in FLOATS:
@@ -246,7 +248,8 @@ def _attention_backward_fake(grad, q, k, v, out, lse, scale, lengths=None, dropo
 def _setup(ctx, inputs, output):
     # the dispatcher leaves out arguments that are the defaults
     ctx.given = len(inputs)
-    *tensors, ctx.scale, lengths, ctx.dropout_p, seed = (*inputs, *(None, 0.0, None)[ctx.given - ctx.required :])
+    whole = (*inputs, *(None, 0.0, None)[ctx.given - ctx.required :])
+    *tensors, ctx.scale, lengths, ctx.dropout_p, seed = whole
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
