@@ -35,14 +35,16 @@ sys.path.insert(0, str(ROOT))
 
 from aot_compile import ARCHS, CUDA_ARCHS, Row, compilations, cuda_rows, kernel_row, nvcc_release  # noqa: E402
 
-from vitfast.bench import machine, record  # noqa: E402
-from vitfast.tuning_cache import digest_of  # noqa: E402
+from vitfast.bench import record  # noqa: E402
+from vitfast.choose import tuning_cache  # noqa: E402
+from vitfast.choose.tuning_cache import digest_of  # noqa: E402
+from vitfast.measure import machine  # noqa: E402
 
 RECORD = ROOT / "benchmarks" / "aot.json"
 SCHEMA = 1
 # each has `compilations(arch)`
 KERNELS = ("attention", "layer_norm", "linear", "mlp")
-KERNEL_MODULES: tuple[str, ...] = tuple(f"vitfast.kernels.{name}" for name in KERNELS)
+KERNEL_MODULES: tuple[str, ...] = tuple(f"vitfast.kernels.triton.{name}" for name in KERNELS)
 CUDA_SOURCES = tuple(sorted(str(path) for path in (ROOT / "csrc").glob("*.cu")))
 CUDA_HEADERS = ("cuda_probe", "dtype", "patch_embed", "patch_geometry")
 CRASHED = {"refused": ["does not compile: the compiler took its process down"]}
@@ -130,7 +132,7 @@ def sources() -> str:
     """A digest of the kernels' source: a record with another one is of other kernels."""
     # headers that only kernels for CPUs include are none of these
     of_cuda = [path for path in (ROOT / "csrc").glob("*.*") if ".cu" in path.suffix or path.stem in CUDA_HEADERS]
-    return digest_of(sorted([*(ROOT / "vitfast" / "kernels").glob("*.py"), *of_cuda]))
+    return digest_of([*tuning_cache.sources(), *sorted(of_cuda)])
 
 
 def record_of(rows: dict[str, Row], before: dict[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vitfast.kernels.compilation import Compilation
+from vitfast.kernels.triton.compilation import Compilation
 
 ARCHS = (80, 89, 90, 100)
 # bytes that one block may have, by CUDA's programming guide

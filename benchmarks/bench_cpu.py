@@ -9,10 +9,10 @@ gelu    the tanh GELU, alone and in an MLP
 Everybody has the same threads, weights and images, rounded to bf16 so that both dtypes share one expected result:
 timm's in fp64. What differs from it by more than benchmarks/report.py allows is reported and not timed; nor is what is
 not installed or fails. A ratio is the median over rounds of the baseline's time by the variant's, pair by pair; above 1
-the variant is faster. "noise" is the baseline's ratio to itself (see vitfast/timing.py). "others" is the share of the
-machine's CPU time that other processes took meanwhile. They slow variants very differently, torch's threads (which wait
-for each other by spinning) the most, so rows where it is more than a few percent compare nothing. With --out all is
-also in <out>/<cpu>-cpu-parts.json after every row; an earlier file of that name gets the suffix .before.
+the variant is faster. "noise" is the baseline's ratio to itself (see vitfast/measure/timing.py). "others" is the share
+of the machine's CPU time that other processes took meanwhile. They slow variants very differently, torch's threads
+(which wait for each other by spinning) the most, so rows where it is more than a few percent compare nothing. With
+--out all is also in <out>/<cpu>-cpu-parts.json after every row; an earlier file of that name gets the suffix .before.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitfast
-from vitfast import native
-from vitfast.timing import Comparison, inference, interleaved_medians
+from vitfast.kernels import cpu as cpu_kernels
+from vitfast.measure.timing import Comparison, inference, interleaved_medians
 
 MODELS = ["vit_small_patch16_224", "vit_base_patch16_224"]
 PACKAGES = ("timm",)
@@ -376,7 +376,7 @@ def gelu_rows(arguments: argparse.Namespace) -> Iterator[Row]:
 def gelu_alone(pre: Tensor) -> dict[str, Callable[[], Call]]:
     return {
         "torch": lambda: lambda: F.gelu(pre, approximate="tanh"),
-        "vitfast": lambda: lambda: native.activation(pre, "gelu_tanh", torch.empty_like(pre)),
+        "vitfast": lambda: lambda: cpu_kernels.activation(pre, "gelu_tanh", torch.empty_like(pre)),
     }
 
 
@@ -384,7 +384,7 @@ def gelu_into(pre: Tensor) -> dict[str, Callable[[], Call]]:
     out = torch.empty_like(pre)
     return {
         "torch": lambda: lambda: torch.ops.aten.gelu.out(pre, approximate="tanh", out=out),
-        "vitfast": lambda: lambda: native.activation(pre, "gelu_tanh", out),
+        "vitfast": lambda: lambda: cpu_kernels.activation(pre, "gelu_tanh", out),
     }
 
 

@@ -1,4 +1,5 @@
-"""Write the tables of built-in choices (`vitfast.builtin`) from the records of `sweep.py`, and from nothing else.
+"""Write the tables of built-in choices (`vitfast.choose.builtin`) from the records of `sweep.py`, and from nothing
+else.
 
     python benchmarks/defaults.py [--from FILE ...] [--write] [--into FOLDER]
 
@@ -31,9 +32,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # a plain copy of the source tree is not installed
 sys.path.insert(0, str(ROOT))
 
-from vitfast import builtin  # noqa: E402
-from vitfast.bench.record import by_lines, write_text  # noqa: E402
-from vitfast.kernels import tuning  # noqa: E402
+from vitfast.choose import builtin, config_tables  # noqa: E402
+from vitfast.measure.files import by_lines, write_text  # noqa: E402
 
 RESULTS, OF_SWEEPS = ROOT / "benchmarks" / "results", "*-tune.json"
 RECORD_SCHEMA = 2
@@ -83,7 +83,8 @@ def named(config: Mapping[str, Any] | None) -> str:
 
 def must_be_of(kernel: str, config: Mapping[str, Any]) -> None:
     """Raises ValueError for what the kernel's launcher would not take: an older kernel's, or another's."""
-    made = {"attention": tuning.Config, "patch_embed": dict}.get(kernel.removesuffix("_backward"), tuning.Product)
+    makers = {"attention": config_tables.Config, "patch_embed": dict}
+    made = makers.get(kernel.removesuffix("_backward"), config_tables.Product)
     try:
         made(**config)
     except TypeError as problem:
@@ -92,7 +93,7 @@ def must_be_of(kernel: str, config: Mapping[str, Any]) -> None:
 
 def arch_of(record: Mapping[str, Any]) -> int:
     major, minor = record["machine"]["capability"].split(".")
-    return tuning.architecture_of((int(major), int(minor)))
+    return config_tables.architecture_of((int(major), int(minor)))
 
 
 def evidence(records: Mapping[str, Mapping[str, Any]]) -> dict[int, dict[Key, list[Evidence]]]:

@@ -17,13 +17,13 @@ import ahead
 import torch
 from stages import ROOT, STATE, Outcome, Run, Stage, last_lines, publish, say, started
 
-from vitfast import builtin, tuning_cache
-from vitfast import extension as compiled_half
 from vitfast.bench import ceilings, harness
-from vitfast.bench import device as devices
 from vitfast.bench.case import Case
 from vitfast.bench.record import set_aside
-from vitfast.timing import Sampler
+from vitfast.choose import builtin, tuning_cache
+from vitfast.kernels import extension as compiled_half
+from vitfast.measure import device as devices
+from vitfast.measure.timing import Sampler
 
 SWEEP, DEFAULTS = (ROOT / "benchmarks" / name for name in ("sweep.py", "defaults.py"))
 # with less time than that no extension is built

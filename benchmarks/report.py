@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitfast.bench.record import set_aside  # noqa: F401
+from vitfast.measure.files import write_json  # noqa: F401
+
 # what bench_cpu.py takes from here
-from vitfast.bench.machine import OtherProcesses, describe, peak_growth_mib  # noqa: F401
-from vitfast.bench.record import set_aside, write_json  # noqa: F401
+from vitfast.measure.machine import OtherProcesses, describe, peak_growth_mib  # noqa: F401
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # relative error of a result above which it is not timed

@@ -1,4 +1,4 @@
-"""The README's table of built-in choices: from `vitfast.builtin`, whose tables ops read."""
+"""The README's table of built-in choices: from `vitfast.choose.builtin`, whose tables ops read."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from report_tables import table
 
-from vitfast import builtin
-from vitfast.builtin import Measured
-from vitfast.kernels import tuning
+from vitfast.choose import builtin, config_tables
+from vitfast.choose.builtin import Measured
 
 NUMBER = re.compile(r" [0-9.]+ us$")
 # of a configuration, what stands in it under "kernel"
@@ -22,7 +21,7 @@ DTYPES = {"float16": "fp16", "float32": "fp32"}
 
 def choices() -> str:
     """A table for each architecture that was measured, and one of what is chosen elsewhere."""
-    measured = [arch for arch in tuning.ARCHITECTURES if builtin.table(arch)]
+    measured = [arch for arch in config_tables.ARCHITECTURES if builtin.table(arch)]
     parts = ["\n".join([_heading(arch), "", *_measured(builtin.table(arch))]) for arch in measured]
     return "\n\n".join([*parts, "\n".join([_elsewhere_heading(measured), "", *_elsewhere()])])
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vitfast.bench import record
-from vitfast.variants import VARIANTS
+from vitfast.timm_names.variants import VARIANTS
 
 CNNS = ("resnet", "mobilenet", "efficientnet", "convnext", "regnet")
 

@@ -31,7 +31,7 @@ from typing import Any
 from vitfast import ViTConfig
 from vitfast.bench import record, work
 from vitfast.bench.case import Work
-from vitfast.variants import config_for
+from vitfast.timm_names.variants import config_for
 
 MODELS = {
     f"{name} {size}": config_for(name, img_size=size, num_classes=1000)

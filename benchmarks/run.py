@@ -58,8 +58,9 @@ from plans import LIMITS_S, ORDER, PLANS  # noqa: E402
 from report import slug  # noqa: E402
 from stages import STATE, Kept, Run, go, is_finished, same_keys, say  # noqa: E402
 
-from vitfast.bench import harness, machine, record  # noqa: E402
-from vitfast.info import cpu_name  # noqa: E402
+from vitfast.bench import harness, record  # noqa: E402
+from vitfast.measure import machine  # noqa: E402
+from vitfast.measure.machine import cpu_name  # noqa: E402
 
 NEXT_MINUTES = 9.0
 # for who owns a GPU: nobody waits longer, and no budget cuts off what only takes its time

@@ -30,9 +30,10 @@ from typing import Any
 import torch
 from outcomes import is_lost
 
-from vitfast.bench import device as devices
-from vitfast.bench import harness, machine, record
+from vitfast.bench import harness, record
 from vitfast.bench.case import Case
+from vitfast.measure import device as devices
+from vitfast.measure import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 STATE = ROOT / "benchmarks" / "state"

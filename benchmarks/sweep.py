@@ -5,9 +5,9 @@
 
 SET is one or more of the names in `sweep_rows.SETS`; all by default. Rows come in order of value. First many processes
 compile, each what no other has taken. Then this process, in which nothing is compiled any more (counted, and recorded),
-takes row after row: it holds what stock operators and ours return to `vitfast.acceptance`, times all that is right for
-20 ms, and then the best three of ours and all of stock for 0.2 s each, in turns. A call is repeated in a CUDA graph
-where that is possible, with inputs that stay in the cache where they fit.
+takes row after row: it holds what stock operators and ours return to `vitfast.check.acceptance`, times all that is
+right for 20 ms, and then the best three of ours and all of stock for 0.2 s each, in turns. A call is repeated in a CUDA
+graph where that is possible, with inputs that stay in the cache where they fit.
 
 All is in FILE after every row, and --resume goes on with it: rows that are finished are neither compiled nor run again.
 Without it an earlier file gets the suffix .before.
@@ -57,11 +57,12 @@ import workers  # noqa: E402
 from sweep_rows import OURS, SETS, STOCK, Row  # noqa: E402
 from sweep_time import NOT_CHECKED, CountedCompilations, Phases, RowInMaking, summary  # noqa: E402
 
-from vitfast import dispatch, tuning_cache  # noqa: E402
-from vitfast.bench import device as devices  # noqa: E402
-from vitfast.bench import machine  # noqa: E402
 from vitfast.bench.harness import DeviceLost  # noqa: E402
-from vitfast.bench.record import by_lines, plain, set_aside, write_text  # noqa: E402
+from vitfast.bench.record import set_aside  # noqa: E402
+from vitfast.choose import dispatch, tuning_cache  # noqa: E402
+from vitfast.measure import device as devices  # noqa: E402
+from vitfast.measure import machine  # noqa: E402
+from vitfast.measure.files import by_lines, plain, write_text  # noqa: E402
 
 SCHEMA = 2
 DONE, WRONG, MISUSED, LOST, TIME_UP = range(5)
@@ -265,7 +266,7 @@ def read(path: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def kernels_digest() -> str:
     """Changes with the source of any kernel, or of what launches it."""
-    return tuning_cache.digest_of(sorted([*(ROOT / "vitfast" / "kernels").glob("*.py"), *(ROOT / "csrc").glob("*.*")]))
+    return tuning_cache.digest_of([*tuning_cache.sources(), *sorted((ROOT / "csrc").glob("*.*"))])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,9 +1,9 @@
 """What `sweep.py` times: for each call that a ViT makes, the configurations of our kernel and what people use instead.
 
-Calls come from the models themselves (`vitfast.calls`), their configurations, arguments and truths from
-`vitfast.families`; a few configurations that no table has yet are added. Rows come in order of value: what comes last
-may have to wait for another half hour. Of a model's last block, which computes one token of an image, only that of the
-base model is here. Shapes: B images, N tokens, D channels, H heads.
+Calls come from the models themselves (`vitfast.check.calls`), their configurations, arguments and truths from
+`vitfast.check.families`; a few configurations that no table has yet are added. Rows come in order of value: what comes
+last may have to wait for another half hour. Of a model's last block, which computes one token of an image, only that of
+the base model is here. Shapes: B images, N tokens, D channels, H heads.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vitfast
-from vitfast import builtin, dispatch
-from vitfast.calls import Call, Prepared, contiguous
-from vitfast.dispatch import Config as Choice
-from vitfast.families import FAMILIES, Family
-from vitfast.families.family import arguments
-from vitfast.kernels.launch import multiprocessors
-from vitfast.kernels.tuning import Config, Product
-from vitfast.tuning import BUILT_IN, words
-from vitfast.variants import config_for
-from vitfast.warm_up import kernel_calls
+from vitfast.bench.tune import BUILT_IN, words
+from vitfast.check.calls import Call, Prepared, contiguous
+from vitfast.check.families import FAMILIES, Family
+from vitfast.check.families.family import arguments
+from vitfast.check.warmup import kernel_calls
+from vitfast.choose import builtin, dispatch
+from vitfast.choose.config_tables import Config, Product
+from vitfast.choose.dispatch import Config as Choice
+from vitfast.kernels.triton.launch import multiprocessors
+from vitfast.timm_names.variants import config_for
 
 STOCK, OURS, OTHER = "stock", "ours", "other"
 # what a row belongs to

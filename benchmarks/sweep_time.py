@@ -1,7 +1,7 @@
 """One row of `sweep.py`: what is right is timed, first everything briefly, then the best of it longer and in turns.
 
-Results are held to `vitfast.acceptance` by the code that `vitfast.warmup` checks with: all numbers finite, and right in
-the first and last rows or images and in some others.
+Results are held to `vitfast.check.acceptance` by the code that `vitfast.warmup` checks with: all numbers finite, and
+right in the first and last rows or images and in some others.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from sweep_rows import OTHER, OURS, STOCK, Row, Variant
 
-from vitfast import dispatch
-from vitfast.acceptance import NotAccepted
-from vitfast.bench import device as devices
-from vitfast.bench.device import NotCaptured, first_line
 from vitfast.bench.harness import DeviceLost
-from vitfast.families import FAMILIES, Family, as_tuple
-from vitfast.timing import Repeated
-from vitfast.warm_up import SEED, NoYardstick, check_part
+from vitfast.check.acceptance import NotAccepted
+from vitfast.check.families import FAMILIES, Family, as_tuple
+from vitfast.check.warmup import SEED, NoYardstick, check_part
+from vitfast.choose import dispatch
+from vitfast.measure import device as devices
+from vitfast.measure.device import NotCaptured, first_line
+from vitfast.measure.timing import Repeated
 
 Place = devices.Cpu | devices.Cuda
 Found = dict[str, Any]

@@ -22,8 +22,8 @@ from typing import Any
 
 import outcomes
 
-from vitfast.bench.device import first_line
 from vitfast.bench.harness import DeviceLost
+from vitfast.measure.device import first_line
 
 NOT_FINISHED = "not compiled in time"
 FLAG = "--claims"

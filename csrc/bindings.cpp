@@ -1,5 +1,5 @@
 // Python's view of the extension. No torch header anywhere in csrc: it builds without torch and survives its upgrades.
-// Tensors arrive as addresses, sizes and strides; vitfast/native.py is the only caller and checks them.
+// Tensors arrive as addresses, sizes and strides; vitfast/kernels/cpu is the only caller and checks them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -1,4 +1,4 @@
-// Number types of tensors, as vitfast/native.py counts them.
+// Number types of tensors, as vitfast/kernels/cpu counts them.
 #pragma once
 
 namespace vitfast {

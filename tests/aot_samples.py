@@ -5,7 +5,7 @@ import os
 import triton
 import triton.language as tl
 
-from vitfast.kernels.compilation import Compilation
+from vitfast.kernels.triton.compilation import Compilation
 
 
 @triton.jit

@@ -3,9 +3,9 @@
 import torch
 import torch.nn.functional as F
 
-from vitfast.bench import device as devices
 from vitfast.bench.case import Case, Variant, Work
 from vitfast.bench.harness import run_case
+from vitfast.measure import device as devices
 
 
 def layer_norm(x, weight, bias):

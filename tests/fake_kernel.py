@@ -2,9 +2,10 @@
 
 import torch
 
-from vitfast import builtin, dispatch, families, tuning_cache
-from vitfast.builtin import Builtin
-from vitfast.calls import Call, contiguous
+from vitfast.check import families
+from vitfast.check.calls import Call, contiguous
+from vitfast.choose import builtin, dispatch, tuning_cache
+from vitfast.choose.builtin import Builtin
 
 KEY = {"device": "Fake GPU 9000", "driver": "1.2.3", "torch": "2", "triton": "3", "vitfast": "0", "kernels": "0"}
 DEVICE = 0
@@ -65,7 +66,7 @@ def prepared(monkeypatch, tmp_path):
     restart(monkeypatch)
     monkeypatch.setenv("VITFAST_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tuning_cache, "key_of", lambda device: dict(KEY))
-    monkeypatch.setitem(dispatch.KERNELS, "fake", "kernels/fake.py")
+    monkeypatch.setitem(dispatch.KERNELS, "fake", "vitfast/kernels/triton/fake.py")
     made = Fake()
     said = lambda *asked: Builtin(made.builtin, made.builtin_config, "as the test says")  # noqa: E731
     monkeypatch.setattr(builtin, "builtin", said)

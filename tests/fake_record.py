@@ -4,7 +4,7 @@ import random
 
 from vitfast.bench import work
 from vitfast.bench.record import write_json
-from vitfast.variants import config_for
+from vitfast.timm_names.variants import config_for
 
 RED = "result 0: rms error 9 times the yardstick's"
 SPEED = {

@@ -8,24 +8,25 @@ import torch
 from guarded_memory import MODELS, PLACES, cases, columns, finite, model_of, shifted
 
 import vitfast
-from vitfast import extension, native
+from vitfast.kernels import cpu as cpu_kernels
+from vitfast.kernels import extension
 
 KERNELS = {kernels.name: kernels for kernels in extension.require().usable_kernels()}
 every_isa = {"isa": tuple(KERNELS)}
-every_dtype = {"dtype": native.FLOATS}
+every_dtype = {"dtype": cpu_kernels.FLOATS}
 
 
 def multiplies(case):
     """The dtypes of products, of which not every instruction set has all."""
-    return native.multiplies(case["dtype"], KERNELS[case["isa"]])
+    return cpu_kernels.multiplies(case["dtype"], KERNELS[case["isa"]])
 
 
 def packed(D, K, dtype, isa, bias=True):
-    return native.PackedWeight(torch.randn(D, K).to(dtype), torch.randn(D) if bias else None, KERNELS[isa])
+    return cpu_kernels.PackedWeight(torch.randn(D, K).to(dtype), torch.randn(D) if bias else None, KERNELS[isa])
 
 
 def norm_of(C, dtype, bias=True):
-    return native.Norm(torch.randn(C).to(dtype), torch.randn(C).to(dtype) if bias else None, 1e-6)
+    return cpu_kernels.Norm(torch.randn(C).to(dtype), torch.randn(C).to(dtype) if bias else None, 1e-6)
 
 
 HEADS = {
@@ -48,19 +49,22 @@ def test_attention(lengths, D, heads, with_lse, isa, dtype, placement):
     """Vectors and panels past the end of rows, of keys and of queries."""
     q, k, v = (torch.randn(2, n, 3, D).to(dtype) for n in (lengths[0], lengths[1], lengths[1]))
     if heads == "packed":
-        found = native.attention_qkv(torch.stack([q, k, v], 2), D**-0.5, with_lse, KERNELS[isa])
+        found = cpu_kernels.attention_qkv(torch.stack([q, k, v], 2), D**-0.5, with_lse, KERNELS[isa])
     else:
-        found = native.attention(*(HEADS[heads](t) for t in (q, k, v)), D**-0.5, with_lse, KERNELS[isa])
+        found = cpu_kernels.attention(*(HEADS[heads](t) for t in (q, k, v)), D**-0.5, with_lse, KERNELS[isa])
     finite(found=found)
 
 
-@cases(n=(1, 7, 16, 33, 1000, 40_003), name=tuple(native.ACTIVATIONS), at=("start", "odd"), **every_isa, **every_dtype)
+NAMES = tuple(cpu_kernels.ACTIVATIONS)
+
+
+@cases(n=(1, 7, 16, 33, 1000, 40_003), name=NAMES, at=("start", "odd"), **every_isa, **every_dtype)
 def test_activation(n, name, at, isa, dtype, placement):
     """A vector past the last number."""
     x = torch.randn(n).to(dtype)
     x = shifted(x) if at == "odd" else x
-    finite(out=native.activation(x, name, torch.empty_like(x), KERNELS[isa]))
-    finite(out=native.activation(x, name, x, KERNELS[isa]))
+    finite(out=cpu_kernels.activation(x, name, torch.empty_like(x), KERNELS[isa]))
+    finite(out=cpu_kernels.activation(x, name, x, KERNELS[isa]))
 
 
 @cases(
@@ -72,12 +76,12 @@ def test_layer_norm(rows, D, vectors, at, isa, dtype, placement):
     x, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((rows, D), (D,), (D,)))
     x, weight, bias = (shifted(t) if at == "odd" else t for t in (x, weight, bias))
     given = {"both": (weight, bias), "weight": (weight, None), "none": (None, None)}[vectors]
-    finite(out=native.layer_norm(x, *given, 1e-6, KERNELS[isa]))
+    finite(out=cpu_kernels.layer_norm(x, *given, 1e-6, KERNELS[isa]))
 
 
 @cases(
     M=(1, 5, 64, 130), K=(2, 64, 198, 768), D=(1, 10, 72, 192, 1152), norm=("none", "weight", "both"),
-    act=("none", *native.ACTIVATIONS), residual=(False, True), bias=(False, True), at=("start", "odd"), **every_isa,
+    act=("none", *NAMES), residual=(False, True), bias=(False, True), at=("start", "odd"), **every_isa,
     dtype=(torch.float32, torch.bfloat16), allowed=multiplies, together=("M", "K", "D", "norm", "isa", "dtype"),
 )  # fmt: skip
 def test_linear(M, K, D, norm, act, residual, bias, at, isa, dtype, placement):
@@ -86,16 +90,16 @@ def test_linear(M, K, D, norm, act, residual, bias, at, isa, dtype, placement):
     x, beside = (shifted(t) if at == "odd" else t for t in (x, beside))
     before = None if norm == "none" else norm_of(K, dtype, norm == "both")
     weight = packed(D, K, dtype, isa, bias)
-    finite(out=native.linear(x, weight, norm=before, act=act, residual=beside if residual else None))
+    finite(out=cpu_kernels.linear(x, weight, norm=before, act=act, residual=beside if residual else None))
 
 
 @cases(
-    M=(1, 5, 64, 130), C=(2, 64, 198, 384), F=(2, 90, 256, 768), act=("none", *native.ACTIVATIONS), **every_isa,
+    M=(1, 5, 64, 130), C=(2, 64, 198, 384), F=(2, 90, 256, 768), act=("none", *cpu_kernels.ACTIVATIONS), **every_isa,
     dtype=(torch.float32, torch.bfloat16), allowed=multiplies,
 )  # fmt: skip
 def test_mlp(M, C, F, act, isa, dtype, placement):
     fc1, fc2 = packed(F, C, dtype, isa), packed(C, F, dtype, isa)
-    finite(out=native.mlp(torch.randn(M, C).to(dtype), norm_of(C, dtype), fc1, fc2, act))
+    finite(out=cpu_kernels.mlp(torch.randn(M, C).to(dtype), norm_of(C, dtype), fc1, fc2, act))
 
 
 @cases(
@@ -109,14 +113,14 @@ def test_block(B, N, C, head_dim, heads, isa, dtype, placement):
         packed(D, K, dtype, isa) for D, K in ((3 * inner, C), (C, inner), (2 * C, C), (C, 2 * C))
     )  # fmt: skip
     parts = norm_of(C, dtype), qkv, proj, norm_of(C, dtype), fc1, fc2
-    block = native.Block(*parts, "gelu", heads, head_dim, head_dim**-0.5)
-    finite(out=native.block(torch.randn(B, N, C).to(dtype), block))
+    block = cpu_kernels.Block(*parts, "gelu", heads, head_dim, head_dim**-0.5)
+    finite(out=cpu_kernels.block(torch.randn(B, N, C).to(dtype), block))
 
 
 IMAGES = PLACES | {"channels last": lambda t: t.contiguous(memory_format=torch.channels_last)}
 patches = {
     "B": (1, 3), "C": (1, 3, 4), "size": ((8, 8), (16, 24), (13, 21), (50, 33)), "patch": ((8, 8), (4, 7), (1, 5)),
-    "place": tuple(IMAGES), "image_dtype": tuple(native.DTYPES), "scaled": (False, True),
+    "place": tuple(IMAGES), "image_dtype": tuple(cpu_kernels.DTYPES), "scaled": (False, True),
     "together": ("size", "patch", "place", "image_dtype", "isa", "dtype"),
 }  # fmt: skip
 
@@ -129,13 +133,13 @@ def scaling(C, scaled):
     return (torch.full((C,), 0.5), torch.full((C,), 0.25)) if scaled else (None, None)
 
 
-@cases(order=tuple(native.PATCH_ORDERS), prefix=(0, 2), **patches, **every_isa, **every_dtype)
+@cases(order=tuple(cpu_kernels.PATCH_ORDERS), prefix=(0, 2), **patches, **every_isa, **every_dtype)
 def test_patch_rows(B, C, size, patch, place, image_dtype, scaled, order, prefix, isa, dtype, placement):
     """Pixels past the end of an image whose last patches are cut, or of rows at other distances."""
     images = images_of(B, C, size, place, image_dtype)
     mean, std = scaling(C, scaled)
     how = {"order": order, "dtype": dtype, "prefix": prefix, "pad": True, "using": KERNELS[isa]}
-    finite(rows=native.patch_rows(images, patch, mean=mean, std=std, **how))
+    finite(rows=cpu_kernels.patch_rows(images, patch, mean=mean, std=std, **how))
 
 
 @cases(
@@ -151,7 +155,7 @@ def test_embed(B, C, size, patch, place, image_dtype, scaled, D, tokens, isa, dt
     positions = torch.randn(N, D).to(dtype) if tokens in ("positions", "both") else None
     prefix = torch.randn(P, D).to(dtype) if P else None
     images = images_of(B, C, size, place, image_dtype)
-    finite(out=native.embed(images, patch, weight, positions, prefix, *scaling(C, scaled)))
+    finite(out=cpu_kernels.embed(images, patch, weight, positions, prefix, *scaling(C, scaled)))
 
 
 @cases(
@@ -161,7 +165,7 @@ def test_embed(B, C, size, patch, place, image_dtype, scaled, D, tokens, isa, dt
 def test_model(width, changes, how, isa, dtype, placement, monkeypatch):
     """What a model hands from kernel to kernel."""
     monkeypatch.setenv("VITFAST_CPU_ISA", isa)
-    native.kernels.cache_clear()
+    cpu_kernels.kernels.cache_clear()
     model = model_of(width, changes).to(dtype).train(how == "training")
     images = torch.randn(3, 3, 24, 24).to(dtype)
     if how == "training":
@@ -175,4 +179,4 @@ def test_model(width, changes, how, isa, dtype, placement, monkeypatch):
 @pytest.fixture(autouse=True)
 def kernels_are_chosen_again():
     yield
-    native.kernels.cache_clear()
+    cpu_kernels.kernels.cache_clear()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pybind11
 import pytest
 
-from vitfast import extension
+from vitfast.kernels import extension
 
 ROOT = Path(__file__).parent.parent
 CSRC, PROGRAMS = ROOT / "csrc", ROOT / "tests" / "native"

@@ -4,8 +4,8 @@ import contextlib
 
 import torch
 
-from vitfast.bench.device import NotCaptured
-from vitfast.timing import EventSampler
+from vitfast.measure.device import NotCaptured
+from vitfast.measure.timing import EventSampler
 
 LAUNCH_S = 5e-6
 
@@ -22,7 +22,7 @@ class Event:
 
 
 class SimulatedDevice:
-    """What `vitfast.bench.device.Cuda` offers. Seconds pass only by `work` and by waiting for it."""
+    """What `vitfast.measure.device.Cuda` offers. Seconds pass only by `work` and by waiting for it."""
 
     graphs = True
     most_sets = 8

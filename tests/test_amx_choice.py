@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from small_models import images_for, tiny
 
 import vitfast
-from vitfast import native, ops
+from vitfast import ops
+from vitfast.kernels import cpu as cpu_kernels
 from vitfast.ops import _register
 
 UNITS = {torch.bfloat16: "amx_bf16", torch.float16: "amx_fp16", torch.float32: None}
@@ -29,9 +30,9 @@ def calls(monkeypatch):
     """Which C++ kernels for whole parts of a block were called."""
     seen = []
     for name in ("_attention", "linear", "mlp", "block", "embed"):
-        function = getattr(native, name)
+        function = getattr(cpu_kernels, name)
         counted = lambda *args, name=name, function=function, **kwargs: seen.append(name) or function(*args, **kwargs)  # noqa: E731
-        monkeypatch.setattr(native, name, counted)
+        monkeypatch.setattr(cpu_kernels, name, counted)
     return seen
 
 

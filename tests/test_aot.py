@@ -63,8 +63,9 @@ def test_the_record_is_of_another_triton_than_is_tested():
 
 
 def test_a_kernel_module_is_left_out():
-    written = {path.stem for path in (ROOT / "vitfast/kernels").glob("*.py") if "def compilations(" in path.read_text()}
-    assert {f"vitfast.kernels.{name}" for name in written} == set(aot.KERNEL_MODULES)
+    files = (ROOT / "vitfast/kernels/triton").glob("*.py")
+    written = {path.stem for path in files if "def compilations(" in path.read_text()}
+    assert {f"vitfast.kernels.triton.{name}" for name in written} == set(aot.KERNEL_MODULES)
 
 
 def test_the_record_is_of_other_configurations_or_has_refused_ones():
@@ -170,7 +171,7 @@ def without_barrier(ptx, number):
 EIGHT_WARPS = {
     "cp.async.cg.shared.global": samples.of_attention("copies", bm=128, warps=8),
     "st.shared": samples.of_attention("stores", bm=128, warps=8, stages=1),
-    "mbarrier.arrive": compilations("vitfast.kernels.linear", 90)[
+    "mbarrier.arrive": compilations("vitfast.kernels.triton.linear", 90)[
         "linear/product 128x256x64 w8 s3 p4 desc persistent1 plain sm_90"
     ],
 }
@@ -498,7 +499,7 @@ def test_two_blocks_of_keys_are_weighed_by_shifts_that_differ_by_a_rounding(monk
     """A compiler that makes one operation of a product and the difference behind it takes the product unrounded."""
     kept = []
     monkeypatch.setattr(aot_machine, "unguarded", lambda ptx: kept.append(ptx) or [])
-    online = next(each for name, each in compilations("vitfast.kernels.attention", 90).items()
+    online = next(each for name, each in compilations("vitfast.kernels.triton.attention", 90).items()
                   if name.startswith("attention/forward_online fp32 D64"))  # fmt: skip
     gate(online, 90, compile_one(online, 90))
     by = {register: operation for operation, register in re.findall(r"(\S+)\s+(%\w+),", kept[0])}

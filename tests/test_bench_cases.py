@@ -13,10 +13,11 @@ import torch
 from textbook import Textbook
 
 import vitfast
-from vitfast import acceptance
-from vitfast.bench import compilers, factory, models, op_rows, ops, rivals, steps
+from vitfast.bench import compilers, factory, models, op_case, op_rows, ops, rivals, steps
 from vitfast.bench.case import DTYPES, Case
+from vitfast.bench.ops.attention import _flash_attn
 from vitfast.bench.steps import MODES as MODEL_MODES
+from vitfast.check import acceptance
 
 TINY_VIT = {"model": "vit_tiny_patch16_224", "options": {"img_size": 32, "depth": 2, "num_classes": 10}}
 TINY_DINO = {"model": "vit_small_patch14_dinov2", "options": {"img_size": 28, "depth": 2}}
@@ -98,7 +99,7 @@ def judge(out, exact, low, dtype, grad, what):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("mode", ops.MODES)
+@pytest.mark.parametrize("mode", op_case.MODES)
 def test_a_way_to_compute_an_op_is_another_op_or_changes_its_inputs(mode, dtype):
     for case in tiny_ops(mode, dtype):
         given = draw(case)
@@ -196,7 +197,7 @@ def test_a_training_step_leaves_gradients_behind_or_updates_weights():
 
 
 def all_cases():
-    for mode in ops.MODES:
+    for mode in op_case.MODES:
         yield from tiny_ops(mode, "bf16")
     for make, mode in itertools.product(MODELS.values(), MODEL_MODES):
         yield make(mode=mode, dtype="bf16", autocast=True)
@@ -364,7 +365,7 @@ def test_a_shape_is_not_among_the_rows_that_were_asked_for():
     cases = [make() for make in makers]
     shapes = [(case.name, case.mode, *case.shape.values()) for case in cases]
     assert len(set(shapes)) == len(shapes)
-    for n, mode in itertools.product((197, 257, 577, 1025, 1370), ops.MODES):
+    for n, mode in itertools.product((197, 257, 577, 1025, 1370), op_case.MODES):
         assert {("attention", mode, n, heads, dim) for dim, heads in ((64, 12), (72, 16), (80, 16))} <= set(shapes)
         widths = (192, 384, 768, 1024, 1280) if n <= 257 else (768,)
         linears = ("linear norm qkv", "linear proj", "linear norm fc1", "linear fc2")
@@ -422,5 +423,5 @@ def test_flash_attention_gets_another_layout_or_its_logsumexp_counts_as_a_result
     for module in (fake, fake.cute, third):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     qkv = torch.randn(2, 5, 3, 3, 8)
-    out = ops._flash_attn(version)(qkv)
+    out = _flash_attn(version)(qkv)
     torch.testing.assert_close(out, attend(*qkv.unbind(2)))

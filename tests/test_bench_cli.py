@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from vitfast import acceptance
 from vitfast.bench import cli, models, ops
+from vitfast.check import acceptance
 
 
 def run_cli(capsys, *arguments):

@@ -9,11 +9,12 @@ import torch
 from bench_cases import make, on_device
 from simulated_device import SimulatedDevice
 
-from vitfast.bench import ceilings, nvml
-from vitfast.bench import device as devices
+from vitfast.bench import ceilings
 from vitfast.bench.case import Work
-from vitfast.bench.device import HOST_SHARE, Arranged, Cuda, NotCaptured, arrange, input_sets, issue
 from vitfast.bench.harness import run_case
+from vitfast.measure import device as devices
+from vitfast.measure import nvml
+from vitfast.measure.device import HOST_SHARE, Arranged, Cuda, NotCaptured, arrange, input_sets, issue
 
 
 def test_a_host_that_waits_for_room_in_the_queue_is_called_the_limit():

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import setuptools
 
-from vitfast import extension
+from vitfast.kernels import extension
 
 ROOT = Path(__file__).parent.parent
 NVCC = shutil.which("nvcc")
@@ -129,6 +129,13 @@ def call_extension(package):
     return json.loads(said)
 
 
+# the folders of the package, as they are installed
+ROOMS = {
+    ".", "bench", "bench/ops", "check", "check/families", "checkpoints", "choose", "commands", "inference", "kernels",
+    "kernels/cpu", "kernels/cuda", "kernels/triton", "measure", "model", "ops", "reference", "timm_names", "weights",
+}  # fmt: skip
+
+
 def test_plain_install_in_an_empty_environment_fails_or_lacks_a_part(builder, sdist, tmp_path):
     """No torch at build time, build isolation on, nothing but pip in the environment."""
     venv.create(tmp_path / "env", with_pip=True)
@@ -140,9 +147,16 @@ def test_plain_install_in_an_empty_environment_fails_or_lacks_a_part(builder, sd
     assert "built vitfast._C (" in line_of(said)
     (package,) = (tmp_path / "env").glob("lib/python*/site-packages/vitfast")
     assert report_of(package)["extension"] and report_of(package)["cuda"] == bool(NVCC)
+    installed = {file.relative_to(package) for file in package.rglob("*") if file.is_file()}
+    installed = {file for file in installed if "__pycache__" not in file.parts}
     source = ROOT / "vitfast"
-    needed = {file.relative_to(source) for file in source.rglob("*") if file.suffix in (".py", ".json")}
-    assert [name for name in needed if not (package / name).exists()] == []
+    needed = {file.relative_to(source) for file in source.rglob("*") if file.suffix in (".py", ".json", ".typed")}
+    (extension,) = package.glob("_C*.so")
+    assert installed == needed | {Path("_build.json"), extension.relative_to(package)}
+    assert {str(file.parent) for file in installed} == ROOMS
+    (record,) = package.parent.glob("vitfast-*.dist-info/RECORD")
+    tops = {line.partition("/")[0] for line in record.read_text().splitlines()}
+    assert tops == {"vitfast", record.parent.name, ".."}, "beside the command, in bin"
     features, probe, error, text = call_extension(package)
     if Path("/proc/cpuinfo").exists():
         flags = Path("/proc/cpuinfo").read_text().split()
@@ -232,7 +246,7 @@ def test_missing_compiler_fails_the_install(name, builder, sdist, tmp_path):
     assert line_of(said) == f"vitfast: installing without the compiled extension: {why}"
     report = report_of(package)
     assert (report["extension"], report["cuda"], report["why_no_extension"]) == (False, False, why)
-    assert not list(package.glob("_C*")) and (package / "vit.py").exists()
+    assert not list(package.glob("_C*")) and (package / "model/vit.py").exists()
 
 
 DEMANDED = {

@@ -1,4 +1,4 @@
-"""`vitfast.builtin`: which row of a table a call takes, and what is chosen where none was measured."""
+"""`vitfast.choose.builtin`: which row of a table a call takes, and what is chosen where none was measured."""
 
 import json
 
@@ -6,14 +6,15 @@ import pytest
 import report_choices
 import torch
 
-from vitfast import builtin, dispatch, fusion
-from vitfast.builtin import Builtin, Measured
-from vitfast.kernels import attention, linear, mlp, tuning
-from vitfast.measuring import Measurer
+from vitfast.check.measuring import Measurer
+from vitfast.choose import builtin, config_tables, dispatch
+from vitfast.choose.builtin import Builtin, Measured
+from vitfast.kernels.triton import attention, linear, mlp
+from vitfast.model import plain
 
-ARCHS = tuning.ARCHITECTURES
+ARCHS = config_tables.ARCHITECTURES
 HALF = "bfloat16"
-BLAS = {"kernel": True, "config": tuning.BLAS.as_dict()}
+BLAS = {"kernel": True, "config": config_tables.BLAS.as_dict()}
 
 
 @pytest.fixture
@@ -166,10 +167,11 @@ def test_a_table_has_a_configuration_that_its_kernel_does_not_know_or_cannot_run
             if not row.choice.kernel:
                 assert row.choice.config in (None, {"backend": "cudnn"})
             elif row.choice.config is not None:
-                made = classes.get(row.kernel, tuning.Product)(**row.choice.config)
+                made = classes.get(row.kernel, config_tables.Product)(**row.choice.config)
                 bits = 32 if "float32" in row.shape else 16
                 if isinstance(made, attention.Config):
-                    listed = {**tuning.FORWARD, **{}}[arch] if row.kernel == "attention" else tuning.BACKWARD[arch]
+                    tables = config_tables.FORWARD if row.kernel == "attention" else config_tables.BACKWARD
+                    listed = tables[arch]
                     assert made.kernel in {each.config.kernel for each in listed if each.bits == bits}
                     assert row.shape[3] <= builtin.longest(row.kernel, made.kernel)
 
@@ -241,7 +243,7 @@ def test_a_tuned_choice_loses_to_the_table_or_its_configuration(hopper):
 
 
 def builtin_choice(kernel, config):
-    from vitfast.tuning_cache import Choice
+    from vitfast.choose.tuning_cache import Choice
 
     return Choice(kernel, config)
 
@@ -407,7 +409,7 @@ def test_a_full_memory_or_a_lost_device_is_taken_for_cudnns_refusal(cudnn, probl
 
 def test_explain_hides_what_was_measured(hopper):
     hopper(("linear", product(8), True, None), ("linear_backward", product(8), False, None))
-    found = fusion._built_in([fusion.Row("fc", "op linear", ""), fusion.Row("norm", "op layer_norm", "")],
+    found = plain._built_in([plain.Row("fc", "op linear", ""), plain.Row("norm", "op layer_norm", "")],
                              torch.device("cuda"))  # fmt: skip
     assert found == [
         "built in, layer_norm: unmeasured on sm_90",
@@ -419,7 +421,7 @@ def test_explain_hides_what_was_measured(hopper):
 
 def test_the_readme_has_other_choices_than_ops(tables):
     tables(
-        ("linear", product(8), True, tuning.BLAS.as_dict()), ("linear", product(12), True, {"kernel": "tiles"}),
+        ("linear", product(8), True, config_tables.BLAS.as_dict()), ("linear", product(12), True, {"kernel": "tiles"}),
         ("attention", heads(9, 197), False, {"backend": "cudnn"}),
     )  # fmt: skip
     text = report_choices.choices()

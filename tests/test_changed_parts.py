@@ -14,7 +14,7 @@ from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrizations
 
 import vitfast
-from vitfast.layers import run_norm
+from vitfast.model.layers import run_norm
 
 MODELS = {
     "token": ("vit_tiny_patch16_224", {"img_size": 32, "qk_norm": True, "init_values": 0.1, "drop_path_rate": 0.0}),

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
 
 import vitfast
-from vitfast.weights import checkpoint
-from vitfast.weights.pos_embed import resample_pos_embed
+from vitfast.checkpoints import checkpoint
+from vitfast.weights.resample import resample_pos_embed
 
 SMALL = dict(image_size=32, patch_size=8, num_classes=10, dim=64, depth=2, heads=4, mlp_dim=128, dim_head=16)
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 import vitfast
-from vitfast.cli import main
+from vitfast.commands.main import main
 
 
 def vitfast_process(*arguments, **kw):
-    return subprocess.run([sys.executable, "-m", "vitfast.cli", *arguments], capture_output=True, text=True, **kw)
+    return subprocess.run([sys.executable, "-m", "vitfast", *arguments], capture_output=True, text=True,
+    **kw)
 
 
 def test_info_fails_in_a_fresh_process_or_prints_to_stderr():
@@ -120,7 +121,8 @@ def test_help_does_not_name_a_command(capsys):
 def test_reader_that_stops_early_gets_a_traceback():
     """`vitfast models | head -1`: more is printed than a pipe holds, and nobody reads it."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "vitfast.cli", "models", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-m", "vitfast", "models", "--json"], stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE
     )
     process.stdout.close()
     error = process.stderr.read().decode()
@@ -135,7 +137,7 @@ def test_installed_command_does_not_start():
     script = Path(sys.executable).parent / "vitfast"
     if not points or not script.exists():
         pytest.skip("vitfast is not installed, it is run from its sources")
-    assert {point.value for point in points} == {"vitfast.cli:main"}
+    assert {point.value for point in points} == {"vitfast.commands.main:main"}
     result = subprocess.run([script, "models", "vit_tiny_patch16_224"], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.splitlines() == ["vit_tiny_patch16_224", "1 work, 0 do not"]

@@ -17,9 +17,9 @@ from timm_pair import build_pair, run
 from torch import nn
 
 import vitfast
-from vitfast.layers import DropPath, LayerScale, QuickGELU
-from vitfast.model import Attention, AttentionPool, Block, Mlp
-from vitfast.stem import PatchEmbed
+from vitfast.model.block import Attention, AttentionPool, Block, Mlp
+from vitfast.model.layers import DropPath, LayerScale, QuickGELU
+from vitfast.model.patch_embed import PatchEmbed
 
 OURS = (Attention, Mlp, Block, PatchEmbed, LayerScale, DropPath, QuickGELU, AttentionPool)
 # one a kind of block, stem and pooling, of a width at which they are quick
@@ -155,7 +155,7 @@ def test_patch_dropout_is_ignored(case):
     with torch.no_grad():
         close(vitfast.prepare(ours.eval())(images), theirs.eval()(images), 1e-3)
     with pytest.raises(NotImplementedError, match="patch_drop is timm"):
-        vitfast.weights.described.config_of(ours)
+        vitfast.checkpoints.described.config_of(ours)
 
 
 @pytest.mark.parametrize("case", ["vit", "qk_norm", "siglip_map"])
@@ -182,7 +182,7 @@ def test_unfused_attention_runs_as_the_fused_op():
     called = {event.key for event in profile.key_averages()}
     assert not any("attention" in name for name in called) and "aten::softmax" in called
     # a way to compute, not another function
-    assert vitfast.weights.described.config_of(ours) == ours.config
+    assert vitfast.checkpoints.described.config_of(ours) == ours.config
 
 
 @pytest.mark.parametrize("case", ["vit", "beit3", "dinov2_giant"])
@@ -194,7 +194,7 @@ def test_gate_of_attention_is_ignored(case):
         other.attn.gate = copy.deepcopy(block.attn.gate)
     equal((theirs, ours), images)
     assert "attn.gate is torch.nn.modules.linear.Linear" in str(vitfast.explain(ours))
-    for refuse in (vitfast.prepare, vitfast.weights.described.config_of):
+    for refuse in (vitfast.prepare, vitfast.checkpoints.described.config_of):
         with pytest.raises(NotImplementedError, match="gate"):
             refuse(ours.eval())
 
@@ -331,7 +331,7 @@ def test_pruned_model_is_another(case, indices, prune_norm, prune_head):
     close(ours.forward_intermediates(images, kept[0]), theirs.forward_intermediates(images, kept[0]), 2e-4)
     close(ours(images), theirs(images), 2e-4)
     assert (ours.num_classes, ours.global_pool) == (theirs.num_classes, theirs.global_pool)
-    rebuilt = vitfast.ViT.from_config(vitfast.weights.described.config_of(ours)).eval()
+    rebuilt = vitfast.ViT.from_config(vitfast.checkpoints.described.config_of(ours)).eval()
     rebuilt.load_state_dict(ours.state_dict())
     assert torch.equal(rebuilt(images), ours(images))
 

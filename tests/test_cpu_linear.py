@@ -5,15 +5,17 @@ import torch
 import torch.nn.functional as F
 from textbook import Textbook
 
-from vitfast import extension, native, reference
-from vitfast.acceptance import accept
+from vitfast import reference
+from vitfast.check.acceptance import accept
+from vitfast.kernels import cpu as cpu_kernels
+from vitfast.kernels import extension
 
 KERNELS = {kernels.name: kernels for kernels in extension.require().usable_kernels()}
 CASES = [
     pytest.param(isa, dtype, id=f"{isa}-{str(dtype)[6:]}")
     for isa, kernels in KERNELS.items()
     for dtype in (torch.float32, torch.bfloat16)
-    if native.multiplies(dtype, kernels)
+    if cpu_kernels.multiplies(dtype, kernels)
 ]
 every_case = pytest.mark.parametrize(("isa", "dtype"), CASES)
 # rows, K, D: one row, tails of rows and columns, chains of sums in several pieces, rows a power of two apart
@@ -30,8 +32,8 @@ class Layers:
 
     def packed(self, isa):
         norm_weight, norm_bias, w1, b1, w2, b2 = self.tensors
-        norm = native.Norm(norm_weight, norm_bias, self.eps)
-        return norm, *(native.PackedWeight(w, b, KERNELS[isa]) for w, b in ((w1, b1), (w2, b2)))
+        norm = cpu_kernels.Norm(norm_weight, norm_bias, self.eps)
+        return norm, *(cpu_kernels.PackedWeight(w, b, KERNELS[isa]) for w, b in ((w1, b1), (w2, b2)))
 
     def linear(self, x, normalise, act, residual=None):
         norm_weight, norm_bias, w1, b1 = (t.to(x.dtype) for t in self.tensors[:4])
@@ -53,7 +55,7 @@ def test_linear_is_less_exact_than_stock(isa, dtype, shape):
     norm, weight, _ = layers.packed(isa)
     x, residual = (3 + torch.randn(rows, K)).to(dtype), torch.randn(rows, D).to(dtype)
     for normalise, act, added in ((False, "none", None), (True, "gelu", None), (True, "silu", residual)):
-        out = native.linear(
+        out = cpu_kernels.linear(
             x, weight, norm=norm if normalise else None, act=act, residual=added, using=KERNELS[isa]
         )
         exact = layers.linear(x.double(), normalise, act, None if added is None else added.double())
@@ -63,13 +65,13 @@ def test_linear_is_less_exact_than_stock(isa, dtype, shape):
 
 
 @every_case
-@pytest.mark.parametrize("act", ["none", *native.ACTIVATIONS])
+@pytest.mark.parametrize("act", ["none", *cpu_kernels.ACTIVATIONS])
 def test_mlp_is_less_exact_than_stock(isa, dtype, act):
     """Blocks of rows, few rows, which share columns, and a hidden width that fills no panel."""
     torch.manual_seed(0)
     for rows, K, hidden in ((1, 64, 256), (197, 64, 250), (400, 96, 130)):
         layers, x = Layers(K, hidden, dtype), torch.randn(rows, K).to(dtype)
-        out = native.mlp(x, *layers.packed(isa), act, KERNELS[isa])
+        out = cpu_kernels.mlp(x, *layers.packed(isa), act, KERNELS[isa])
         with Textbook():
             stock = layers.mlp(x, act)
         accept(out, layers.mlp(x.double(), act), stock)
@@ -82,13 +84,13 @@ def test_block_is_not_its_parts(isa, dtype):
     B, N, H, D = 3, 37, 3, 16
     attention, mlp = Layers(48, 144, dtype), Layers(48, 192, dtype)
     (norm1, qkv, _), (norm2, fc1, fc2) = attention.packed(isa), mlp.packed(isa)
-    proj = native.PackedWeight(*(torch.randn(48, 48).to(dtype) / 7, torch.randn(48).to(dtype)), KERNELS[isa])
+    proj = cpu_kernels.PackedWeight(*(torch.randn(48, 48).to(dtype) / 7, torch.randn(48).to(dtype)), KERNELS[isa])
     x, using = torch.randn(B, N, 48).to(dtype), KERNELS[isa]
-    block = native.Block(norm1, qkv, proj, norm2, fc1, fc2, "gelu", H, D, D**-0.5)
-    projected = native.linear(x, qkv, norm=norm1, using=using).view(B, N, 3, H, D)
-    attended, _ = native.attention_qkv(projected, D**-0.5, False, using)
-    y = native.linear(attended, proj, residual=x, using=using)
-    assert torch.equal(native.block(x, block, using), native.mlp(y, norm2, fc1, fc2, "gelu", using))
+    block = cpu_kernels.Block(norm1, qkv, proj, norm2, fc1, fc2, "gelu", H, D, D**-0.5)
+    projected = cpu_kernels.linear(x, qkv, norm=norm1, using=using).view(B, N, 3, H, D)
+    attended, _ = cpu_kernels.attention_qkv(projected, D**-0.5, False, using)
+    y = cpu_kernels.linear(attended, proj, residual=x, using=using)
+    assert torch.equal(cpu_kernels.block(x, block, using), cpu_kernels.mlp(y, norm2, fc1, fc2, "gelu", using))
     with Textbook():
         stock = F.scaled_dot_product_attention(*projected.permute(2, 0, 3, 1, 4)).transpose(1, 2).flatten(2)
     accept(attended, reference.attention(*projected.double().unbind(2), D**-0.5), stock)
@@ -99,15 +101,15 @@ def test_result_depends_on_threads_or_other_rows(isa, dtype):
     """Another split of the work, of which there are three, must give the same bits."""
     norm, fc1, fc2 = Layers(64, 256, dtype).packed(isa)
     x, using = torch.randn(300, 64).to(dtype), KERNELS[isa]
-    linear, mlp = native.linear(x, fc1, norm=norm, using=using), native.mlp(x, norm, fc1, fc2, "gelu", using)
+    linear, mlp = cpu_kernels.linear(x, fc1, norm=norm, using=using), cpu_kernels.mlp(x, norm, fc1, fc2, "gelu", using)
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 7):
             torch.set_num_threads(threads)
             for first, last in ((0, 300), (299, 300), (100, 111)):
                 rows = x[first:last]
-                assert torch.equal(native.linear(rows, fc1, norm=norm, using=using), linear[first:last])
-                assert torch.equal(native.mlp(rows, norm, fc1, fc2, "gelu", using), mlp[first:last])
+                assert torch.equal(cpu_kernels.linear(rows, fc1, norm=norm, using=using), linear[first:last])
+                assert torch.equal(cpu_kernels.mlp(rows, norm, fc1, fc2, "gelu", using), mlp[first:last])
     finally:
         torch.set_num_threads(before)
 
@@ -119,14 +121,15 @@ def test_scratch_memory_is_shared_or_lost(isa, dtype):
 
     layers, using = Layers(64, 256, dtype), KERNELS[isa]
     norm, fc1, fc2 = layers.packed(isa)
-    qkv = native.PackedWeight(torch.randn(192, 64).to(dtype), None, using)
-    proj = native.PackedWeight(torch.randn(64, 64).to(dtype), None, using)
-    block = native.Block(norm, qkv, proj, norm, fc1, fc2, "gelu", 4, 16, 0.25)
+    qkv = cpu_kernels.PackedWeight(torch.randn(192, 64).to(dtype), None, using)
+    proj = cpu_kernels.PackedWeight(torch.randn(64, 64).to(dtype), None, using)
+    block = cpu_kernels.Block(norm, qkv, proj, norm, fc1, fc2, "gelu", 4, 16, 0.25)
     inputs = [torch.randn(B, 50, 64).to(dtype) for B in (1, 1500, 2, 1)]
-    expected = [native.block(x, block, using) for x in inputs]
+    expected = [cpu_kernels.block(x, block, using) for x in inputs]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         for _ in range(3):
-            for out, wanted in zip(pool.map(lambda x: native.block(x, block, using), inputs), expected, strict=True):
+            outs = pool.map(lambda x: cpu_kernels.block(x, block, using), inputs)
+            for out, wanted in zip(outs, expected, strict=True):
                 assert torch.equal(out, wanted)
 
 
@@ -137,20 +140,20 @@ def test_x_of_another_kind_is_read(isa, dtype):
     x, using = torch.randn(4, 16).to(dtype), KERNELS[isa]
     for wrong in (x.half(), x.double(), x[:, :14].contiguous(), torch.randn(4, 32).to(dtype)[:, ::2]):
         with pytest.raises(ValueError, match="x must be contiguous"):
-            native.linear(wrong, fc1, using=using)
+            cpu_kernels.linear(wrong, fc1, using=using)
         with pytest.raises(ValueError, match="x must be contiguous"):
-            native.mlp(wrong, norm, fc1, fc2, "gelu", using)
+            cpu_kernels.mlp(wrong, norm, fc1, fc2, "gelu", using)
     for residual in (torch.randn(4, 1).to(dtype), torch.randn(4, 32).half(), torch.randn(4, 64).to(dtype)[:, ::2]):
         with pytest.raises(ValueError, match="residual must be contiguous"):
-            native.linear(x, fc1, residual=residual, using=using)
+            cpu_kernels.linear(x, fc1, residual=residual, using=using)
     with pytest.raises(KeyError):
-        native.linear(x, fc1, act="relu", using=using)
+        cpu_kernels.linear(x, fc1, act="relu", using=using)
 
 
 @pytest.mark.skipif("avx512_bf16" not in KERNELS, reason="this CPU multiplies no bf16")
 def test_odd_rows_of_pairs_are_read():
     with pytest.raises(ValueError, match="K must be even in bfloat16, got 7"):
-        native.PackedWeight(torch.randn(4, 7).bfloat16(), None, KERNELS["avx512_bf16"])
+        cpu_kernels.PackedWeight(torch.randn(4, 7).bfloat16(), None, KERNELS["avx512_bf16"])
 
 
 @every_case
@@ -160,22 +163,22 @@ def test_stem_loses_a_position_or_a_pixel(isa, dtype, P):
     torch.manual_seed(0)
     mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.25])
     weight, bias = (torch.randn(50, 3 * 64) / 14).to(dtype), torch.randn(50).to(dtype)
-    packed, using = native.PackedWeight(weight, bias, KERNELS[isa]), KERNELS[isa]
+    packed, using = cpu_kernels.PackedWeight(weight, bias, KERNELS[isa]), KERNELS[isa]
     for B, H, W in ((1, 8, 8), (4, 8, 8), (3, 40, 29), (20, 64, 64)):
         images = torch.randint(256, (B, H, W, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
-        rows = native.patch_rows(images, (8, 8), dtype=dtype, mean=mean, std=std, pad=True, using=using)
+        rows = cpu_kernels.patch_rows(images, (8, 8), dtype=dtype, mean=mean, std=std, pad=True, using=using)
         tokens = P + rows.shape[1]
         positions, prefix = torch.randn(tokens, 50).to(dtype), torch.randn(P, 50).to(dtype) if P else None
-        out = native.embed(images, (8, 8), packed, positions, prefix, mean, std, using)
+        out = cpu_kernels.embed(images, (8, 8), packed, positions, prefix, mean, std, using)
         exact = F.linear(rows.double(), weight.double(), bias.double()) + positions[P:].double()
         with Textbook():
             stock = F.linear(rows, weight, bias)
         accept(out[:, P:], exact, stock + positions[P:])
         assert not P or torch.equal(out[:, :P], prefix.expand(B, -1, -1))
-        without = native.embed(images, (8, 8), packed, None, prefix, mean, std, using)
+        without = cpu_kernels.embed(images, (8, 8), packed, None, prefix, mean, std, using)
         accept(without[:, P:], exact - positions[P:].double(), stock)
     for wrong in (positions[1:], positions.double(), positions.T.contiguous()):
         with pytest.raises(ValueError, match="positions must be contiguous"):
-            native.embed(images, (8, 8), packed, wrong, prefix, mean, std, using)
+            cpu_kernels.embed(images, (8, 8), packed, wrong, prefix, mean, std, using)
     with pytest.raises(ValueError, match="images must have 3 channels"):
-        native.embed(images[:, :2], (8, 8), packed, positions, prefix, mean, std, using)
+        cpu_kernels.embed(images[:, :2], (8, 8), packed, positions, prefix, mean, std, using)

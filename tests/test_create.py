@@ -258,5 +258,5 @@ def test_switch_of_one_model_is_lost_or_saved():
     model = create_model(TINY, exportable=True, **SMALL)
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert again.exportable and again.blocks[0].attn.exportable
-    rebuilt = vitfast.weights.described.config_of(model)
+    rebuilt = vitfast.checkpoints.described.config_of(model)
     assert rebuilt == model.config

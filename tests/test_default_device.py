@@ -8,8 +8,8 @@ from timm_pair import build_pair
 
 import vitfast
 from vitfast import ops
-from vitfast.layers import DropPath
-from vitfast.weights.pos_embed import _interpolate_by_products
+from vitfast.model.layers import DropPath
+from vitfast.weights.resample import _interpolate_by_products
 
 FLAVOURS = ["vit", "distilled", "dinov2_reg4", "siglip_map", "clip", "aimv2", "beit3_giant", "qk_norm", "vit_pytorch"]
 

@@ -5,7 +5,7 @@ import json
 import defaults
 import pytest
 
-from vitfast import builtin
+from vitfast.choose import builtin
 
 SHAPE = ["bfloat16", "bfloat16", 8, 768, 768, "layer none"]
 HEADS = ["bfloat16", 9, 197, 197, 64]

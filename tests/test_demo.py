@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import vitfast
-from vitfast import demo as demo_module
+from vitfast.commands import demo as demo_module
 
 pytestmark = pytest.mark.slow
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 def demo(tmp_path_factory):
     """One real run. One thread: beside another test worker two would spend their time waiting for each other."""
     output = tmp_path_factory.mktemp("demo")
-    command = [sys.executable, "-m", "vitfast.cli", "demo", "--output", str(output), "--device", "cpu"]
+    command = [sys.executable, "-m", "vitfast", "demo", "--output", str(output), "--device", "cpu"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=850)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -182,7 +182,7 @@ def test_shorter_training_fails_or_accuracy_of_the_default_one_is_not_judged(eno
 def test_missing_extra_is_a_traceback(tmp_path):
     code = (
         "import sys; sys.modules['sklearn'] = sys.modules['timm'] = None\n"
-        "from vitfast import demo; sys.exit(demo.main(['--output', sys.argv[1]]))"
+        "from vitfast.commands import demo; sys.exit(demo.main(['--output', sys.argv[1]]))"
     )
     run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True)
     assert run.returncode == 2

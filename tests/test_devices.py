@@ -6,7 +6,7 @@ import pytest
 import torch
 from timm_pair import build_pair, pair_of, run
 
-from vitfast.acceptance import accept_model, accept_stages
+from vitfast.check.acceptance import accept_model, accept_stages
 
 every_dtype = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"]

@@ -14,11 +14,12 @@ import torch
 from fake_kernel import DEVICE, KEY, prepared, restart
 
 import vitfast
-from vitfast import builtin, dispatch, info, tuning_cache
-from vitfast.builtin import Builtin
-from vitfast.families import FAMILIES
+from vitfast.check.families import FAMILIES
+from vitfast.choose import builtin, dispatch, tuning_cache
+from vitfast.choose.builtin import Builtin
+from vitfast.choose.tuning_cache import Choice
+from vitfast.commands import info
 from vitfast.ops import _register
-from vitfast.tuning_cache import Choice
 
 fake_fixture = pytest.fixture(prepared, name="fake")
 
@@ -105,7 +106,7 @@ def test_switching_off_is_silent_or_told_twice(fake):
         dispatch.switch_off("fake", "row 3 is wrong")
         dispatch.switch_off("fake", "row 4 is wrong")
     (warning,) = told
-    for part in ("fake kernel", "kernels/fake.py", "row 3 is wrong", "set_backend('stock', op='fake')"):
+    for part in ("fake kernel", "vitfast/kernels/triton/fake.py", "row 3 is wrong", "set_backend('stock', op='fake')"):
         assert part in str(warning.message)
     assert dispatch.switched_off("fake") == "row 3 is wrong" and dispatch.switched_off("attention") is None
 
@@ -161,7 +162,7 @@ import torch
 before = set(sys.modules)
 import vitfast
 print(sorted({{name.split(".")[0] for name in set(sys.modules) - before}} & {{"triton", "pynvml"}}))
-data = ("vitfast.kernels", "vitfast.kernels.tuning")
+data = ("vitfast.kernels", "vitfast.choose.config_tables")
 print([name for name in sys.modules if name.startswith(("vitfast.bench", "vitfast.kernels")) and name not in data])
 """
 
@@ -308,7 +309,7 @@ def test_processes_that_write_and_read_at_once_see_half_a_file(fake):
 
 @pytest.fixture
 def op_with_kernel(fake, monkeypatch):
-    implementation = _register.Implementation("Triton", "kernels/fake.py", "")
+    implementation = _register.Implementation("Triton", "vitfast/kernels/triton/fake.py", "")
     monkeypatch.setitem(_register.IMPLEMENTATIONS, "fake_op", {"cpu": implementation, "cuda": implementation})
     monkeypatch.setitem(_register.CUDA_KERNELS, "fake_op", "fake")
     monkeypatch.setattr(dispatch, "why_no_kernels", lambda: "")
@@ -319,9 +320,9 @@ def cuda_line():
 
 
 def test_info_hides_who_runs_an_op(op_with_kernel, monkeypatch):
-    assert cuda_line().endswith("kernels/fake.py")
+    assert cuda_line().endswith("vitfast/kernels/triton/fake.py")
     with vitfast.backend("kernel"):
-        assert cuda_line().endswith("kernels/fake.py")
+        assert cuda_line().endswith("vitfast/kernels/triton/fake.py")
         assert "kernel, by set_backend" in info.report()
     with vitfast.backend("stock", op="fake"):
         assert cuda_line().endswith("stock PyTorch operators (stock, by set_backend)")
@@ -335,7 +336,7 @@ def test_info_hides_who_runs_an_op(op_with_kernel, monkeypatch):
 
 
 def test_info_hides_where_stock_operators_are_faster(fake, monkeypatch):
-    monkeypatch.setitem(dispatch.KERNELS, "fake", "kernels/fake.py")
+    monkeypatch.setitem(dispatch.KERNELS, "fake", "vitfast/kernels/triton/fake.py")
     tuning_cache.store(DEVICE, CHOICES)
     cuda = {"name": "Fake", "capability": "9.0", "memory_gib": 1.0, "runtime": "13", "devices": 1}
     real = info._device()

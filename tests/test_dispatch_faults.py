@@ -8,8 +8,8 @@ from fake_kernel import restart
 from triton.runtime.errors import OutOfResources
 
 import vitfast
-from vitfast import dispatch
-from vitfast.ops import _attention_run, _launch
+from vitfast.choose import dispatch
+from vitfast.ops import _launch
 
 
 def test_kernel_that_does_not_compile_ends_the_step(monkeypatch):
@@ -21,14 +21,14 @@ def test_kernel_that_does_not_compile_ends_the_step(monkeypatch):
 
     failing = RuntimeError("Failed to find C compiler.\nPlease specify")
     with pytest.warns(RuntimeWarning, match="attention .*Failed to find C compiler"):
-        assert _attention_run.launched("attention", lambda: broken(failing)) is None
+        assert _launch.launched("attention", lambda: broken(failing)) is None
     assert "C compiler" in dispatch.switched_off("attention")
-    assert _attention_run.launched("attention_backward", lambda: 7) == 7
+    assert _launch.launched("attention_backward", lambda: 7) == 7
     with pytest.raises(torch.OutOfMemoryError):
-        _attention_run.launched("attention_backward", lambda: broken(torch.OutOfMemoryError("full")))
+        _launch.launched("attention_backward", lambda: broken(torch.OutOfMemoryError("full")))
     assert dispatch.switched_off("attention_backward") is None
     with vitfast.backend("kernel", op="attention"), pytest.raises(RuntimeError, match="C compiler"):
-        _attention_run.launched("attention_backward", lambda: broken(failing))
+        _launch.launched("attention_backward", lambda: broken(failing))
 
 
 def raising(problem):

@@ -14,7 +14,7 @@ import torch
 from timm_pair import build_pair
 
 import vitfast
-from vitfast.switches import say_needs_vitfast
+from vitfast.choose.exportable import say_needs_vitfast
 
 FLAVOURS = [
     "vit", "distilled", "dinov2_reg4", "siglip_gap", "clip", "aimv2", "beit3", "qk_norm", "test_vit3", "vit_pytorch",

@@ -8,7 +8,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import ahead
+import ahead_process
 import gpu_stages
 import plans
 import pytest
@@ -175,30 +175,30 @@ def test_variant_is_compiled_twice_or_by_who_has_no_memory(tmp_path, monkeypatch
             name: Variant(build, ours=each.ours) for name, each in case.variants.items()
         })  # fmt: skip
 
-    monkeypatch.setattr(ahead, "cases", lambda plan, run: map(counting, cases))
-    monkeypatch.setattr(ahead, "SHARE", 2e-8)  # of what stands for a CPU's memory: for one heavy one
+    monkeypatch.setattr(ahead_process, "cases", lambda plan, run: map(counting, cases))
+    monkeypatch.setattr(ahead_process, "SHARE", 2e-8)  # of what stands for a CPU's memory: for one heavy one
     run = stages.Run(torch.device("cpu"), None, 0.0, True, "x")
     for number in (3, 0, 1):
         monkeypatch.setenv(workers.NUMBER, str(number))
         taken[number] = []
         # as `workers.work` claims them
-        for task, call in ahead.tasks("models", run):
+        for task, call in ahead_process.tasks("models", run):
             if task not in {each for tasks in taken.values() for each in tasks}:
                 taken[number].append(task)
                 with pytest.raises(ValueError, match="does not compile"):
                     call()
     assert taken == {3: [f"{cases[0].key}: vitfast"], 0: [f"{cases[1].key}: vitfast"], 1: []}
     assert {name: len(times) for name, times in built.items()} == {"light": 1, "heavy": 1}
-    assert not ahead.compiles("timm max-autotune", Variant(layer_norm))
-    assert ahead.compiles("timm reduce-overhead", Variant(layer_norm))
+    assert not ahead_process.compiles("timm max-autotune", Variant(layer_norm))
+    assert ahead_process.compiles("timm reduce-overhead", Variant(layer_norm))
 
 
 def test_shape_in_which_gradients_are_judged_is_compiled_by_who_times():
     batches = []
     case = make({}, batch=64, mode="forward+backward", per_image=(True, False))
-    ahead.call_once(case, variant(lambda x, *_: batches.append(len(x))))
+    ahead_process.call_once(case, variant(lambda x, *_: batches.append(len(x))))
     assert batches == [64, case.check_images]
-    ahead.call_once(replace(case, per_image=(True,)), variant(lambda x, *_: batches.append(len(x))))
+    ahead_process.call_once(replace(case, per_image=(True,)), variant(lambda x, *_: batches.append(len(x))))
     assert batches[2:] == [64]
 
 

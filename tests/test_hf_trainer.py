@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import Trainer, TrainingArguments
 
 import vitfast
-from vitfast.demo import DIGITS_MODEL, DIGITS_NAME, load_digits
+from vitfast.commands.demo import DIGITS_MODEL, DIGITS_NAME, load_digits
 
 # of fp32 losses, which the two add up in another order: 1e-7 was seen; a bf16 logit is good to 4e-3, 1e-4 was seen
 CLOSE, CLOSE_IN_BF16 = 2e-6, 5e-4

@@ -80,7 +80,7 @@ class Others:
 sys.meta_path[sys.meta_path.index(PathFinder)] = Others
 """
 WITHOUT_KERNELS = """
-from vitfast.info import collect, report
+from vitfast.commands.info import collect, report
 print(vitfast.prepare(model.eval())(torch.zeros(1, 3, 32, 32)).shape[1], collect()["triton"]["why"])
 report()
 for op in ("attention", "linear", "mlp", "layer_norm"):
@@ -115,7 +115,7 @@ for name in ("_cuda_init", "_cuda_getDeviceCount", "_cuda_getDevice"):
         setattr(torch._C, name, refuse)
 torch.accelerator.current_accelerator = torch.accelerator.is_available = refuse
 import vitfast
-import vitfast.cli, vitfast.info
+import vitfast.commands.main, vitfast.commands.info
 print(torch.cuda.is_initialized())
 """
 
@@ -132,8 +132,8 @@ def test_source_breaks_a_rule(path):
     tree = ast.parse(text)
     asserts = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert)]
     assert not asserts, f"assert vanishes under python -O: lines {asserts}"
-    if path.relative_to(PACKAGE) != Path("weights/checkpoint.py"):
-        assert "torch.load(" not in text, "files are read in weights/checkpoint.py only"
+    if path.relative_to(PACKAGE) != Path("checkpoints/checkpoint.py"):
+        assert "torch.load(" not in text, "files are read in checkpoints/checkpoint.py only"
     imported = {
         name.split(".")[0]
         for node in ast.walk(tree)
@@ -147,7 +147,7 @@ def test_torch_load_may_run_code():
     """Every call says weights_only=True; a default could change, and did."""
     calls = [
         node
-        for node in ast.walk(ast.parse((PACKAGE / "weights/checkpoint.py").read_text()))
+        for node in ast.walk(ast.parse((PACKAGE / "checkpoints/checkpoint.py").read_text()))
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"
     ]
     assert calls

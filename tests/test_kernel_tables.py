@@ -6,24 +6,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitfast.kernels import attention, linear, tuning
-from vitfast.kernels.launch import TILE
+from vitfast.choose import config_tables
+from vitfast.kernels.triton import attention, linear
+from vitfast.kernels.triton.launch import TILE
 
-TABLES = {"forward": tuning.FORWARD, "backward": tuning.BACKWARD}
+TABLES = {"forward": config_tables.FORWARD, "backward": config_tables.BACKWARD}
 
 
 @pytest.mark.parametrize("direction", TABLES)
-@pytest.mark.parametrize("arch", tuning.ARCHITECTURES)
+@pytest.mark.parametrize("arch", config_tables.ARCHITECTURES)
 def test_a_call_has_no_configuration_or_one_that_cannot_run_it(arch, direction):
     table = TABLES[direction][arch]
     lengths, programs_of = (1, 256, 272, 273, 1 << 30), (0.1, 4.0, 1e4)
     sizes = itertools.product((16, 32), (16, 64, 80, 96, 128), lengths, programs_of, (True, False))
     for bits, width, keys, programs, dropout in sizes:
-        config = tuning.choose(table, bits, width, keys, programs, dropout)
+        config = config_tables.choose(table, bits, width, keys, programs, dropout)
         assert config.kernel != "short" or keys <= (272 if direction == "forward" else 256)
         assert config.kernel != "blocks" or config.keys_m and config.keys_n and config.keys_warps
-        listed = tuning.candidates(table, bits, width, keys, programs)
-        assert listed[0] == tuning.choose(table, bits, width, keys, programs, False)
+        listed = config_tables.candidates(table, bits, width, keys, programs)
+        assert listed[0] == config_tables.choose(table, bits, width, keys, programs, False)
         assert len(listed) == len(set(listed))
 
 
@@ -38,13 +39,13 @@ def test_warm_up_checks_another_configuration_than_runs(direction):
         assert configs(q.device, dtype, 12 * B, 64, N, N)[0] == runs
 
 
-@pytest.mark.parametrize("arch", tuning.ARCHITECTURES)
+@pytest.mark.parametrize("arch", config_tables.ARCHITECTURES)
 def test_a_choice_may_spill_as_one_that_no_shape_gets(arch):
     """`make aot` refuses spills of what `some_choice` names; from one row to many, and from one tile to thousands."""
     sizes = itertools.product((1, 16, 17, 197, 1576, 50_432), (64, 192, 768, 3072), (True, False))
-    chosen = {tuning.product_config(arch, 16, M, N, 768, 132, aligned) for M, N, aligned in sizes}
-    listed = {row.config for row in tuning.PRODUCT[arch] if row.bits == 16}
-    assert chosen == {config for config in listed if tuning.some_choice(arch, config)}
+    chosen = {config_tables.product_config(arch, 16, M, N, 768, 132, aligned) for M, N, aligned in sizes}
+    listed = {row.config for row in config_tables.PRODUCT[arch] if row.bits == 16}
+    assert chosen == {config for config in listed if config_tables.some_choice(arch, config)}
 
 
 def test_parts_leave_a_key_out_or_read_one_past_the_end_unmasked():
@@ -65,21 +66,21 @@ def test_parts_leave_a_column_out():
 
 def test_a_kernel_has_warps_with_tasks_of_their_own():
     """`warp_specialize`: Triton 3.6 ignores it at eight warps, and crashes or spills at four."""
-    folder = Path(attention.__file__).parent
-    assert [path.name for path in folder.glob("*.py") if "warp_specialize" in path.read_text()] == []
+    files = [*Path(attention.__file__).parent.glob("*.py"), Path(config_tables.__file__)]
+    assert len(files) > 10 and [path.name for path in files if "warp_specialize" in path.read_text()] == []
 
 
-PRODUCTS = [(arch, row) for arch in tuning.ARCHITECTURES for row in tuning.PRODUCT[arch]]
+PRODUCTS = [(arch, row) for arch in config_tables.ARCHITECTURES for row in config_tables.PRODUCT[arch]]
 
 
-@pytest.mark.parametrize("arch", tuning.ARCHITECTURES)
+@pytest.mark.parametrize("arch", config_tables.ARCHITECTURES)
 def test_a_product_has_no_configuration_or_one_that_cannot_run_it(arch):
     rows, widths = (1, 2, 16, 17, 64, 197, 256 * 197, 1 << 31), (64, 72, 192, 197, 1000, 1024, 4096)
     for bits, M, N, aligned in itertools.product((16, 32), rows, widths, (True, False)):
         for multiprocessors in (1, 16, 132):
             sizes = (arch, bits, M, N, 768, multiprocessors, aligned)
-            config, listed = tuning.product_config(*sizes), tuning.product_candidates(*sizes)
-            assert listed[0] == config and len(listed) == len(set(listed)) and tuning.BLAS in listed
+            config, listed = config_tables.product_config(*sizes), config_tables.product_candidates(*sizes)
+            assert listed[0] == config and len(listed) == len(set(listed)) and config_tables.BLAS in listed
             assert aligned or not any(each.descriptors for each in listed)
             # a folded norm is for tiles only, and rows that turn out not to be aligned leave it to another row
             assert bits == 32 or config.kernel == "tiles"

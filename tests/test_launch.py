@@ -9,8 +9,8 @@ import triton
 from fake_kernel import restart
 from triton.backends.compiler import GPUTarget
 
-from vitfast import dispatch
-from vitfast.kernels import launch
+from vitfast.choose import dispatch
+from vitfast.kernels.triton import launch
 from vitfast.ops import _launch
 
 

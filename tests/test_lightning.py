@@ -20,7 +20,7 @@ from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import vitfast
-from vitfast.demo import DIGITS_MODEL, DIGITS_NAME, load_digits
+from vitfast.commands.demo import DIGITS_MODEL, DIGITS_NAME, load_digits
 
 # of fp32 losses, which the two add up in another order: 1e-7 was seen; a bf16 logit is good to 4e-3, 1e-4 was seen
 CLOSE, CLOSE_IN_BF16 = 2e-6, 5e-4

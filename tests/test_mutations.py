@@ -17,7 +17,7 @@ import vitfast
 PACKAGE = Path(vitfast.__file__).parent
 TESTS = Path(__file__).parent
 
-# file of vitfast/kernels, text, what takes its place, and tests that are meant to see it
+# file of vitfast/kernels/triton, text, what takes its place, and tests that are meant to see it
 MUTANTS = {
     "tail mask dropped": (
         "attention_forward.py", "    if M:\n", "    if False:\n", "test_forward_kernel_is_wrong_at_a_length and fp32"
@@ -39,7 +39,7 @@ MUTANTS = {
             "addresses.py", "tl.cast(index, tl.int64) * (tl.cast(stride, tl.int64) * UNIT)",
             "index * (stride * UNIT)", f"test_row_past_two_to_the_31 and test_{kernels}",
         )
-        for kernels in ("attention", "norm", "linear")
+        for kernels in ("attention", "layer_norm", "linear")
     },
     "lse of base 2": (
         "attention_forward.py", "top * scale + (tl.log2(total) - tl.fma(top, scale_log2, -shift)) * LN2",
@@ -68,15 +68,15 @@ MUTANTS = {
         "test_head_dim_is_padded_wrongly and fp32",
     ),
     "eps ten times as large": (
-        "norm_rows.py", "tl.sqrt_rn(variance + eps)", "tl.sqrt_rn(variance + 10.0 * eps)",
+        "layer_norm_rows.py", "tl.sqrt_rn(variance + eps)", "tl.sqrt_rn(variance + 10.0 * eps)",
         "test_width_is_padded_wrongly and fp32",
     ),
     "variance over padded lanes": (
-        "norm_rows.py", "centered = tl.where((columns < C)[None, :], tile - mean[:, None], 0.0)",
+        "layer_norm_rows.py", "centered = tl.where((columns < C)[None, :], tile - mean[:, None], 0.0)",
         "centered = tile - mean[:, None]", "test_width_is_padded_wrongly and fp32",
     ),
     "variance as a difference of squares": (
-        "norm_rows.py", "variance = tl.sum(centered * centered, 1) / C",
+        "layer_norm_rows.py", "variance = tl.sum(centered * centered, 1) / C",
         "variance = tl.sum(tile * tile, 1) / C - mean * mean", "test_variance_is_a_difference",
     ),
     "GELU of tanh": (
@@ -112,7 +112,7 @@ MUTANTS = {
         "linear_grads.py", "total_grad=residual_grad,", "total_grad=None,", "test_gradient_of_an_mlp_is_wrong",
     ),
     "drop path forgotten in the backward": (
-        "norm_rows.py", "                d = d * load_row_scale(row_scale, first, left, tokens, BM)[:, None]\n",
+        "layer_norm_rows.py", "                d = d * load_row_scale(row_scale, first, left, tokens, BM)[:, None]\n",
         "                d = d\n", "test_gradient_of_an_mlp_is_wrong and scaled",
     ),
     "drop path of another image": (
@@ -124,7 +124,7 @@ MUTANTS = {
         "test_size_leaves_a_tail_out",
     ),
     "one program's sums of columns lost": (
-        "norm_rows.py", "(first + rows < programs)[:, None]", "(first + rows < programs - 1)[:, None]",
+        "layer_norm_rows.py", "(first + rows < programs)[:, None]", "(first + rows < programs - 1)[:, None]",
         "test_width_is_padded_wrongly and fp32",
     ),
     "rows past the end in a bias's gradient": (
@@ -137,7 +137,7 @@ MUTANTS = {
         "test_kernel_touches and statistics",
     ),
     "mask of a load dropped": (
-        "norm_rows.py", "mask=(rows < left)[:, None] & (columns < C)[None, :], other=0.0).to(tl.float32)",
+        "layer_norm_rows.py", "mask=(rows < left)[:, None] & (columns < C)[None, :], other=0.0).to(tl.float32)",
         "mask=(columns < C)[None, :], other=0.0).to(tl.float32)", "test_kernel_touches and norm",
     ),
     "store of a row too far": (
@@ -156,7 +156,7 @@ MUTANTS = {
 def test_a_planted_bug_is_not_seen(mutant, tmp_path):
     name, before, after, chosen = MUTANTS[mutant]
     shutil.copytree(PACKAGE, tmp_path / "vitfast", ignore=shutil.ignore_patterns("__pycache__"))
-    source = tmp_path / "vitfast" / "kernels" / name
+    source = tmp_path / "vitfast/kernels/triton" / name
     text = source.read_text()
     assert before in text, f"{name} has no {before!r} any more"
     source.write_text(text.replace(before, after))
@@ -177,7 +177,9 @@ def test_a_planted_bug_is_not_seen(mutant, tmp_path):
 
 def test_a_masked_load_leaves_what_it_does_not_read_undefined():
     """The interpreter gives 0 there, a GPU anything."""
-    for file in sorted((PACKAGE / "kernels").glob("*.py")):
+    files = sorted((PACKAGE / "kernels/triton").glob("*.py"))
+    assert len(files) > 10
+    for file in files:
         for call in file.read_text().split("tl.load(")[1:]:
             depth, end = 1, 0
             while depth:

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import vitfast
-from vitfast import extension, native
+from vitfast.kernels import cpu as cpu_kernels
+from vitfast.kernels import extension
 
 K, D, N = 16, 32, 6
 HEADS, HEAD_DIM = 2, 8
@@ -13,10 +14,10 @@ HEADS, HEAD_DIM = 2, 8
 def good():
     """By name: a call of tensors, and these; every call is right as it stands."""
     draw = torch.randn
-    weight = lambda D, K: native.PackedWeight(draw(D, K), draw(D))  # noqa: E731
-    norm = lambda K: native.Norm(draw(K), draw(K), 1e-6)  # noqa: E731
+    weight = lambda D, K: cpu_kernels.PackedWeight(draw(D, K), draw(D))  # noqa: E731
+    norm = lambda K: cpu_kernels.Norm(draw(K), draw(K), 1e-6)  # noqa: E731
     images, patch = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8), (4, 4)
-    block = lambda **changed: native.Block(**{  # noqa: E731
+    block = lambda **changed: cpu_kernels.Block(**{  # noqa: E731
         "norm1": norm(K), "qkv": weight(3 * K, K), "proj": weight(K, K), "norm2": norm(K), "fc1": weight(D, K),
         "fc2": weight(K, D), "act": "gelu", "num_heads": HEADS, "head_dim": HEAD_DIM, "scale": 0.3, **changed,
     })  # fmt: skip
@@ -25,39 +26,42 @@ def good():
     embed = dict(weight=weight(D, 48), positions=draw(1 + 4, D), prefix=draw(1, D))
     linear = dict(x=draw(N, K), weight=weight(D, K), norm=norm(K), residual=draw(N, D))
     return {
-        "attention": (lambda **t: native.attention(**t, scale=0.3, with_lse=True), heads),
+        "attention": (lambda **t: cpu_kernels.attention(**t, scale=0.3, with_lse=True), heads),
         "attention_qkv": (
-            lambda **t: native.attention_qkv(**t, scale=0.3, with_lse=True), dict(qkv=draw(2, N, 3, HEADS, HEAD_DIM)),
+            lambda **t: cpu_kernels.attention_qkv(**t, scale=0.3, with_lse=True),
+            dict(qkv=draw(2, N, 3, HEADS, HEAD_DIM)),
         ),
-        "activation": (lambda **t: native.activation(**t, name="gelu"), dict(x=draw(N, K), out=draw(N, K))),
+        "activation": (lambda **t: cpu_kernels.activation(**t, name="gelu"), dict(x=draw(N, K), out=draw(N, K))),
         "layer_norm": (
-            lambda **t: native.layer_norm(**t, eps=1e-6), dict(x=draw(N, K), weight=draw(K), bias=draw(K)),
+            lambda **t: cpu_kernels.layer_norm(**t, eps=1e-6), dict(x=draw(N, K), weight=draw(K), bias=draw(K)),
         ),
-        "PackedWeight": (native.PackedWeight, dict(weight=draw(D, K), bias=draw(D))),
-        "Norm": (lambda **t: native.linear(draw(N, K), weight(D, K), norm=native.Norm(**t, eps=1e-6)),
+        "PackedWeight": (cpu_kernels.PackedWeight, dict(weight=draw(D, K), bias=draw(D))),
+        "Norm": (lambda **t: cpu_kernels.linear(draw(N, K), weight(D, K), norm=cpu_kernels.Norm(**t, eps=1e-6)),
                  dict(weight=draw(K), bias=draw(K))),
-        "linear": (native.linear, linear),
-        "mlp": (lambda **t: native.mlp(**t, act="gelu"),
+        "linear": (cpu_kernels.linear, linear),
+        "mlp": (lambda **t: cpu_kernels.mlp(**t, act="gelu"),
                 dict(x=draw(N, K), norm=norm(K), fc1=weight(D, K), fc2=weight(K, D))),
         "Block": (block, dict(norm1=norm(K), qkv=weight(3 * K, K), proj=weight(K, K), norm2=norm(K), fc1=weight(D, K),
                               fc2=weight(K, D))),
-        "block": (lambda x, **t: native.block(x, block(), **t), dict(x=draw(2, N, K))),
+        "block": (lambda x, **t: cpu_kernels.block(x, block(), **t), dict(x=draw(2, N, K))),
         "patch_rows": (
-            lambda **t: native.patch_rows(images, patch, **t), dict(**rows, out=draw(2, 4, 48)),
+            lambda **t: cpu_kernels.patch_rows(images, patch, **t), dict(**rows, out=draw(2, 4, 48)),
         ),
-        "embed": (lambda **t: native.embed(images, patch, **embed | t), dict(**rows, **embed)),
+        "embed": (lambda **t: cpu_kernels.embed(images, patch, **embed | t), dict(**rows, **embed)),
     }  # fmt: skip
 
 
 def others_of(t):
     """Of a tensor, a packed weight or a norm: others that C++ would read past, or take for numbers of another kind."""
-    if isinstance(t, native.PackedWeight):
+    if isinstance(t, cpu_kernels.PackedWeight):
         others = [(t.D // 2, t.K), (t.D, t.K // 2), (2 * t.D, t.K), (t.D, 2 * t.K)]
-        return [native.PackedWeight(torch.randn(D, K), torch.randn(D)) for D, K in others]
-    if isinstance(t, native.Norm):
+        return [cpu_kernels.PackedWeight(torch.randn(D, K), torch.randn(D)) for D, K in others]
+    if isinstance(t, cpu_kernels.Norm):
         return [
-            native.Norm(torch.randn(K - 1), torch.randn(K - 1), 1e-6), native.Norm(torch.randn(K - 1), None, 1e-6),
-            native.Norm(None, torch.randn(K + 1), 1e-6), native.Norm(torch.randn(K).double(), torch.randn(K), 1e-6),
+            cpu_kernels.Norm(torch.randn(K - 1), torch.randn(K - 1), 1e-6),
+            cpu_kernels.Norm(torch.randn(K - 1), None, 1e-6),
+            cpu_kernels.Norm(None, torch.randn(K + 1), 1e-6),
+            cpu_kernels.Norm(torch.randn(K).double(), torch.randn(K), 1e-6),
         ]  # fmt: skip
     gaps = t.new_zeros(*t.shape[:-1], 2 * t.shape[-1])[..., ::2]
     return [t[..., :-1].contiguous(), t[:-1].contiguous(), t.double(), t.half(), t.to("meta"), t.unsqueeze(0), gaps]
@@ -177,7 +181,7 @@ def test_weights_packed_for_another_instruction_set_are_read(name):
     """The panels of another width are other numbers."""
     sets = extension.require().usable_kernels()
     call, tensors = good()[name]
-    mine = native.kernels()
+    mine = cpu_kernels.kernels()
     for other in sets:
         if other.name == mine.name:
             call(**tensors, using=other)
@@ -189,17 +193,17 @@ def test_weights_packed_for_another_instruction_set_are_read(name):
 @pytest.mark.parametrize("prefix", [-1, -4])
 def test_rows_begin_before_their_memory(prefix):
     with pytest.raises(ValueError, match="prefix must be at least 0"):
-        native.patch_rows(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), (4, 4), prefix=prefix)
+        cpu_kernels.patch_rows(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), (4, 4), prefix=prefix)
 
 
 def test_norm_reads_memory_that_was_given_back():
     """After `weight.data = ...` the address of before: what is there must still be the norm's own."""
     norm = torch.nn.LayerNorm(K)
-    packed, weight = native.Norm(norm.weight, norm.bias, norm.eps), native.PackedWeight(torch.eye(K), None)
+    packed, weight = cpu_kernels.Norm(norm.weight, norm.bias, norm.eps), cpu_kernels.PackedWeight(torch.eye(K), None)
     x = torch.randn(N, K)
-    expected = native.linear(x, weight, norm=packed)
+    expected = cpu_kernels.linear(x, weight, norm=packed)
     address = norm.weight.data_ptr()
     norm.weight.data, norm.bias.data = torch.full((K,), 7.0), torch.full((K,), 7.0)
     others = [torch.full((K,), 9.0) for _ in range(64)]
     assert address not in {t.data_ptr() for t in others}
-    assert torch.equal(native.linear(x, weight, norm=packed), expected)
+    assert torch.equal(cpu_kernels.linear(x, weight, norm=packed), expected)

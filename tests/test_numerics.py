@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from textbook import Textbook
 
-from vitfast.acceptance import accept, accept_model, error_ratio
+from vitfast.check.acceptance import accept, accept_model, error_ratio
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HALF = [torch.float16, torch.bfloat16]

@@ -8,8 +8,9 @@ from textbook import Textbook
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vitfast import builtin, ops, reference
-from vitfast.acceptance import RMS_RATIO, YARDSTICK_EPS, accept
+from vitfast import ops, reference
+from vitfast.check.acceptance import RMS_RATIO, YARDSTICK_EPS, accept
+from vitfast.choose import builtin
 from vitfast.ops.attention import draw_seed
 
 FULL = ["layer_norm", "add_layer_norm", "linear full", "attention", "attention_qkv", "mlp", "patch_embed"]

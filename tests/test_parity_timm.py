@@ -14,7 +14,7 @@ from textbook import Textbook
 from timm_pair import FAMILIES, MASSIVE, build_pair, pair_of, run, taps_of
 
 import vitfast
-from vitfast.acceptance import LUCK, RMS_RATIO, accept_stages
+from vitfast.check.acceptance import LUCK, RMS_RATIO, accept_stages
 
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 # wider in fp32, as for ops: attention, patches and the last block's products add up in another order than timm's

@@ -9,11 +9,13 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 import vitfast
-from vitfast import extension, native, ops, reference
+from vitfast import ops, reference
+from vitfast.kernels import cpu as cpu_kernels
+from vitfast.kernels import extension
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406, 0.3]), torch.tensor([0.229, 0.224, 0.225, 0.5])
 every_isa = pytest.mark.parametrize("isa", instruction_sets())
-every_order = pytest.mark.parametrize("order", native.PATCH_ORDERS)
+every_order = pytest.mark.parametrize("order", cpu_kernels.PATCH_ORDERS)
 # (C, H, W, ph, pw): the usual; a patch of no whole vectors; wide and odd; one pixel; one channel; many
 SIZES = [(3, 32, 48, 16, 16), (3, 28, 42, 14, 14), (4, 6, 99, 3, 33), (2, 3, 5, 1, 1), (1, 20, 44, 5, 11),
          (7, 9, 8, 3, 4)]  # fmt: skip
@@ -66,10 +68,10 @@ LAYOUTS = {
 def test_rows_differ_from_unfold(isa, order, layout, size):
     """A pixel in a wrong place, a stride that is ignored, a conversion that rounds otherwise than torch's."""
     C, H, W, *patch = size
-    for dtype in native.DTYPES:
+    for dtype in cpu_kernels.DTYPES:
         images = LAYOUTS[layout](drawn(2, C, H, W, dtype=dtype))
-        for to in native.FLOATS:
-            rows = native.patch_rows(images, patch, order=order, dtype=to, using=using(isa))
+        for to in cpu_kernels.FLOATS:
+            rows = cpu_kernels.patch_rows(images, patch, order=order, dtype=to, using=using(isa))
             expected = unfolded(images, patch, order).to(to)
             torch.testing.assert_close(rows, expected, rtol=0, atol=0, msg=f"{dtype} to {to}")
 
@@ -87,7 +89,7 @@ def test_prefix_or_padding_is_not_zero(isa, order, layout, patch):
         expected = unfolded(normalised, patch, order, prefix)
         out = torch.full_like(expected, float("nan"))
         options = dict(order=order, mean=mean, std=std, prefix=prefix, pad=True, out=out, using=using(isa))
-        rows = native.patch_rows(LAYOUTS[layout](images), patch, **options)
+        rows = cpu_kernels.patch_rows(LAYOUTS[layout](images), patch, **options)
         assert rows is out
         torch.testing.assert_close(rows, expected, rtol=1e-6, atol=1e-6)
         assert torch.equal(rows == 0, expected == 0) or (normalised == 0).any()
@@ -95,13 +97,13 @@ def test_prefix_or_padding_is_not_zero(isa, order, layout, patch):
 
 @every_isa
 @every_order
-@pytest.mark.parametrize("dtype", native.FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", cpu_kernels.FLOATS, ids=str)
 def test_normalised_pixel_is_rounded_more_than_once(isa, order, dtype):
     """Mean or std of another channel, 256 in place of 255, mean and std rounded to half precision."""
     images = torch.arange(256, dtype=torch.uint8).expand(1, 4, 4, 256).contiguous()
     exact = (images.double() / 255 - MEAN.double()[:, None, None]) / STD.double()[:, None, None]
     for layout in ("nchw", "channels last"):
-        rows = native.patch_rows(LAYOUTS[layout](images), (2, 32), order=order, dtype=dtype, mean=MEAN, std=STD,
+        rows = cpu_kernels.patch_rows(LAYOUTS[layout](images), (2, 32), order=order, dtype=dtype, mean=MEAN, std=STD,
                                  using=using(isa))  # fmt: skip
         expected = torch.empty_like(rows, dtype=torch.float64)
         place = unfolded(torch.arange(4 * 256 * 4).view(1, 4, 4, 256), (2, 32), order).long()
@@ -121,7 +123,7 @@ def test_threads_write_over_each_other(order):
             torch.set_num_threads(count)
             for layout in ("nchw", "channels last", "columns outermost"):
                 for _ in range(5):
-                    rows = native.patch_rows(LAYOUTS[layout](images), (14, 14), order=order)
+                    rows = cpu_kernels.patch_rows(LAYOUTS[layout](images), (14, 14), order=order)
                     assert torch.equal(rows, unfolded(images, (14, 14), order)), (count, layout)
     finally:
         torch.set_num_threads(threads)
@@ -140,7 +142,7 @@ BAD = {
 def test_wrong_argument_reaches_the_kernel(name):
     changed, message = BAD[name]
     with pytest.raises(ValueError, match=message):
-        native.patch_rows(torch.zeros(1, 3, 4, 8), **dict(patch_size=(2, 4)) | changed)
+        cpu_kernels.patch_rows(torch.zeros(1, 3, 4, 8), **dict(patch_size=(2, 4)) | changed)
 
 
 def embedding(D=40, dtype=torch.float32):
@@ -149,7 +151,7 @@ def embedding(D=40, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels last", "slice"])
-@pytest.mark.parametrize("dtype", native.FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", cpu_kernels.FLOATS, ids=str)
 def test_uint8_images_lose_more_than_stock(layout, dtype):
     """The normalisation before the projection, in patch_embed and its gradients, beside fp64 and stock operators."""
     images = LAYOUTS[layout](drawn(2, 3, 6, 20, dtype=torch.uint8))
@@ -189,7 +191,7 @@ def test_stock_path_or_an_instruction_set_tells_another_story(monkeypatch):
     call = lambda: ops.patch_embed(images, weight, bias, pos_embed=pos, prefix=prefix)  # noqa: E731
     expected = reference.patch_embed(images.double(), weight.double(), bias.double(), pos.double(), prefix.double())
     for kernels in [None, *(using(isa) for isa in instruction_sets())]:
-        monkeypatch.setattr(native, "kernels", lambda kernels=kernels: kernels)
+        monkeypatch.setattr(cpu_kernels, "kernels", lambda kernels=kernels: kernels)
         torch.testing.assert_close(call().double(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -206,7 +208,7 @@ def packed(dtype=torch.float32, positions="all"):
 
 
 @pytest.mark.parametrize("positions", ["all", "patches", "none"])
-@pytest.mark.parametrize("dtype", [torch.float64, *native.FLOATS], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, *cpu_kernels.FLOATS], ids=str)
 def test_packed_tokens_differ_from_those_of_each_image(dtype, positions):
     """Rows of one image under the positions of another, a wrong boundary, a gradient that gets lost in the packing."""
     images, weight, bias, pos, prefix = packed(dtype, positions)
@@ -342,7 +344,7 @@ def test_mean_that_wants_a_gradient_gets_none_without_a_word():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_stock_operators_round_pixels_more_than_once(dtype, packed, monkeypatch):
     """What a GPU without the kernel runs: normalised in half precision, pixels would be rounded three times."""
-    monkeypatch.setattr(native, "kernels", lambda: None)
+    monkeypatch.setattr(cpu_kernels, "kernels", lambda: None)
     images = torch.randint(0, 256, (4, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     weight = (torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(1)) / 28).to(dtype)
     mean, std = MEAN[:3], STD[:3]

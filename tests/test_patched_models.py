@@ -16,8 +16,8 @@ from timm_pair import run
 from torch import nn
 
 import vitfast
-from vitfast.fusion import METHODS
-from vitfast.weights.described import config_of
+from vitfast.checkpoints.described import config_of
+from vitfast.model.plain import METHODS
 
 PATCHED = ["forward", "forward_features", "forward_head", "pool", "_pos_embed", "embed"]
 

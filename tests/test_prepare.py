@@ -14,9 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import vitfast
-from vitfast import engine, native, packed
-from vitfast.acceptance import accept_stages
-from vitfast.packed import PackedLinear
+from vitfast.check.acceptance import accept_stages
+from vitfast.inference import cpu_block, prepare
+from vitfast.inference.cpu_block import PackedLinear
+from vitfast.kernels import cpu as cpu_kernels
 
 # what oneDNN multiplies on this CPU: bf16 wants AVX-512
 DTYPES = [torch.float32] + [torch.bfloat16] * torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -30,10 +31,10 @@ def relative(value, ref):
 @pytest.fixture(params=["vitfast", "oneDNN"])
 def products(request, monkeypatch):
     """Whose products a prepared model computes; vitfast's are chosen only on CPUs where they are faster."""
-    if request.param == "vitfast" and not native.multiplies(torch.float32):
+    if request.param == "vitfast" and not cpu_kernels.multiplies(torch.float32):
         pytest.skip("no extension")
-    for module in (engine, packed):
-        choose = lambda dtype, K: request.param == "vitfast" and native.multiplies(dtype)  # noqa: E731
+    for module in (prepare, cpu_block):
+        choose = lambda dtype, K: request.param == "vitfast" and cpu_kernels.multiplies(dtype)  # noqa: E731
         monkeypatch.setattr(module, "own_product", choose)
     return request.param
 
@@ -56,7 +57,7 @@ def test_prepared_model_is_less_exact_than_timms(pair, dtype, products):
     """A part packed, folded or rounded wrongly: every stage and the logits of every family."""
     theirs, ours, images = pair
     prepared = vitfast.prepare(ours, dtype)
-    assert f"by={products}" in str(prepared.blocks) or (dtype is torch.bfloat16 and not native.multiplies(dtype))
+    assert f"by={products}" in str(prepared.blocks) or (dtype is torch.bfloat16 and not cpu_kernels.multiplies(dtype))
     ref = taps_of(copy.deepcopy(theirs).double(), images.double())
     with Textbook():
         low = taps_of(copy.deepcopy(theirs).to(dtype), images.to(dtype))
@@ -279,11 +280,11 @@ def test_class_token_only_block_is_not_used():
 
 def test_quota_of_a_container_is_ignored(tmp_path):
     """More threads than cores run many times slower; torch counts the machine's cores, not the container's."""
-    affinity = engine.usable_cores(tmp_path)
+    affinity = prepare.usable_cores(tmp_path)
     assert affinity >= 1
     for text, expected in (("max 100000", affinity), ("100000 100000", 1), ("50000 100000", 1), ("nonsense", affinity)):
         (tmp_path / "cpu.max").write_text(text)
-        assert engine.usable_cores(tmp_path) == expected
+        assert prepare.usable_cores(tmp_path) == expected
 
 
 def test_threads_are_not_set():
@@ -293,7 +294,7 @@ def test_threads_are_not_set():
         vitfast.prepare(tiny(), threads=None)
         assert torch.get_num_threads() == 3
         vitfast.prepare(tiny())
-        assert torch.get_num_threads() == min(3, engine.usable_cores())
+        assert torch.get_num_threads() == min(3, prepare.usable_cores())
         vitfast.prepare(tiny(), threads=2)
         assert torch.get_num_threads() == 2
     finally:

@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import vitfast
-from vitfast import engine, native, packed
+from vitfast.inference import cpu_block, prepare
+from vitfast.kernels import cpu as cpu_kernels
 
 CHANGES = {
     "head.weight of the original was replaced": lambda m: setattr(m.head, "weight", nn.Parameter(m.head.weight + 1)),
@@ -93,8 +94,8 @@ PARTS = {"blocks": lambda m: m.blocks, "block": lambda m: m.blocks[0], "head": l
 def test_part_of_a_prepared_model_is_copied_or_moved(part, monkeypatch):
     """Kernels have addresses: a copy would read the original's memory, and a moved part memory that was given back."""
     # the head is packed where our products are chosen, which is not on every CPU
-    for module in (engine, packed):
-        monkeypatch.setattr(module, "own_product", lambda dtype, K: native.multiplies(dtype))
+    for module in (prepare, cpu_block):
+        monkeypatch.setattr(module, "own_product", lambda dtype, K: cpu_kernels.multiplies(dtype))
     prepared, x = vitfast.prepare(tiny()), torch.randn(2, 3, 32, 32)
     logits = prepared(x)
     for change in (copy.deepcopy, pickle.dumps, lambda m: m.half(), lambda m: nn.Sequential(m).to(torch.float64)):

@@ -14,7 +14,7 @@ from textbook import Textbook
 from timm_pair import run, taps_of
 
 import vitfast
-from vitfast.acceptance import accept_model
+from vitfast.check.acceptance import accept_model
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_f
 from vitfast import ViT, ViTConfig, ops
 from vitfast.bench import work
 from vitfast.bench.case import Work
-from vitfast.variants import config_for
+from vitfast.timm_names.variants import config_for
 
 # one of each part that changes the count: prefix tokens, pooling, gates, widths, norms, a second classifier
 TIMM = [

@@ -13,10 +13,10 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import vitfast
-from vitfast.layers import DropPath, LayerScale, QuickGELU
-from vitfast.model import Attention
-from vitfast.weights.described import config_of
-from vitfast.weights.pos_embed import resample_pos_embed
+from vitfast.checkpoints.described import config_of
+from vitfast.model.block import Attention
+from vitfast.model.layers import DropPath, LayerScale, QuickGELU
+from vitfast.weights.resample import resample_pos_embed
 
 SIZES = dict(image_size=16, patch_size=8, num_classes=5, dim=32, depth=3, heads=2, mlp_dim=48)
 RATES = dict(

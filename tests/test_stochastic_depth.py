@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import vitfast
-from vitfast.layers import DropPath
+from vitfast.model.layers import DropPath
 
 
 def model_of(rate=0.5, **config):

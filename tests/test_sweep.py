@@ -18,10 +18,10 @@ import torch
 import workers
 from simulated_device import SimulatedDevice
 
-from vitfast import dispatch
 from vitfast.bench.harness import DeviceLost
-from vitfast.families import FAMILIES
-from vitfast.kernels import attention, linear
+from vitfast.check.families import FAMILIES
+from vitfast.choose import dispatch
+from vitfast.kernels.triton import attention, linear
 
 ROOT = Path(sweep.__file__).parents[1]
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from textbook import HALF, PIECE, Textbook
 
-from vitfast.acceptance import ROUNDING
+from vitfast.check.acceptance import ROUNDING
 
 EPS = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 
@@ -27,7 +27,8 @@ def error_of(dtype, rows, K):
 @pytest.mark.parametrize("dtype", EPS, ids=str)
 @pytest.mark.parametrize("rows, K", [(400, 64), (400, 192), (50, 3072), (4, 3072)])
 def test_error_is_not_what_rounding_makes_inevitable(rows, K, dtype):
-    """A yardstick that is too exact or not exact enough: the arithmetic of `vitfast.acceptance`, in half precision
+    """A yardstick that is too exact or not exact enough: the arithmetic of `vitfast.check.acceptance`, in half
+    precision
     of one rounding."""
     chain = 1 if dtype in HALF else min(K, PIECE) + K / PIECE
     with Textbook():

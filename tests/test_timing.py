@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 from simulated_device import SimulatedDevice
 
-from vitfast.timing import AGAIN, Comparison, HostSampler, Repeated, _orders, interleaved_medians, rotating
+from vitfast.measure.timing import AGAIN, Comparison, HostSampler, Repeated, _orders, interleaved_medians, rotating
 
 
 class Clock:

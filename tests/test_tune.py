@@ -14,12 +14,15 @@ from fake_kernel import DEVICE, KEY, prepared, restart, right, rows
 from simulated_device import SimulatedDevice
 
 import vitfast
-from vitfast import cli, dispatch, info, tuning, tuning_cache
-from vitfast.bench import harness, machine, nvml
-from vitfast.calls import Call, Prepared, contiguous
-from vitfast.families import FAMILIES
-from vitfast.tuning_cache import Choice, key_of
-from vitfast.warm_up import kernel_calls
+from vitfast.bench import harness
+from vitfast.bench import tune as tuning
+from vitfast.check.calls import Call, Prepared, contiguous
+from vitfast.check.families import FAMILIES
+from vitfast.check.warmup import kernel_calls
+from vitfast.choose import dispatch, tuning_cache
+from vitfast.choose.tuning_cache import Choice, key_of
+from vitfast.commands import main
+from vitfast.measure import machine, nvml
 
 fake_fixture = pytest.fixture(prepared, name="fake")
 
@@ -273,19 +276,22 @@ def test_the_key_leaves_out_what_a_choice_depends_on(card):
 @pytest.mark.parametrize(
     "change, same",
     [
-        (lambda folder: (folder / "kernels/linear.py").write_text("tiles = 128"), False),
-        (lambda folder: (folder / "kernels/new.py").write_text("1"), False),
+        (lambda folder: (folder / "kernels/triton/linear.py").write_text("tiles = 128"), False),
+        (lambda folder: (folder / "kernels/triton/new.py").write_text("1"), False),
+        (lambda folder: (folder / "kernels/cuda/new.py").write_text("1"), False),
+        (lambda folder: (folder / "choose/config_tables.py").write_text("rows = 1"), False),
         (lambda folder: (folder / "_C.cpython-311-x86_64-linux-gnu.so").write_bytes(b"other"), False),
         # what runs where a choice names no configuration, and what a kernel lost with
-        (lambda folder: (folder / "measured_sm90.json").write_text("{}"), False),
-        (lambda folder: (folder / "builtin.py").write_text("careful"), False),
-        (lambda folder: (folder / "vit.py").write_text("other"), True),
+        (lambda folder: (folder / "choose/measured_sm90.json").write_text("{}"), False),
+        (lambda folder: (folder / "choose/builtin.py").write_text("careful"), False),
+        (lambda folder: (folder / "config.py").write_text("other"), True),
     ],
-    ids=["kernel", "new kernel", "extension", "table", "careful choices", "model"],
+    ids=["kernel", "new kernel", "new launcher", "configurations", "extension", "table", "careful choices", "model"],
 )
 def test_what_other_kernels_did_is_used(fake, card, monkeypatch, tmp_path, change, same):
-    (tmp_path / "kernels").mkdir()
-    (tmp_path / "kernels/linear.py").write_text("tiles = 64")
+    for folder in ("kernels/triton", "kernels/cuda", "choose"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "kernels/triton/linear.py").write_text("tiles = 64")
     (tmp_path / "_C.cpython-311-x86_64-linux-gnu.so").write_bytes(b"binary")
     monkeypatch.setattr(tuning_cache, "PACKAGE", tmp_path)
     monkeypatch.setattr(tuning_cache, "key_of", key_of)
@@ -304,7 +310,7 @@ def test_the_digest_is_of_no_file(card):
     began = time.perf_counter()
     found = tuning_cache.kernels()
     assert time.perf_counter() - began < 1.0 and len(found) == 16 and found != tuning_cache.digest_of([])
-    assert (tuning_cache.PACKAGE / "kernels" / "linear.py").is_file()
+    assert (tuning_cache.PACKAGE / "kernels/triton/linear.py").is_file()
 
 
 # the public function and the command
@@ -335,15 +341,15 @@ def test_without_a_gpu_tuning_seems_to_work():
 def test_wrong_use_of_the_command_is_not_explained(arguments, message, capsys, monkeypatch):
     device = torch.device("cpu" if "cpu" in arguments else "cuda")
     if "tpu" not in arguments:
-        monkeypatch.setattr(info, "device_named", lambda name: device)
-    assert cli.main(["tune", *arguments.split()]) == 2
+        monkeypatch.setattr(tuning.devices, "device_named", lambda name: device)
+    assert main.main(["tune", *arguments.split()]) == 2
     printed = capsys.readouterr()
     assert not printed.out and message in printed.err and len(printed.err.splitlines()) == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_command_ends_in_a_traceback_without_a_gpu(capsys):
-    assert cli.main(["tune", "vit_tiny_patch16_224"]) == 2
+    assert main.main(["tune", "vit_tiny_patch16_224"]) == 2
     printed = capsys.readouterr()
     assert not printed.out and "vitfast tune: 'cuda' cannot be used" in printed.err
 
@@ -351,7 +357,7 @@ def test_the_command_ends_in_a_traceback_without_a_gpu(capsys):
 @pytest.fixture
 def gpu(fake, place, monkeypatch):
     """As if there were a GPU, on which every model makes the fake's call."""
-    monkeypatch.setattr(info, "device_named", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(tuning.devices, "device_named", lambda name: torch.device("cuda"))
     monkeypatch.setattr(dispatch, "why_no_kernels", lambda: "")
     monkeypatch.setattr(tuning.devices, "of", lambda device: place)
     asked = []
@@ -367,7 +373,7 @@ def gpu(fake, place, monkeypatch):
 def test_the_command_tunes_something_else_than_it_was_told(fake, gpu, capsys):
     names = ["vit_tiny_patch16_224", "vit_small_patch16_224"]
     options = ["--batch", "1", "64", "--dtype", "fp16", "--training", "--image-size", "384"]
-    assert cli.main(["tune", *names, *options]) == 0
+    assert main.main(["tune", *names, *options]) == 0
     configs = [vitfast.config_for(name, img_size=384) for name in names]
     assert gpu == [(configs, (1, 64), torch.float16, True)]
     printed = capsys.readouterr()
@@ -378,12 +384,12 @@ def test_the_command_tunes_something_else_than_it_was_told(fake, gpu, capsys):
 @pytest.mark.parametrize("kernel", [wrong_if(64), full], ids=["wrong", "nothing kept"])
 def test_the_command_succeeds_with_a_wrong_kernel_or_with_nothing(fake, gpu, capsys, kernel):
     fake.kernel = fake.timed(lambda config: 2, kernel)
-    assert cli.main(["tune", "vit_tiny_patch16_224"]) == 1
+    assert main.main(["tune", "vit_tiny_patch16_224"]) == 1
     assert ("nothing was kept" in capsys.readouterr().out) == (kernel is full)
 
 
 def test_the_command_leaves_prepared_models_out(fake, gpu, capsys):
-    assert cli.main(["tune", "vit_tiny_patch16_224", "--dtype", "fp16", "--prepared"]) == 0
+    assert main.main(["tune", "vit_tiny_patch16_224", "--dtype", "fp16", "--prepared"]) == 0
     config = vitfast.config_for("vit_tiny_patch16_224")
     assert gpu[0][0] == [config, Prepared(config, torch.float16, torch.device("cuda"))]
 

@@ -13,7 +13,7 @@ from vit_pytorch.dino import Dino
 from vit_pytorch.mae import MAE
 
 import vitfast
-from vitfast.acceptance import accept_model
+from vitfast.check.acceptance import accept_model
 
 SMALL = dict(image_size=32, patch_size=8, num_classes=40, dim=64, depth=2, heads=4, mlp_dim=128, dim_head=16)
 CASES = {

@@ -11,19 +11,20 @@ from simulated_device import SimulatedDevice
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vitfast
-from vitfast import dispatch, warm_up
-from vitfast.bench import device as devices
-from vitfast.calls import Call, Like, _Recorder, calls_of, calls_of_prepared, distinct
-from vitfast.engine import PreparedViT
-from vitfast.families import FAMILIES
-from vitfast.tuning_cache import Choice
+from vitfast.check import warmup
+from vitfast.check.calls import Call, Like, _Recorder, calls_of, calls_of_prepared, distinct
+from vitfast.check.families import FAMILIES
+from vitfast.choose import dispatch
+from vitfast.choose.tuning_cache import Choice
+from vitfast.inference.prepare import PreparedViT
+from vitfast.measure import device as devices
 
 fake_fixture = pytest.fixture(prepared, name="fake")
 
 
 def warm(*calls, place=None):
     lines = []
-    report = warm_up.warm(calls or (rows(8, 64),), place or SimulatedDevice(), lines.append)
+    report = warmup.warm(calls or (rows(8, 64),), place or SimulatedDevice(), lines.append)
     assert len(lines) == len(calls or (1,))
     return report, lines
 
@@ -274,7 +275,7 @@ def test_a_model_on_a_gpu_is_left_cold(monkeypatch, capsys):
     config = vitfast.config_for("vit_tiny_patch16_224", **TINY)
     on_gpu = types.SimpleNamespace(device=torch.device("cuda"))
     model = types.SimpleNamespace(parameters=lambda: iter([on_gpu]), config=config)
-    monkeypatch.setattr(warm_up, "models_in", lambda *_: [model])
+    monkeypatch.setattr(warmup, "models_in", lambda *_: [model])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(devices, "of", lambda device: SimulatedDevice())
     report = vitfast.warmup(model, [1, 3], dtype=torch.bfloat16, training=True)
@@ -296,7 +297,7 @@ PREPARED = ("folded_linear", "added_linear")
 
 
 def test_a_prepared_model_on_a_gpu_is_left_cold(monkeypatch):
-    """Its products were no ops: neither checked nor compiled; tests/kernels/test_folded.py has the kernels in it."""
+    """Its products were no ops: neither checked nor compiled; tests/kernels/test_gpu_block.py has the kernels in it."""
     model = vitfast.ViT.from_config(vitfast.config_for("vit_tiny_patch16_224", **TINY | {"depth": 3})).to("meta")
     prepared = PreparedViT(model.eval().half(), torch.float16, None)
     prepared.parameters = lambda: iter([types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16)])
@@ -314,12 +315,12 @@ def test_a_prepared_model_on_a_gpu_is_left_cold(monkeypatch):
 
 
 def description_of(prepared):
-    return warm_up.description(prepared, torch.device("cuda"))
+    return warmup.description(prepared, torch.device("cuda"))
 
 
 def test_a_graph_that_is_captured_gets_kernels_compiled_into_it(monkeypatch):
     on_gpu = types.SimpleNamespace(device=torch.device("cuda"))
-    monkeypatch.setattr(warm_up, "models_in", lambda *_: [types.SimpleNamespace(parameters=lambda: iter([on_gpu]))])
+    monkeypatch.setattr(warmup, "models_in", lambda *_: [types.SimpleNamespace(parameters=lambda: iter([on_gpu]))])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="a CUDA graph is being captured"):
         vitfast.warmup(None, dtype=torch.bfloat16)
@@ -329,7 +330,7 @@ def test_warming_up_changes_random_numbers_or_gradients(fake):
     model = vitfast.create_model("vit_tiny_patch16_224", drop_path_rate=0.1, **TINY)
     before = torch.get_rng_state()
     weights = {name: p.clone() for name, p in model.named_parameters()}
-    calls = warm_up.kernel_calls([model.config], (1, 2), torch.float32, True)
+    calls = warmup.kernel_calls([model.config], (1, 2), torch.float32, True)
     warm(*calls, rows(8, 64))
     assert torch.equal(before, torch.get_rng_state())
     assert all(p.grad is None and torch.equal(p, weights[name]) for name, p in model.named_parameters())
@@ -397,7 +398,7 @@ def test_another_dtype_or_batch_is_foreseen():
     calls = calls_of(config, 64, torch.bfloat16, False)
     packed = Like((64, 197, 3, 12, 64), (197 * 2304, 2304, 768, 64, 1), torch.bfloat16)
     assert Call("attention_qkv", (packed, 0.125)) in calls
-    assert warm_up.kernel_calls([config, config], (64, 64), torch.bfloat16, False) == [
+    assert warmup.kernel_calls([config, config], (64, 64), torch.bfloat16, False) == [
         call for call in calls if call.op in FAMILIES
     ]
 
@@ -429,10 +430,10 @@ def test_under_autocast_other_calls_are_foreseen_than_the_model_makes(name, trai
 def test_autocast_is_forgotten_or_stays(monkeypatch):
     model = vitfast.create_model("vit_tiny_patch16_224", img_size=32, depth=1)
     asked = []
-    monkeypatch.setattr(warm_up, "kernel_calls", lambda *given: asked.append(given[2:]) or [])
+    monkeypatch.setattr(warmup, "kernel_calls", lambda *given: asked.append(given[2:]) or [])
     on_gpu = types.SimpleNamespace(device=torch.device("cuda"))
     monkeypatch.setattr(torch.nn.Module, "parameters", lambda *_: iter([on_gpu]))
-    monkeypatch.setattr(warm_up, "_dtype_of", lambda *_: torch.float32)
+    monkeypatch.setattr(warmup, "_dtype_of", lambda *_: torch.float32)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(devices, "of", lambda device: types.SimpleNamespace(current=contextlib.nullcontext))
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: True)

@@ -8,12 +8,12 @@ import torch
 from simulated_device import SimulatedDevice
 
 import vitfast
-from vitfast import warm_up
-from vitfast.acceptance import NotAccepted
-from vitfast.calls import Call, Like, Prepared, calls_of, calls_of_prepared, contiguous
-from vitfast.families import FAMILIES
-from vitfast.families.family import arguments
-from vitfast.kernels import linear
+from vitfast.check import warmup
+from vitfast.check.acceptance import NotAccepted
+from vitfast.check.calls import Call, Like, Prepared, calls_of, calls_of_prepared, contiguous
+from vitfast.check.families import FAMILIES
+from vitfast.check.families.family import arguments
+from vitfast.kernels.triton import linear
 
 # attention's entries
 
@@ -34,7 +34,7 @@ def test_stock_attention_is_not_accepted(op, dtype):
     smaller = FAMILIES[op].smaller(Call(op, tuple(likes)))
     assert len(set(smaller)) == 3
     for call in smaller:
-        assert warm_up.check(FAMILIES[op], call, None, SimulatedDevice()) == "right"
+        assert warmup.check(FAMILIES[op], call, None, SimulatedDevice()) == "right"
 
 
 def test_attention_is_asked_for_configurations_of_another_shape(monkeypatch):
@@ -47,10 +47,10 @@ def test_attention_is_asked_for_configurations_of_another_shape(monkeypatch):
     def configs(direction):
         return lambda *shape: asked.append((direction, *shape)) or [Config(block=64), Config(block=128)]
 
-    kernel = types.ModuleType("vitfast.kernels.attention")
+    kernel = types.ModuleType("vitfast.kernels.triton.attention")
     kernel.forward_configs, kernel.backward_configs = configs("forward"), configs("backward")
-    monkeypatch.setitem(sys.modules, "vitfast.kernels.attention", kernel)
-    monkeypatch.setattr("vitfast.kernels.attention", kernel, raising=False)
+    monkeypatch.setitem(sys.modules, "vitfast.kernels.triton.attention", kernel)
+    monkeypatch.setattr("vitfast.kernels.triton.attention", kernel, raising=False)
     for op in ("attention_qkv", "attention", "attention_backward", "attention_qkv_backward"):
         assert FAMILIES[op].configs(ATTENTION[op], torch.device("cuda")) == [{"block": 64}, {"block": 128}]
     # 2 images of 12 heads
@@ -68,7 +68,7 @@ LAYER_OPS = [op for op in FAMILIES if not any(name in op for name in ("attention
 def layer_calls(op, dtype, **options):
     options = {"init_values": 0.1, "drop_path_rate": 0.1, **options}
     config = vitfast.config_for("vit_tiny_patch16_224", img_size=64, **options)
-    return [call for call in warm_up.kernel_calls([config], (2,), dtype, True) if call.op == op]
+    return [call for call in warmup.kernel_calls([config], (2,), dtype, True) if call.op == op]
 
 
 # on CPUs stock norms add up gradients of weights in half precision
@@ -80,7 +80,7 @@ def layer_calls(op, dtype, **options):
 def test_stock_layers_are_not_accepted(op, dtype):
     for call in layer_calls(op, dtype):
         for small in FAMILIES[op].smaller(call):
-            assert warm_up.check(FAMILIES[op], small, None, SimulatedDevice()) == "right"
+            assert warmup.check(FAMILIES[op], small, None, SimulatedDevice()) == "right"
 
 
 @pytest.mark.parametrize("op", LAYER_OPS)
@@ -146,13 +146,13 @@ MODEL_OPS = [op for op in FAMILIES if "add_layer_norm" not in op and op != "imag
 def test_a_large_result_is_wrong_in_its_last_row_or_in_a_sum(op):
     for call in own_calls(op):
         family, args, outs, places = result_of(op, call)
-        assert warm_up.check_part(family, call, args, outs, places, SimulatedDevice()) == "right"
+        assert warmup.check_part(family, call, args, outs, places, SimulatedDevice()) == "right"
     for i, out in enumerate(outs):
         for wrong in ("off", "nan") if out is not None else ():
             broken = list(outs)
             broken[i] = off(out, -1) if wrong == "off" else out.clone().index_fill_(0, torch.tensor(0), torch.nan)
             with pytest.raises(NotAccepted, match=f"result {i}.*{'not accepted' if wrong == 'off' else 'not finite'}"):
-                warm_up.check_part(family, call, args, tuple(broken), places, SimulatedDevice())
+                warmup.check_part(family, call, args, tuple(broken), places, SimulatedDevice())
 
 
 @pytest.mark.parametrize("row", [0, 31, 32, -1])
@@ -169,7 +169,7 @@ def test_a_sum_over_all_rows_lacks_one(op, row):
     kept = family.results(args)
     outs = tuple(out if i in family.sums else good for i, (out, good) in enumerate(zip(outs, kept, strict=True)))
     with pytest.raises(NotAccepted, match="result [1-7]"):
-        warm_up.check_part(family, call, args, outs, places, SimulatedDevice())
+        warmup.check_part(family, call, args, outs, places, SimulatedDevice())
 
 
 @pytest.mark.parametrize("rows", [1, 2, 33, 197, 50432, 10**6])
@@ -200,7 +200,7 @@ def test_a_layer_is_checked_with_another_configuration_than_runs(op, monkeypatch
     """An MLP's second product has fewer tiles, and so a configuration of its own."""
     monkeypatch.setattr(linear, "multiprocessors", lambda device: 132)
     config = vitfast.config_for("vit_base_patch16_224")
-    calls = warm_up.kernel_calls([config], (8,), torch.bfloat16, False)
+    calls = warmup.kernel_calls([config], (8,), torch.bfloat16, False)
     first = next(call for call in calls if call.op == op)
     x = torch.empty(8, 197, 768, dtype=torch.bfloat16, device="meta")
     matrices = [like for like in first.likes() if len(like.shape) == 2]

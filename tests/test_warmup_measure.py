@@ -13,11 +13,12 @@ from fake_kernel import DEVICE, prepared, restart, right, rows
 from simulated_device import SimulatedDevice
 
 import vitfast
-from vitfast import dispatch, measuring, tuning_cache, warm_up
-from vitfast.bench import device as devices
-from vitfast.calls import Prepared
-from vitfast.families import FAMILIES
-from vitfast.tuning_cache import Choice
+from vitfast.check import measuring, warmup
+from vitfast.check.calls import Prepared
+from vitfast.check.families import FAMILIES
+from vitfast.choose import dispatch, tuning_cache
+from vitfast.choose.tuning_cache import Choice
+from vitfast.measure import device as devices
 
 fake_fixture = pytest.fixture(prepared, name="fake")
 
@@ -45,7 +46,7 @@ def place(fake):
 
 def warm(place, *calls, measure=True):
     lines = []
-    return warm_up.warm(calls or (rows(8, 64),), place, lines.append, measure), lines
+    return warmup.warm(calls or (rows(8, 64),), place, lines.append, measure), lines
 
 
 def kept():
@@ -285,8 +286,8 @@ def gpu(fake, place, monkeypatch):
     config = vitfast.config_for("vit_tiny_patch16_224")
     model = types.SimpleNamespace(parameters=lambda: iter([on_gpu]), config=config)
     made = types.SimpleNamespace(model=model, calls=lambda: [rows(8, 64)], asked=0)
-    monkeypatch.setattr(warm_up, "models_in", lambda *_: [model])
-    monkeypatch.setattr(warm_up, "description", lambda *_: Prepared(config, torch.float16, on_gpu.device))
+    monkeypatch.setattr(warmup, "models_in", lambda *_: [model])
+    monkeypatch.setattr(warmup, "description", lambda *_: Prepared(config, torch.float16, on_gpu.device))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(devices, "of", lambda device: place)
 
@@ -294,7 +295,7 @@ def gpu(fake, place, monkeypatch):
         made.asked += 1
         return made.calls()
 
-    monkeypatch.setattr(warm_up, "kernel_calls", kernel_calls)
+    monkeypatch.setattr(warmup, "kernel_calls", kernel_calls)
     made.warmup = lambda **options: vitfast.warmup(model, dtype=torch.float32, **options)
     return made
 
@@ -341,7 +342,7 @@ def test_calls_that_follow_from_a_choice_are_left_cold(fake, gpu):
 
 def test_calls_that_change_every_time_are_followed_for_ever(fake, gpu):
     gpu.calls = lambda: [rows(8 + gpu.asked, 64)]
-    assert len(gpu.warmup(progress=False).rows) == gpu.asked == warm_up.PASSES
+    assert len(gpu.warmup(progress=False).rows) == gpu.asked == warmup.PASSES
 
 
 def test_choices_are_kept_in_another_form_than_tunes(fake, place):

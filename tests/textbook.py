@@ -2,9 +2,9 @@
 
 The error of a stock product depends on the machine's library. One accumulator a result, which is what a product of many
 rows comes to in every library and what our kernels have, makes an error that grows with the root of its length (the
-arithmetic is in `vitfast.acceptance`); MKL's AVX-512 kernels for few rows add up in several short ones and are 2 to 4
-times as exact. In half precision some CPUs accumulate in fp32, and others round on the way. A rule that compares with
-whatever is here would accept and refuse the same result by the machine it was computed on.
+arithmetic is in `vitfast.check.acceptance`); MKL's AVX-512 kernels for few rows add up in several short ones and are 2
+to 4 times as exact. In half precision some CPUs accumulate in fp32, and others round on the way. A rule that compares
+with whatever is here would accept and refuse the same result by the machine it was computed on.
 """
 
 import torch

@@ -10,18 +10,17 @@ Importing needs neither a GPU nor triton, and asks no device anything.
 """
 
 from vitfast import ops, reference
+from vitfast.check.warmup import warmup
+from vitfast.checkpoints.checkpoint import load_checkpoint, read_checkpoint, read_config, save_checkpoint
+from vitfast.choose.dispatch import backend, set_backend
+from vitfast.choose.exportable import set_exportable
 from vitfast.config import ViTConfig
-from vitfast.create import create_model
-from vitfast.dispatch import backend, set_backend
-from vitfast.engine import prepare
-from vitfast.fusion import explain
-from vitfast.switches import set_exportable
-from vitfast.variants import UNSUPPORTED, VARIANTS, config_for, list_models
-from vitfast.vit import ViT
-from vitfast.warm_up import warmup
-from vitfast.weights.checkpoint import load_checkpoint, read_checkpoint, read_config, save_checkpoint
-
-__version__ = "0.1.0"
+from vitfast.inference.prepare import prepare
+from vitfast.model.explain import explain
+from vitfast.model.vit import ViT
+from vitfast.timm_names.create import create_model
+from vitfast.timm_names.variants import UNSUPPORTED, VARIANTS, config_for, list_models
+from vitfast.version import __version__ as __version__
 
 __all__ = [
     "UNSUPPORTED", "VARIANTS", "ViT", "ViTConfig", "backend", "config_for", "create_model", "explain", "list_models",

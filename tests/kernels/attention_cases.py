@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from vitfast import reference
-from vitfast.acceptance import RMS_RATIO, YARDSTICK_EPS, accept
-from vitfast.kernels import attention
-from vitfast.kernels.tuning import Config
+from vitfast.check.acceptance import RMS_RATIO, YARDSTICK_EPS, accept
+from vitfast.choose.config_tables import Config
+from vitfast.kernels.triton import attention
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16} | ({} if INTERPRETED else {"bf16": torch.bfloat16})
@@ -106,8 +106,8 @@ def judge(out, ref, low, *, grad=False, what="", rows=16, keys=16):
     k = RMS_RATIO[out.dtype] * (1 + 8 * out.numel() ** -0.5)
     # Of few rows the errors differ by chance. Of one key stock attention is exact, and dq and dk are 0: scale times k
     # or q times the difference of two equal sums of D products. Of unit normals each sum is some sqrt(D) and off by
-    # 0.21 eps sqrt(D / 2) of that (vitfast/acceptance.py), which makes 0.21 eps sqrt(D), or 3e-7 at D = 128; a factor
-    # of 3 and errors of 4 times the typical one leave 3.5e-6.
+    # 0.21 eps sqrt(D / 2) of that (vitfast/check/acceptance.py), which makes 0.21 eps sqrt(D), or 3e-7 at D = 128; a
+    # factor of 3 and errors of 4 times the typical one leave 3.5e-6.
     if keys == 1 or (out.dtype is torch.float32 and rows < 9):
         rtol = max(1e-5, torch.finfo(out.dtype).eps)
         near = max(1e-5 * ref.abs().max().item(), 3.5e-6 if keys == 1 else 1e-6)

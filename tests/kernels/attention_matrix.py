@@ -13,8 +13,8 @@ import pytest
 import torch
 from attention_cases import BACKWARD, DTYPES, FORWARD, draw, exact, fits, judge, laid_out, stock
 
-from vitfast.kernels import attention
-from vitfast.kernels.tuning import Config
+from vitfast.choose.config_tables import Config
+from vitfast.kernels.triton import attention
 
 LENGTHS = (1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 196, 197, 198, 257, 577)
 HEAD_DIMS = (16, 32, 40, 64, 72, 80, 96, 128)

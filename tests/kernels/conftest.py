@@ -16,8 +16,8 @@ import triton
 from textbook import Textbook
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vitfast import builtin
-from vitfast.kernels import launch
+from vitfast.choose import builtin
+from vitfast.kernels.triton import launch
 from vitfast.ops import _stock
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -20,10 +20,11 @@ from linear_cases import ACTIVATIONS, MECHANISMS, few_programs, layer, mlp_layer
 from triton.runtime import interpreter
 
 import vitfast
-from vitfast import dispatch, ops
-from vitfast.kernels import attention, gated_rows, layer_norm, linear, mlp, tuning
-from vitfast.kernels.linear import After
-from vitfast.kernels.tuning import BLAS, WHOLE
+from vitfast import ops
+from vitfast.choose import config_tables, dispatch
+from vitfast.choose.config_tables import BLAS, WHOLE
+from vitfast.kernels.triton import attention, layer_norm, linear, mlp, mlp_gated
+from vitfast.kernels.triton.linear import After
 
 WIDTHS = (64, 192, 384, 768, 1152)
 every_place = {"place": tuple(PLACES)}
@@ -76,7 +77,7 @@ def test_norm(C, shape, kind, form, programs, dtype, place, placement):
 
 # products
 
-TILES = [row.config for arch in tuning.ARCHITECTURES for row in tuning.PRODUCT[arch]]
+TILES = [row.config for arch in config_tables.ARCHITECTURES for row in config_tables.PRODUCT[arch]]
 PRODUCTS = named(config for config in [*TILES, *MECHANISMS.values(), BLAS] if config.kernel != "whole")
 # so long that a sum is split in two where it may be, and that the last step of it is whole or not
 DEPTHS = {
@@ -188,10 +189,10 @@ def test_mlp(product, rows, D, form, recompute, act, training, place, placement)
 # attention
 
 ATTENTION = {
-    direction: named(itertools.chain((row.config for arch in tuning.ARCHITECTURES for row in table[arch]), more))
+    direction: named(itertools.chain((row.config for arch in config_tables.ARCHITECTURES for row in table[arch]), more))
     for direction, table, more in (
-        ("forward", tuning.FORWARD, FORWARD.values()),
-        ("backward", tuning.BACKWARD, BACKWARD.values()),
+        ("forward", config_tables.FORWARD, FORWARD.values()),
+        ("backward", config_tables.BACKWARD, BACKWARD.values()),
     )
 }
 # of keys in one, two and three parts
@@ -270,7 +271,7 @@ def test_prepared_model(product, width, changes, images, placement, monkeypatch)
     model = model_of(width, changes).eval().half()
     if product != "table":
         config = PRODUCTS[product]
-        monkeypatch.setitem(tuning.PRODUCT, 90, [tuning.ProductRow(config)])
+        monkeypatch.setitem(config_tables.PRODUCT, 90, [config_tables.ProductRow(config)])
         monkeypatch.setattr(linear, "multiprocessors", lambda device: 3 if config.persistent else 64)
     prepared = vitfast.prepare(model)
     images = draw(images, 3, 24, 24, dtype=torch.float16)
@@ -294,7 +295,7 @@ def last_programs(monkeypatch):
             start(kernel, few, *given, **more)
 
     start, set_dim = linear.launch, builder.set_grid_dim
-    for module in (attention, gated_rows, layer_norm, linear, mlp):
+    for module in (attention, mlp_gated, layer_norm, linear, mlp):
         monkeypatch.setattr(module, "launch", launch)
 
 
@@ -330,7 +331,7 @@ def test_far(kernel, placement, last_programs, monkeypatch):
         monkeypatch.setattr(torch, "zeros", lambda *shape, **how: torch.full(shape, 3, **how))
         out = linear.product(x, weight, After(x.dtype), MECHANISMS["split"])[0]
     elif kernel == "gated":
-        out = gated_rows.forward(one_row(M, 2 * C), "silu")
+        out = mlp_gated.forward(one_row(M, 2 * C), "silu")
     elif kernel == "whole":
         out = mlp.whole(
             x, *nothing, 1e-6, "layer", weight, None, weight.t(), None, "gelu", *nothing, WHOLE[80][192]

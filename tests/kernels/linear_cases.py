@@ -13,9 +13,9 @@ from attention_cases import INTERPRETED, draw
 from textbook import Textbook
 
 from vitfast import ops, reference
-from vitfast.acceptance import YARDSTICK_EPS, accept, rms_ratio_of_few
-from vitfast.kernels import layer_norm, linear, mlp
-from vitfast.kernels.tuning import BLAS, Product
+from vitfast.check.acceptance import YARDSTICK_EPS, accept, rms_ratio_of_few
+from vitfast.choose.config_tables import BLAS, Product
+from vitfast.kernels.triton import layer_norm, linear, mlp
 
 # one of each way to share a product's work, with tiles that a small test fills more than once
 MECHANISMS = {

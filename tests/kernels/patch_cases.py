@@ -6,8 +6,8 @@ from attention_cases import INTERPRETED, draw
 from native_build import kernels_on_host
 
 from vitfast import reference
-from vitfast.acceptance import YARDSTICK_EPS, accept, rms_ratio_of_few
-from vitfast.kernels import patch_embed
+from vitfast.check.acceptance import YARDSTICK_EPS, accept, rms_ratio_of_few
+from vitfast.kernels.cuda import patch_embed
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 MEAN, STD = torch.linspace(0.3, 0.6, 8), torch.linspace(0.2, 0.4, 8)
@@ -21,7 +21,7 @@ def forget():
 
 @pytest.fixture
 def kernels(tmp_path_factory, monkeypatch):
-    """vitfast.kernels.patch_embed, whose kernels run on the host where there is no GPU: bf16 is right there too."""
+    """The launcher of patch embedding, whose kernels run on the host where there is no GPU: bf16 is right there too."""
     if INTERPRETED:
         # one folder for all of xdist's processes
         shared = tmp_path_factory.getbasetemp()

@@ -19,8 +19,9 @@ from attention_cases import (
     stock,
 )
 
-from vitfast.kernels import attention, tuning
-from vitfast.kernels.launch import architecture
+from vitfast.choose import config_tables
+from vitfast.kernels.triton import attention
+from vitfast.kernels.triton.launch import architecture
 
 LENGTHS = (1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 196, 197, 198, 257, 577)
 HEAD_DIMS = (16, 24, 32, 40, 48, 64, 72, 80, 96, 112, 128)
@@ -63,12 +64,12 @@ def test_head_dim_is_padded_wrongly_or_sets_the_scale(D, forward, backward, dtyp
 
 
 # of other architectures not on a GPU, whose memory may be too small
-ARCHS = tuning.ARCHITECTURES if INTERPRETED else (architecture(torch.device("cuda", 0)),)
+ARCHS = config_tables.ARCHITECTURES if INTERPRETED else (architecture(torch.device("cuda", 0)),)
 
 
 @pytest.mark.parametrize("direction", ("forward", "backward"))
 def test_configuration_of_a_table_is_wrong_at_the_widest_head_that_it_is_for(direction, device):
-    table = getattr(tuning, direction.upper())
+    table = getattr(config_tables, direction.upper())
     for row in dict.fromkeys(row for arch in ARCHS for row in table[arch]):
         dtype = torch.float16 if row.bits == 16 else torch.float32
         both = {"backward": BACKWARD["blocks"]} | {direction: row.config}

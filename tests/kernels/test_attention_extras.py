@@ -7,7 +7,7 @@ from launches import Launches
 from torch.utils.checkpoint import checkpoint
 
 from vitfast import ops, reference
-from vitfast.kernels import attention
+from vitfast.kernels.triton import attention
 from vitfast.ops import _attention_run
 from vitfast.ops._attention_stock import attention_formula, attention_formula_backward, key_is_there
 

@@ -6,8 +6,8 @@ from attention_cases import BACKWARD, check, draw, laid_out
 from launches import SANITIZER, sanitized
 
 from vitfast import ops
-from vitfast.acceptance import accept
-from vitfast.kernels import attention
+from vitfast.check.acceptance import accept
+from vitfast.kernels.triton import attention
 from vitfast.ops import _attention_stock
 
 

@@ -6,14 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vitfast import config_for, warm_up
-from vitfast.acceptance import NotAccepted
-from vitfast.bench import device as devices
-from vitfast.calls import Call, Prepared, contiguous
-from vitfast.dispatch import KERNELS
-from vitfast.families import FAMILIES, as_tuple
-from vitfast.kernels import layer_norm, linear, linear_grads, mlp
-from vitfast.kernels.tuning import Product
+from vitfast import config_for
+from vitfast.check import warmup
+from vitfast.check.acceptance import NotAccepted
+from vitfast.check.calls import Call, Prepared, contiguous
+from vitfast.check.families import FAMILIES, as_tuple
+from vitfast.choose.config_tables import Product
+from vitfast.choose.dispatch import KERNELS
+from vitfast.kernels.triton import layer_norm, linear, linear_grads, mlp
+from vitfast.measure import device as devices
 from vitfast.ops._launch import INTERPRETED
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16} | ({} if INTERPRETED else {"bf16": torch.bfloat16})
@@ -38,11 +39,11 @@ pytestmark = pytest.mark.usefixtures("stock_norms_of_a_gpu")
 def calls_of_models(dtype):
     """The calls of tiny models, and those of norms of sums, which no model has."""
     configs = [config_for(name, **options) for name, options in MODELS]
-    found = warm_up.kernel_calls(configs, (2,), dtype, True) + warm_up.kernel_calls(configs[:1], (2,), dtype, False)
+    found = warmup.kernel_calls(configs, (2,), dtype, True) + warmup.kernel_calls(configs[:1], (2,), dtype, False)
     if dtype is not torch.float32:
-        found += warm_up.kernel_calls(configs, (2,), torch.float32, True, dtype)
+        found += warmup.kernel_calls(configs, (2,), torch.float32, True, dtype)
     place = torch.device("cpu" if INTERPRETED else "cuda")
-    found += warm_up.kernel_calls([Prepared(config, dtype, place) for config in configs], (2,), dtype, False)
+    found += warmup.kernel_calls([Prepared(config, dtype, place) for config in configs], (2,), dtype, False)
     rows, vector = contiguous(2, 5, 64, dtype=dtype), contiguous(64, dtype=dtype)
     images, statistic = contiguous(2, dtype=dtype), contiguous(2, 5, 1, dtype=torch.float32)
     name = str(dtype)[6:]
@@ -81,7 +82,7 @@ def test_a_right_kernel_is_not_accepted(op, dtype, device):
             key = small, str(config)
             if key not in seen:
                 seen.add(key)
-                assert warm_up.check(family, small, config, devices.of(device)) == "right"
+                assert warmup.check(family, small, config, devices.of(device)) == "right"
 
 
 # the launchers that an op calls
@@ -121,7 +122,7 @@ def test_a_wrong_result_passes(op, wrong, device, monkeypatch):
 
         monkeypatch.setattr(module, name, broken)
         with pytest.raises(NotAccepted, match=f"result {i}"):
-            warm_up.check(family, small, None, devices.of(device))
+            warmup.check(family, small, None, devices.of(device))
 
 
 def pieces(t):
@@ -153,7 +154,7 @@ def test_a_wrong_product_of_a_prepared_model_passes(op, launcher, i, wrong, devi
 
     monkeypatch.setattr(linear, launcher, broken)
     with pytest.raises(NotAccepted, match=f"result {i}"):
-        warm_up.check(family, small, None, devices.of(device))
+        warmup.check(family, small, None, devices.of(device))
 
 
 def test_a_result_that_nobody_asked_for_passes(device):
@@ -166,4 +167,4 @@ def test_a_result_that_nobody_asked_for_passes(device):
 
     calls = []
     with pytest.raises(NotAccepted, match="result 1: it is there, expected none"):
-        warm_up.check(replace(family, run=more), small, None, devices.of(device))
+        warmup.check(replace(family, run=more), small, None, devices.of(device))

@@ -8,7 +8,7 @@ from attention_cases import INTERPRETED, draw
 from guarded_memory import CASE, run_guarded
 
 from vitfast import ops
-from vitfast.kernels import attention, gated_rows, layer_norm, linear, mlp
+from vitfast.kernels.triton import attention, layer_norm, linear, mlp, mlp_gated
 
 in_interpreter = pytest.mark.skipif(not INTERPRETED, reason="compute-sanitizer is there for kernels on a GPU")
 
@@ -69,7 +69,7 @@ def test_what_no_kernel_wrote_is_right_by_luck(monkeypatch, device):
     """Of ops whose kernels do nothing all is NaN, on every device: they have made the memory themselves."""
     x, w1, w2 = (draw(*shape, device=device).half() for shape in ((2, 5, 64), (128, 64), (64, 64)))
     x.requires_grad_()
-    for module in (attention, gated_rows, layer_norm, linear, mlp):
+    for module in (attention, mlp_gated, layer_norm, linear, mlp):
         monkeypatch.setattr(module, "launch", lambda *given, **more: None)
     results = {
         "layer_norm": ops.layer_norm(x, w2[0], None, 1e-6),

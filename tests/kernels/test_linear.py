@@ -26,11 +26,12 @@ from linear_cases import (
 )
 
 import vitfast
-from vitfast import dispatch, ops, reference
-from vitfast.kernels import gated_rows, layer_norm, linear, mlp, tuning
-from vitfast.kernels.launch import architecture, device_reasons
-from vitfast.kernels.linear import After
-from vitfast.kernels.tuning import Product, ProductRow
+from vitfast import ops, reference
+from vitfast.choose import config_tables, dispatch
+from vitfast.choose.config_tables import Product, ProductRow
+from vitfast.kernels.triton import layer_norm, linear, mlp, mlp_gated
+from vitfast.kernels.triton.launch import architecture, device_reasons
+from vitfast.kernels.triton.linear import After
 
 every_mechanism = pytest.mark.parametrize("mechanism", MECHANISMS)
 every_activation = pytest.mark.parametrize("act", ACTIVATIONS[1:])
@@ -118,10 +119,10 @@ def test_work_is_not_shared_as_the_tests_believe():
 
 
 def configurations(arch):
-    return [row.config for row in tuning.PRODUCT[arch] if row.config.kernel == "tiles"]
+    return [row.config for row in config_tables.PRODUCT[arch] if row.config.kernel == "tiles"]
 
 
-OF_TABLES = list(dict.fromkeys(config for arch in tuning.ARCHITECTURES for config in configurations(arch)))
+OF_TABLES = list(dict.fromkeys(config for arch in config_tables.ARCHITECTURES for config in configurations(arch)))
 
 
 @pytest.mark.parametrize("config", OF_TABLES, ids=lambda config: "-".join(map(str, config.as_dict().values())))
@@ -292,7 +293,7 @@ def test_row_past_two_to_the_31_is_read_elsewhere(device):
     slope = {"act": "gelu", "slope": True, "sums": True}
     far, found = (linear.finish(y, After(torch.float16, beside=b, **slope)) for y, b in ((x, residual), near))
     assert torch.equal(far[0], found[0]) and torch.equal(far[2], found[2])
-    far, found = (mlp.gated_rows.forward(t, "silu") for t in (x, near[0]))
+    far, found = (mlp.mlp_gated.forward(t, "silu") for t in (x, near[0]))
     assert torch.equal(far, found)
 
 
@@ -326,7 +327,7 @@ def test_two_runs_differ(device):
 
 
 def test_op_runs_something_else(monkeypatch, device):
-    launches = Launches(monkeypatch, layer_norm, linear, gated_rows)
+    launches = Launches(monkeypatch, layer_norm, linear, mlp_gated)
     dtype = torch.float16
     given = layer(2, 9, 64, 72, dtype, device, norm="layer", act="gelu")
     tensors, others = mlp_layer(2, 9, 64, 128, dtype, device, gamma=True, row_scale=True)
@@ -399,7 +400,7 @@ def test_reason_against_the_kernels_is_forgotten(device):
 
 def test_helper_of_the_tests_on_gpus_is_broken(monkeypatch, device):
     """A block's kernels in one function, and last rows against the same rows alone, small."""
-    monkeypatch.setattr(tuning, "PRODUCT", {arch: BY_TILES for arch in tuning.ARCHITECTURES})
+    monkeypatch.setattr(config_tables, "PRODUCT", {arch: BY_TILES for arch in config_tables.ARCHITECTURES})
     step = all_of_a_block(2, 5, 32, torch.float32, device)
     assert all(map(torch.equal, step(), step()))
     # a whole tile: the interpreter's products are numpy's, in which a row's bits may depend on its place among others
@@ -422,7 +423,7 @@ def test_whole_model_is_another_one_on_kernels(changes, products, monkeypatch, d
     """Logits and every gradient of a small ViT in training, against the same model without the kernels."""
     if products == "by tiles":
         # in fp32, where a difference is a bug; the table has cuBLAS multiply
-        monkeypatch.setitem(tuning.PRODUCT, architecture(device), BY_TILES)
+        monkeypatch.setitem(config_tables.PRODUCT, architecture(device), BY_TILES)
     torch.manual_seed(0)
     model = vitfast.ViT.from_config(vitfast.ViTConfig(**SMALL, **MODELS[changes])).to(device).train()
     with torch.no_grad():
@@ -430,7 +431,7 @@ def test_whole_model_is_another_one_on_kernels(changes, products, monkeypatch, d
             # nothing is left at the 0 or 1 of initialisation, which would hide it
             parameter.add_(0.02 * torch.randn_like(parameter))
     images = draw(4, 3, 32, 32, device=device)
-    launches = Launches(monkeypatch, layer_norm, linear, gated_rows)
+    launches = Launches(monkeypatch, layer_norm, linear, mlp_gated)
 
     def run():
         torch.manual_seed(3)
@@ -455,7 +456,7 @@ def test_whole_model_is_another_one_on_kernels(changes, products, monkeypatch, d
 def test_nothing_around_a_product_of_cublas_takes_a_pass_of_its_own(monkeypatch, device):
     """The projection of fp32 models: a norm, and cuBLAS with the bias."""
     x, w, b, n = (draw(*shape, device=device) for shape in ((2, 5, 64), (96, 64), (96,), (64,)))
-    launches = Launches(monkeypatch, layer_norm, linear, gated_rows)
+    launches = Launches(monkeypatch, layer_norm, linear, mlp_gated)
     ops.linear(x, w, b, norm="layer", norm_weight=n, norm_bias=n)
     assert launches.names == ["norm_forward"]
     ops.linear(x, w, b, act="gelu")

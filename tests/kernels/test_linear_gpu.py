@@ -16,8 +16,9 @@ from linear_cases import (
 )
 
 from vitfast import ops
-from vitfast.kernels import linear, tuning
-from vitfast.kernels.launch import architecture
+from vitfast.choose import config_tables
+from vitfast.kernels.triton import linear
+from vitfast.kernels.triton.launch import architecture
 
 WIDTHS = (384, 768, 1024, 1280)
 
@@ -46,7 +47,7 @@ def test_configuration_of_this_device_is_wrong(dtype, device):
     """Each with as many tiles as fill the device more than once, and with a few."""
     for M in (16, 197, 128 * 197):
         given = layer(1, M, 768, 768, dtype, device, norm="layer", act="gelu", residual="same")
-        for config in tuning.product_candidates(architecture(device), 16, M, 768, 768, 132, True):
+        for config in config_tables.product_candidates(architecture(device), 16, M, 768, 768, 132, True):
             check_forward(config, given, saves=True, what=f"{config}, {M} rows", as_it_is=True)
 
 

@@ -18,7 +18,7 @@ from linear_cases import (
 )
 
 from vitfast import reference
-from vitfast.kernels import linear, linear_grads
+from vitfast.kernels.triton import linear, linear_grads
 
 every_mechanism = pytest.mark.parametrize("mechanism", MECHANISMS)
 LINEAR_NAMES = ("x", "weight", "bias", "norm_weight", "norm_bias", "gamma")

@@ -5,7 +5,7 @@ import torch
 from attention_cases import INTERPRETED
 
 import vitfast
-from vitfast import dispatch
+from vitfast.choose import dispatch
 
 
 def model_of(device, **config):

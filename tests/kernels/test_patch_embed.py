@@ -8,13 +8,14 @@ from attention_cases import INTERPRETED, draw
 from patch_cases import DTYPES, LAYOUTS, exactly, given, judge, kernels, pixels  # noqa: F401
 
 import vitfast
-from vitfast import dispatch, ops, reference
-from vitfast.acceptance import NotAccepted
-from vitfast.bench import device as devices
-from vitfast.calls import Call, Like
-from vitfast.families import FAMILIES
-from vitfast.kernels.patch_embed import code_for
-from vitfast.warm_up import check as check_family
+from vitfast import ops, reference
+from vitfast.check.acceptance import NotAccepted
+from vitfast.check.calls import Call, Like
+from vitfast.check.families import FAMILIES
+from vitfast.check.warmup import check as check_family
+from vitfast.choose import dispatch
+from vitfast.kernels.cuda.patch_embed import code_for
+from vitfast.measure import device as devices
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp16", "bf16", "fp32"])
 

@@ -9,8 +9,9 @@ from launches import SANITIZER, sanitized
 from patch_cases import DTYPES, exactly, given, judge
 from test_patch_embed import by_op
 
-from vitfast import dispatch, ops
-from vitfast.kernels import patch_embed
+from vitfast import ops
+from vitfast.choose import dispatch
+from vitfast.kernels.cuda import patch_embed
 
 # B, H, patch, D
 REAL = [(64, 224, 16, 768), (64, 224, 16, 384), (3, 518, 14, 1024), (32, 224, 14, 1280), (1, 224, 16, 192)]

@@ -6,10 +6,10 @@ almost every core, most of which kernels are compiled in.
 
 import pytest
 import test_attention_gpu
-import test_folded_gpu
+import test_gpu_block_gpu
+import test_layer_norm
 import test_linear_gpu
-import test_mlp_whole
-import test_norm
+import test_mlp
 import test_patch_embed_gpu
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from launches import sanitized, why_no_sanitizer
 from linear_cases import MECHANISMS, check_forward, check_mlp, layer
 
 import vitfast
-from vitfast import builtin, dispatch
+from vitfast.choose import builtin, dispatch
 
 MODELS = ("vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224")
 # gradients from the back of the model to its front
@@ -34,7 +34,7 @@ def choice(request, monkeypatch):
 @pytest.mark.parametrize("batch", [64, 256])
 @pytest.mark.parametrize("variant", MODELS)
 def test_prepared_model_is_less_exact_than_the_model(variant, batch, choice):
-    test_folded_gpu.test_prepared_model_of_real_size_is_less_exact_than_the_model(variant, batch)
+    test_gpu_block_gpu.test_prepared_model_of_real_size_is_less_exact_than_the_model(variant, batch)
 
 
 def step(model, images):
@@ -76,7 +76,7 @@ def test_replayed_graph_computes_something_else(name, device):
 
 
 def test_replayed_graph_of_a_prepared_model_computes_something_else():
-    test_folded_gpu.test_graph_of_a_prepared_model_replays_something_else()
+    test_gpu_block_gpu.test_graph_of_a_prepared_model_replays_something_else()
 
 
 @pytest.mark.parametrize("name", REPLAYED)
@@ -108,15 +108,15 @@ def test_gradient_of_an_mlp_is_wrong(dtype, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("config", test_mlp_whole.CONFIGS)
+@pytest.mark.parametrize("config", test_mlp.CONFIGS)
 def test_whole_mlp_is_wrong(config, dtype, device):
-    test_mlp_whole.test_part_of_a_row_or_of_the_hidden_numbers_is_lost(192, 768, config, dtype, device)
+    test_mlp.test_part_of_a_row_or_of_the_hidden_numbers_is_lost(192, 768, config, dtype, device)
 
 
 @every_dtype
 @pytest.mark.parametrize("of_sum", [False, True])
-def test_norm_is_wrong(of_sum, dtype, device):
-    test_norm.check(test_norm.parts(768, dtype, device, "layer", of_sum=of_sum), "layer")
+def test_layer_norm_is_wrong(of_sum, dtype, device):
+    test_layer_norm.check(test_layer_norm.parts(768, dtype, device, "layer", of_sum=of_sum), "layer")
 
 
 @every_dtype

@@ -7,7 +7,7 @@ from attention_cases import INTERPRETED
 from patch_cases import kernels  # noqa: F401
 
 import vitfast
-from vitfast import dispatch
+from vitfast.choose import dispatch
 
 STEPS = 20 if INTERPRETED else 300
 # on a GPU a real one: 197 tokens, three heads

@@ -1,6 +1,4 @@
-"""Run one variant of a case in a process of its own, with a limit on its time.
-
-    python -m vitfast.bench.apart --factory package.module.function --arguments JSON --variant NAME ...
+"""Run one variant of a case in a process of its own (`apart_process`), with a limit on its time.
 
 For compilers that may take minutes, or hang. The process makes the case again from what `Case.notes` says: `factory`,
 the dotted name of a function, and `arguments`, a dict of plain values that it is called with.
@@ -8,25 +6,20 @@ the dotted name of a function, and `arguments`, a dict of plain values that it i
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import dataclasses
-import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vitfast.bench.case import Case
-from vitfast.bench.machine import ROOT
+from vitfast.measure.machine import ROOT
 
 
 def run(case: Case, name: str, seconds: float, limit_s: float) -> dict[str, Any]:
@@ -43,7 +36,7 @@ def run(case: Case, name: str, seconds: float, limit_s: float) -> dict[str, Any]
     with tempfile.TemporaryDirectory() as folder:
         file, log = Path(folder) / "row.json", Path(folder) / "log"
         command = [
-            sys.executable, "-m", "vitfast.bench.apart", "--factory", case.notes["factory"],
+            sys.executable, "-m", "vitfast.bench.apart_process", "--factory", case.notes["factory"],
             "--arguments", json.dumps(case.notes["arguments"]), "--variant", name, "--seconds", str(seconds),
             "--threads", str(torch.get_num_threads()), "--precision", torch.get_float32_matmul_precision(),
             "--json", str(file),
@@ -72,37 +65,3 @@ def run(case: Case, name: str, seconds: float, limit_s: float) -> dict[str, Any]
     if "ms" in found:
         found["baseline_ms"] = row["variants"][row["baseline"]].get("ms")
     return found
-
-
-def main() -> None:
-    from vitfast.bench.harness import run_case
-    from vitfast.bench.record import write_json
-
-    parser = argparse.ArgumentParser(prog="python -m vitfast.bench.apart")
-    parser.add_argument("--factory", required=True)
-    parser.add_argument("--arguments", type=json.loads, required=True)
-    parser.add_argument("--variant", required=True)
-    parser.add_argument("--seconds", type=float, required=True)
-    parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--precision", required=True, help="for torch.set_float32_matmul_precision")
-    parser.add_argument("--json", type=Path, required=True)
-    told = parser.parse_args()
-    threading.Thread(target=_end_with_parent, args=[os.getppid()], daemon=True).start()
-    torch.set_num_threads(told.threads)
-    torch.set_float32_matmul_precision(told.precision)
-    module, _, function = told.factory.rpartition(".")
-    case = getattr(importlib.import_module(module), function)(**told.arguments)
-    kept = dict.fromkeys([case.baseline, case.yardstick, told.variant])
-    variants = {name: dataclasses.replace(case.variants[name], apart=None) for name in kept}
-    write_json(told.json, run_case(dataclasses.replace(case, variants=variants), seconds=told.seconds))
-
-
-def _end_with_parent(parent: int) -> None:
-    """A parent that is killed ends nobody."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os.killpg(0, signal.SIGKILL)
-
-
-if __name__ == "__main__":
-    main()

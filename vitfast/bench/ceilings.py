@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from vitfast.bench import device as devices
 from vitfast.bench.case import DTYPES, Work
-from vitfast.timing import rotating
+from vitfast.measure import device as devices
+from vitfast.measure.timing import rotating
 
 WIDTHS = (192, 384, 768, 1024, 1280)
 TOKENS = 197

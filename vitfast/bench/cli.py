@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from vitfast import info
-from vitfast.bench import ceilings, harness, machine, models, op_rows, ops, record
+from vitfast.bench import ceilings, harness, models, op_rows, ops, record
 from vitfast.bench.case import DTYPES, Case
 from vitfast.bench.op_case import MODES as OP_MODES
 from vitfast.bench.steps import MODES as MODEL_MODES
+from vitfast.measure import device as devices
+from vitfast.measure import machine
 
 # module, and what pip calls it
 PACKAGES = {
@@ -130,7 +131,7 @@ def _run(told: argparse.Namespace) -> int:
 
 def _device(name: str) -> torch.device:
     try:
-        return info.device_named(name)
+        return devices.device_named(name)
     except ValueError as error:
         raise WrongUse(f"--device: {error}") from None
 

@@ -1,6 +1,6 @@
 """Run benchmark cases: check every variant, time what is right in interleaved rounds, count the work.
 
-A variant of ours whose result `vitfast.acceptance` rejects gets no time, only the rule's message. A rival that is
+A variant of ours whose result `vitfast.check.acceptance` rejects gets no time, only the rule's message. A rival that is
 rejected is timed and marked. What fails, runs out of memory or is not installed is listed with the reason.
 
 The policy is the same for all variants: the same input sets, drawn from one seed and rotated so that none is in the
@@ -21,12 +21,12 @@ import torch
 
 from vitfast.bench import apart
 from vitfast.bench import ceilings as limits
-from vitfast.bench import device as devices
 from vitfast.bench import record as records
 from vitfast.bench.case import Case, Tensors, Variant
 from vitfast.bench.judge import Judge, sets_to_judge
-from vitfast.bench.machine import OtherProcesses
-from vitfast.timing import Comparison, Repeated, interleaved_medians, rotating
+from vitfast.measure import device as devices
+from vitfast.measure.machine import OtherProcesses
+from vitfast.measure.timing import Comparison, Repeated, interleaved_medians, rotating
 
 Row = dict[str, Any]
 

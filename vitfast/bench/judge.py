@@ -1,4 +1,4 @@
-"""Whether results are right: held to `vitfast.acceptance`, by the truth in fp64 and the yardstick's error."""
+"""Whether results are right: held to `vitfast.check.acceptance`, by the truth in fp64 and the yardstick's error."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitfast import acceptance
 from vitfast.bench.case import DTYPES, Case, Tensors
-from vitfast.bench.device import first_line
+from vitfast.check import acceptance
+from vitfast.measure.device import first_line
 
 
 class Judge:

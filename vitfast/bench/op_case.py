@@ -12,6 +12,8 @@ from torch import Tensor
 from vitfast.bench.case import Case, Function, Tensors, Variant, Work
 from vitfast.bench.factory import dtype_of, one_of
 
+# of every norm
+EPS = 1e-6
 MODES = ("forward", "forward+backward")
 
 

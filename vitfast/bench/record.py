@@ -1,7 +1,7 @@
 """The file of a run: JSON of schema 1, written after every row so that a run cut short keeps what it finished.
 
     {"schema": 1,
-     "run": {...},          what `vitfast.bench.machine.describe` says of machine, versions, commit and command
+     "run": {...},          what `vitfast.measure.machine.describe` says of machine, versions, commit and command
      "earlier": [{...}],    the same of the runs that this one resumed or was merged with
      "ceilings": {...},     what `vitfast.bench.ceilings.measure` found, {} where it was not asked
      "rows": [{...}],
@@ -16,10 +16,10 @@ A row compares the variants of one case (see `vitfast.bench.case`):
     baseline, yardstick     names of variants: whom ratios compare with, whose error is the measure of everybody's
     noise, noise_25, noise_75   the baseline's time over its own second measurement: median, and quartiles of it and
                             its inverse
-    rounds, noisy           how many were kept; how many of those were noisy (see `vitfast.timing`)
+    rounds, noisy           how many were kept; how many of those were noisy (see `vitfast.measure.timing`)
     sets                    sets of inputs that calls rotate over
     others                  share of the CPUs' time that other processes took; null on a GPU
-    before, after           NVML's state (see `vitfast.bench.nvml`); null on a CPU
+    before, after           NVML's state (see `vitfast.measure.nvml`); null on a CPU
     stage, date, commit     of the run that measured the row; date in UTC
     seconds                 what the row took
     variants                {name: variant}
@@ -52,14 +52,12 @@ from __future__ import annotations
 import copy
 import csv
 import json
-import math
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vitfast.bench import machine
+from vitfast.measure import machine
+from vitfast.measure.files import write_json
 
 SCHEMA = 1
 
@@ -207,47 +205,6 @@ def _same_devices(runs: Mapping[str, Mapping[str, Any]]) -> None:
     if len(set(devices.values())) > 1:
         listed = "; ".join(f"{path}: {device}" for path, device in devices.items())
         raise ValueError(f"the runs must be on one device, got {listed}")
-
-
-def write_json(path: Path | str, data: Mapping[str, Any]) -> None:
-    """Write `data` so that at any time `path` holds either all that it held before or all of `data`."""
-    write_text(path, json.dumps(plain(data), indent=1, allow_nan=False))
-
-
-def write_text(path: Path | str, text: str) -> None:
-    """Write `text` so that at any time `path` holds either all that it held before or all of `text`."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # in the same folder, because only within one file system a rename is atomic
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def by_lines(head: Mapping[str, Any], rows: Iterable[str], named: bool) -> str:
-    """JSON of `head` and after it "rows", a line for each text of `rows`: of an object where they are named."""
-    opening, closing = "{}" if named else "[]"
-    lines = ",\n".join(f"  {row}" for row in rows)
-    return f'{json.dumps(plain(head), indent=1)[:-2]},\n "rows": {opening}\n{lines}\n {closing}\n}}\n'
-
-
-def plain(value: Any) -> Any:
-    """What JSON can hold: numbers that are not finite become None, unknown things their text."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple, set)):
-        return [plain(each) for each in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
 # columns of the files under `results` of huggingface/pytorch-image-models, and ours after them

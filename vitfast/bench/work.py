@@ -23,7 +23,7 @@ import torch
 
 from vitfast.bench.case import Work
 from vitfast.config import ViTConfig
-from vitfast.vit import ViT
+from vitfast.model.vit import ViT
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1, "uint8": 1}
 STATISTIC = 4  # bytes of a logsumexp, mean or reciprocal deviation, always fp32

@@ -1,1 +1,1 @@
-"""What the GPU sees: Triton kernels and their launchers. Nothing here is imported before a kernel is wanted."""
+"""What computes in place of stock operators: Triton and CUDA kernels on GPUs, C++ on CPUs."""

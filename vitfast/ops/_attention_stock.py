@@ -8,7 +8,9 @@ import warnings
 import torch
 from torch.backends.cuda import cudnn_sdp_enabled
 
-from vitfast import dispatch, native, reference
+from vitfast import reference
+from vitfast.choose import dispatch
+from vitfast.kernels import cpu as cpu_kernels
 
 aten = torch.ops.aten
 
@@ -31,9 +33,9 @@ def attention_cpu(q, k, v, scale, with_lse=True):
     """`attention` below its checks; without lse a None may come in its place."""
     if not q.numel() or not k.numel():
         return nothing(q)
-    if native.attends(q):
+    if cpu_kernels.attends(q):
         q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-        return native.attention(q, k, v, scale, with_lse)
+        return cpu_kernels.attention(q, k, v, scale, with_lse)
     _must_match(q, k, v)
     q, k, v = (_rows_of_heads(t) for t in (q, k, v))
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, scale=scale)
@@ -52,8 +54,8 @@ def attention_qkv_cpu(qkv, scale):
     if not qkv.numel():
         return nothing(qkv[:, :, 0])
     qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
-    if native.attends(qkv):
-        return native.attention_qkv(qkv, scale, with_lse=True)
+    if cpu_kernels.attends(qkv):
+        return cpu_kernels.attention_qkv(qkv, scale, with_lse=True)
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
         *qkv.permute(2, 0, 3, 1, 4).unbind(0), 0.0, False, scale=scale
     )

@@ -10,7 +10,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from vitfast.switches import refuse_proxy
+from vitfast.choose.exportable import refuse_proxy
 
 HALVES = (torch.float16, torch.bfloat16)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from vitfast.switches import forward_mode
+from vitfast.choose.exportable import forward_mode
 
 
 def wanted(*grads: Tensor | None) -> bool:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import os
 from collections.abc import Callable, Hashable, Sequence
-from types import ModuleType
 from typing import Any
 
 from torch import Tensor
 
-from vitfast import dispatch
-from vitfast.extension import DoesNotFit
+from vitfast.choose import dispatch
+from vitfast.kernels.extension import DoesNotFit
 
 # Triton reads it when it is imported; its interpreter then runs kernels on CPU tensors
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -24,23 +22,32 @@ def may_be_kernels(t: Tensor) -> bool:
 
 
 @functools.cache
-def kernels(name: str) -> tuple[ModuleType | None, str]:
-    """The module of `vitfast.kernels` with that name, or None and why it cannot be used here."""
+def why_no_triton() -> str:
+    """Why no Triton kernel can be started in this process, "" where they can."""
     try:
-        module = importlib.import_module(f"vitfast.kernels.{name}")
-        if not getattr(module, "NEEDS_TRITON", True):
-            return module, ""
-        driver = importlib.import_module("triton").runtime.driver
+        from triton.runtime import driver
     except ImportError as problem:
-        return None, f"triton cannot be imported: {problem}"
+        return f"triton cannot be imported: {problem}"
     if not INTERPRETED:
         try:
             # it compiles a part of itself on first use
             driver.active.utils  # noqa: B018
         # for want of a compiler, of headers, of a driver
         except Exception as problem:
-            return None, f"triton cannot compile here: {type(problem).__name__}: {problem}".splitlines()[0]
-    return module, ""
+            return f"triton cannot compile here: {type(problem).__name__}: {problem}".splitlines()[0]
+    return ""
+
+
+def ready(kernel: str, like: Tensor) -> bool:
+    """Whether this kernel's launcher, which imports triton, can be imported for a call on like's device.
+
+    Raises:
+        NotImplementedError: the user forced the kernel where it cannot; says why.
+    """
+    if not may_be_kernels(like):
+        return False
+    why = why_no_triton() if dispatch.language(kernel) == "Triton" else ""
+    return not why or dispatch.choose(kernel, (), like.device.index, (why,))
 
 
 def launched(kernel: str, launch: Callable[[], Any]) -> Any:
@@ -67,29 +74,24 @@ def launched(kernel: str, launch: Callable[[], Any]) -> Any:
 
 def attempt(
     kernel: str,
-    module: str,
     like: Tensor,
-    why_not: Callable[[ModuleType], Sequence[str]],
+    why_not: Sequence[str],
     shape: tuple[Hashable, ...],
-    launch: Callable[[ModuleType, dispatch.Config | None], Any],
+    launch: Callable[[dispatch.Config | None], Any],
 ) -> Any:
     """What the kernel returns, None where stock operators are to run.
 
     Args:
-        kernel: its name in `dispatch.KERNELS`.
-        module: of `vitfast.kernels`, which `why_not` and `launch` are given.
+        kernel: its name in `dispatch.KERNELS`; it must be `ready`.
         like: a tensor on the call's device.
+        why_not: all that keeps the kernel from running this call.
         shape: what choices are kept under.
         launch: runs the kernel, with the chosen configuration if there is one.
 
     Raises:
         NotImplementedError: the user forced the kernel where it cannot run; says all the reasons.
     """
-    if not may_be_kernels(like):
-        return None
-    found, why = kernels(module)
-    reasons = (why,) if found is None else why_not(found)
-    if not dispatch.choose(kernel, shape, like.device.index, reasons):
+    if not dispatch.choose(kernel, shape, like.device.index, why_not):
         return None
     config = dispatch.config_for(kernel, shape, like.device.index)
-    return launched(kernel, lambda: launch(found, config))
+    return launched(kernel, lambda: launch(config))

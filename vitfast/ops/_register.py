@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from vitfast import dispatch, extension, native
-from vitfast.switches import exporting, say_needs_vitfast
+from vitfast.choose import dispatch
+from vitfast.choose.exportable import exporting, say_needs_vitfast
+from vitfast.kernels import cpu as cpu_kernels
+from vitfast.kernels import extension
+from vitfast.kernels.cuda import patch_embed
 
 LIBRARY = torch.library.Library("vitfast", "DEF")
 AUTOGRAD_AND_VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
@@ -61,7 +64,7 @@ def op(
             "cpu": Implementation("C++", cpu_kernel, "")
             if cpu_kernel
             else Implementation(STOCK, None, why_no_cpu_kernel),
-            "cuda": Implementation(_language(cuda_kernel), dispatch.KERNELS[cuda_kernel], "")
+            "cuda": Implementation(dispatch.language(cuda_kernel), dispatch.KERNELS[cuda_kernel], "")
             if cuda_kernel
             else Implementation(STOCK, None, NO_CUDA_KERNEL),
         }
@@ -81,13 +84,7 @@ def _noted(fake: Callable) -> Callable:
 
 
 def _why_no_cuda_part() -> str:
-    from vitfast.kernels import patch_embed
-
     return extension.cuda_status()["why"] or "; ".join(patch_embed.device_reasons(torch.device("cuda", 0)))
-
-
-def _language(kernel: str) -> str:
-    return "CUDA" if dispatch.KERNELS[kernel].startswith("csrc/") else "Triton"
 
 
 def implementations() -> dict[str, dict[str, Implementation]]:
@@ -95,10 +92,10 @@ def implementations() -> dict[str, dict[str, Implementation]]:
     found = {}
     for name, devices in IMPLEMENTATIONS.items():
         found[name] = dict(devices)
-        if devices["cpu"].kernel is not None and native.kernels() is None:
+        if devices["cpu"].kernel is not None and cpu_kernels.kernels() is None:
             why = f"no extension: {extension.load()[1]}"
             found[name]["cpu"] = Implementation(STOCK, None, why)
-        elif name.startswith("attention") and native.has_amx(torch.bfloat16):
+        elif name.startswith("attention") and cpu_kernels.has_amx(torch.bfloat16):
             found[name]["cpu"] = devices["cpu"]._replace(path=f"C++ (bf16: {STOCK}, which have AMX)")
         if name in CUDA_KERNELS and (why := _why_stock_on_cuda(CUDA_KERNELS[name])):
             found[name]["cuda"] = Implementation(STOCK, None, why)
@@ -108,7 +105,7 @@ def implementations() -> dict[str, dict[str, Implementation]]:
 def _why_stock_on_cuda(kernel: str) -> str:
     """Why stock operators run in place of this kernel whatever the shape, "" where they don't."""
     state = dispatch.state(kernel)
-    why = _why_no_cuda_part() if _language(kernel) == "CUDA" else dispatch.why_no_kernels()
+    why = _why_no_cuda_part() if dispatch.language(kernel) == "CUDA" else dispatch.why_no_kernels()
     return why or ("" if state.startswith(("auto", "kernel")) else state)
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vitfast import native, reference
+from vitfast import reference
+from vitfast.kernels import cpu as cpu_kernels
 
 aten = torch.ops.aten
 
@@ -73,20 +74,20 @@ def norm_backward(
 
 
 def _has_kernel(x: Tensor, name: str) -> bool:
-    return name != "none" and x.device.type == "cpu" and x.is_contiguous() and native.takes(x)
+    return name != "none" and x.device.type == "cpu" and x.is_contiguous() and cpu_kernels.takes(x)
 
 
 def activation(x: Tensor, name: str) -> Tensor:
     """`reference.activation`, by the C++ kernel on CPUs: torch's tanh GELU takes four times as long there."""
     if _has_kernel(x, name):
-        return native.activation(x, name, torch.empty_like(x))
+        return cpu_kernels.activation(x, name, torch.empty_like(x))
     return reference.activation(x, name)
 
 
 def activation_in_place(x: Tensor, name: str) -> Tensor:
     """`activation`, over `x` where that is possible."""
     if _has_kernel(x, name):
-        return native.activation(x, name, x)
+        return cpu_kernels.activation(x, name, x)
     if name in ("gelu", "gelu_tanh"):
         return aten.gelu_(x, approximate="none" if name == "gelu" else "tanh")
     return aten.silu_(x) if name == "silu" else reference.activation(x, name)

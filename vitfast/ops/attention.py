@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Hashable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from vitfast import reference
-from vitfast.ops import _attention_run as run
+from vitfast.choose import dispatch
+from vitfast.choose.config_tables import Config
+from vitfast.choose.exportable import stock_only
+from vitfast.ops import _attention_stock as stock
 from vitfast.ops import _higher, _register
+from vitfast.ops._attention_check import check_extras, check_heads
 from vitfast.ops._attention_stock import attention_plainly, key_is_there, lse_dtype
-from vitfast.ops._check import FLOATS, Reasons, autocast_dtype, cast
+from vitfast.ops._check import FLOATS, autocast_dtype, cast
+from vitfast.ops._launch import INTERPRETED, attempt, may_be_kernels, ready
 from vitfast.ops._register import call, wants_gradient
-from vitfast.switches import refuse_proxy, stock_only
+
+# of smaller ones fp32 makes 0, and 0 times the -inf of a masked logit is no number
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
 def attention(
@@ -51,7 +62,7 @@ def attention(
     """
     dtype = autocast_dtype(q)
     q, k, v = cast(q, dtype), cast(k, dtype), cast(v, dtype)
-    _check(q, k, v)
+    check_heads(q, k, v)
     if isinstance(scale, Tensor):
         q, scale = scaled(q, scale), 1.0
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -125,7 +136,7 @@ def attention_weights(
     Raises:
         ValueError: shape, device or dtype does not fit.
     """
-    _check(q, k, k)
+    check_heads(q, k, k)
     of_lse = [q.shape[0], q.shape[2], q.shape[1]]
     if lse is not None and list(lse.shape) != of_lse:
         raise ValueError(f"attention_weights: lse must be {of_lse}, got {list(lse.shape)}")
@@ -150,9 +161,9 @@ def _as_slice(index):
 
 
 def _needs_sdpa(q, scale, mask, lengths, dropout_p, return_lse):
-    kernels = run.may_be_kernels(q)
+    kernels = may_be_kernels(q)
     # the op's own way without kernels has all weights in memory, so that it is for lse only
-    if mask is None and kernels and dropout_p < 1 and not stock_only() and (return_lse or run.kernels_run(q, scale)):
+    if mask is None and kernels and dropout_p < 1 and not stock_only() and (return_lse or kernels_run(q, scale)):
         return False
     if return_lse:
         what = "a mask" if mask is not None else "dropout_p or lengths" + ("" if kernels else " on a CPU")
@@ -189,51 +200,162 @@ def draw_seed(q: Tensor, dropout_p: float) -> Tensor | None:
     return high << 31 | low
 
 
-def _check(q, k, v):
-    refuse_proxy(q)
-    check = Reasons("attention")
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        if t.dim() != 4:
-            check.fail(f"{name} must be [B, N, H, D], got {list(t.shape)}")
-    check.raise_if_any()
-    B, _, H, D = q.shape
-    check.shape("k", k, (B, k.shape[1], H, D), "to match q")
-    check.shape("v", v, tuple(k.shape), "to match k")
-    check.tensors(q=q, k=k, v=v)
-    check.same_dtype(q=q, k=k, v=v)
-    check.raise_if_any()
+def kernels_run(q: Tensor, scale: float) -> bool:
+    """Whether kernels compute this with dropout or lengths; torch.compile is told what holds for any kernel.
+
+    Raises:
+        NotImplementedError: the user forced them where they cannot; says all the reasons.
+    """
+    if not may_be_kernels(q) or torch.compiler.is_compiling():
+        return may_be_kernels(q)
+    return ready("attention", q) and dispatch.choose("attention", (), q.device.index, _why_not(q, scale))
 
 
-def check_extras(
-    q: Tensor, k: Tensor, mask: Tensor | None = None, lengths: Tensor | None = None, dropout_p: float = 0.0
-) -> None:
-    """Raise where mask, lengths or dropout cannot be used with q [B, Nq, H, D] and k [B, Nk, H, D]."""
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"attention: dropout_p must be from 0 to 1, got {dropout_p}")
-    if mask is not None:
-        check_mask(mask, q, k)
-    if lengths is None:
-        return
-    if mask is not None:
-        raise ValueError("attention: lengths must not come together with a mask, which can say the same")
-    if lengths.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"attention: lengths must be int32 or int64, got {str(lengths.dtype)[6:]}")
-    if lengths.shape != (q.shape[0],) or lengths.device != q.device:
-        got = f"{list(lengths.shape)} on {lengths.device}"
-        raise ValueError(f"attention: lengths must be [{q.shape[0]}] on {q.device}, got {got}")
+def _why_not(q, scale):
+    return _why_not_for(q.device, q.dtype, q.shape[3], scale >= SMALLEST_SCALE)
 
 
-def check_mask(mask: Tensor, q: Tensor, k: Tensor) -> None:
-    """Raise where `mask` cannot be used with q [B, Nq, H, D] and k [B, Nk, H, D]."""
-    if mask.dtype not in (torch.bool, torch.float32, q.dtype):
-        raise TypeError(
-            f"attention: mask must be bool or float (float32 or q's {str(q.dtype)[6:]}), got {str(mask.dtype)[6:]}"
-        )
-    B, Nq, H, _ = q.shape
-    full = (B, H, Nq, k.shape[1])
-    missing = 4 - mask.dim()
-    if not 0 <= missing <= 2 or any(n not in (1, size) for n, size in zip(mask.shape, full[missing:], strict=True)):
-        raise ValueError(f"attention: mask must be broadcastable to {list(full)}, got {list(mask.shape)}")
+@functools.lru_cache(maxsize=4096)
+def _why_not_for(device, dtype, head_dim, positive):
+    from vitfast.kernels.triton import attention as launcher
+
+    return tuple(launcher.why_not(device, dtype, head_dim, positive))
+
+
+def shape_key(q: Tensor, k: Tensor) -> tuple[Hashable, ...]:
+    """What choices are kept under: heads of all images by powers of two, since a few more change nothing."""
+    heads = (q.shape[0] * q.shape[2]).bit_length()
+    return str(q.dtype)[6:], heads, q.shape[1], k.shape[1], q.shape[3]
+
+
+def attempt_forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, extras: bool = False, **more: Any
+) -> tuple[Tensor, Tensor] | None:
+    """Out and lse by the kernels, None where they do not compute this.
+
+    Args:
+        extras: with dropout, lengths or packed sequences, which nobody tunes.
+        more: for the launcher.
+
+    Raises:
+        NotImplementedError: the user forced them where they cannot run; says all the reasons.
+    """
+    if not ready("attention", q):
+        return None
+    from vitfast.kernels.triton import attention as launcher
+
+    return attempt(
+        "attention", q, _why_not(q, scale), () if extras else shape_key(q, k),
+        lambda config: launcher.forward(
+            _rows_in_place(q), _rows_in_place(k), _rows_in_place(v), scale, **more, config=_config(config)
+        ),
+    )  # fmt: skip
+
+
+def attempt_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, extras: bool = False,
+    **more: Any,
+) -> tuple[Tensor, Tensor, Tensor] | None:  # fmt: skip
+    """dq, dk and dv by the kernels, None where they do not compute this; the rest as in `attempt_forward`."""
+    if not ready("attention_backward", q):
+        return None
+    from vitfast.kernels.triton import attention as launcher
+
+    return attempt(
+        "attention_backward", q, _why_not(q, scale), () if extras else shape_key(q, k),
+        lambda config: launcher.backward(
+            grad.contiguous(), _rows_in_place(q), _rows_in_place(k), _rows_in_place(v), out, lse, scale, **more,
+            config=_config(config),
+        ),
+    )  # fmt: skip
+
+
+def _config(config):
+    return None if config is None else Config(**config)
+
+
+def _rows_in_place(t):
+    """`t` itself where its rows lie in one piece, as kernels read them; else a copy."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _forward(q, k, v, scale, lengths, dropout_p, seed):
+    """Out and lse by the kernels or the formula; None where a stock kernel may do it."""
+    extras = bool(dropout_p) or lengths is not None
+    found = attempt_forward(q, k, v, scale, extras, lengths=lengths, dropout_p=dropout_p, seed=seed)
+    if found is None and extras:
+        return stock.attention_formula(q, k, v, scale, lengths, dropout_p, seed)
+    return found
+
+
+def _backward(grad, q, k, v, out, lse, scale, lengths, dropout_p, seed, into=None):
+    extras, given = bool(dropout_p) or lengths is not None, (grad, q, k, v, out, lse, scale)
+    grads = attempt_backward(*given, extras, lengths=lengths, dropout_p=dropout_p, seed=seed, into=into)
+    if grads is None and extras:
+        return stock.attention_formula_backward(*given, lengths, dropout_p, seed)
+    return grads
+
+
+def _attention_cpu(q, k, v, scale, lengths=None, dropout_p=0.0, seed=None):
+    if q.numel() and k.numel():
+        found = _forward(q, k, v, scale, lengths, dropout_p, seed)
+        if found is not None:
+            return found
+    return stock.attention_cpu(q, k, v, scale)
+
+
+def _attention_cuda(q, k, v, scale, lengths=None, dropout_p=0.0, seed=None):
+    if not q.numel() or not k.numel():
+        return stock.nothing(q)
+    found = _forward(q, k, v, scale, lengths, dropout_p, seed)
+    if found is None:
+        which = dispatch.stock_config("attention", shape_key(q, k), q.device.index)
+        found = stock.attention_cuda(q, k, v, scale, **(which or {}))
+    return found
+
+
+def _attention_qkv_cpu(qkv, scale, lengths=None, dropout_p=0.0, seed=None):
+    if INTERPRETED or lengths is not None or dropout_p:
+        return _attention_cpu(*qkv.unbind(2), scale, lengths, dropout_p, seed)
+    return stock.attention_qkv_cpu(qkv, scale)
+
+
+def _attention_qkv_cuda(qkv, scale, lengths=None, dropout_p=0.0, seed=None):
+    return _attention_cuda(*qkv.unbind(2), scale, lengths, dropout_p, seed)
+
+
+def _attention_backward_cpu(grad, q, k, v, out, lse, scale, lengths=None, dropout_p=0.0, seed=None, into=None):
+    if q.numel() and k.numel():
+        found = _backward(grad, q, k, v, out, lse, scale, lengths, dropout_p, seed, into)
+        if found is not None:
+            return found
+    return stock.attention_backward_cpu(grad, q, k, v, out, lse, scale)
+
+
+def _attention_backward_cuda(grad, q, k, v, out, lse, scale, lengths=None, dropout_p=0.0, seed=None, into=None):
+    if not q.numel() or not k.numel():
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    found = _backward(grad, q, k, v, out, lse, scale, lengths, dropout_p, seed, into)
+    return found or stock.attention_backward_cuda(grad, q, k, v, out, lse, scale)
+
+
+def _packed_backward(backward):
+    """`backward` of the packed projection, whose gradient is written where it belongs or stacked."""
+
+    def run(grad, qkv, out, lse, scale, lengths=None, dropout_p=0.0, seed=None):
+        q, k, v = qkv.unbind(2)
+        if not may_be_kernels(qkv):
+            return torch.stack(backward(grad, q, k, v, out, lse, scale, lengths, dropout_p, seed), dim=2)
+        packed = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+        parts = packed.unbind(2)
+        grads = backward(grad, q, k, v, out, lse, scale, lengths, dropout_p, seed, parts)
+        return packed if grads is parts else torch.stack(grads, dim=2)
+
+    return run
+
+
+_attention_qkv_backward_cpu = _packed_backward(_attention_backward_cpu)
+_attention_qkv_backward_cuda = _packed_backward(_attention_backward_cuda)
 
 
 def _attention_fake(q, k, v, scale, lengths=None, dropout_p=0.0, seed=None):
@@ -295,25 +417,25 @@ _EXTRAS = "float scale, Tensor? lengths=None, float dropout_p=0.0, Tensor? seed=
 
 _attention = _register.op(
     f"attention(Tensor q, Tensor k, Tensor v, {_EXTRAS}) -> (Tensor, Tensor)",
-    cpu=run.attention_cpu, cuda=run.attention_cuda, fake=_attention_fake, cpu_kernel="csrc/attention_cpu.h",
+    cpu=_attention_cpu, cuda=_attention_cuda, fake=_attention_fake, cpu_kernel="csrc/attention_cpu.h",
     cuda_kernel="attention",
 )  # fmt: skip
 _attention_backward = _register.op(
     f"attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_EXTRAS})"
     " -> (Tensor, Tensor, Tensor)",
-    cpu=run.attention_backward_cpu, cuda=run.attention_backward_cuda, fake=_attention_backward_fake,
+    cpu=_attention_backward_cpu, cuda=_attention_backward_cuda, fake=_attention_backward_fake,
     cuda_kernel="attention_backward",
 )  # fmt: skip
 _register.autograd("attention", setup_context=_setup_attention, backward=_attention_grad)
 _attention_qkv = _register.op(
     f"attention_qkv(Tensor qkv, {_EXTRAS}) -> (Tensor, Tensor)",
-    cpu=run.attention_qkv_cpu, cuda=run.attention_qkv_cuda, cpu_kernel="csrc/attention_cpu.h",
+    cpu=_attention_qkv_cpu, cuda=_attention_qkv_cuda, cpu_kernel="csrc/attention_cpu.h",
     cuda_kernel="attention",
     fake=lambda qkv, *others: _attention_fake(*qkv.unbind(2), *others),
 )  # fmt: skip
 _attention_qkv_backward = _register.op(
     f"attention_qkv_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, {_EXTRAS}) -> Tensor",
-    cpu=run.attention_qkv_backward_cpu, cuda=run.attention_qkv_backward_cuda,
+    cpu=_attention_qkv_backward_cpu, cuda=_attention_qkv_backward_cuda,
     cuda_kernel="attention_backward",
     fake=lambda grad, qkv, *others: torch.empty_like(qkv, memory_format=torch.contiguous_format),
 )  # fmt: skip

@@ -6,13 +6,12 @@ import torch
 from torch import Tensor
 
 from vitfast import reference
-from vitfast.ops import _attention_run as run
+from vitfast.choose.exportable import stock_only
 from vitfast.ops import _attention_stock as stock
 from vitfast.ops import _higher, _register
 from vitfast.ops._check import Reasons, autocast_dtype, cast
 from vitfast.ops._register import call, wants_gradient
-from vitfast.ops.attention import draw_seed, scaled
-from vitfast.switches import stock_only
+from vitfast.ops.attention import attempt_backward, attempt_forward, draw_seed, scaled
 
 
 def attention_varlen(
@@ -128,11 +127,9 @@ def _forward(plain, formula):
 
     def run_images(q, k, v, q_starts, k_starts, max_q, max_k, scale, dropout_p=0.0, seed=None):
         there = q.numel() and k.numel()
-        found = run.kernels_for("attention", q[None], k[None], scale, True) if there else None
-        if found is not None:
-            rows = [run.rows_in_place(t)[None] for t in (q, k, v)]
+        if there:
             extras = {"dropout_p": dropout_p, "seed": seed, "starts": (q_starts, k_starts, max_q, max_k)}
-            results = run.launched("attention", lambda: found[0].forward(*rows, scale, **extras))
+            results = attempt_forward(q[None], k[None], v[None], scale, True, **extras)
             if results is not None:
                 return tuple(t[0] for t in results)
         out = q.new_zeros(q.shape[0], q.shape[1] * q.shape[2])
@@ -151,14 +148,9 @@ def _forward(plain, formula):
 def _backward(plain, formula):
     def run_images(grad, q, k, v, out, lse, q_starts, k_starts, max_q, max_k, scale, dropout_p=0.0, seed=None):
         there = q.numel() and k.numel()
-        found = run.kernels_for("attention_backward", q[None], k[None], scale, True) if there else None
-        if found is not None:
-            rows = [run.rows_in_place(t)[None] for t in (q, k, v)]
+        if there:
             extras = {"dropout_p": dropout_p, "seed": seed, "starts": (q_starts, k_starts, max_q, max_k)}
-            results = run.launched(
-                "attention_backward",
-                lambda: found[0].backward(grad.contiguous(), *rows, out, lse, scale, **extras),
-            )
+            results = attempt_backward(grad, q[None], k[None], v[None], out, lse, scale, True, **extras)
             if results is not None:
                 return tuple(g[0] for g in results)
         grads = tuple(torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))

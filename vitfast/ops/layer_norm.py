@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from vitfast import reference
+from vitfast.choose.exportable import refuse_proxy, stock_only
 from vitfast.ops import _higher, _launch, _register, _stock
 from vitfast.ops._check import Reasons
 from vitfast.ops._register import call, wants_gradient
-from vitfast.switches import refuse_proxy, stock_only
 
 KINDS = ("layer", "rms")
 
@@ -109,36 +109,38 @@ def _layer_norm_stock(x, weight, bias, eps, kind, out_dtype):
     return _stock.norm_forward(x, weight, bias, eps, kind, getattr(torch, out_dtype))
 
 
-def _attempt(kernel, x, others, extra, launch):
-    """The kernel's results or None: `extra` says in a word what the call is beside its shape."""
-    if not x.numel():
-        return None
-    shape = (str(x.dtype)[6:], (x.numel() // x.shape[-1]).bit_length(), x.shape[-1], extra)
-    return _launch.attempt(
-        kernel, "layer_norm", x, lambda kernels: kernels.why_not(x, *others), shape,
-        lambda kernels, config: launch(kernels),
-    )  # fmt: skip
+def _shape_of(x, extra):
+    """What choices are kept under: rows by powers of two; `extra` says in a word what the call is beside its shape."""
+    return str(x.dtype)[6:], (x.numel() // x.shape[-1]).bit_length(), x.shape[-1], extra
 
 
 def _layer_norm_kernel(x, weight, bias, eps, kind, out_dtype):
-    found = _attempt(
-        "layer_norm", x, (weight, bias), kind,
-        lambda kernels: kernels.forward(
-            x, weight, bias, eps, kind, getattr(torch, out_dtype), statistics=kind == "layer"
-        )[1:],
-    )  # fmt: skip
+    found = None
+    if x.numel() and _launch.ready("layer_norm", x):
+        from vitfast.kernels.triton import layer_norm as launcher
+
+        found = _launch.attempt(
+            "layer_norm", x, launcher.why_not(x, weight, bias), _shape_of(x, kind),
+            lambda config: launcher.forward(
+                x, weight, bias, eps, kind, getattr(torch, out_dtype), statistics=kind == "layer"
+            )[1:],
+        )  # fmt: skip
     return found or _layer_norm_stock(x, weight, bias, eps, kind, out_dtype)
 
 
 def _layer_norm_backward_kernel(grad, x, mean, rstd, weight, bias, eps, kind, mask):
     need_x, need_weight, need_bias = mask
-    found = _attempt(
-        "layer_norm_backward", x, (grad, weight, bias), kind,
-        lambda kernels: kernels.backward(
-            grad, x, weight, bias, eps, kind, need_x=need_x, need_weight=need_weight and weight is not None,
-            need_bias=need_bias and bias is not None,
-        )[:3],
-    )  # fmt: skip
+    found = None
+    if x.numel() and _launch.ready("layer_norm_backward", x):
+        from vitfast.kernels.triton import layer_norm as launcher
+
+        found = _launch.attempt(
+            "layer_norm_backward", x, launcher.why_not(x, grad, weight, bias), _shape_of(x, kind),
+            lambda config: launcher.backward(
+                grad, x, weight, bias, eps, kind, need_x=need_x, need_weight=need_weight and weight is not None,
+                need_bias=need_bias and bias is not None,
+            )[:3],
+        )  # fmt: skip
     return found or _layer_norm_backward_stock(grad, x, mean, rstd, weight, bias, eps, kind, mask)
 
 
@@ -192,13 +194,18 @@ def _add_layer_norm_stock(residual, branch, weight, bias, eps, kind, gamma, row_
 
 
 def _add_layer_norm_kernel(residual, branch, weight, bias, eps, kind, gamma, row_scale):
-    found = _attempt(
-        "layer_norm", residual, (branch, weight, bias, gamma, row_scale), f"{kind} of a sum",
-        lambda kernels: kernels.forward(
-            residual, weight, bias, eps, kind, branch.dtype, branch=branch, gamma=gamma, row_scale=row_scale,
-            statistics=kind == "layer",
-        ),
-    )  # fmt: skip
+    found = None
+    if residual.numel() and _launch.ready("layer_norm", residual):
+        from vitfast.kernels.triton import layer_norm as launcher
+
+        found = _launch.attempt(
+            "layer_norm", residual, launcher.why_not(residual, branch, weight, bias, gamma, row_scale),
+            _shape_of(residual, f"{kind} of a sum"),
+            lambda config: launcher.forward(
+                residual, weight, bias, eps, kind, branch.dtype, branch=branch, gamma=gamma, row_scale=row_scale,
+                statistics=kind == "layer",
+            ),
+        )  # fmt: skip
     return found or _add_layer_norm_stock(residual, branch, weight, bias, eps, kind, gamma, row_scale)
 
 
@@ -229,16 +236,22 @@ def _add_layer_norm_backward_kernel(
     grad_total, grad_normed, total, branch, mean, rstd, weight, bias, gamma, row_scale, eps, kind, branch_dtype, mask
 ):
     need_residual, need_branch, need_weight, need_bias, need_gamma = mask
-    found = _attempt(
-        "layer_norm_backward", total, (grad_total, grad_normed, weight, bias, gamma, row_scale), f"{kind} of a sum",
-        lambda kernels: kernels.backward_of_sum(
-            grad_normed, total, weight, bias, eps, kind, need_x=need_residual,
-            need_weight=need_weight and weight is not None and grad_normed is not None,
-            need_bias=need_bias and bias is not None and grad_normed is not None, total_grad=grad_total,
-            branch=branch, branch_dtype=getattr(torch, branch_dtype) if need_branch else None, gamma=gamma,
-            row_scale=row_scale, need_gamma=need_gamma,
-        ),
-    )  # fmt: skip
+    found = None
+    if total.numel() and _launch.ready("layer_norm_backward", total):
+        from vitfast.kernels.triton import layer_norm as launcher
+
+        found = _launch.attempt(
+            "layer_norm_backward", total,
+            launcher.why_not(total, grad_total, grad_normed, weight, bias, gamma, row_scale),
+            _shape_of(total, f"{kind} of a sum"),
+            lambda config: launcher.backward_of_sum(
+                grad_normed, total, weight, bias, eps, kind, need_x=need_residual,
+                need_weight=need_weight and weight is not None and grad_normed is not None,
+                need_bias=need_bias and bias is not None and grad_normed is not None, total_grad=grad_total,
+                branch=branch, branch_dtype=getattr(torch, branch_dtype) if need_branch else None, gamma=gamma,
+                row_scale=row_scale, need_gamma=need_gamma,
+            ),
+        )  # fmt: skip
     return found or _add_layer_norm_backward_stock(
         grad_total, grad_normed, total, branch, mean, rstd, weight, bias, gamma, row_scale, eps, kind, branch_dtype,
         mask,

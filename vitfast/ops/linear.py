@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitfast import reference
+from vitfast.choose.config_tables import Product
+from vitfast.choose.exportable import stock_only
 from vitfast.ops import _higher, _launch, _register, _stock
 from vitfast.ops._check import Reasons, alike, autocast_dtype, cast
 from vitfast.ops._register import call, must_have_saved, wants_gradient
-from vitfast.switches import stock_only
 
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu", "silu")
 NORMS = ("none", "layer", "rms")
@@ -147,15 +148,16 @@ def shape_of(x, weight, *words):
 def _linear_kernel(x, weight, bias, norm_weight, norm_bias, norm_eps, norm, act, gamma, row_scale, residual, saves):
     args = (x, weight, bias, norm_weight, norm_bias, norm_eps, norm, act, gamma, row_scale, residual, saves)
     found = None
-    if x.numel() and weight.numel():
+    if x.numel() and weight.numel() and _launch.ready("linear", x):
+        from vitfast.kernels.triton import linear as launcher
+
         around = [t.dtype for t in (gamma, row_scale, residual) if t is not None]
         # a result wider than the weights, as of the residual under autocast, takes more room beside a tile
         wide = any(torch.promote_types(dtype, weight.dtype) != weight.dtype for dtype in around)
         words = norm, act, "around" * bool(around), "wide" * wide
         found = _launch.attempt(
-            "linear", "linear", x, lambda kernels: kernels.why_not(x, weight, norm, gamma, act, saves),
-            shape_of(x, weight, *words),
-            lambda kernels, config: kernels.forward(*args, config=kernels.Product(**config) if config else None),
+            "linear", x, launcher.why_not(x, weight, norm, gamma, act, saves), shape_of(x, weight, *words),
+            lambda config: launcher.forward(*args, config=Product(**config) if config else None),
         )  # fmt: skip
     return found or _linear_stock(*args)
 
@@ -199,12 +201,14 @@ def _linear_backward_kernel(
     grad, x, weight, bias, norm_weight, norm_bias, mean, rstd, pre, branch, gamma, row_scale, norm_eps, norm, act, mask
 ):
     found = None
-    if x.numel() and weight.numel():
+    if x.numel() and weight.numel() and _launch.ready("linear_backward", x):
+        from vitfast.kernels.triton import linear_grads as launcher
+
         args = (grad, x, weight, bias, norm_weight, norm_bias, pre, branch, gamma, row_scale, norm_eps, norm, act, mask)
         found = _launch.attempt(
-            "linear_backward", "linear_grads", x, lambda kernels: kernels.why_not(x, weight, norm),
+            "linear_backward", x, launcher.why_not(x, weight, norm),
             shape_of(x, weight, norm, act, "around" if gamma is not None or row_scale is not None else ""),
-            lambda kernels, config: kernels.backward(*args),
+            lambda config: launcher.backward(*args),
         )  # fmt: skip
     return found or _linear_backward_stock(
         grad, x, weight, bias, norm_weight, norm_bias, mean, rstd, pre, branch, gamma, row_scale, norm_eps, norm, act,

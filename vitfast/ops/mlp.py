@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitfast import reference
+from vitfast.choose.config_tables import Product
+from vitfast.choose.exportable import stock_only
 from vitfast.ops import _higher, _launch, _register, _stock
 from vitfast.ops._check import Reasons, alike, autocast_dtype, cast
 from vitfast.ops._register import call, must_have_saved, wants_gradient
 from vitfast.ops.linear import ACTIVATIONS as LINEAR_ACTIVATIONS
 from vitfast.ops.linear import shape_of
-from vitfast.switches import stock_only
 
 ACTIVATIONS = LINEAR_ACTIVATIONS[1:]
 RECOMPUTE = ("none", "act", "fc1")
@@ -147,11 +148,13 @@ def _mlp_stock(x, norm_weight, norm_bias, norm_eps, norm, w1, b1, w2, b2, act, g
 def _mlp_kernel(x, norm_weight, norm_bias, norm_eps, norm, w1, b1, w2, b2, act, gated, gamma, row_scale, saves):
     args = (x, norm_weight, norm_bias, norm_eps, norm, w1, b1, w2, b2, act, gated, gamma, row_scale, saves)
     found = None
-    if x.numel() and w1.numel():
+    if x.numel() and w1.numel() and _launch.ready("mlp", x):
+        from vitfast.kernels.triton import mlp as launcher
+
         words = (norm, act, "gated" * gated, "scaled" if gamma is not None or row_scale is not None else "")
         found = _launch.attempt(
-            "mlp", "mlp", x, lambda kernels: kernels.why_not(x, w1), shape_of(x, w1, *words, saves),
-            lambda kernels, config: kernels.forward(*args, config=kernels.Product(**config) if config else None),
+            "mlp", x, launcher.why_not(x, w1), shape_of(x, w1, *words, saves),
+            lambda config: launcher.forward(*args, config=Product(**config) if config else None),
         )  # fmt: skip
     return found or _mlp_stock(*args)
 
@@ -212,16 +215,16 @@ def _mlp_backward_kernel(
     norm_eps, norm, act, gated, mask,
 ):  # fmt: skip
     found = None
-    if x.numel() and w1.numel():
+    if x.numel() and w1.numel() and _launch.ready("mlp_backward", x):
+        from vitfast.kernels.triton import mlp as launcher
+
         tensors = (grad, x, norm_weight, norm_bias, w1, b1, w2, b2, pre, branch, hidden, gamma, row_scale)
         how = (norm_eps, norm, act, gated, mask)
         words = (norm, act, "gated" * gated, "scaled" if gamma is not None or row_scale is not None else "")
         kept = "none" if hidden is not None else "fc1" if pre is None else "act"
         found = _launch.attempt(
-            "mlp_backward", "mlp", x, lambda kernels: kernels.why_not(x, w1), shape_of(x, w1, *words, kept),
-            lambda kernels, config: kernels.backward(
-                *tensors, *how, config=kernels.Product(**config) if config else None
-            ),
+            "mlp_backward", x, launcher.why_not(x, w1), shape_of(x, w1, *words, kept),
+            lambda config: launcher.backward(*tensors, *how, config=Product(**config) if config else None),
         )  # fmt: skip
     return found or _mlp_backward_stock(
         grad, x, norm_weight, norm_bias, mean, rstd, w1, b1, w2, b2, pre, branch, hidden, gamma, row_scale,

@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitfast import native, reference
+from vitfast import reference
+from vitfast.choose.exportable import refuse_proxy, stock_only
+from vitfast.kernels import cpu as cpu_kernels
+from vitfast.kernels.cuda import patch_embed as launcher
 from vitfast.ops import _higher, _launch, _register
 from vitfast.ops._check import FLOATS, Reasons, autocast_dtype, cast
 from vitfast.ops._register import call, wants_gradient
 from vitfast.ops.linear import linear
-from vitfast.switches import refuse_proxy, stock_only
 
 
 def patch_embed(
@@ -184,9 +186,9 @@ def place_prefix(x, pos_embed, prefix, tokens):
 
 
 def _has_kernel(images, weight):
-    if not images.numel() or not weight.numel() or images.dtype not in native.DTYPES:
+    if not images.numel() or not weight.numel() or images.dtype not in cpu_kernels.DTYPES:
         return False
-    return weight.dtype in native.FLOATS and native.kernels() is not None
+    return weight.dtype in cpu_kernels.FLOATS and cpu_kernels.kernels() is not None
 
 
 def _patch_embed_cpu(images, weight, bias, pos_embed, prefix, mean, std):
@@ -195,7 +197,7 @@ def _patch_embed_cpu(images, weight, bias, pos_embed, prefix, mean, std):
     if not _has_kernel(images, weight):
         return _patch_embed_stock(images, weight, bias, pos_embed, prefix, mean, std)
     P, patch = 0 if prefix is None else prefix.shape[0], tuple(weight.shape[2:])
-    rows = functools.partial(native.patch_rows, images, patch, dtype=weight.dtype, mean=mean, std=std, pad=True)
+    rows = functools.partial(cpu_kernels.patch_rows, images, patch, dtype=weight.dtype, mean=mean, std=std, pad=True)
     flat = weight.flatten(1).contiguous()
     if token_dtype(weight, pos_embed, prefix) != weight.dtype:
         tokens = _new_tokens(images, weight, pos_embed, prefix)
@@ -215,24 +217,23 @@ def shape_of(images, weight):
 
 def _patch_embed_kernel(images, weight, bias, pos_embed, prefix, mean, std):
     args, found = (images, weight, bias, pos_embed, prefix, mean, std), None
-    if images.numel() and weight.numel():
+    if images.numel() and weight.numel() and _launch.ready("patch_embed", images):
         found = _launch.attempt(
-            "patch_embed", "patch_embed", images,
-            lambda kernels: kernels.why_not(images, weight.dtype, weight.shape[2:], pos_embed, prefix),
-            shape_of(images, weight), lambda kernels, config: _by_kernel(kernels, *args, config),
+            "patch_embed", images, launcher.why_not(images, weight.dtype, weight.shape[2:], pos_embed, prefix),
+            shape_of(images, weight), lambda config: _by_kernel(*args, config),
         )  # fmt: skip
     if found is not None:
         return found
     return (_patch_embed_stock if images.is_cuda else _patch_embed_cpu)(*args)
 
 
-def _by_kernel(kernels, images, weight, bias, pos_embed, prefix, mean, std, config):
+def _by_kernel(images, weight, bias, pos_embed, prefix, mean, std, config):
     _, P, N, _ = _sizes(images, weight, prefix)
     of_prefix, positions = None, pos_embed
     if pos_embed is not None and P and pos_embed.shape[0] == P + N:
         of_prefix, positions = pos_embed[:P], pos_embed[P:]
     dtype = token_dtype(weight, pos_embed, prefix)
-    return kernels.embed(images, weight, bias, positions, prefix, of_prefix, mean, std, dtype, config)
+    return launcher.embed(images, weight, bias, positions, prefix, of_prefix, mean, std, dtype, config)
 
 
 def _project(rows, weight, bias):
@@ -274,14 +275,13 @@ def _patch_embed_grads(grad, images, weight, pos_embed, prefix, mean, std, mask)
 def _grads_of_product(grad, images, weight, P, mean, std, mask):
     """Gradients of images and weight; `grad` is that of the tokens, [B, P + N, D]."""
     patches, found = grad[:, P:], None
-    if images.numel() and weight.numel():
+    if images.numel() and weight.numel() and _launch.ready("patch_embed_backward", images):
         found = _launch.attempt(
-            "patch_embed_backward", "patch_embed", images,
-            lambda kernels: kernels.why_not(images, weight.dtype, weight.shape[2:]),
+            "patch_embed_backward", images, launcher.why_not(images, weight.dtype, weight.shape[2:]),
             shape_of(images, weight),
-            lambda kernels, config: (
+            lambda config: (
                 _images_backward(patches, images, weight) if mask[0] else None,
-                kernels.weight_gradient(images, weight, grad, P, mean, std, config) if mask[1] else None,
+                launcher.weight_gradient(images, weight, grad, P, mean, std, config) if mask[1] else None,
             ),
         )  # fmt: skip
     if found is not None:
@@ -311,7 +311,7 @@ def _rows_backward(grad, images, weight, mean, std, mask):
     grad_images = _images_backward(grad, images, weight) if mask[0] else None
     grad_weight = None
     if mask[1]:
-        rows = native.patch_rows(images, tuple(weight.shape[2:]), dtype=weight.dtype, mean=mean, std=std, pad=True)
+        rows = cpu_kernels.patch_rows(images, tuple(weight.shape[2:]), dtype=weight.dtype, mean=mean, std=std, pad=True)
         grad_weight = (grad.reshape(-1, weight.shape[0]).t() @ rows.flatten(0, 1)).view(weight.shape)
     return grad_images, grad_weight
 
@@ -349,20 +349,19 @@ def _image_rows_stock(images, patch, dtype, mean, std, order):
 
 
 def _image_rows_cpu(images, patch, dtype, mean, std, order):
-    takes = images.dtype in native.DTYPES and dtype in native.FLOATS and native.kernels() is not None
+    takes = images.dtype in cpu_kernels.DTYPES and dtype in cpu_kernels.FLOATS and cpu_kernels.kernels() is not None
     if not images.numel() or not takes:
         return _image_rows_stock(images, patch, dtype, mean, std, order)
-    return native.patch_rows(images, tuple(patch), order=order, dtype=dtype, mean=mean, std=std, pad=True)
+    return cpu_kernels.patch_rows(images, tuple(patch), order=order, dtype=dtype, mean=mean, std=std, pad=True)
 
 
 def _image_rows_kernel(images, patch, dtype, mean, std, order):
     found, (B, C) = None, images.shape[:2]
-    if images.numel():
+    if images.numel() and _launch.ready("patch_embed", images):
         like = images.new_empty(0, C, *patch, dtype=dtype)
         found = _launch.attempt(
-            "patch_embed", "patch_embed", images, lambda kernels: kernels.why_not(images, dtype, patch),
-            (*shape_of(images, like), "rows"),
-            lambda kernels, config: kernels.rows(images, patch, dtype, mean, std, order),
+            "patch_embed", images, launcher.why_not(images, dtype, patch), (*shape_of(images, like), "rows"),
+            lambda config: launcher.rows(images, patch, dtype, mean, std, order),
         )  # fmt: skip
     if found is not None:
         return found.view(B, patches_of(images, patch), -1)

@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitfast import native, reference
+from vitfast import reference
+from vitfast.choose.exportable import refuse_proxy, stock_only
+from vitfast.kernels import cpu as cpu_kernels
+from vitfast.kernels.cuda import patch_embed as launcher
 from vitfast.ops import _higher, _launch, _register
 from vitfast.ops._check import FLOATS, autocast_dtype, cast
 from vitfast.ops._register import call, wants_gradient
 from vitfast.ops.patch_embed import check, patches_of, token_dtype
-from vitfast.switches import refuse_proxy, stock_only
 
 
 def patch_embed_packed(
@@ -108,12 +110,13 @@ def _rows_stock(images, patch, dtype, mean, std):
 
 
 def _rows_cpu(images, patch, dtype, mean, std):
-    if dtype not in native.FLOATS or native.kernels() is None or any(i.dtype not in native.DTYPES for i in images):
+    known = dtype in cpu_kernels.FLOATS and all(i.dtype in cpu_kernels.DTYPES for i in images)
+    if not known or cpu_kernels.kernels() is None:
         return _rows_stock(images, patch, dtype, mean, std)
     lengths = [patches_of(image, patch) for image in images]
     rows = images[0].new_empty(sum(lengths), images[0].shape[0] * patch[0] * patch[1], dtype=dtype)
     for image, out in zip(images, rows.split(lengths), strict=True):
-        native.patch_rows(image[None], tuple(patch), dtype=dtype, mean=mean, std=std, out=out[None])
+        cpu_kernels.patch_rows(image[None], tuple(patch), dtype=dtype, mean=mean, std=std, out=out[None])
     return rows
 
 
@@ -127,8 +130,8 @@ def _packed_shape_of(images, weight):
     return *kinds, patches.bit_length(), *weight.shape, "packed"
 
 
-def _why_not(kernels, images, weight, *others):
-    reasons = kernels.why_not(images[0], weight.dtype, weight.shape[2:], *others)
+def _why_not(images, weight, *others):
+    reasons = launcher.why_not(images[0], weight.dtype, weight.shape[2:], *others)
     if weight.is_cuda and torch.cuda.is_current_stream_capturing():
         # their addresses and sizes go to the device at every call
         reasons.append("packed images in a CUDA graph")
@@ -137,13 +140,11 @@ def _why_not(kernels, images, weight, *others):
 
 def _packed_run(images, weight, bias, positions, prefix, mean, std):
     found = None
-    if weight.numel():
+    if weight.numel() and _launch.ready("patch_embed", weight):
         dtype = token_dtype(weight, positions, prefix)
         found = _launch.attempt(
-            "patch_embed", "patch_embed", weight,
-            lambda kernels: _why_not(kernels, images, weight, positions, prefix),
-            _packed_shape_of(images, weight),
-            lambda kernels, config: kernels.embed(
+            "patch_embed", weight, _why_not(images, weight, positions, prefix), _packed_shape_of(images, weight),
+            lambda config: launcher.embed(
                 images, weight, bias, positions, prefix, None, mean, std, dtype, config
             ),
         )  # fmt: skip
@@ -178,13 +179,13 @@ def _packed_grads(grad, images, weight, positions, prefix, mean, std, mask):
     if need_bias:
         grad_bias = torch.stack([part.sum(0, dtype=wide) for part in parts[1::2]]).sum(0).to(weight.dtype)
     if need_weight:
-        grad_weight = _launch.attempt(
-            "patch_embed_backward", "patch_embed", weight, lambda kernels: _why_not(kernels, images, weight),
-            _packed_shape_of(images, weight),
-            lambda kernels, config: kernels.weight_gradient(
-                images, weight, grad.to(weight.dtype), P, mean, std, config
-            ),
-        )  # fmt: skip
+        if _launch.ready("patch_embed_backward", weight):
+            grad_weight = _launch.attempt(
+                "patch_embed_backward", weight, _why_not(images, weight), _packed_shape_of(images, weight),
+                lambda config: launcher.weight_gradient(
+                    images, weight, grad.to(weight.dtype), P, mean, std, config
+                ),
+            )  # fmt: skip
         if grad_weight is None:
             rows = _rows_on(weight.device, images, patch, weight.dtype, mean, std)
             of_patches = torch.cat(parts[1::2]).to(weight.dtype)

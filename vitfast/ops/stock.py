@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vitfast import ops
-from vitfast.switches import stock_operators
+from vitfast.choose.exportable import stock_operators
 
 
 def _lowered(op: Callable) -> Callable:

@@ -1,1 +1,1 @@
-"""Reading, converting and writing checkpoints."""
+"""Weights: their names in several libraries, whether they fit a model, positions on another grid."""

@@ -1,4 +1,4 @@
-"""vit-pytorch's names for our parameters, and the attributes of its ViT that wrappers read.
+"""vit-pytorch's names for our parameters.
 
 A model with `input_norm` keeps its parameters in vit-pytorch's shapes and order, so conversion is renaming, and an
 optimizer state of vit-pytorch's `ViT` (release 1.16.1 or newer) fits as it is.
@@ -8,18 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitfast.config import ViTConfig
 from vitfast.weights.names import rename_keys
-from vitfast.weights.views import PatchEmbeddingView, Patchify, TransformerView
-
-if TYPE_CHECKING:
-    from vitfast.vit import ViT
-
-ATTRIBUTES = ("to_patch_embedding", "transformer", "pos_embedding", "mlp_head", "dropout", "pool")
 
 # (vit-pytorch, vitfast); {i} is the block
 NAMES = (
@@ -105,71 +99,3 @@ def from_vitfast(state_dict: Mapping[str, Tensor], config: ViTConfig) -> dict[st
     if wrong:
         raise ValueError(f"state_dict: layout='vit_pytorch' must have vit-pytorch's weights only, got {wrong}")
     return renamed
-
-
-def attribute(model: ViT, name: str) -> Any:
-    """What vit-pytorch calls `name`, for wrappers that read it.
-
-    Raises:
-        AttributeError: the model is of timm's architecture; the message says what to use.
-    """
-    instead = {
-        "to_patch_embedding": "patch_embed",
-        "transformer": "blocks and norm",
-        "pos_embedding": "pos_embed",
-        "mlp_head": "head",
-        "dropout": "pos_drop",
-        "pool": "config.pool",
-    }[name]
-    if "config" not in model.__dict__ or not model.config.input_norm:
-        raise AttributeError(
-            f"ViT has {name!r} only in vit-pytorch's architecture (vitfast.ViT(image_size=..., ...)); "
-            f"here use {instead!r}"
-        )
-    if name == "to_patch_embedding":
-        embed = model.patch_embed
-        return PatchEmbeddingView(Patchify(embed.patch_size), embed.input_norm, embed.proj, embed.norm).of(model)
-    if name == "transformer":
-        return TransformerView(model).of(model)
-    if name == "pos_embedding":
-        return model.pos_embed
-    if name == "dropout":
-        return model.pos_drop
-    return None if isinstance(model.head, nn.Identity) else model.head
-
-
-def assigned(model: ViT, name: str, value: Any) -> tuple[str, Any]:
-    """Our name and value for what a user assigns under vit-pytorch's name; the config follows.
-
-    Raises:
-        AttributeError: assigning it would have no effect, or the model is of timm's architecture; says what to assign.
-        ValueError: a pooling that vit-pytorch does not have, or that this model has no token for.
-    """
-    config = model.__dict__["config"]
-    if not config.input_norm:
-        if name in ("pool", "dropout"):
-            return name, value
-        attribute(model, name)
-    if name == "pool":
-        if value not in ("cls", "mean") or (value == "cls" and not config.class_token):
-            allowed = "'cls' or 'mean'" if config.class_token else "'mean' (there is no class token)"
-            raise ValueError(f"ViT.pool must be {allowed}, got {value!r}")
-        if config.pool != "none":
-            model.config = _pooled(config, value)
-    elif name == "mlp_head" and value is None:
-        # vit-pytorch's way of asking for tokens
-        model.config, value = config.replace(num_classes=0, pool="none"), nn.Identity()
-    elif name == "mlp_head":
-        model.config = _pooled(config, model.__dict__["pool"])
-    ours = {"mlp_head": "head", "pos_embedding": "pos_embed", "dropout": "pos_drop", "pool": "pool"}.get(name)
-    if ours is None:
-        raise AttributeError(
-            f"ViT.{name} is a view and cannot be replaced; assign to the modules under `patch_embed`, `blocks` or "
-            "`norm` instead"
-        )
-    return ours, value
-
-
-def _pooled(config: ViTConfig, pool: str) -> ViTConfig:
-    """With pooling by vit-pytorch's name; its mean is that of all tokens."""
-    return config.replace(pool={"cls": "token", "mean": "mean"}[pool], pool_prefix=pool == "mean")

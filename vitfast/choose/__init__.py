@@ -1,0 +1,1 @@
+"""Which implementation a call of an op runs, and who says so."""

@@ -1,0 +1,77 @@
+"""The `vitfast` command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the exit status: 0, 1 for a failed run, 2 for wrong use."""
+    parser = argparse.ArgumentParser(prog="vitfast", description="Vision Transformers on kernels of their own.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    info = commands.add_parser("info", help="versions, device, and what runs each op here")
+    info.add_argument("--json", action="store_true", help="machine-readable")
+    models = commands.add_parser("models", help="which of timm's ViT names work, and what the others need")
+    models.add_argument("filter", nargs="?", default="", help="shell pattern, such as '*dinov2*'")
+    models.add_argument("--json", action="store_true", help="machine-readable")
+    commands.add_parser("demo", help="train, save, reload, compare and time a small ViT on real digits", add_help=False)
+    commands.add_parser("bench", help="time ops and models against what else computes them", add_help=False)
+    commands.add_parser("tune", help="measure which kernels are faster on this GPU, and keep it", add_help=False)
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.command == "demo":
+        from vitfast.commands import demo
+
+        return demo.main(rest)
+    if arguments.command == "bench":
+        from vitfast.bench import cli as bench
+
+        return bench.main(rest)
+    if arguments.command == "tune":
+        from vitfast.bench import tune
+
+        return tune.main(rest)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        status = _info(arguments) if arguments.command == "info" else _models(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # whoever read our output (head, less) has enough; keep the interpreter from failing once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return status
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from vitfast.commands import info
+
+    print(json.dumps(info.collect(), indent=2) if arguments.json else info.report())
+    return 0
+
+
+def _models(arguments: argparse.Namespace) -> int:
+    from fnmatch import fnmatchcase
+
+    from vitfast.timm_names.variants import UNSUPPORTED, VARIANTS
+
+    pattern = arguments.filter or "*"
+    works = sorted(name for name in VARIANTS if fnmatchcase(name, pattern))
+    lacking = {name: UNSUPPORTED[name] for name in sorted(UNSUPPORTED) if fnmatchcase(name, pattern)}
+    if arguments.json:
+        print(json.dumps({"works": works, "missing_field": lacking}, indent=2))
+        return 0
+    for name in works:
+        print(name)
+    width = max(map(len, lacking), default=0)
+    for name, field in lacking.items():
+        print(f"{name:<{width}}  not available: {field}")
+    print(f"{len(works)} work, {len(lacking)} do not")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Frozen inference: what `vitfast.prepare` makes of a model."""

@@ -1,0 +1,15 @@
+"""The C++ kernels for the CPU, as functions of tensors: `vitfast._C` takes addresses, sizes and strides."""
+
+from vitfast.kernels.cpu.activation import activation
+from vitfast.kernels.cpu.arguments import ACTIVATIONS, DTYPES, FLOATS, PATCH_ORDERS, has_amx, kernels, takes
+from vitfast.kernels.cpu.attention import attends, attention, attention_qkv
+from vitfast.kernels.cpu.layer_norm import Norm, layer_norm
+from vitfast.kernels.cpu.linear import PackedWeight, linear, multiplies
+from vitfast.kernels.cpu.mlp import Block, block, mlp
+from vitfast.kernels.cpu.patch_embed import embed, patch_rows
+
+__all__ = [
+    "ACTIVATIONS", "DTYPES", "FLOATS", "PATCH_ORDERS", "Block", "Norm", "PackedWeight", "activation", "attends",
+    "attention", "attention_qkv", "block", "embed", "has_amx", "kernels", "layer_norm", "linear", "mlp", "multiplies",
+    "patch_rows", "takes",
+]  # fmt: skip

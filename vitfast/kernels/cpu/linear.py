@@ -1,0 +1,128 @@
+"""Products with packed weights by the C++ kernels of csrc/cpu/linear.h."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitfast.kernels.cpu.arguments import (
+    DTYPES,
+    FLOATS,
+    MAX_LANES,
+    act_number,
+    describe,
+    fits,
+    kernels,
+    must_fit,
+    no_copies,
+)
+from vitfast.kernels.cpu.layer_norm import Norm
+
+
+def multiplies(dtype: torch.dtype, using: Any = None) -> bool:
+    """Whether `linear` takes tensors of this dtype: fp32, and bf16 where the CPU multiplies that."""
+    found = using or kernels()
+    return found is not None and dtype in FLOATS and found.multiplies(DTYPES[dtype])
+
+
+class PackedWeight:
+    """A weight [D, K] and a bias [D] as `linear` and `mlp` read them.
+
+    Args:
+        weight: in a dtype for which `multiplies` is True; K even in bfloat16.
+        using: kernels of another instruction set than this CPU's best; the same must multiply it.
+
+    Raises:
+        ValueError: K is odd in bfloat16; weight or bias does not fit.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, using: Any = None):
+        if weight.dim() != 2 or not weight.is_cpu or not weight.numel() or not multiplies(weight.dtype, using):
+            raise ValueError(f"PackedWeight: weight must be [D, K] in a dtype it can multiply, got {describe(weight)}")
+        if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_cpu):
+            raise ValueError(f"PackedWeight: bias must be [{weight.shape[0]}], got {describe(bias)}")
+        (self.D, self.K), self.dtype = weight.shape, weight.dtype
+        if not self.takes(self.K, weight.dtype):
+            raise ValueError(f"PackedWeight: K must be even in bfloat16, got {self.K}")
+        self.cells = weight.new_empty(-(-self.D // MAX_LANES), self.K * MAX_LANES)
+        weight = weight.contiguous()
+        self.kernels = using or kernels()
+        self.kernels.pack_weight(
+            weight.data_ptr(), self.cells.data_ptr(), self.D, self.K, DTYPES[weight.dtype]
+        )
+        self.bias = None if bias is None else F.pad(bias.float(), (0, -self.D % MAX_LANES))
+        self.view = self.cells.data_ptr(), 0 if bias is None else self.bias.data_ptr(), self.K, self.D
+
+    @staticmethod
+    def takes(K: int, dtype: torch.dtype) -> bool:
+        return K % 2 == 0 or dtype is not torch.bfloat16
+
+    def check(self, what: str, x: Tensor, norm: Norm | None = None) -> None:
+        """Refuse an x or a norm of it that the kernels would read, or write results for, beside its memory.
+
+        Raises:
+            ValueError: x is not a contiguous [..., K] in the weight's dtype with rows in it, or the norm not one of it.
+        """
+        shape = x.shape
+        if not shape or shape[-1] != self.K or not x.numel() or not fits(x, shape, self.dtype):
+            raise ValueError(
+                f"{what}: x must be contiguous [..., {self.K}] in {str(self.dtype)[6:]}, got {describe(x)}"
+            )
+        if norm is not None:
+            norm.check(what, self.K, self.dtype)
+
+    def kernels_for(self, what: str, using: Any) -> Any:
+        """The kernels that read this layout.
+
+        Raises:
+            ValueError: others are asked for, to which it would be other numbers.
+        """
+        if using is not None and using.name != self.kernels.name:
+            raise ValueError(f"{what}: weights were packed for {self.kernels.name}, got kernels of {using.name}")
+        return self.kernels
+
+    def follows(self, what: str, *others: PackedWeight) -> None:
+        """Refuse weights that do not take what this one gives; each takes the results of the one before it.
+
+        Raises:
+            ValueError: another width or dtype.
+        """
+        for one, other in zip((self, *others), others, strict=False):
+            other.kernels_for(what, one.kernels)
+            if one.D != other.K or one.dtype is not other.dtype:
+                raise ValueError(
+                    f"{what}: a weight must take the [..., {one.D}] in {str(one.dtype)[6:]} of the one before it, got "
+                    f"one for [..., {other.K}] in {str(other.dtype)[6:]}"
+                )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        no_copies(self)
+
+
+def linear(
+    x: Tensor,
+    weight: PackedWeight,
+    *,
+    norm: Norm | None = None,
+    act: str = "none",
+    residual: Tensor | None = None,
+    using: Any = None,
+) -> Tensor:
+    """residual + act(norm(x) @ weight.T + bias), rounded once; the normed x is rounded too.
+
+    Args:
+        x: [..., K], contiguous, not empty, in the dtype of the weight.
+        act: 'none' or one of ACTIVATIONS.
+        residual: [..., D], contiguous.
+    """
+    weight.check("linear", x, norm)
+    out = x.new_empty(*x.shape[:-1], weight.D)
+    must_fit("linear", "residual", residual, out.shape, out.dtype)
+    weight.kernels_for("linear", using).linear(
+        x.data_ptr(), None if norm is None else norm.view, weight.view, 0 if residual is None else residual.data_ptr(),
+        out.data_ptr(), x.numel() // weight.K, DTYPES[x.dtype], act_number(act), torch.get_num_threads(),
+    )  # fmt: skip
+    return out

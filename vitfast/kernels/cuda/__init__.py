@@ -1,0 +1,1 @@
+"""Launchers of the CUDA kernels of csrc/cuda."""

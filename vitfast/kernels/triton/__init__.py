@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers. Nothing here is imported before a kernel is wanted."""

@@ -1,0 +1,165 @@
+"""What follows a product while its tile is still in registers: norm, bias, activation, scales, residual.
+
+The tile v [BM, BN] becomes, each step where its flag says so,
+
+    v = rstd * (v - mean * column)          NORM: the norm before the product, see `fold_norm` in linear_product.py
+    v = v + bias                            BIAS
+    aside = v                               ASIDE, unless SLOPE
+    v = act(v)                              ACT
+    v = v * gamma                           GAMMA: LayerScale, a number a column
+    v = v * row_scale                       ROW_SCALE: stochastic depth, a number an image
+    v = v + beside                          RESIDUAL
+
+or, with SLOPE, on the way back through the activation: aside = act(beside), v = v * act'(beside). SUMS: the sum of each
+column over the tile's rows is written as well, for the gradient of a bias.
+
+The tile is cut into PARTS of columns that are finished one after the other: all at once does not fit into registers.
+
+Statistics of rows travel with a residual stream, so that no pass over it is for them alone: with PIECES_OUT each part
+of W columns writes its mean and its sum of squared distances from that, as rounded, to pieces [N / W, 2, M]; a product
+whose norm is folded puts the pieces of a row together (Chan et al., "Updating formulae and a pairwise algorithm for
+computing sample variances", 1979).
+"""
+
+import triton
+import triton.language as tl
+
+from vitfast.kernels.triton.activations import activate, activate_and_slope
+from vitfast.kernels.triton.addresses import advance
+
+
+@triton.jit
+def load_tile(ptr, row, column, step, M, N, BM: tl.constexpr, W: tl.constexpr, UNIT: tl.constexpr, DESC: tl.constexpr):
+    """[BM, W] in fp32 from (row, column); zeros outside of [M, N]."""
+    if DESC:
+        tile = ptr.load([row, column])
+    else:
+        rows, columns = tl.arange(0, BM), column + tl.arange(0, W)
+        where = advance(ptr, row, step, UNIT) + (rows[:, None] * (step * UNIT) + columns[None, :])
+        tile = tl.load(where, mask=(row + rows < M)[:, None] & (columns < N)[None, :], other=0.0)
+    return tile.to(tl.float32)
+
+
+@triton.jit
+def store_tile(
+    ptr, row, column, tile, step, M, N, BM: tl.constexpr, W: tl.constexpr, UNIT: tl.constexpr, DESC: tl.constexpr
+):
+    if DESC:
+        ptr.store([row, column], tile.to(ptr.dtype))
+    else:
+        rows, columns = tl.arange(0, BM), column + tl.arange(0, W)
+        where = advance(ptr, row, step, UNIT) + (rows[:, None] * (step * UNIT) + columns[None, :])
+        mask = (row + rows < M)[:, None] & (columns < N)[None, :]
+        tl.store(where, tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_columns(ptr, columns, N):
+    return tl.load(ptr + columns, mask=columns < N, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_statistics(
+    mean, rstd, row, M, eps, BM: tl.constexpr, NORM: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr
+):
+    """Mean and 1 / standard deviation of the rows; from `mean` [PIECES, 2, M] where there are PIECES of PIECE columns.
+    """
+    rows = row + tl.arange(0, BM)
+    means = tl.zeros((BM,), tl.float32)
+    if PIECES > 0:
+        squares = tl.zeros((BM,), tl.float32)
+        at = mean
+        for _ in tl.range(PIECES):
+            means += tl.load(at + rows, mask=rows < M, other=0.0)
+            squares += tl.load(at + M + rows, mask=rows < M, other=0.0)
+            at += 2 * tl.cast(M, tl.int64)
+        means = means / PIECES
+        at = mean
+        for _ in tl.range(PIECES):
+            away = tl.load(at + rows, mask=rows < M, other=0.0)
+            if NORM == "layer":
+                away = away - means
+            squares += PIECE * (away * away)
+            at += 2 * tl.cast(M, tl.int64)
+        rstds = tl.div_rn(1.0, tl.sqrt_rn(squares / (PIECES * PIECE) + eps))
+    else:
+        if NORM == "layer":
+            means = tl.load(mean + rows, mask=rows < M, other=0.0)
+        rstds = tl.load(rstd + rows, mask=rows < M, other=0.0)
+    return means, rstds
+
+
+@triton.jit
+def finish_part(
+    v, row, column, means, rstds, out, aside, beside, bias, gamma, row_scale, column_sums, sums, pieces,
+    M, N, n_step, beside_step, tokens,
+    BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr, DESC: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
+    ACT: tl.constexpr, SLOPE: tl.constexpr, ASIDE: tl.constexpr, GAMMA: tl.constexpr, ROW_SCALE: tl.constexpr,
+    RESIDUAL: tl.constexpr, SUMS: tl.constexpr, PIECES_OUT: tl.constexpr,
+):  # fmt: skip
+    rows, columns = row + tl.arange(0, BM), column + tl.arange(0, BN)
+    if NORM != "none":
+        if NORM == "layer":
+            v = v - means[:, None] * load_columns(column_sums, columns, N)[None, :]
+        v = v * rstds[:, None]
+    if BIAS:
+        v = v + load_columns(bias, columns, N)[None, :]
+    if SLOPE:
+        y, slope = activate_and_slope(load_tile(beside, row, column, beside_step, M, N, BM, BN, UNIT, DESC), ACT)
+        if ASIDE:
+            store_tile(aside, row, column, y, n_step, M, N, BM, BN, UNIT, DESC)
+        v = v * slope
+    else:
+        if ASIDE:
+            store_tile(aside, row, column, v, n_step, M, N, BM, BN, UNIT, DESC)
+        v = activate(v, ACT)
+    if GAMMA:
+        v = v * load_columns(gamma, columns, N)[None, :]
+    if ROW_SCALE:
+        v = v * tl.load(row_scale + rows // tokens, mask=rows < M, other=0.0).to(tl.float32)[:, None]
+    if RESIDUAL:
+        v = v + load_tile(beside, row, column, beside_step, M, N, BM, BN, UNIT, DESC)
+    store_tile(out, row, column, v, n_step, M, N, BM, BN, UNIT, DESC)
+    if SUMS:
+        v = tl.where((rows < M)[:, None], v, 0.0)
+        at = sums + (row // BM).to(tl.int64) * N + columns
+        tl.store(at, tl.sum(v, 0), mask=columns < N)
+    if PIECES_OUT:
+        v = v.to(out.dtype if DESC else out.dtype.element_ty).to(tl.float32)
+        center = tl.sum(v, 1) / BN
+        away = v - center[:, None]
+        at = pieces + (column // BN).to(tl.int64) * 2 * M + rows
+        # parts fill N, a tile of several parts may not
+        inside = (rows < M) & (column < N)
+        tl.store(at, center, mask=inside)
+        tl.store(at + M, tl.sum(away * away, 1), mask=inside)
+
+
+@triton.jit
+def finish(
+    v, row, column, means, rstds, out, aside, beside, bias, gamma, row_scale, column_sums, sums, pieces,
+    M, N, n_step, beside_step, tokens,
+    BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr, DESC: tl.constexpr,
+    NORM: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr, ASIDE: tl.constexpr,
+    GAMMA: tl.constexpr, ROW_SCALE: tl.constexpr, RESIDUAL: tl.constexpr, SUMS: tl.constexpr,
+    PIECES_OUT: tl.constexpr,
+):  # fmt: skip
+    """Finish the tile v [BM, BN] at (row, column) and write what comes out."""
+    if PARTS == 1:
+        finish_part(
+            v, row, column, means, rstds, out, aside, beside, bias, gamma, row_scale, column_sums, sums, pieces,
+            M, N, n_step, beside_step, tokens,
+            BM, BN, UNIT, DESC, NORM, BIAS, ACT, SLOPE, ASIDE, GAMMA, ROW_SCALE, RESIDUAL, SUMS, PIECES_OUT,
+        )  # fmt: skip
+    else:
+        first, second = tl.split(tl.permute(tl.reshape(v, (BM, 2, BN // 2)), (0, 2, 1)))
+        finish(
+            first, row, column, means, rstds, out, aside, beside, bias, gamma, row_scale, column_sums, sums, pieces,
+            M, N, n_step, beside_step, tokens, BM, BN // 2, PARTS // 2,
+            UNIT, DESC, NORM, BIAS, ACT, SLOPE, ASIDE, GAMMA, ROW_SCALE, RESIDUAL, SUMS, PIECES_OUT,
+        )  # fmt: skip
+        finish(
+            second, row, column + BN // 2, means, rstds, out, aside, beside, bias, gamma, row_scale, column_sums, sums,
+            pieces, M, N, n_step, beside_step, tokens, BM, BN // 2, PARTS // 2,
+            UNIT, DESC, NORM, BIAS, ACT, SLOPE, ASIDE, GAMMA, ROW_SCALE, RESIDUAL, SUMS, PIECES_OUT,
+        )  # fmt: skip

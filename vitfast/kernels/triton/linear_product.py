@@ -1,0 +1,197 @@
+"""x w^T of a linear layer, with everything around it in the same kernel (see linear_finish.py).
+
+`product` has three ways to share the work: a tile a program; PERSISTENT programs that take tiles in turn, so that one
+tile's results are written while the next one's operands are read; and SPLIT programs a tile, each with a part of the
+sum, where tiles are too few to fill a device. DESC moves tiles by descriptors (bulk copies on Hopper), which want rows
+at multiples of 16 bytes; pointers take any.
+
+A norm before the product is folded into it: with W' = W * norm_weight, LN(x) W^T + b is
+
+    rstd * (x W'^T - mean * column_sums) + (W norm_bias + b),   column_sums = the sum of each row of W'
+
+which leaves the operands as they lie in memory. What W' loses by rounding, `column_sums` of the rounded W' loses as
+well, so that a large mean cancels.
+"""
+
+import triton
+import triton.language as tl
+
+from vitfast.kernels.triton import layer_norm_rows
+from vitfast.kernels.triton.addresses import advance
+from vitfast.kernels.triton.linear_finish import finish, finish_part, load_statistics, load_tile
+
+RUNTIME = ("M", "n_units", "k_units", "x_step", "w_step", "beside_step", "tokens", "programs")
+
+
+@triton.jit
+def place_of(t, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """Tile t's row and column: GROUP rows of tiles go column by column, so that the L2 cache serves both operands."""
+    width = GROUP * tiles_n
+    first = t // width * GROUP
+    size = tl.minimum(tiles_m - first, GROUP)
+    return first + t % width % size, t % width // size
+
+
+@triton.jit
+def multiply(
+    x, w, m, n, begin, end, M, N, K, x_step, w_step,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, UNIT: tl.constexpr, DESC: tl.constexpr,
+    ACROSS: tl.constexpr, SWAP: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The part from `begin` to `end` of the sum of tile (m, n): [BM, BN], or with SWAP its transpose, in fp32.
+
+    ACROSS: w is [K, N] and not [N, K].
+    """
+    acc = tl.zeros((BN, BM), tl.float32) if SWAP else tl.zeros((BM, BN), tl.float32)
+    if DESC:
+        for k in tl.range(begin, end, BK, num_stages=STAGES):
+            a = x.load([m * BM, k])
+            b = w.load([k, n * BN]) if ACROSS else tl.trans(w.load([n * BN, k]))
+            if SWAP:
+                acc = tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION)
+            else:
+                acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    else:
+        inner = tl.arange(0, BK)
+        # the first row again in place of those past the end: cheaper than a mask, and nobody reads what comes out
+        rows = tl.arange(0, BM)
+        rows = tl.where(rows < M - m * BM, rows, 0)
+        a_at = advance(x, m * BM, x_step, UNIT) + (rows[:, None] * (x_step * UNIT) + inner[None, :])
+        columns = n * BN + tl.arange(0, BN)
+        if ACROSS:
+            b_at = w + (inner[:, None] * (w_step * UNIT) + columns[None, :])
+        else:
+            places = tl.arange(0, BN)
+            places = tl.where(places < N - n * BN, places, 0)
+            b_at = advance(w, n * BN, w_step, UNIT) + (inner[:, None] + places[None, :] * (w_step * UNIT))
+        for k in tl.range(begin, end, BK, num_stages=STAGES):
+            b_now = b_at + k
+            if ACROSS:
+                b_now = advance(b_at, k, w_step, UNIT)
+            a = tl.load(a_at + k) if EVEN_K else tl.load(a_at + k, mask=(k + inner < K)[None, :], other=0.0)
+            if ACROSS:
+                b = tl.load(b_now, mask=(k + inner < K)[:, None] & (columns < N)[None, :], other=0.0)
+            elif EVEN_K:
+                b = tl.load(b_now)
+            else:
+                b = tl.load(b_now, mask=(k + inner < K)[:, None], other=0.0)
+            if SWAP:
+                acc = tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION)
+            else:
+                acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def no_statistics(BM: tl.constexpr):
+    return tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def product(
+    x, w, out, aside, beside, bias, gamma, row_scale, mean, rstd, column_sums, sums, pieces, partials, arrived,
+    M, n_units, k_units, x_step, w_step, beside_step, tokens, programs, eps,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
+    STAGES: tl.constexpr, UNIT: tl.constexpr, DESC: tl.constexpr, ACROSS: tl.constexpr, SWAP: tl.constexpr,
+    EVEN_K: tl.constexpr, PERSISTENT: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    NORM: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr, ASIDE: tl.constexpr,
+    GAMMA: tl.constexpr, ROW_SCALE: tl.constexpr, RESIDUAL: tl.constexpr, SUMS: tl.constexpr,
+    PIECES_OUT: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
+    """x [M, K] and w [N, K] -> out [M, N]. N, K and steps from row to row come in units of UNIT elements.
+
+    partials: fp32, BM * BN numbers for each of SPLIT programs a tile; arrived: int32 zeros, one a tile.
+    """
+    N, K = n_units * UNIT, k_units * UNIT
+    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    if PERSISTENT:
+        for t in tl.range(tl.program_id(0), tiles_m * tiles_n, programs):
+            m, n = place_of(t, tiles_m, tiles_n, GROUP)
+            acc = multiply(
+                x, w, m, n, 0, K, M, N, K, x_step, w_step,
+                BM, BN, BK, STAGES, UNIT, DESC, ACROSS, SWAP, EVEN_K, PRECISION,
+            )  # fmt: skip
+            means, rstds = no_statistics(BM)
+            if NORM != "none":
+                means, rstds = load_statistics(mean, rstd, m * BM, M, eps, BM, NORM, PIECES, PIECE)
+            finish(
+                acc, m * BM, n * BN, means, rstds, out, aside, beside, bias, gamma, row_scale, column_sums, sums,
+                pieces, M, N, n_units, beside_step, tokens,
+                BM, BN, PARTS, UNIT, DESC, NORM, BIAS, ACT, SLOPE, ASIDE, GAMMA, ROW_SCALE, RESIDUAL, SUMS, PIECES_OUT,
+            )  # fmt: skip
+    else:
+        t, s = tl.program_id(0) // SPLIT, tl.program_id(0) % SPLIT
+        m, n = place_of(t, tiles_m, tiles_n, GROUP)
+        each = tl.cdiv(tl.cdiv(K, BK), SPLIT) * BK
+        begin = (s.to(tl.int64) * each).to(tl.int32)
+        acc = multiply(
+            x, w, m, n, begin, tl.minimum(K, begin + each), M, N, K, x_step, w_step,
+            BM, BN, BK, STAGES, UNIT, DESC, ACROSS, SWAP, EVEN_K, PRECISION,
+        )  # fmt: skip
+        if SWAP:
+            acc = tl.trans(acc)
+        last = True
+        if SPLIT > 1:
+            inside = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
+            own = partials + t.to(tl.int64) * (SPLIT * BM * BN)
+            tl.store(own + s.to(tl.int64) * (BM * BN) + inside, acc)
+            # all threads have written before one of them says so
+            tl.debug_barrier()
+            last = tl.atomic_add(arrived + t, 1, sem="acq_rel") == SPLIT - 1
+        if last:
+            if SPLIT > 1:
+                # whoever comes last adds them up, in one order: the same bits in every run
+                acc = tl.zeros((BM, BN), tl.float32)
+                for i in tl.static_range(SPLIT):
+                    acc += tl.load(own + i * (BM * BN) + inside, cache_modifier=".cg")
+            means, rstds = no_statistics(BM)
+            if NORM != "none":
+                means, rstds = load_statistics(mean, rstd, m * BM, M, eps, BM, NORM, PIECES, PIECE)
+            finish(
+                acc, m * BM, n * BN, means, rstds, out, aside, beside, bias, gamma, row_scale, column_sums, sums,
+                pieces, M, N, n_units, beside_step, tokens,
+                BM, BN, PARTS, UNIT, DESC, NORM, BIAS, ACT, SLOPE, ASIDE, GAMMA, ROW_SCALE, RESIDUAL, SUMS, PIECES_OUT,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def finish_rows(
+    x, out, aside, beside, bias, gamma, row_scale, sums, M, n_units, x_step, beside_step, tokens,
+    BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr,
+    ASIDE: tl.constexpr, GAMMA: tl.constexpr, ROW_SCALE: tl.constexpr, RESIDUAL: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
+    """What follows a product that somebody else has written to x [M, N]."""
+    N = n_units * UNIT
+    tiles_n = tl.cdiv(N, BN)
+    m, n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
+    v = load_tile(x, m * BM, n * BN, x_step, M, N, BM, BN, UNIT, False)
+    means, rstds = no_statistics(BM)
+    finish_part(
+        v, m * BM, n * BN, means, rstds, out, aside, beside, bias, gamma, row_scale, out, sums, out,
+        M, N, n_units, beside_step, tokens,
+        BM, BN, UNIT, False, "none", BIAS, ACT, SLOPE, ASIDE, GAMMA, ROW_SCALE, RESIDUAL, SUMS, False,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=("N", "w_step"))
+def fold_norm(
+    w, norm_weight, norm_bias, bias, folded, column_sums, folded_bias, N, w_step,
+    K: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, UNIT: tl.constexpr, WEIGHT: tl.constexpr,
+    NORM_BIAS: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """w [N, K] * norm_weight, the sums of its rows as rounded, and w norm_bias + bias; the latter two fp32 [N]."""
+    first = tl.program_id(0) * BM
+    left = N - first
+    columns, rows = tl.arange(0, BLOCK), tl.arange(0, BM)
+    tile = layer_norm_rows.load_tile(w, first, w_step, left, columns, K, BM, UNIT)
+    added = tl.zeros((BM,), tl.float32)
+    if NORM_BIAS:
+        added += tl.sum(tile * layer_norm_rows.load_vector(norm_bias, columns, K)[None, :], 1)
+    if BIAS:
+        added += tl.load(bias + first + rows, mask=rows < left, other=0.0).to(tl.float32)
+    if WEIGHT:
+        tile = tile * layer_norm_rows.load_vector(norm_weight, columns, K)[None, :]
+        layer_norm_rows.store_tile(folded, first, left, columns, tile, K, BM)
+    sums = tl.sum(tile.to(folded.dtype.element_ty).to(tl.float32), 1)
+    tl.store(column_sums + first + rows, sums, mask=rows < left)
+    tl.store(folded_bias + first + rows, added, mask=rows < left)

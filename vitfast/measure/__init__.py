@@ -1,0 +1,1 @@
+"""Clocks, devices and machines, of which benchmarks and warm-up know through this package only."""

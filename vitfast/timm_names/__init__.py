@@ -1,0 +1,1 @@
+"""timm's model names and keywords, and `create_model`."""
