@@ -79,7 +79,12 @@ class TimmSurface:
         proj = getattr(self.patch_embed, "proj", None)
         return getattr(proj, "in_channels", self.config.channels)
 
-    embed_dim = num_features = head_hidden_size = property(lambda self: self.config.dim)
+    @property
+    def embed_dim(self) -> int:
+        """Width D of a token."""
+        return self.config.dim
+
+    num_features = head_hidden_size = embed_dim
 
     @property
     def pool_include_prefix(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import nn
@@ -16,6 +16,12 @@ from vitfast.timm_names import pretrained_cfg as cfgs
 from vitfast.timm_names.variants import config_for
 
 
+@overload
+def create_model(
+    model_name: str, pretrained: bool = False, *, features_only: Literal[False] = False, **more: Any
+) -> ViT: ...
+@overload
+def create_model(model_name: str, pretrained: bool = False, *, features_only: bool, **more: Any) -> nn.Module: ...
 def create_model(
     model_name: str,
     pretrained: bool = False,
