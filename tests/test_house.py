@@ -178,7 +178,7 @@ reveal_type(out)
 WRONG = {
     "model = vitfast.create_model(3)": 'No overload variant of "create_model" matches argument type "int"',
     "vitfast.prepare('vit')": '"prepare" has incompatible type "str"',
-    "vitfast.ViT(image_size=32)": 'Missing named argument "patch_size" for "ViT"',
+    "vitfast.ViT(image_size=32)": 'Missing named argument "mlp_dim" for "ViT"',
     "vitfast.ops.layer_norm(1.0, None, None, 1e-6)": '"layer_norm" has incompatible type "float"',
     "vitfast.load_checkpoint(vitfast.ViT, 'model.pt')": '"load_checkpoint" has incompatible type',
 }

@@ -62,8 +62,7 @@ def load_columns(ptr, columns, N):
 def load_statistics(
     mean, rstd, row, M, eps, BM: tl.constexpr, NORM: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr
 ):
-    """Mean and 1 / standard deviation of the rows; from `mean` [PIECES, 2, M] where there are PIECES of PIECE columns.
-    """
+    """Mean and 1 / standard deviation of the rows; from `mean` [PIECES, 2, M] where there are pieces."""
     rows = row + tl.arange(0, BM)
     means = tl.zeros((BM,), tl.float32)
     if PIECES > 0:
