@@ -66,7 +66,7 @@ gpu: ## RUN=check|tune|models|tests|profile|rest|next|all: test and time on a GP
 	$(PYTHON) benchmarks/run.py $(or $(RUN),$(error RUN must be check, tune, models, tests, profile, rest, next or all)) \
 		$(if $(MINUTES),--minutes $(MINUTES)) $(if $(RESUME),--resume) $(if $(OUT),--out $(OUT))
 
-report: $(VENV)/.bench ## write the README's tables and pictures from benchmarks/results
+report: $(VENV)/.bench ## write the tables and pictures of README and docs from benchmarks/results
 	$(BIN)/python benchmarks/make_report.py
 
 clean: ## remove the environments and everything that was built

@@ -174,7 +174,7 @@ PLANS: dict[str, tuple[Stage, ...]] = {
         EXTENSION,
         Stage("counters", 100, 60, profile, least_s=20.0),
     ),
-    # what the tables of the README have besides
+    # what the tables of the report have besides
     "rest": (
         EXTENSION,
         DEFAULTS,

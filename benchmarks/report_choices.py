@@ -1,16 +1,19 @@
-"""The README's table of built-in choices: from `vitfast.choose.builtin`, whose tables ops read."""
+"""The table of built-in choices: from `vitfast.choose.builtin`, whose tables ops read."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from report_tables import table
 
+import vitfast
 from vitfast.choose import builtin, config_tables
 from vitfast.choose.builtin import Measured
 
+ROOT = Path(vitfast.__file__).parents[1]
 NUMBER = re.compile(r" [0-9.]+ us$")
 # of a configuration, what stands in it under "kernel"
 KINDS = {"blas": "cuBLAS and kernels around it", "tiles": "one kernel", "whole": "one kernel for both layers"}
@@ -54,7 +57,7 @@ def _heading(arch: int) -> str:
     dtype = ", bf16" if all(row.shape[0] == "bfloat16" for row in builtin.table(arch)) else ""
     return (
         f"**sm_{arch}, measured on {cards}**{dtype}; ratios: the fastest stock operators' time by the kernel's. "
-        f"Each shape's choice is a line of `vitfast/{builtin.path_of(arch).name}`."
+        f"Each shape's choice is a line of `{builtin.path_of(arch).relative_to(ROOT).as_posix()}`."
     )
 
 

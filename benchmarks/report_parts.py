@@ -1,4 +1,4 @@
-"""Tables of the README from the rows of bench_cpu.py: patches, growth over batch and image size, tanh GELU."""
+"""Tables of the report from the rows of bench_cpu.py: patches, growth over batch and image size, tanh GELU."""
 
 from __future__ import annotations
 

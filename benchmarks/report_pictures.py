@@ -1,4 +1,4 @@
-"""Pictures of the README, as SVG, from the rows of one device. The same rows give the same bytes."""
+"""Pictures of README and docs, as SVG, from the rows of one device. The same rows give the same bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import report_rows as rows_of
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from report_rows import Device, Row, images_per_s, joined, main_dtype, ours, ratio_text, rival, timed
-from report_tables import base_ops, largest_models, number, peaks
+from report_tables import RIVAL, base_ops, largest_models, number, peaks, summary_rows
 
 # after Okabe and Ito, whose colours people with any kind of colour vision tell apart; darker, for they colour text too
 OURS = ("#0072B2", "#4A9BD6")
@@ -47,6 +47,35 @@ def draw(picture: Callable[[Device], Figure | None], device: Device, format: str
     with matplotlib.rc_context(STYLE):
         figure = picture(device)
         return None if figure is None else save(figure, format)
+
+
+def summary(device: Device) -> Figure | None:
+    """How many times timm's images/s ours are, one group of bars a model."""
+    rows = [row for row in summary_rows(device) if _has(row, RIVAL)]
+    if not rows:
+        return None
+    names = [[n for n in rows_of.variant_names([row]) if _has(row, n)] for row in rows]
+    places, ticks, y = [], [], 0.0
+    for of_row in names:
+        places.append([y + i for i in range(len(of_row))])
+        ticks.append(y + (len(of_row) - 1) / 2)
+        y += len(of_row) + 0.7
+    batches = " and ".join(f"{batch}" for batch in sorted({row["batch"] for row in rows}))
+    figure, (ax,) = _panels(device, rows, f"Inference at batch {batches}: images a second, {RIVAL} = 1", [""],
+                            [BAR_HEIGHT * y], width=8.2, left=1.6, right=2.6)  # fmt: skip
+    colours = _colours(rows)
+    longest = 1.0
+    for row, of_row, at in zip(rows, names, places, strict=True):
+        for name, place in zip(of_row, at, strict=True):
+            ratio = images_per_s(row, name) / images_per_s(row, RIVAL)
+            ax.barh(place, ratio, 0.85, color=BAR if name == row["baseline"] else colours[name])
+            said = "" if name == row["baseline"] else f"  {ratio_text(row['variants'][name])}"
+            _beside(ax, f"{images_per_s(row, name):,.0f}{said}  {name}", ratio, place)
+            longest = max(longest, ratio)
+    ax.axvline(1.0, color=INK, linewidth=0.7)
+    _name_bars(ax, [row["name"] for row in rows], longest)
+    ax.set(yticks=ticks, yticklabels=[row["name"] for row in rows], ylim=(y - 1.2, -0.5))
+    return figure
 
 
 def throughput_by_batch(device: Device) -> Figure | None:
@@ -338,6 +367,6 @@ def _label_ends(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
 
 
 PICTURES = {
-    "throughput": throughput_by_batch, "rivals": throughput_by_rival, "latency": latency, "memory": memory,
-    "ops": roofline_by_op, "flops": flops_and_throughput,
+    "summary": summary, "throughput": throughput_by_batch, "rivals": throughput_by_rival, "latency": latency,
+    "memory": memory, "ops": roofline_by_op, "flops": flops_and_throughput,
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The README's table of what ran on which GPU, from the records of `make gpu`."""
+"""The table of what ran on which GPU, from the records of `make gpu`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables of the README, as Markdown, from the rows of one device."""
+"""Tables of README and docs, as Markdown, from the rows of one device."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ NOT_MEASURED = "not measured"
 PACKAGES = ("torch", "triton", "timm", "transformers", "cuda", "driver")
 # what the shorter table of ops shows: the shapes of a ViT-B
 BASE = {"width": 768, "head_dim": 64}
+# what the README shows of all that was measured: these models, and of the others the one that people have
+SUMMARY = tuple(f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large"))
+RIVAL = "timm"
+GRAPHS = "Where the host is the limit, times are of replayed CUDA graphs; the last column is its clock without them."
 
 
 class Notes:
@@ -98,6 +102,62 @@ def _variants_table(device: Device, rows: list[Row], value: Callable[[Row, str],
     if absent:
         explained += f" Absent there: {', '.join(absent)}."
     return _complete(device, rows, body, notes, explained) if rows else None
+
+
+def summary(device: Device) -> str | None:
+    rows = summary_rows(device)
+    if not rows:
+        return None
+    notes, names = Notes(), rows_of.variant_names(rows)
+    replayed = any(map(is_replayed, rows))
+    head = ["model", "batch", "dtype", *names, *([f"without graphs: {' / '.join(names)}"] if replayed else [])]
+    lines = [
+        [row["name"], str(row["batch"]), dtype(row),
+         *(cell(row, name, lambda _, name=name, row=row: f"{images_per_s(row, name):,.0f}", notes) for name in names),
+         *([" / ".join(called(row, name, lambda ms, row=row: f"{row['batch'] * 1e3 / ms:,.0f}") for name in names)]
+           if replayed else [])]
+        for row in rows
+    ]  # fmt: skip
+    explained = f"Inference at the largest batch, images/s; in brackets the ratio to {RIVAL}, pair by pair, "
+    explained += "≈ within noise." + f" {GRAPHS}" * replayed
+    return _complete(device, rows, table(head, lines), notes, explained)
+
+
+def summary_rows(device: Device) -> list[Row]:
+    """Ours and timm's at the largest batch, of the models that the README shows."""
+    rows = [row for row in largest_models(device) if row["name"] in SUMMARY and row["baseline"] == RIVAL]
+
+    def shown(variants: Row) -> Row:
+        return {name: variant for name, variant in variants.items() if variant.get("ours") or name == RIVAL}
+
+    return [row | {"variants": shown(row["variants"])} for row in rows]
+
+
+def is_replayed(row: Row) -> bool:
+    """Whether a time of this row is that of a replayed graph, and another when Python calls."""
+    return any(timed(v) and v.get("graph") and v.get("wall_ms") is not None for v in row["variants"].values())
+
+
+def called(row: Row, name: str, text: Callable[[float], str]) -> str:
+    """What the host's clock says of a variant whose operators Python calls one after the other."""
+    variant = row["variants"].get(name, {})
+    return text(variant["wall_ms"]) if timed(variant) and variant.get("wall_ms") is not None else "-"
+
+
+def host(device: Device) -> str | None:
+    """Milliseconds of a call by the host's clock, of the rows whose times are those of graphs."""
+    rows = [row for row in joined(r for r in device.rows if r["kind"] == "model") if is_replayed(row) and ours(row)]
+    if not rows:
+        return None
+    mine = {name for row in rows for name, variant in row["variants"].items() if variant.get("ours")}
+    names = [name for name in rows_of.variant_names(rows) if name == RIVAL or name in mine]
+    lines = [
+        [row["name"], row["mode"], str(row["batch"]), dtype(row), *(called(row, name, number) for name in names)]
+        for row in rows
+    ]
+    explained = "Milliseconds of a call from Python without a graph, by the host's clock."
+    body = table(["model", "mode", "batch", "dtype", *names], lines)
+    return _complete(device, rows, body, Notes(), explained, noise=False)
 
 
 def throughput(device: Device) -> str | None:

@@ -7,7 +7,7 @@ tune     every configuration of every kernel beside stock operators, and from it
 models   ViT-B, S, then others: ours, timm's, Hugging Face's and torchvision's, compiled and not, inference and training
 tests    all tests that need a GPU
 profile  what the hardware counts in three kernels, by ncu
-rest     ops and further models, for the tables of the README
+rest     ops and further models, for the tables of the report
 next     what comes next of these in this order, going on where the last call stopped, for --minutes (9)
 all      all of them, for as long as it takes
 cpu      ceilings, models and ops against what people would use instead

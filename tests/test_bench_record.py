@@ -56,7 +56,7 @@ def test_a_write_that_is_cut_short_destroys_what_was_there(tmp_path, monkeypatch
         """With all or a part of the text written."""
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(record.os, "fsync", cut_short)
+    monkeypatch.setattr(os, "fsync", cut_short)
     with pytest.raises(KeyboardInterrupt):
         file.add(row("second"))
     assert times(read(file.path)) == {"first": 1.0} and os.listdir(tmp_path) == ["run.json"]

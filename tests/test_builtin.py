@@ -10,7 +10,7 @@ from vitfast.check.measuring import Measurer
 from vitfast.choose import builtin, config_tables, dispatch
 from vitfast.choose.builtin import Builtin, Measured
 from vitfast.kernels.triton import attention, linear, mlp
-from vitfast.model import plain
+from vitfast.model import explain
 
 ARCHS = config_tables.ARCHITECTURES
 HALF = "bfloat16"
@@ -263,7 +263,8 @@ def test_a_residual_in_fp32_as_of_autocast_runs_what_was_measured_of_narrow_ones
     from vitfast.ops.linear import _linear_kernel
 
     asked = []
-    monkeypatch.setattr(_launch, "attempt", lambda *args: asked.append(args[4]))
+    monkeypatch.setattr(_launch, "ready", lambda *args: True)
+    monkeypatch.setattr(_launch, "attempt", lambda *args: asked.append(args[3]))
     x, weight = torch.randn(2, 3, 16).bfloat16(), torch.randn(8, 16).bfloat16()
     residual = None if residual is None else torch.randn(2, 3, 8, dtype=residual)
     gamma = None if gamma is None else torch.randn(8, dtype=gamma)
@@ -409,8 +410,8 @@ def test_a_full_memory_or_a_lost_device_is_taken_for_cudnns_refusal(cudnn, probl
 
 def test_explain_hides_what_was_measured(hopper):
     hopper(("linear", product(8), True, None), ("linear_backward", product(8), False, None))
-    found = plain._built_in([plain.Row("fc", "op linear", ""), plain.Row("norm", "op layer_norm", "")],
-                             torch.device("cuda"))  # fmt: skip
+    found = explain._built_in([explain.Row("fc", "op linear", ""), explain.Row("norm", "op layer_norm", "")],
+                              torch.device("cuda"))  # fmt: skip
     assert found == [
         "built in, layer_norm: unmeasured on sm_90",
         "built in, layer_norm_backward: unmeasured on sm_90",

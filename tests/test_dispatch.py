@@ -162,8 +162,8 @@ import torch
 before = set(sys.modules)
 import vitfast
 print(sorted({{name.split(".")[0] for name in set(sys.modules) - before}} & {{"triton", "pynvml"}}))
-data = ("vitfast.kernels", "vitfast.choose.config_tables")
-print([name for name in sys.modules if name.startswith(("vitfast.bench", "vitfast.kernels")) and name not in data])
+rooms = ("vitfast.bench", "vitfast.commands", "vitfast.kernels.triton", "vitfast.check.families")
+print([name for name in sys.modules if name.startswith(rooms)])
 """
 
 

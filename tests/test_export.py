@@ -171,5 +171,5 @@ def test_package_of_aot_inductor_needs_vitfast(exportable, tmp_path):
 
 
 def test_switch_is_not_explained_where_users_look():
-    for text in (vitfast.set_exportable.__doc__, (Path(__file__).parent.parent / "README.md").read_text()):
+    for text in (vitfast.set_exportable.__doc__, (Path(__file__).parent.parent / "docs/models.md").read_text()):
         assert all(word in text for word in ("torch.export", "AOTInductor", "set_exportable(True)"))

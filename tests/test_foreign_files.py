@@ -368,7 +368,7 @@ def jit(model, path):
 
 
 NOT_WEIGHTS = {
-    "module.pt": (torch.save, r"got a vitfast\.vit\.ViT; of a model save the state_dict\(\)"),
+    "module.pt": (torch.save, r"got a vitfast\.model\.vit\.ViT; of a model save the state_dict\(\)"),
     "script.pt": (jit, "TorchScript"),
     "optimizer.bin": (lambda m, p: torch.save(trained(m).state_dict(), p), "'state': dict, 'param_groups': list"),
     "arrays.pt": (lambda m, p: torch.save({"a": np.zeros(3)}, p), r"'a': numpy\._core"),

@@ -171,3 +171,12 @@ def test_from_block_to_kernel_are_more_than_three_changes_of_file(op):
     assert "vitfast.ops" in GRAPH["vitfast.model.layers"]
     block = MODULES["vitfast.model.patch_embed" if op == "patch_embed" else "vitfast.model.block"].read_text()
     assert op == "layer_norm" or f"self.ops.{op}" in block
+
+
+def test_changelog_sends_readers_to_a_file_that_is_not_there():
+    """Of the map of moved files."""
+    rows = re.findall(r"^\| (.+?) \| (.+?) \|$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    gone = re.findall(r"`([\w/]+\.py)`", " ".join(was for was, _ in rows))
+    new = re.findall(r"`([\w/]+/(?:\w+\.py)?)`", " ".join(now for _, now in rows))
+    assert len(gone) > 40 and len(new) > 20
+    assert [path for path in new if not (PACKAGE / path).exists() and not (ROOT / path).exists()] == []

@@ -1,4 +1,4 @@
-"""README tables and pictures: from the files and nothing else, and what a reader could be misled by."""
+"""Tables and pictures of README and docs: from the files and nothing else, and what a reader could be misled by."""
 
 import json
 import os
@@ -27,19 +27,21 @@ DONE = work.Work(10**12, 10**9)
 
 @pytest.fixture
 def site(tmp_path):
-    """A README with all blocks, and an empty folder of results."""
+    """A page with all blocks, and an empty folder of results."""
     (tmp_path / "results").mkdir()
+    (tmp_path / "README.md").write_text("no block\n")
+    (tmp_path / "docs").mkdir()
     blocks = [f"before {name}\n<!-- report: {name} -->\nold\n<!-- end -->\nafter {name}\n" for name in NAMES]
-    (tmp_path / "README.md").write_text("".join(blocks))
+    (tmp_path / "docs/numbers.md").write_text("".join(blocks))
     return tmp_path
 
 
 def report(site, *more):
-    return make_report.main(["--readme", str(site / "README.md"), "--results", str(site / "results"), *more])
+    return make_report.main(["--root", str(site), "--results", str(site / "results"), *more])
 
 
 def blocks(site):
-    text = (site / "README.md").read_text()
+    text = (site / "docs/numbers.md").read_text()
     return {name: body.strip() for _, name, body, _ in make_report.BLOCK.findall(text)}
 
 
@@ -86,7 +88,7 @@ def test_a_block_without_a_file_says_anything_but_that_it_was_not_measured(site)
     assert report(site) == 0
     # of GPUs once, in a block of their own
     assert blocks(site) == {name: "" if name.startswith("gpu") else NOT_MEASURED for name in NAMES}
-    text = (site / "README.md").read_text()
+    text = (site / "docs/numbers.md").read_text()
     assert all(f"before {name}\n" in text and f"after {name}\n" in text for name in NAMES)
     assert not list((site / "results").iterdir())
 
@@ -96,7 +98,9 @@ def test_a_table_or_picture_of_one_device_shows_another_or_does_not_say_which(si
     assert report(site) == 0
     found = blocks(site)
     for name, body in found.items():
-        if name in ("cpu ops", "cpu all ops", "cpu ceilings", "gpu patch", "gpu growth", "gpu gelu"):
+        if name in (
+            "cpu ops", "cpu all ops", "cpu ceilings", "cpu host", "gpu host", "gpu patch", "gpu growth", "gpu gelu",
+        ):  # fmt: skip
             assert body == NOT_MEASURED
             continue
         gpu = name.startswith("gpu")
@@ -105,9 +109,9 @@ def test_a_table_or_picture_of_one_device_shows_another_or_does_not_say_which(si
             assert "commit abc1234, 2026-11-20" in caption
         assert "**" in body and ("Some CPU" in body) is not gpu and ("H200" in body) is gpu
     pictures = {path.name for path in (site / "results").glob("*.svg")}
-    named = set(re.findall(r"\(results/(report_\w+\.svg)\)", (site / "README.md").read_text()))
+    named = set(re.findall(r"\(\.\./results/(report_\w+\.svg)\)", (site / "docs/numbers.md").read_text()))
     # memory is measured on the GPU only in earnest, but these records have it for both
-    assert named == pictures and len(named) == 11
+    assert named == pictures and len(named) == 13
 
 
 def test_a_table_of_bench_cpu_shows_another_number(site):
@@ -158,7 +162,7 @@ site = Path(sys.argv[1])
 fake_record.everything(site / "results")
 blocks = (f"<!-- report: gpu {table} -->\\n<!-- end -->\\n" for table in make_report.TABLES)
 (site / "README.md").write_text("".join(blocks))
-where = ["--readme", str(site / "README.md"), "--results", str(site / "results")]
+where = ["--root", str(site), "--results", str(site / "results")]
 make_report.main(where)
 assert make_report.main([*where, "--check"]) == 0
 for path in [site / "README.md", *sorted((site / "results").glob("*.svg"))]:
@@ -179,17 +183,17 @@ def test_the_same_files_give_other_bytes(tmp_path):
         return done.stdout
 
     first = run("1")
-    assert first.count(".svg") == 6 and first == run("2")
+    assert first.count(".svg") == 7 and first == run("2")
 
 
 def test_an_unknown_schema_or_a_broken_file_is_read(site, capsys):
-    before = (site / "README.md").read_bytes()
+    before = (site / "docs/numbers.md").read_bytes()
     for text, said in (('{"schema": 2, "run": {}, "rows": []}', "schema 2"), ('{"schema": 1, "ro', "cut short")):
         (site / "results" / "new.json").write_text(text)
         assert report(site) == 1
         error = capsys.readouterr().err
         assert "new.json" in error and said in error
-    assert (site / "README.md").read_bytes() == before
+    assert (site / "docs/numbers.md").read_bytes() == before
 
 
 def test_a_file_without_schema_is_read_or_passed_over_in_silence(site, capsys):
@@ -287,7 +291,7 @@ def test_a_newer_row_does_not_replace_an_older_or_loses_its_commit(site):
 def test_check_writes_or_misses_a_change(site, capsys):
     one_row(site)
     assert report(site, "--check") == 1
-    assert "README.md" in capsys.readouterr().out and "old" in blocks(site)["gpu throughput"]
+    assert "docs/numbers.md" in capsys.readouterr().out and "old" in blocks(site)["gpu throughput"]
     assert report(site) == 0 and report(site, "--check") == 0
     stale = site / "results" / "report_other_flops.svg"
     stale.write_text("<svg/>")
@@ -296,9 +300,10 @@ def test_check_writes_or_misses_a_change(site, capsys):
 
 
 def test_an_unknown_block_stays_empty_in_silence(site, capsys):
-    (site / "README.md").write_text("<!-- report: gpu thruput -->\n<!-- end -->\n")
+    (site / "docs/numbers.md").write_text("<!-- report: gpu thruput -->\n<!-- end -->\n")
     assert report(site) == 1
-    assert "'gpu thruput'" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "'gpu thruput'" in told and "docs/numbers.md" in told
 
 
 def test_bars_do_not_begin_at_zero_or_the_best_is_cut_off(site):
@@ -314,11 +319,64 @@ def test_bars_do_not_begin_at_zero_or_the_best_is_cut_off(site):
         assert ax.get_ylim()[0] == 0
 
 
-def test_the_readme_is_not_what_the_results_say():
-    devices, _ = report_rows.load(ROOT / "benchmarks/results")
-    readme = (ROOT / "README.md").read_text()
-    filled, pictures = make_report.fill(
-        readme, devices, "benchmarks/results", make_report.of_no_device(ROOT / "benchmarks/results")
-    )
-    assert filled == readme, "run make report"
+def test_a_page_does_not_find_its_pictures(site):
+    """Those of docs are a folder further away than the README's."""
+    one_row(site)
+    (site / "README.md").write_text("<!-- report: gpu summary -->\n<!-- end -->\n")
+    assert report(site) == 0
+    for page in (site / "README.md", site / "docs/numbers.md"):
+        named = re.findall(r"\]\((.*?\.svg)\)", page.read_text())
+        assert named and all((page.parent / name).is_file() for name in named)
+
+
+def test_the_summary_shows_another_model_a_rival_or_the_smaller_batch(site):
+    """It is to be ours and timm's, at the largest batch, of the models that everybody knows."""
+    row = one_row(site)
+    other = row | {"name": "resnet50", "key": "cnn", "batch": 512}
+    small = row | {"key": "small", "batch": 8, "work": {"flops": DONE.flops // 8, "bytes": DONE.bytes // 8}}
+    large = row | {"key": "large", "name": "vit_giant_patch14_224"}
+    fake_record.write(site / "results" / "run.json", [row, other, small, large])
+    assert report(site) == 0
+    body = blocks(site)["gpu summary"]
+    (line,) = [line for line in body.splitlines() if line.startswith(("| vit", "| res"))]
+    assert line.startswith("| vit_base_patch16_224 | 64 | bf16 |") and "torchvision" not in body
+    (gpu,), _ = report_rows.load(site / "results")
+    (ax,) = report_pictures.summary(gpu).axes
+    ms = {name: variant["ms"] for name, variant in row["variants"].items()}
+    assert sorted(bar.get_width() for bar in ax.patches) == pytest.approx(sorted([1.0, ms["timm"] / ms["vitfast"]]))
+    assert ax.get_xlim()[0] == 0
+
+
+def test_time_of_a_graph_passes_for_that_of_calls(site):
+    """Both are shown where there are both, each from its own clock, and of timm the same."""
+    times = {"timm": (16.0, 32.0), "vitfast": (8.0, 64.0), "torchvision": (16.0, 20.0)}
+
+    def change(variants):
+        for name, (ms, wall_ms) in times.items():
+            variants[name] |= {"ms": ms, "wall_ms": wall_ms, "graph": True}
+
+    one_row(site, change)
+    assert report(site) == 0
+    found = blocks(site)
+    (line,) = [line for line in found["gpu summary"].splitlines() if line.startswith("| vit")]
+    assert "| 8,000 (" in line and line.endswith("| 4,000 | 1,000 / 2,000 |")
+    assert "without graphs: vitfast / timm" in found["gpu summary"] and "replayed CUDA graphs" in found["gpu summary"]
+    (line,) = [line for line in found["gpu host"].splitlines() if line.startswith("| vit")]
+    assert line.endswith("| inference | 64 | bf16 | 64.0 | 32.0 |") and "torchvision" not in found["gpu host"]
+    one_row(site, lambda variants: [v.update(graph=False, wall_ms=v["ms"]) for v in variants.values()])
+    report(site)
+    assert blocks(site)["gpu host"] == NOT_MEASURED and "without graphs" not in blocks(site)["gpu summary"]
+
+
+def test_a_page_is_not_what_the_results_say():
+    filled, pictures, _ = make_report.fill_all(ROOT, ROOT / "benchmarks/results")
+    assert all(path.read_text(encoding="utf-8") == text for path, text in filled.items()), "run make report"
     assert {path.name for path in (ROOT / "benchmarks/results").glob("report_*")} == pictures.keys()
+
+
+def test_a_table_is_on_no_page():
+    """But those that bench_cpu.py writes, of a GPU."""
+    written = {name for path in make_report.fill_all(ROOT, ROOT / "benchmarks/results")[0]
+               for _, name, _, _ in make_report.BLOCK.findall(path.read_text(encoding="utf-8"))}  # fmt: skip
+    never = {"gpu patch", "gpu growth", "gpu gelu", "cpu memory", "cpu summary", "cpu host"}
+    assert written == {*NAMES, "choices", "records"} - never
