@@ -11,6 +11,7 @@ CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 # what decides which packages are installed and what is compiled; the package itself is installed editable
 INPUTS := pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*.* csrc/*/*.*)
+NATIVE := $(filter %.h %.cpp %.cu %.cuh,$(wildcard csrc/* csrc/*/* tests/native/*))
 
 # pip names a hundred requirements that are met; only downloads, the install and errors (stderr) are news
 define install
@@ -21,7 +22,7 @@ define install
 		-e '/^(Installing|Successfully installed)/s/(.{0,100}).*/\1/p'
 endef
 
-.PHONY: help venv demo test pytest test-newest matrix lint aot bench gpu report clean
+.PHONY: help venv demo test pytest test-newest matrix lint format aot bench gpu report clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -44,8 +45,15 @@ matrix: $(VENV)/.test ## kernels in every combination: attention's numbers, and 
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -p no:warnings --tb short \
 		tests/kernels/attention_matrix.py tests/kernels/guarded_matrix.py
 
-lint: $(VENV)/.test ## ruff
+lint: $(VENV)/.test ## ruff, mypy on the public surface, clang-format; changes nothing
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+
+format: $(VENV)/.test ## lay out every source as `make lint` wants it
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE)
 
 aot: $(VENV)/.test ## compile every kernel for four architectures with no GPU, compare with benchmarks/aot.json
 	$(BIN)/python benchmarks/aot.py --write
@@ -62,7 +70,7 @@ report: $(VENV)/.bench ## write the tables and pictures of README and docs from 
 	$(BIN)/python benchmarks/make_report.py
 
 clean: ## remove the environments and everything that was built
-	rm -rf $(VENV) .venv-newest build dist *.egg-info .pytest_cache .ruff_cache demo_output benchmarks/state
+	rm -rf $(VENV) .venv-newest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo_output benchmarks/state
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.created:

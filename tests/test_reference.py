@@ -256,6 +256,13 @@ def test_uint8_images_are_normalised_by_another_channel():
     close(token[:, 0, 0], got.sum((1, 2, 3)))
 
 
+@pytest.mark.parametrize("given", [{}, {"mean": torch.zeros(3)}, {"std": torch.ones(3)}])
+def test_uint8_images_without_mean_or_std_end_in_an_attribute_error(given):
+    images, weight = torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(4, 3, 4, 4)
+    with pytest.raises(ValueError, match="uint8 images need mean and std"):
+        reference.patch_embed(images, weight, None, **given)
+
+
 @every_variant
 def test_gradient_of_the_reference_is_wrong(variant):
     """A detach, an in-place operation or a rounding to fp32 inside what everything else is measured by."""

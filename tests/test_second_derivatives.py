@@ -346,7 +346,8 @@ def test_batched_gradients_differ_from_one_at_a_time(variant):
 def test_vectorised_hessian_is_wrong():
     """Batched gradients of gradients."""
     model, images = model_and_images("timm")
-    f = lambda bias: torch.func.functional_call(model, {"head.bias": bias, "norm.weight": bias.repeat(32)[:192]}, images)  # noqa: E731, E501
+    changed = lambda bias: {"head.bias": bias, "norm.weight": bias.repeat(32)[:192]}  # noqa: E731
+    f = lambda bias: torch.func.functional_call(model, changed(bias), images)  # noqa: E731
     bias = draw(10)
     hessians = [
         torch.autograd.functional.hessian(lambda b: f(b).square().sum(), bias, vectorize=vectorize)

@@ -276,7 +276,8 @@ def test_hook_on_a_copy_fires_for_the_original():
 
 def test_watching_changes_parts_weights_or_names():
     _, ours = pair()
-    names = lambda: ([n for n, _ in ours.named_modules()], [n for n, _ in ours.named_parameters()], [*ours.state_dict()])  # noqa: E731, E501
+    modules, parameters = lambda: [*dict(ours.named_modules())], lambda: [*dict(ours.named_parameters())]
+    names = lambda: (modules(), parameters(), [*ours.state_dict()])  # noqa: E731
     before = names()
     for wrapper in (Extractor(ours), Recorder(ours)):
         wrapper(images(1, 3, 32, 32))

@@ -157,22 +157,24 @@ class ViTConfig:
         self._check_combinations()
 
     def _check_combinations(self) -> None:
+        head_dim, mlp_dim = int(self.head_dim or 0), int(self.mlp_dim or 0)
+
         def must(holds: bool, name: str, rule: str) -> None:
             if not holds:
                 raise ValueError(f"ViTConfig.{name} must be {rule}, got {getattr(self, name)!r}")
 
         if not self.dynamic_image_size:
-            (h, w), (ph, pw) = self.image_size, self.patch_size
+            (h, w), (ph, pw) = self.image_size, self.patch_size  # type: ignore[misc]  # pairs since __post_init__
             must(h % ph == 0 and w % pw == 0, "image_size", f"a multiple of patch_size={self.patch_size}")
         must(min(self.grid_size) >= 1, "image_size", f"at least one patch_size={self.patch_size}")
         must(self.pool != "token" or self.class_token, "pool", "other than 'token' when class_token is False")
         must(not self.distillation_token or self.class_token, "distillation_token", "False without a class_token")
         must(not self.distillation_token or self.pool == "token", "pool", "'token' with a distillation_token")
         must(not self.distillation_token or not self.register_tokens, "register_tokens", "0 with a distillation_token")
-        must(self.mlp != "swiglu_packed" or self.mlp_dim % 2 == 0, "mlp_dim", "even for mlp='swiglu_packed'")
+        must(self.mlp != "swiglu_packed" or mlp_dim % 2 == 0, "mlp_dim", "even for mlp='swiglu_packed'")
         must(self.pool != "map" or self.dim % self.heads == 0, "heads", f"a divisor of dim={self.dim} for pool='map'")
         must(self.dynamic_image_size or not self.dynamic_pad, "dynamic_pad", "False unless dynamic_image_size is True")
-        must(self.out_proj or self.heads * self.head_dim == self.dim, "out_proj", "True unless heads * head_dim == dim")
+        must(self.out_proj or self.heads * head_dim == self.dim, "out_proj", "True unless heads * head_dim == dim")
         if self.input_norm:
             must(self.norm == "layer", "norm", "'layer' with input_norm")
             must(not self.register_tokens, "register_tokens", "0 with input_norm")
@@ -188,7 +190,7 @@ class ViTConfig:
 
         Where the patch does not divide a dynamic size it rounds down, as in timm; padded images resample from it.
         """
-        (h, w), (ph, pw) = self.image_size, self.patch_size
+        (h, w), (ph, pw) = self.image_size, self.patch_size  # type: ignore[misc]  # pairs since __post_init__
         return h // ph, w // pw
 
     @property
@@ -223,7 +225,7 @@ def _set_attribute(self: ViTConfig, name: str, value: Any) -> None:
         _frozen(self, name, value)
 
 
-ViTConfig.__setattr__ = _set_attribute
+ViTConfig.__setattr__ = _set_attribute  # type: ignore[method-assign,assignment]  # a frozen one takes no method
 
 
 def _is_int(value: Any) -> bool:
@@ -247,4 +249,4 @@ def _pair(name: str, value: Any) -> tuple[int, int]:
         raise TypeError(f"ViTConfig.{name} must be an int or a pair of ints (height, width), got {value!r}")
     if min(pair) < 1:
         raise ValueError(f"ViTConfig.{name} must be at least 1 in both directions, got {value!r}")
-    return tuple(pair)
+    return pair[0], pair[1]

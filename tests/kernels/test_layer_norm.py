@@ -155,10 +155,11 @@ def test_one_number_for_all_rows_is_read_once(device):
     for rows in (x.expand(3, -1, -1), x[:, :1].expand(-1, 4, -1), x[:, :, :1].expand(-1, -1, 72)):
         for grad in (torch.ones(1, 1, 1, device=device), draw(1, 1, 72, device=device)):
             grad = grad.expand(rows.shape)
-            call = lambda t, g: (  # noqa: E731
-                layer_norm.forward(t, weight, bias, EPS, "layer", torch.float32)[1],
-                *layer_norm.backward(g, t, weight, bias, EPS, "layer", need_weight=True, need_bias=True)[:3],
-            )
+
+            def call(t, g):
+                grads = layer_norm.backward(g, t, weight, bias, EPS, "layer", need_weight=True, need_bias=True)
+                return layer_norm.forward(t, weight, bias, EPS, "layer", torch.float32)[1], *grads[:3]
+
             assert all(map(torch.equal, call(rows, grad), call(rows.contiguous(), grad.contiguous())))
 
 

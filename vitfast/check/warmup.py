@@ -212,11 +212,13 @@ def warm(calls: Sequence[Call], place: Place, say: Callable[[str], None], measur
     from vitfast.check.families import FAMILIES
     from vitfast.check.measuring import Measurer
 
-    report, checked, measurer = Report(), {}, Measurer(place)
+    report, measurer = Report(), Measurer(place)
+    checked: dict[tuple, str] = {}
     began = time.perf_counter()
     try:
         for i, call in enumerate(calls):
-            family, row_began, times = FAMILIES[call.op], time.perf_counter(), ()
+            family, row_began = FAMILIES[call.op], time.perf_counter()
+            times: tuple[float | None, ...] = ()
             runs, check, right = _warm_one(call, place, checked)
             if measure and right is not None and (found := measurer.row(family, call, right)):
                 runs = STOCK if found.use == "stock" else KERNEL
@@ -258,7 +260,8 @@ def _warm_one(call: Call, place: Place, checked: dict[tuple, str]) -> tuple[str,
     config = dispatch.config_for(family.kernel, answer.shape, answer.device)
     known = "" if before is None else "measured before, " if before.config is None else "tuned, "
     configs = family.to_check(call, place.device) if config is None else [config]
-    checks = {(call, None, "as it is"): lambda: check_part(family, call, args, outs, places, place)}
+    checks: dict[tuple, Callable[[], str]] = {}
+    checks[call, None, "as it is"] = lambda: check_part(family, call, args, outs, places, place)
     for small, config in itertools.product(distinct(family.smaller(call)), configs):
         name = (small, None if config is None else tuple(sorted(config.items())))
         checks[name] = functools.partial(check, family, small, config, place)

@@ -8,6 +8,7 @@ import os
 import secrets
 from collections import OrderedDict
 from collections.abc import Mapping
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ def _same(own: Any, saved: Any) -> bool:
     return own.data_ptr() == saved.data_ptr() or torch.equal(own, saved.to(own.device))
 
 
-def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+def unwrapped(model: torch.nn.Module) -> Any:
     """The model inside the wrappers of torch.compile, DataParallel and DDP."""
     while (inner := getattr(model, "_orig_mod", None) or getattr(model, "module", None)) is not None:
         model = inner
@@ -174,7 +175,7 @@ def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     )
     versions = getattr(state, "_metadata", None)
     if versions is not None:
-        inside._metadata = {module: v for module, v in versions.items() if f"{module}.".startswith(prefix)}
+        vars(inside)["_metadata"] = {module: v for module, v in versions.items() if f"{module}.".startswith(prefix)}
     return rename_keys(inside, lambda name: without_wrappers(name[len(prefix) :]))
 
 
@@ -233,7 +234,7 @@ def _shards(path: Path, allow_pickle: bool, given: str | os.PathLike) -> tuple[d
         shard, partly = _content(file, allow_pickle, given)
         if not isinstance(shard, Mapping):
             raise ValueError(f"read_checkpoint: {str(file)!r} must map names to tensors, got {type(shard).__name__}")
-        state, unread = state | shard, unread or partly
+        state, unread = {**state, **shard}, unread or partly
     return state, unread
 
 
@@ -250,16 +251,16 @@ def _weights(path: Path, content: Any, key: str | None) -> tuple[Any, str]:
         if not isinstance(content, Mapping):
             break
         sets = [name for name, value in content.items() if _is_state(value)]
-        name = next((name for name in WRAPPERS if _holds_weights(content.get(name))), None)
-        if name is None and len(sets) > 1:
+        wrapper = next((name for name in WRAPPERS if _holds_weights(content.get(name))), None)
+        if wrapper is None and len(sets) > 1:
             none = f"nothing under key={key!r} but " if key else ""
             raise ValueError(
                 f"read_checkpoint: {str(path)!r} holds {none}several sets of weights, {', '.join(map(repr, sets))}: "
                 f"choose one with load_checkpoint(model, path, key={sets[0]!r}, ...)"
             )
-        if name is None and not sets:
+        if wrapper is None and not sets:
             break
-        content = content[sets[0] if name is None else name]
+        content = content[sets[0] if wrapper is None else wrapper]
     return content, prefix
 
 
@@ -330,7 +331,7 @@ def _joined(state: dict[str, Tensor], model: ViT) -> dict[str, Tensor]:
     for prefix in prefixes(state, own):
         joined = [key.removeprefix(prefix) for key in state]
         if len(joined) == len(own) and own.keys() == {*joined}:
-            return rename_keys(state, lambda key, prefix=prefix: key.removeprefix(prefix))
+            return rename_keys(state, methodcaller("removeprefix", prefix))
     return state
 
 

@@ -85,7 +85,7 @@ def config_of(model: ViT) -> ViTConfig:
     return config
 
 
-def inner(module: nn.Module) -> nn.Module:
+def inner(module: nn.Module) -> Any:
     """The module that torch.compile wrapped."""
     return module._modules.get("_orig_mod", module)
 
@@ -96,7 +96,7 @@ def _answered(model: ViT, parts: dict[str, nn.Module], config: ViTConfig) -> dic
     for field, pattern, kinds, answer in ANSWERS:
         found = [answer(part) for name, part in parts.items() if type(part) in kinds and fnmatchcase(name, pattern)]
         answers.setdefault(field, []).extend(found)
-    depth = len(parts["blocks"]) if type(parts.get("blocks")) is nn.Sequential else config.depth
+    depth = len(blocks) if type(blocks := parts.get("blocks")) is nn.Sequential else config.depth
     # what the last block's rate would be, seen from each block but the first, whose rate is 0
     answers["drop_path"] = [
         getattr(parts[name], "drop_prob", 0.0) * (depth - 1) / i
@@ -106,7 +106,8 @@ def _answered(model: ViT, parts: dict[str, nn.Module], config: ViTConfig) -> dic
     ]
     if config.input_norm:
         proj, answers["patch_norm"] = parts.get("patch_embed.proj"), []
-        answers["channels"] = [proj.in_features // math.prod(config.patch_size)] if type(proj) is nn.Linear else []
+        pixels = math.prod(config.patch_size)  # type: ignore[arg-type]  # a pair since ViTConfig.__post_init__
+        answers["channels"] = [proj.in_features // pixels] if type(proj) is nn.Linear else []
     after = is_there(model.fc_norm)
     answers["final_norm"] = [after or is_there(model.norm)]
     answers["norm_after_pool"] = [after] if after or is_there(model.norm) else []
@@ -150,7 +151,7 @@ def _differences(module: nn.Module, built: nn.Module, name: str) -> Iterator[str
             continue
         got = getattr(module, attribute, None)
         if attribute == "eps" and got is None:
-            got = eps_of(module, module.weight)
+            got = eps_of(module, getattr(module, "weight", None))
         if not _same(got, value):
             yield f"{path}{attribute} is {got!r} in place of {value!r}"
     for attribute in sorted(vars(module).keys() - vars(built).keys() - OWN - NOT_SAVED):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 INDEX = ".index.json"
@@ -9,7 +10,7 @@ INDEX = ".index.json"
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
-def file_of(path: str | Path) -> Path:
+def file_of(path: str | os.PathLike) -> Path:
     """The file of the weights: `path` itself, or the one in a folder of transformers, accelerate or timm.
 
     Raises:

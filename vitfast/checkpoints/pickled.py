@@ -18,7 +18,7 @@ SUBCLASS = "torch._tensor._rebuild_from_type_v2"
 class Unread(dict):
     """Stands in for an object that is neither a tensor nor plain data; keeps the items of a mapping, nothing else."""
 
-    __hash__ = object.__hash__
+    __hash__ = object.__hash__  # type: ignore[assignment]  # a dict has none, and pickled sets hold such objects
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Unread:
         return dict.__new__(cls)
@@ -78,7 +78,7 @@ def load_pickled(path: Path) -> tuple[Any, bool]:
         def _check_append_target(self, value: Any) -> None:
             # torch 2.14 asks this in place of type()
             if not isinstance(value, Unread):
-                super()._check_append_target(value)
+                super()._check_append_target(value)  # type: ignore[misc]  # torch 2.11 has none
 
     module = SimpleNamespace(
         __name__="vitfast", Unpickler=Unpickler, load=lambda file, **how: Unpickler(file, **how).load()

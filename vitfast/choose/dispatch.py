@@ -140,7 +140,7 @@ def choose(kernel: str, shape: tuple[Hashable, ...], device: Hashable, why_not: 
     """
     trial = _thread.trial
     tried = trial is not None and trial.kernel == kernel
-    wanted = trial.backend if tried else _forced.get(kernel)
+    wanted = trial.backend if trial is not None and tried else _forced.get(kernel)
     if wanted == "stock":
         taken = False
     elif wanted == "kernel":
@@ -193,7 +193,7 @@ def built_in(kernel: str, shape: tuple[Hashable, ...], device: Hashable) -> Buil
 
 
 @functools.cache
-def _architecture(device: Hashable) -> int:
+def _architecture(device: Any) -> int:
     return config_tables.architecture_of(torch.cuda.get_device_capability(device))
 
 

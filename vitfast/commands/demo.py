@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vitfast
-from vitfast.check import parity
+from vitfast.check import acceptance, parity
 from vitfast.commands import info
 from vitfast.measure import device as devices
 from vitfast.measure import timing
@@ -37,6 +39,18 @@ EPOCHS, BATCH, LEARNING_RATE, WEIGHT_DECAY, LABEL_SMOOTHING = 40, 64, 5e-3, 0.05
 JITTER = (0.12, 0.06, 0.09)
 REQUIRED_ACCURACY = 0.95
 SAMPLES = (4, 6)
+NEXT_COMMANDS = """\
+  vitfast info                                   # what runs each op on this machine, and why
+  vitfast models '*dinov2*'                      # which of timm's names work
+  vitfast bench --model {name} --batches 1 --rivals eager
+"""
+NEXT_PYTHON = """\
+  import torch, vitfast
+  model = vitfast.ViT.from_config(vitfast.read_config({path!r}))
+  vitfast.load_checkpoint(model, {path!r})
+  print(vitfast.explain(model.eval()))
+  print(vitfast.prepare(model, dtype="auto")(torch.zeros(1, 1, 8, 8)).softmax(dim=-1))
+"""
 
 
 class DemoError(Exception):
@@ -95,7 +109,8 @@ def run_demo(
         What summary.json holds.
 
     Raises:
-        DemoError: a package is missing, an argument makes no sense, or the accuracy or the parity is not reached.
+        DemoError: a package is missing, an argument makes no sense, the accuracy or the parity is not reached, or a
+            prepared model is wrong.
     """
     _require_extras()
     if epochs < 1:
@@ -156,7 +171,20 @@ def run_demo(
         raise DemoError(f"these stages are further from fp64 than timm's: {names}")
     if accuracy < required:
         raise DemoError(f"held-out accuracy is {accuracy:.2%}, at least {required:.0%} was expected")
+    print_next(checkpoint)
     return summary
+
+
+def print_next(checkpoint: Path) -> None:
+    """Commands for a shell, and lines of Python for what was trained."""
+    print("\nNext, in a shell:")
+    activate = Path(sys.prefix) / "bin/activate"
+    if activate.exists() and os.environ.get("VIRTUAL_ENV") != sys.prefix:
+        here = activate.relative_to(Path.cwd()) if activate.is_relative_to(Path.cwd()) else activate
+        print(f"  source {shlex.quote(str(here))}")
+    print(NEXT_COMMANDS.format(name=LARGE_NAME), end="")
+    print("\nand in Python:")
+    print(NEXT_PYTHON.format(path=str(checkpoint)), end="")
 
 
 def _require_extras() -> None:
@@ -305,7 +333,11 @@ def compare_with_timm(model: vitfast.ViT, digits: Tensor, seed: int) -> list[dic
 
 
 def time_against_timm(model: vitfast.ViT, data: Digits, seed: int) -> list[dict[str, Any]]:
-    """Print the speed table: both models' inference and the small one's training step, fp32."""
+    """Print the speed table, fp32: both models' inference, also prepared, and the small one's training step.
+
+    Raises:
+        DemoError: a prepared model is less exact than timm's; then it is not timed.
+    """
     device = data.test_images.device
     images, labels = data.train_images[:64], data.train_labels[:64]
     small_timm = _timm_twin(DIGITS_NAME, model, **DIGITS_MODEL)
@@ -320,25 +352,61 @@ def time_against_timm(model: vitfast.ViT, data: Digits, seed: int) -> list[dict[
     print(
         f"\nSpeed: {device.type}, fp32, {torch.get_num_threads()} threads; medians of interleaved rounds; a training "
         "step is forward, loss, backward\n  above 1.00 vitfast is faster; (from to) are the quartiles; noise is timm "
-        "over timm measured again"
+        "over timm measured again\n  prepared is what vitfast.prepare makes of the model above it: weights packed, for "
+        "inference only"
     )
     print(f"\n  {'model':<22} {'batch':>5} {'mode':<13} {'timm ms':>8} {'vitfast ms':>10} {'ratio':>5}")
     for name, batch, mode, make, (theirs, ours), inputs in cases:
         variants = {"timm": make(theirs, *inputs), "vitfast": make(ours, *inputs)}
+        if make is timing.inference and (prepared := prepare_and_judge(ours, theirs, *inputs)) is not None:
+            variants["prepared"] = make(prepared, *inputs)
         result = timing.interleaved_medians(variants, device=device, budget_s=4.0)
-        low, high = result.spread["vitfast"]
-        ms, ratio = result.median_ms, result.ratio["vitfast"]
         unsteady = f", {result.noisy} rounds noisier than {timing.NOISE_LIMIT:.0%}" if result.noisy else ""
-        print(
-            f"  {name:<22} {batch:>5} {mode:<13} {ms['timm']:>8.2f} {ms['vitfast']:>10.2f} {ratio:>5.2f}"
-            f" ({low:.2f} {high:.2f}), noise {result.noise:.3f}, {result.rounds} rounds{unsteady}"
-        )
-        found.append({
-            "model": name, "batch": batch, "mode": mode, "dtype": "fp32", "timm_ms": ms["timm"],
-            "vitfast_ms": ms["vitfast"], "ratio": ratio, "spread": [low, high], "noise": result.noise,
-            "rounds": result.rounds, "noisy_rounds": result.noisy,
-        })  # fmt: skip
+        for variant, shown in (("vitfast", mode), ("prepared", "  prepared")):
+            if variant not in variants:
+                continue
+            low, high = result.spread[variant]
+            row = {
+                "model": name, "batch": batch, "mode": shown.strip(), "dtype": "fp32",
+                "timm_ms": result.median_ms["timm"], "vitfast_ms": result.median_ms[variant],
+                "ratio": result.ratio[variant], "spread": [low, high], "noise": result.noise,
+                "rounds": result.rounds, "noisy_rounds": result.noisy,
+            }  # fmt: skip
+            about = f"noise {result.noise:.3f}, {result.rounds} rounds{unsteady}"
+            if variant == "prepared":
+                *_, gain, _ = row["over_model"] = result.ratio_of("vitfast", variant)
+                about = f"{gain:.2f} x the model's speed"
+            print(
+                f"  {name:<22} {batch:>5} {shown:<13} {row['timm_ms']:>8.2f} {row['vitfast_ms']:>10.2f} "
+                f"{row['ratio']:>5.2f} ({low:.2f} {high:.2f}), {about}"
+            )
+            found.append(row)
     return found
+
+
+def prepare_and_judge(model: vitfast.ViT, timm_model: nn.Module, images: Tensor) -> nn.Module | None:
+    """The model prepared, with torch's threads as they are; None, printing why, where `prepare` has no way to.
+
+    Raises:
+        DemoError: a stage, or what a call returns, is not right by `acceptance`, next to timm's model.
+    """
+    try:
+        prepared = vitfast.prepare(model.eval(), threads=None)
+    except NotImplementedError as reason:
+        print(f"  not prepared: {reason}")
+        return None
+    with torch.inference_mode():
+        out = prepared.intermediates(images) | {"call": prepared(images)}
+        low = parity.timm_intermediates(timm_model.eval(), images)
+        ref = parity.timm_intermediates(copy.deepcopy(timm_model).double(), images.double())
+    for taps in (low, ref):
+        taps["call"] = taps["logits"]
+    try:
+        # packed products add up in one chain where timm's add up pieces, so the rule of an op's products applies
+        acceptance.accept_stages(out, ref, low, typical=acceptance.RMS_RATIO[images.dtype])
+    except acceptance.NotAccepted as fault:
+        raise DemoError(f"the prepared model is less exact than timm's: {' '.join(str(fault).split())}") from fault
+    return prepared
 
 
 def _timm_twin(name: str, model: vitfast.ViT, **keywords: Any) -> nn.Module:
@@ -379,7 +447,7 @@ def draw(path: Path, history: Training, data: Digits, predictions: Tensor, accur
     axes.legend(handles=[loss_line, accuracy_line], loc="center right")
     axes.set_title(f"ViT on digits: {accuracy:.2%} of {len(predictions)} held-out images")
 
-    images, labels, predictions = data.test_images[:, 0].cpu(), data.test_labels.tolist(), predictions.tolist()
+    images, labels, predictions = data.test_images[:, 0].cpu().numpy(), data.test_labels.tolist(), predictions.tolist()
     wrong = [i for i, label in enumerate(labels) if predictions[i] != label]
     correct = [i for i, label in enumerate(labels) if predictions[i] == label]
     # at most half the grid, so that the picture shows what the model gets right as well
@@ -387,7 +455,8 @@ def draw(path: Path, history: Training, data: Digits, predictions: Tensor, accur
     shown = wrong[: cells // 2]
     shown += correct[: cells - len(shown)]
     right.suptitle(f"held-out digits: predicted (true); {len(wrong)} of {len(labels)} are wrong")
-    grid = right.subplots(*SAMPLES).flat
+    # a list: `flat` is an iterator, which the first loop would use up
+    grid = list(right.subplots(*SAMPLES).flat)
     for axes in grid:
         axes.axis("off")
     for axes, i in zip(grid, shown, strict=False):

@@ -95,7 +95,7 @@ def prepare(
     if device.type == "cpu":
         _set_threads(threads)
     if normalisation is not None:
-        normalisation = tuple(t.to(device) for t in normalisation)
+        normalisation = normalisation[0].to(device), normalisation[1].to(device)
     with torch.no_grad():
         return PreparedViT(model, dtype, normalisation)
 
@@ -117,7 +117,7 @@ def why_not(model: ViT) -> list[str]:
     reasons += reasons_of([("blocks", model.blocks, nn.Sequential)])
     for i, block in enumerate(model.blocks if isinstance(model.blocks, nn.Sequential) else ()):
         parts = block.parts() if type(block) is Block else []
-        parts_with_methods = [(".attn", block.attn), (".mlp", block.mlp)] if parts else []
+        parts_with_methods: list[tuple[str, Any]] = [(".attn", block.attn), (".mlp", block.mlp)] if parts else []
         for name, part in [("", block), *parts_with_methods]:
             reasons += [f"blocks.{i}{name} has a patched {method}" for method in _patched(part)]
         reasons += [f"blocks.{i}{why}" for why in reasons_of([("", block, Block)])]
@@ -296,14 +296,16 @@ class PreparedViT(ViT):
                 self.add_module(name, None if part is None else frozen(part, dtype))
         for name in HEADS:
             head = self._modules.get(name)
-            if not self.folded and plain(head, nn.Linear) and own_product(dtype, head.in_features):
+            if self.folded or not isinstance(head, nn.Linear) or not plain(head, nn.Linear):
+                continue
+            if own_product(dtype, head.in_features):
                 self.add_module(name, PackedLinear(head.weight, head.bias, dtype))
         packs_stem = not self.folded and PackedStem.takes(model.patch_embed)
         self.stem = PackedStem(model.patch_embed, dtype) if packs_stem else None
         for name in DROPS:
             drop = model._modules.get(name)
             off = drop is None or plain(drop, nn.Dropout, nn.Identity)
-            self.add_module(name, nn.Identity() if off else frozen(drop, dtype))
+            self.add_module(name, nn.Identity() if drop is None or off else frozen(drop, dtype))
         self._keep = model._tokens_that_count(dropout_counts=False)
         last = len(model.blocks) - 1
         self.blocks = nn.Sequential(
@@ -324,7 +326,8 @@ class PreparedViT(ViT):
         return sum(m.packed_bytes() for m in self.modules() if isinstance(m, PackedLinear)) + self._folded_bytes()
 
     def _folded_bytes(self) -> int:
-        return sum(m.weight.nbytes for m in self.modules() if isinstance(m, (FoldedLinear, AddedLinear)))
+        folded = [m for m in self.modules() if isinstance(m, (FoldedLinear, AddedLinear))]
+        return sum(m.get_buffer("weight").nbytes for m in folded)
 
     @property
     def copied_bytes(self) -> int:
@@ -384,21 +387,19 @@ class PreparedViT(ViT):
     def embed(self, images: Tensor) -> Tensor:
         """Images -> tokens [B, P + N, D] that enter the first block."""
         check_pixels(images, takes_uint8=True)
-        is_uint8 = images.dtype is torch.uint8
-        if is_uint8:
-            self._check_normalisation(images)
+        normalisation = self._normalisation_of(images) if images.dtype is torch.uint8 else None
         if self.stem is None:
-            if is_uint8 and self._embeds_by_op():
+            if normalisation is not None and self._embeds_by_op():
                 self.patch_embed.check(images, takes_uint8=True)
-                return self._before_blocks(self._drop(self._embed_by_op(images, *self.normalisation)))
-            if is_uint8:
-                images = reference.normalise(images, *self.normalisation, torch.float32)
+                return self._before_blocks(self._drop(self._embed_by_op(images, *normalisation)))
+            if normalisation is not None:
+                images = reference.normalise(images, *normalisation, torch.float32)
             # a replaced stem may give another dtype
             return super().embed(images.to(self.dtype)).to(self.dtype)
         self.patch_embed.check(images, takes_uint8=True)
         images = (images if images.dtype in cpu_kernels.DTYPES else images.to(self.dtype)).resolve_neg()
         positions = self._positions(self._grid_of(images) if self._has_grid() else None)
-        x = self.stem(images, positions, self._prefix(), self.normalisation if is_uint8 else None)
+        x = self.stem(images, positions, self._prefix(), normalisation)
         return self._before_blocks(self._drop(x))
 
     def _before_blocks(self, x: Tensor) -> Tensor:
@@ -408,7 +409,8 @@ class PreparedViT(ViT):
     def _check_images(self, images: Tensor) -> None:
         self.patch_embed.check(images, takes_uint8=True)
 
-    def _check_normalisation(self, images: Tensor) -> None:
+    def _normalisation_of(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """mean and std for these uint8 images."""
         if self.normalisation is None:
             raise ValueError("uint8 images need mean and std: give them to vitfast.prepare")
         channels = len(self.normalisation[0])
@@ -418,13 +420,14 @@ class PreparedViT(ViT):
                 f"ViT: uint8 images must be [B, {channels}, H, W], for which mean and std are known, got "
                 f"{list(images.shape)}"
             )
+        return self.normalisation
 
     def _positions(self, grid: tuple[int, int] | None) -> Tensor | None:
         if self.pos_embed is None:
             return None
         positions = self._positions_of.get(grid)  # another thread may clear it
         if positions is None:
-            positions = super()._positions(grid).to(self.dtype, copy=True)
+            positions = super()._positions(grid).to(self.dtype, copy=True)  # type: ignore[union-attr]  # there are
             if len(self._positions_of) >= KEPT_GRIDS:
                 self._positions_of.clear()
             self._positions_of[grid] = positions

@@ -33,7 +33,7 @@ class OnOps:
 
     # no annotation: so an editor finds the op behind `self.ops.linear`
     @property
-    def ops(self):
+    def ops(self) -> ModuleType:
         return stock if "_exportable" in self.__dict__ else ops
 
 

@@ -23,7 +23,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 FORWARDS: dict[type, Callable] = {}
 
 
-def stands_for(*kinds: type) -> None:
+def stands_for(*kinds: type[nn.Module]) -> None:
     """Note the forward that ops compute in place of these classes."""
     FORWARDS.update({kind: kind.forward for kind in kinds})
 
@@ -36,8 +36,9 @@ def plain(module: nn.Module | None, *kinds: type) -> bool:
     """Whether `module` is exactly one of `kinds` and does what its class says: no hook, no patch, plain weights."""
     kind = type(module)
     return (
-        kind in kinds
-        and kind.forward is FORWARDS[kind]
+        module is not None
+        and kind in kinds
+        and type(module).forward is FORWARDS[kind]
         and not module._forward_hooks
         and not module._forward_pre_hooks
         and not module._backward_hooks

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,14 @@ def say_mask_is_stock() -> None:
 
 class TimmSurface:
     """The methods and attributes of timm's VisionTransformer, for `vitfast.ViT`."""
+
+    # for type checkers alone: torch.jit.trace would want to understand them
+    if TYPE_CHECKING:
+        norm: nn.Module
+        fc_norm: nn.Module
+        attn_pool: nn.Module | None
+        pretrained_cfg: dict[str, Any]
+        default_cfg: dict[str, Any]
 
     @property
     def num_classes(self) -> int:
@@ -71,7 +79,12 @@ class TimmSurface:
         proj = getattr(self.patch_embed, "proj", None)
         return getattr(proj, "in_channels", self.config.channels)
 
-    embed_dim = num_features = head_hidden_size = property(lambda self: self.config.dim)
+    @property
+    def embed_dim(self) -> int:
+        """Width D of a token."""
+        return self.config.dim
+
+    num_features = head_hidden_size = embed_dim
 
     @property
     def pool_include_prefix(self) -> bool:

@@ -44,12 +44,13 @@ class ViT(TimmSurface, OnOps, nn.Module):
         ValueError, TypeError: a field breaks its rule (see `ViTConfig`).
     """
 
-    BLOCKS: ClassVar = (Block,)  # whose halves `intermediates` can call
+    BLOCKS: ClassVar[tuple[type[nn.Module], ...]] = (Block,)  # whose halves `intermediates` can call
     CALLS_VIEWS: ClassVar = True  # vit-pytorch's `transformer` and the like, where they have hooks
 
     def __init__(
-        self, *, image_size, patch_size, num_classes, dim, depth, heads, mlp_dim, pool="cls", channels=3,
-        dim_head=64, dropout=0.0, emb_dropout=0.0,
+        self, *, image_size: int | tuple[int, int], patch_size: int | tuple[int, int], num_classes: int, dim: int,
+        depth: int, heads: int, mlp_dim: int, pool: str = "cls", channels: int = 3, dim_head: int = 64,
+        dropout: float = 0.0, emb_dropout: float = 0.0,
     ):  # fmt: skip
         super().__init__()
         if pool not in ("cls", "mean"):
@@ -58,10 +59,9 @@ class ViT(TimmSurface, OnOps, nn.Module):
         fixed = ViTConfig(
             image_size=image_size, patch_size=patch_size, num_classes=num_classes, dim=dim, depth=depth, heads=heads,
             head_dim=dim_head, mlp_dim=mlp_dim, channels=channels, norm_eps=1e-5, qkv_bias=False,
-            out_proj=out_proj, class_token=pool == "cls",
+            out_proj=out_proj, class_token=pool == "cls", mlp_dropout=dropout,
             pool="none" if num_classes == 0 else {"cls": "token", "mean": "mean"}[pool], norm_after_pool=False,
             input_norm=True, emb_dropout=emb_dropout, attn_dropout=dropout, proj_dropout=dropout if out_proj else 0.0,
-            mlp_dropout=dropout,
         )  # fmt: skip
         # vit-pytorch takes any size up to image_size, as long as the patch divides it
         self._build(fixed.replace(dynamic_image_size=True))
@@ -90,7 +90,7 @@ class ViT(TimmSurface, OnOps, nn.Module):
         self.has_class_token = config.class_token
         self.no_embed_class = config.pos_embed == "patches"
         self.feature_info = [
-            dict(module=f"blocks.{i}", num_chs=config.dim, reduction=max(config.patch_size))
+            dict(module=f"blocks.{i}", num_chs=config.dim, reduction=max(config.patch_size))  # type: ignore[arg-type]  # a pair since ViTConfig.__post_init__
             for i in range(config.depth)
         ]
         self.patch_embed = PatchEmbed(config)
@@ -103,7 +103,7 @@ class ViT(TimmSurface, OnOps, nn.Module):
         else:
             # for timm's PatchDropout
             self.patch_drop = nn.Identity()
-            self.norm_pre = build_norm(config, config.dim) if config.pre_norm else nn.Identity()
+            self.norm_pre: nn.Module = build_norm(config, config.dim) if config.pre_norm else nn.Identity()
         rates = [config.drop_path * i / max(config.depth - 1, 1) for i in range(config.depth)]
         self.blocks = nn.Sequential(*(Block(config, rate) for rate in rates))
         if not config.input_norm:
@@ -124,8 +124,8 @@ class ViT(TimmSurface, OnOps, nn.Module):
     def _build_tokens(self, config: ViTConfig) -> None:
         D, positions = config.dim, {"all": config.num_prefix_tokens, "patches": 0, "none": None}[config.pos_embed]
         if config.input_norm:
-            self.cls_token = nn.Parameter(torch.randn(int(config.class_token), D))
-            self.pos_embed = nn.Parameter(torch.randn(config.num_patches + config.num_prefix_tokens, D))
+            self.cls_token: Tensor | None = nn.Parameter(torch.randn(int(config.class_token), D))
+            self.pos_embed: Tensor | None = nn.Parameter(torch.randn(config.num_patches + config.num_prefix_tokens, D))
             return
         token = lambda n: nn.Parameter(torch.empty(1, n, D)) if n else None  # noqa: E731
         self.cls_token = token(int(config.class_token))
@@ -136,7 +136,7 @@ class ViT(TimmSurface, OnOps, nn.Module):
 
     def _build_heads(self) -> None:
         like = next(self.blocks.parameters(), next(self.parameters(), None))
-        factory = {} if like is None else dict(device=like.device, dtype=like.dtype)
+        factory: dict[str, Any] = {} if like is None else dict(device=like.device, dtype=like.dtype)
         build = lambda: (  # noqa: E731
             nn.Linear(self.config.dim, self.num_classes, **factory) if self.num_classes else nn.Identity()
         )
@@ -162,8 +162,8 @@ class ViT(TimmSurface, OnOps, nn.Module):
             elif isinstance(module, LayerScale):
                 module.gamma.fill_(module.init_values)
         if self.config.input_norm:
-            nn.init.normal_(self.cls_token)
-            nn.init.normal_(self.pos_embed)
+            for token in (self.cls_token, self.pos_embed):
+                nn.init.normal_(token)  # type: ignore[arg-type]  # vit-pytorch has both
         else:
             init_as_timm(self)
 
@@ -265,9 +265,9 @@ class ViT(TimmSurface, OnOps, nn.Module):
         return self.config.dynamic_image_size or self.config.input_norm
 
     def _grid_of(self, images: Tensor) -> tuple[int, int]:
-        stem, size = self.patch_embed, tuple(images.shape[2:])
+        stem, size = self.patch_embed, (images.shape[2], images.shape[3])
         # timm's stems have the other
-        return stem.grid_of(size) if hasattr(stem, "grid_of") else tuple(stem.dynamic_feat_size(size))
+        return stem.grid_of(size) if hasattr(stem, "grid_of") else stem.dynamic_feat_size(size)
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         """Patches [B, N, D], of a model that takes dynamic sizes [B, rows, columns, D] -> tokens [B, P + N, D].
@@ -279,7 +279,7 @@ class ViT(TimmSurface, OnOps, nn.Module):
             raise ValueError(f"ViT: patches must be {expected}, got {list(x.shape)}")
         grid = None
         if self._has_grid():
-            grid, x = tuple(x.shape[1:3]), x.flatten(1, 2)
+            grid, x = (x.shape[1], x.shape[2]), x.flatten(1, 2)
         return self._drop(reference.with_prefix(x, self._positions(grid), self._prefix()))
 
     def _drop(self, x: Tensor) -> Tensor:
@@ -324,8 +324,8 @@ class ViT(TimmSurface, OnOps, nn.Module):
         found = [t.squeeze(0) for t in (getattr(self, name, None) for name in names) if t is not None]
         return torch.cat(found) if len(found) > 1 else (found[0] if found else None)
 
-    def _positions(self, grid: tuple[int, int] | None) -> Tensor | None:
-        """Positions for patches of this grid, [P + N, D] or [N, D]; it counts where sizes are dynamic."""
+    def _positions(self, grid: Any) -> Tensor | None:
+        """Positions [P + N, D] or [N, D] for patches in this many rows and columns; None where sizes are fixed."""
         if self.pos_embed is None:
             return None
         if self.config.input_norm:
@@ -376,7 +376,7 @@ class ViT(TimmSurface, OnOps, nn.Module):
         x = self.head_drop(x)
         return x if pre_logits else self.head(x)
 
-    def _forward_two_heads(self, x: Tensor, pre_logits: bool) -> Tensor:
+    def _forward_two_heads(self, x: Tensor, pre_logits: bool) -> Any:
         x, distilled = self.head_drop(x[:, 0]), self.head_drop(x[:, 1])
         if pre_logits:
             return (x + distilled) / 2
@@ -439,7 +439,7 @@ class ViT(TimmSurface, OnOps, nn.Module):
             "torch.jit.trace(model, images) works, and torch.export.export"
         )
 
-    def state_dict(self, *args, layout: str = "timm", **kwargs) -> dict[str, Tensor]:
+    def state_dict(self, *args: Any, layout: str = "timm", **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
         """The weights under timm's names, or under vit-pytorch's with `layout='vit_pytorch'`.
 
         Raises:
@@ -454,7 +454,7 @@ class ViT(TimmSurface, OnOps, nn.Module):
             raise ValueError(f"state_dict: layout must be 'timm' or 'vit_pytorch', got {layout!r}")
         return vit_pytorch.from_vitfast(state, self.config)
 
-    def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights under timm's names or vit-pytorch's. Nothing is loaded when anything does not fit.
 
         What fits is known after load hooks, and modules that translate weights of older releases, have seen them.
@@ -477,7 +477,7 @@ class ViT(TimmSurface, OnOps, nn.Module):
             return load_or_put_back(self, state_dict, strict, lambda: load(state_dict, strict=False, assign=assign))
         return load(state_dict, strict=strict)
 
-    def _load_from_state_dict(self, *args) -> None:
+    def _load_from_state_dict(self, *args: Any) -> None:
         # vit-pytorch weights of a ViT inside another module (MAE, DataParallel), whose load_state_dict is not ours, or
         # of one with load hooks; those see the names that were given, so this one is the last
         handle = self._register_load_state_dict_pre_hook(self._translate_names)
@@ -486,7 +486,7 @@ class ViT(TimmSurface, OnOps, nn.Module):
         finally:
             handle.remove()
 
-    def _translate_names(self, state_dict, prefix, *_) -> None:
+    def _translate_names(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         own = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
         if vit_pytorch.is_layout(own, self.config):
             for key in own:

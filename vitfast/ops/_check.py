@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -110,6 +111,10 @@ def autocast_on_meta(dtype: torch.dtype | None) -> Iterator[None]:
         _thread.on_meta = before
 
 
+@overload
+def cast(t: Tensor, dtype: torch.dtype | None) -> Tensor: ...
+@overload
+def cast(t: Tensor | None, dtype: torch.dtype | None) -> Tensor | None: ...
 def cast(t: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
     """`t` in `dtype`, itself where there is nothing to do."""
     return t if t is None or dtype is None or t.dtype == dtype else t.to(dtype)

@@ -90,8 +90,10 @@ def attention_qkv(
     """`attention` of the packed projection [B, N, 3, H, D]; the gradient comes back packed as well."""
     qkv = cast(qkv, autocast_dtype(qkv))
     if isinstance(scale, Tensor):
-        extras = {"mask": mask, "lengths": lengths, "dropout_p": dropout_p, "return_lse": return_lse}
-        return attention(*qkv.unbind(2), scale=scale, **extras)
+        q, k, v = qkv.unbind(2)
+        return attention(
+            q, k, v, scale=scale, mask=mask, lengths=lengths, dropout_p=dropout_p, return_lse=return_lse
+        )
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(f"attention_qkv: qkv must be [B, N, 3, H, D], got {list(qkv.shape)}")
     if qkv.dtype not in FLOATS:
@@ -244,7 +246,9 @@ def attempt_forward(
 
     return attempt(
         "attention", q, _why_not(q, scale), () if extras else shape_key(q, k),
-        lambda config: launcher.forward(*map(_rows_in_place, (q, k, v)), scale, **more, config=_config(config)),
+        lambda config: launcher.forward(
+            _rows_in_place(q), _rows_in_place(k), _rows_in_place(v), scale, **more, config=_config(config)
+        ),
     )  # fmt: skip
 
 
@@ -260,7 +264,8 @@ def attempt_backward(
     return attempt(
         "attention_backward", q, _why_not(q, scale), () if extras else shape_key(q, k),
         lambda config: launcher.backward(
-            grad.contiguous(), *map(_rows_in_place, (q, k, v)), out, lse, scale, **more, config=_config(config)
+            grad.contiguous(), _rows_in_place(q), _rows_in_place(k), _rows_in_place(v), out, lse, scale, **more,
+            config=_config(config),
         ),
     )  # fmt: skip
 
@@ -365,7 +370,8 @@ def _attention_backward_fake(grad, q, k, v, out, lse, scale, lengths=None, dropo
 def _setup(ctx, inputs, output):
     # the dispatcher leaves out arguments that are the defaults
     ctx.given = len(inputs)
-    *tensors, ctx.scale, lengths, ctx.dropout_p, seed = (*inputs, *(None, 0.0, None)[ctx.given - ctx.required :])
+    whole = (*inputs, *(None, 0.0, None)[ctx.given - ctx.required :])
+    *tensors, ctx.scale, lengths, ctx.dropout_p, seed = whole
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)

@@ -51,7 +51,7 @@ def attention_varlen(
     dtype = autocast_dtype(q)
     q, k, v = cast(q, dtype), cast(k, dtype), cast(v, dtype)
     same = cu_seqlens_k is None or cu_seqlens_k is cu_seqlens_q
-    cu_seqlens_k = cu_seqlens_q if same else cu_seqlens_k
+    cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k, dropout_p)
     if isinstance(scale, Tensor):
         q, scale = scaled(q, scale), 1.0
@@ -178,7 +178,8 @@ def _backward_fake(grad, q, k, v, *others):
 
 def _setup(ctx, inputs, output):
     ctx.given = len(inputs)
-    q, k, v, *starts, ctx.max_q, ctx.max_k, ctx.scale, ctx.dropout_p, seed = (*inputs, *(0.0, None)[ctx.given - 8 :])
+    whole = (*inputs, *(0.0, None)[ctx.given - 8 :])
+    q, k, v, *starts, ctx.max_q, ctx.max_k, ctx.scale, ctx.dropout_p, seed = whole
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)

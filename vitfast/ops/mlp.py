@@ -63,7 +63,7 @@ def mlp(
     if recompute not in RECOMPUTE:
         raise ValueError(f"mlp: recompute must be one of {RECOMPUTE}, got {recompute!r}")
     dtype = autocast_dtype(x)
-    w1, b1, w2, b2 = (cast(t, dtype) for t in (w1, b1, w2, b2))
+    w1, b1, w2, b2 = cast(w1, dtype), cast(b1, dtype), cast(w2, dtype), cast(b2, dtype)
     if not _usual(x, norm_weight, norm_bias, w1, b1, w2, b2, norm, act, gated, gamma, row_scale):
         _check(x, norm_weight, norm_bias, w1, b1, w2, b2, norm, act, gated, gamma, row_scale)
     args = (x, norm_weight, norm_bias, norm_eps, norm, w1, b1, w2, b2, act, gated, gamma, row_scale)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +58,7 @@ def patch_embed_packed(
         )
     dtype = autocast_dtype(weight)
     weight, bias = cast(weight, dtype), cast(bias, dtype)
-    given = [None] * len(images) if pos_embed is None else pos_embed
+    given: Sequence[Tensor | None] = [None] * len(images) if pos_embed is None else pos_embed
     for i, (image, position) in enumerate(zip(images, given, strict=True)):
         refuse_proxy(image)
         name = f"patch_embed_packed: images[{i}]"
@@ -68,19 +69,19 @@ def patch_embed_packed(
         check(image[None], weight, bias, position, prefix, mean, std, name, any_float=dtype is not None)
     patch, P = list(weight.shape[2:]), 0 if prefix is None else prefix.shape[0]
     lengths = [patches_of(image, patch) for image in images]
-    positions = None
+    packed = None
     if pos_embed is not None:
-        positions = torch.cat([each[-N:] for each, N in zip(pos_embed, lengths, strict=True)])
-        if P and any(each.shape[0] == P + N for each, N in zip(pos_embed, lengths, strict=True)):
+        packed = torch.cat([each[-N:] for each, N in zip(pos_embed, lengths, strict=True)])
+        if prefix is not None and P and any(each.shape[0] == P + N for each, N in zip(pos_embed, lengths, strict=True)):
             # the prefix tokens of images of other sizes have other positions
-            whole = prefix.to(torch.promote_types(prefix.dtype, positions.dtype))
+            whole = prefix.to(torch.promote_types(prefix.dtype, packed.dtype))
             pairs = zip(pos_embed, lengths, strict=True)
             prefix = torch.stack([whole + each[:P] if len(each) == P + N else whole for each, N in pairs])
     if stock_only() or wants_gradient(*images):
-        tokens = _packed_stock(images, weight, bias, positions, prefix, mean, std)
+        tokens = _packed_stock(images, weight, bias, packed, prefix, mean, std)
     else:
-        differentiable = wants_gradient(weight, bias, positions, prefix)
-        tokens = call(_packed, differentiable, images, weight, bias, positions, prefix, mean, std)
+        differentiable = wants_gradient(weight, bias, packed, prefix)
+        tokens = call(_packed, differentiable, images, weight, bias, packed, prefix, mean, std)
     # added up on the host: the device need not be waited for
     ends = itertools.accumulate((P + N for N in lengths), initial=0)
     return tokens, torch.tensor(list(ends), dtype=torch.int32, device="cpu").to(weight.device, non_blocking=True)

@@ -21,4 +21,5 @@ def _lowered(op: Callable) -> Callable:
 
 
 attention, attention_qkv = _lowered(ops.attention), _lowered(ops.attention_qkv)
-layer_norm, linear, mlp, patch_embed = map(_lowered, (ops.layer_norm, ops.linear, ops.mlp, ops.patch_embed))
+layer_norm, linear = _lowered(ops.layer_norm), _lowered(ops.linear)
+mlp, patch_embed = _lowered(ops.mlp), _lowered(ops.patch_embed)

@@ -37,6 +37,8 @@ def patch_embed(
     uint8 images are divided by 255 and normalised with mean and std [C].
     """
     if images.dtype == torch.uint8:
+        if mean is None or std is None:
+            raise ValueError("patch_embed: uint8 images need mean and std, got None")
         images = normalise(images, mean, std, weight.dtype)
     D, _, ph, pw = weight.shape
     x = F.linear(patch_rows(images, (ph, pw)), weight.reshape(D, -1), bias)

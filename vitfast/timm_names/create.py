@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import nn
@@ -16,6 +16,12 @@ from vitfast.timm_names import pretrained_cfg as cfgs
 from vitfast.timm_names.variants import config_for
 
 
+@overload
+def create_model(
+    model_name: str, pretrained: bool = False, *, features_only: Literal[False] = False, **more: Any
+) -> ViT: ...
+@overload
+def create_model(model_name: str, pretrained: bool = False, *, features_only: bool, **more: Any) -> nn.Module: ...
 def create_model(
     model_name: str,
     pretrained: bool = False,
@@ -95,7 +101,8 @@ def _cfg_of(model_name: str, given: Mapping | None, overlay: Mapping | None) -> 
     else:
         # the size is the one that the weights were trained at, as in timm
         own = config_for(model_name)
-        cfg = cfgs.pretrained_cfg(model_name, own.image_size, own.num_classes)
+        size: Any = own.image_size
+        cfg = cfgs.pretrained_cfg(model_name, size, own.num_classes)
     return cfg | (cfgs.checked("pretrained_cfg_overlay", overlay) if overlay else {})
 
 
@@ -116,7 +123,7 @@ def _load_features(model: ViT, path: str | os.PathLike[str]) -> None:
     load_checkpoint(model, path, strict=False, allow_pickle=True)
 
 
-def _features_of(model: ViT, out_indices: int | Sequence[int], feature_cls: Any) -> nn.Module:
+def _features_of(model: ViT, out_indices: int | Sequence[int], feature_cls: Any) -> Any:
     try:
         from timm.models._features import FeatureGetterNet
     except ImportError as error:
@@ -128,7 +135,7 @@ def _features_of(model: ViT, out_indices: int | Sequence[int], feature_cls: Any)
         raise NotImplementedError(
             f"create_model: feature_cls={feature_cls!r} is not supported, only 'getter', timm's for these models"
         )
-    getter = FeatureGetterNet(model, out_indices)
+    getter: Any = FeatureGetterNet(model, out_indices)  # type: ignore[arg-type]  # timm takes lists
     getter._traits, getter.in_chans = model._traits, model.in_chans
     without = ("num_classes", "classifier")
     cfg = {name: entry for name, entry in model.pretrained_cfg.items() if name not in without}

@@ -45,7 +45,8 @@ def prefixes(state_dict: Mapping[str, Any], own: Mapping[str, Tensor]) -> dict[s
 
     Where one of them has another shape there is no such prefix: who takes it off gets the next error.
     """
-    rename, found, fitting = own_name(own), Counter(), {}
+    rename, found = own_name(own), Counter[str]()
+    fitting: dict[str, bool] = {}
     for key in state_dict:
         ends = (dot.end() for dot in re.finditer(r"\.", key))
         found.update([key[:end] for end in ends if rename(key[end:]) in own][:1])

@@ -35,7 +35,7 @@ def rename_keys(state_dict: Mapping[str, Any], rename: Callable[[str], str]) -> 
         state[new], origin[new] = value, key
     versions = getattr(state_dict, "_metadata", None)
     if versions is not None:
-        state._metadata = {rename(f"{module}.")[:-1]: version for module, version in versions.items()}
+        vars(state)["_metadata"] = {rename(f"{module}.")[:-1]: version for module, version in versions.items()}
     return state
 
 

@@ -84,7 +84,8 @@ def load_or_put_back(model: nn.Module, state_dict: Mapping[str, Any], strict: bo
         RuntimeError: as `check_state_dict`, of the keys that the hooks left.
         Exception: what a hook raised.
     """
-    put_back, messages, problems = _keep(model), [], []
+    put_back, problems = _keep(model), []
+    messages: list[list[str]] = []
 
     def take_messages(*_: Any) -> None:
         for found in messages:
