@@ -267,7 +267,7 @@ def _refused_sass(counts: dict[str, int]) -> list[str]:
 
 
 def nvcc_release() -> str | None:
-    """"13.0"; None where there is no nvcc."""
+    """ "13.0"; None where there is no nvcc."""
     nvcc = shutil.which(os.environ.get("NVCC", "nvcc"))
     if nvcc is None:
         return None

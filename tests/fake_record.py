@@ -140,7 +140,8 @@ def parts():
     return {
         "run": run("Some CPU (AVX-512)", False),
         "patch": [
-            common | {"variants": variants("step by step", "vitfast", "prepared"), "against": "step by step"}
+            common
+            | {"variants": variants("step by step", "vitfast", "prepared"), "against": "step by step"}
             | {"ratio": [1.9, 2.1, 2.2], "ratio of prepared": [3.9, 4.1, 4.3]}
         ],
         "growth": [common | {"variants": variants("timm", "prepared"), "tokens": 4097, "gflop": 9.2}],

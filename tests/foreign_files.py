@@ -82,6 +82,7 @@ def settings():
 
 def unwrapped_of(prefix, inside=""):
     """As the wrapper names them: `prefix` before all keys, `inside` after each block's number."""
+
     def content(model):
         names = {k: prefix + k.replace("blocks.1.", f"blocks.1.{inside}") for k in model.state_dict()}
         return OrderedDict((names[key], value) for key, value in model.state_dict().items())

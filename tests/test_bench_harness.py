@@ -28,8 +28,10 @@ def test_a_wrong_result_of_ours_is_timed():
     assert calls == [4]
     assert not {"ms", "ratio", "tflops"} & found.keys()
     assert found["accepted"] is False and found["error_ratio"] > 100
-    assert "not accepted" in found["not_timed"] and "A: max error" in found["not_timed"] and "B: 1 of 20 rows" in (
-        found["not_timed"]
+    assert (
+        "not accepted" in found["not_timed"]
+        and "A: max error" in found["not_timed"]
+        and "B: 1 of 20 rows" in (found["not_timed"])
     )
     assert row["variants"]["torch"]["ms"] > 0
 

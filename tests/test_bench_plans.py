@@ -450,9 +450,7 @@ def test_process_outlives_its_time(tmp_path):
         "import sys, time; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import run;"
         "run.end_at(0.2, Path('x.json')); time.sleep(3600)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(ROOT / "benchmarks")], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT / "benchmarks")], capture_output=True, text=True)
     assert done.returncode == 3 and "x.json has all finished rows" in done.stderr
 
 

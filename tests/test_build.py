@@ -304,9 +304,7 @@ def test_source_waits_for_the_longest_or_overwrites_another_object(tmp_path):
     compiler, log = tmp_path / "compiler", tmp_path / "log"
     compiler.write_text(SLOW.format(log=log))
     compiler.chmod(0o755)
-    code = (
-        "import os, runpy, sys; os.cpu_count = lambda: 16; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
-    )
+    code = "import os, runpy, sys; os.cpu_count = lambda: 16; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
     status, said = run(
         sys.executable, "-c", code, ROOT / "setup.py", "build_ext", "--build-lib", tmp_path / "lib", "--build-temp",
         tmp_path / "temp", CXX=str(compiler), NVCC=str(compiler), VITFAST_BUILD_CUDA="1", PYTHONPATH=str(ROOT),

@@ -390,8 +390,13 @@ def test_a_cudnn_that_refuses_one_shape_ends_the_step_or_is_asked_again(cudnn, m
     assert calls.count(197) == 1
 
 
-@pytest.mark.parametrize("problem", [torch.OutOfMemoryError("CUDA out of memory"),
-                                     torch.AcceleratorError("CUDA error: an illegal memory access was encountered")])
+@pytest.mark.parametrize(
+    "problem",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+    ],
+)
 def test_a_full_memory_or_a_lost_device_is_taken_for_cudnns_refusal(cudnn, problem):
     def breaks(q, *rest, **named):
         if q.shape[2] > 100:

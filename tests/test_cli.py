@@ -13,8 +13,7 @@ from vitfast.commands.main import main
 
 
 def vitfast_process(*arguments, **kw):
-    return subprocess.run([sys.executable, "-m", "vitfast", *arguments], capture_output=True, text=True,
-    **kw)
+    return subprocess.run([sys.executable, "-m", "vitfast", *arguments], capture_output=True, text=True, **kw)
 
 
 def test_info_fails_in_a_fresh_process_or_prints_to_stderr():
@@ -121,8 +120,7 @@ def test_help_does_not_name_a_command(capsys):
 def test_reader_that_stops_early_gets_a_traceback():
     """`vitfast models | head -1`: more is printed than a pipe holds, and nobody reads it."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "vitfast", "models", "--json"], stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE
+        [sys.executable, "-m", "vitfast", "models", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     process.stdout.close()
     error = process.stderr.read().decode()

@@ -410,9 +410,7 @@ def test_file_of_jax_cannot_be_read_as_the_error_says(tmp_path):
         at = f"Transformer/encoderblock_{i}"
         norms |= {f"{at}/LayerNorm_0": block.norm1, f"{at}/LayerNorm_2": block.norm2}
         qkv, attn = block.attn.qkv, f"{at}/MultiHeadDotProductAttention_1"
-        for part, weight, bias in zip(
-            ("query", "key", "value"), qkv.weight.chunk(3), qkv.bias.chunk(3), strict=True
-        ):
+        for part, weight, bias in zip(("query", "key", "value"), qkv.weight.chunk(3), qkv.bias.chunk(3), strict=True):
             names |= {f"{attn}/{part}/kernel": weight.T.reshape(D, 3, 64), f"{attn}/{part}/bias": bias.reshape(3, 64)}
         names[f"{attn}/out/kernel"] = block.attn.proj.weight.T.reshape(3, 64, D)
         names[f"{attn}/out/bias"] = block.attn.proj.bias

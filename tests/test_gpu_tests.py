@@ -240,13 +240,13 @@ def test_what_many_compiled_is_compiled_again_after_ceilings():
 # ncu
 
 
-NCU = '''==PROF== Connected to process 7
+NCU = """==PROF== Connected to process 7
 "ID","Process ID","Kernel Name","gpu__time_duration.sum","sm__inst_executed_pipe_tensor.sum","dram__bytes.sum","x"
 "","","","us","inst","Mbyte","y"
 "0","7","_product(long)","612.5","1,234,567","88.1","5"
 "1","7","other","7.0","n/a","3.0","5"
 ==PROF== Disconnected
-'''
+"""
 
 
 def test_counters_of_a_kernel_are_lost():

@@ -165,8 +165,10 @@ def test_uint8_images_lose_more_than_stock(layout, dtype):
         return [out.detach(), *torch.autograd.grad(out, leaves, cotangent.to(dtype))]
 
     fused = lambda i, w, b, pos, pre, m, s: ops.patch_embed(i, w, b, pos_embed=pos, prefix=pre, mean=m, std=s)  # noqa: E731
-    out, ref, low = results(fused, dtype), results(reference.patch_embed, torch.float64), results(
-        reference.patch_embed, dtype
+    out, ref, low = (
+        results(fused, dtype),
+        results(reference.patch_embed, torch.float64),
+        results(reference.patch_embed, dtype),
     )
     for name, *three in zip(["out", "grad weight", "grad bias", "grad pos", "grad prefix"], out, ref, low, strict=True):
         judge(name, *three, dtype)

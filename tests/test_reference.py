@@ -166,9 +166,7 @@ def test_linear_applies_its_parts_in_another_order():
     x, weight, bias, gamma, residual = draw(2, 3, 4), draw(5, 4), draw(5), draw(5), draw(2, 3, 5)
     norm_weight, norm_bias = draw(4), draw(4)
     row_scale = torch.tensor([0.0, 1.25], dtype=torch.float64)
-    got = reference.linear(
-        x, weight, bias, norm_weight, norm_bias, 1e-2, "layer", "gelu", gamma, row_scale, residual
-    )
+    got = reference.linear(x, weight, bias, norm_weight, norm_bias, 1e-2, "layer", "gelu", gamma, row_scale, residual)
     for b in range(2):
         for n in range(3):
             h = (x[b, n] - x[b, n].mean()) / (x[b, n].var(correction=0) + 1e-2).sqrt() * norm_weight + norm_bias

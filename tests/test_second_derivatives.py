@@ -404,9 +404,7 @@ def test_plain_backward_takes_the_slow_way(variant):
     assert not any(t.grad.requires_grad for t in tensors.values() if t.grad is not None)
 
 
-TENSORS = {
-    variant: [name for name in VARIANTS[variant][1] if name != "row_scale"] for variant in VARIANTS
-}
+TENSORS = {variant: [name for name in VARIANTS[variant][1] if name != "row_scale"] for variant in VARIANTS}
 TANGENTS = [(variant, name) for variant, names in TENSORS.items() for name in names]
 
 

@@ -40,8 +40,9 @@ def test_error_depends_on_the_instructions_that_products_use():
     """As on a CPU without AVX: MKL, oneDNN and torch itself."""
     cases = [(torch.float32, 4, 192), (torch.float32, 400, 192), (torch.bfloat16, 40, 192), (torch.float16, 40, 192)]
     code = (
-        "import test_textbook as t\nwith t.Textbook():\n"
-        f"    print(*(t.error_of(*case) for case in {cases}))".replace("torch.", "t.torch.")
+        f"import test_textbook as t\nwith t.Textbook():\n    print(*(t.error_of(*case) for case in {cases}))".replace(
+            "torch.", "t.torch."
+        )
     )
     old = {"MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "DNNL_MAX_CPU_ISA": "SSE41", "ATEN_CPU_CAPABILITY": "default"}
     paths = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])

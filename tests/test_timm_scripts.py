@@ -229,8 +229,11 @@ def test_resumed_run_ends_elsewhere(folder, tmp_path, name, scaler):
     resumed = Script(fresh, folder, tmp_path / "second", resume=written, scaler=scaler, checkpointing=True).run()
     assert resumed.start == 1 and resumed.losses == whole.losses[6:] and resumed.metrics == whole.metrics[1:]
     for ema in (False, True):
-        for (key, found), expected in zip(resumed.task.get_eval_model(ema=ema).state_dict().items(),
-                                          whole.task.get_eval_model(ema=ema).state_dict().values(), strict=True):
+        for (key, found), expected in zip(
+            resumed.task.get_eval_model(ema=ema).state_dict().items(),
+            whole.task.get_eval_model(ema=ema).state_dict().values(),
+            strict=True,
+        ):
             assert torch.equal(found, expected), (key, ema)
     moments = [state["exp_avg_sq"] for state in resumed.optimizer.state_dict()["state"].values()]
     for found, state in zip(moments, whole.optimizer.state_dict()["state"].values(), strict=True):

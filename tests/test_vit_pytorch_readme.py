@@ -235,6 +235,7 @@ def test_extractor_and_recorder_disturb_each_other():
 
 def test_hook_of_another_kind_never_fires_or_sees_something_else():
     """Before, after, of gradients, that changes what it sees, and after `blocks` was replaced."""
+
     def seen_by(model):
         seen, layer = [], model.transformer
         handles = [

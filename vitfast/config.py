@@ -131,8 +131,7 @@ class ViTConfig:
         if self.head_dim is None:
             if self.dim % self.heads:
                 raise ValueError(
-                    f"ViTConfig.dim must be a multiple of heads={self.heads} when head_dim is not given, "
-                    f"got {self.dim}"
+                    f"ViTConfig.dim must be a multiple of heads={self.heads} when head_dim is not given, got {self.dim}"
                 )
             put("head_dim", self.dim // self.heads)
         if self.mlp_dim is None:

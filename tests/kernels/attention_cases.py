@@ -119,9 +119,7 @@ def judge(out, ref, low, *, grad=False, what="", rows=16, keys=16):
         assert out.dtype == low.dtype and error <= 2 * k * stocks, f"{what}: {error:.3e}, stock's {stocks:.3e}"
 
 
-def check(
-    dtype, D, Nq, Nk, *, forward=None, backward=None, layout="packed", B=2, H=2, device="cpu", factors=(1, 1, 1)
-):
+def check(dtype, D, Nq, Nk, *, forward=None, backward=None, layout="packed", B=2, H=2, device="cpu", factors=(1, 1, 1)):
     """Run one forward and, where asked, one backward, and hold both to the acceptance rule."""
     q, k, v = laid_out(layout, B, Nq, Nk, H, D, dtype, device)
     for t, factor in zip((q, k, v), factors, strict=True):

@@ -1,7 +1,7 @@
 """Where the kernels run: on a GPU, or in Triton's interpreter, which has to be on before Triton is imported.
 
-    TRITON_INTERPRET=1 pytest tests/kernels      on a CPU, fp32 and fp16 (the interpreter's bf16 is wrong)
-    pytest tests/kernels                         on a GPU, and bf16
+TRITON_INTERPRET=1 pytest tests/kernels      on a CPU, fp32 and fp16 (the interpreter's bf16 is wrong)
+pytest tests/kernels                         on a GPU, and bf16
 """
 
 import contextlib

@@ -258,6 +258,7 @@ def test_attention(forward, backward, lengths, D, heads, extras, dtype, placemen
 
 # prepared models
 
+
 @cases(
     product=("table", *PRODUCTS), width=WIDTHS, changes=tuple(MODELS), images=(1, 3, 14),
     together=("product", "width", "changes"),

@@ -226,7 +226,6 @@ def test_rows_past_the_end_are_divided_by_nothing(kind, dtype, device):
     torch.testing.assert_close(found[1].double(), dweight, rtol=2e-2, atol=2e-2)
 
 
-
 @every_dtype
 @pytest.mark.parametrize("value", (0.0, 3.0, -0.5, 1024.0))
 def test_constant_row_is_divided_by_nothing(value, dtype, device):

@@ -1,6 +1,5 @@
 """The kernels of linear layers and MLPs against fp64, by the rule that stock operators set."""
 
-
 import pytest
 import torch
 from attention_cases import DTYPES, INTERPRETED, draw, every_dtype

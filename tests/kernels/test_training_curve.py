@@ -23,9 +23,7 @@ def curve(device, backend, autocast=None):
     """Losses of so many steps from one seed, with everything on that training recipes have."""
     torch.manual_seed(3)
     # not attention's dropout, for which stock attention draws other numbers
-    config = vitfast.ViTConfig(
-        **SIZES, num_classes=CLASSES, layer_scale=0.3, drop_path=0.2, proj_dropout=0.1
-    )
+    config = vitfast.ViTConfig(**SIZES, num_classes=CLASSES, layer_scale=0.3, drop_path=0.2, proj_dropout=0.1)
     model = vitfast.ViT.from_config(config).to(device).train()
     model.set_grad_checkpointing()
     images = torch.randn(4 * BATCH, 3, *[SIZES["image_size"]] * 2).to(device)

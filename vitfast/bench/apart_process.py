@@ -1,6 +1,6 @@
 """The process that `apart` runs one variant of a case in.
 
-    python -m vitfast.bench.apart_process --factory package.module.function --arguments JSON --variant NAME ...
+python -m vitfast.bench.apart_process --factory package.module.function --arguments JSON --variant NAME ...
 """
 
 from __future__ import annotations

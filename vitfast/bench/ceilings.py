@@ -75,9 +75,7 @@ def measure(
     return found | {"before": before}
 
 
-def roofline(
-    work: Work, ceilings: Mapping[str, Any], dtype: str, *, tf32: bool = False
-) -> tuple[float, str] | None:
+def roofline(work: Work, ceilings: Mapping[str, Any], dtype: str, *, tf32: bool = False) -> tuple[float, str] | None:
     """The least milliseconds that the ceilings allow for `work`, and whether "compute" or "memory" sets them.
 
     None where a ceiling that this needs was not measured.

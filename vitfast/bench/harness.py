@@ -109,9 +109,7 @@ def run_case(
 class _Run:
     """One row in the making."""
 
-    def __init__(
-        self, case: Case, place: devices.Cpu | devices.Cuda, seconds: float, deadline: float | None
-    ) -> None:
+    def __init__(self, case: Case, place: devices.Cpu | devices.Cuda, seconds: float, deadline: float | None) -> None:
         self.case, self.place, self.seconds, self.deadline = case, place, seconds, deadline
         self.began = place.clock()
         self.variants: dict[str, Row] = {}

@@ -39,9 +39,7 @@ COUNTER = "n_averaged"  # of torch's AveragedModel, no weight
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
 
-def save_checkpoint(
-    model: ViT, path: str | os.PathLike, *, layout: str = "timm", with_config: bool = True
-) -> None:
+def save_checkpoint(model: ViT, path: str | os.PathLike, *, layout: str = "timm", with_config: bool = True) -> None:
     """Write the model's weights and config as safetensors. An existing file is replaced only by a complete one.
 
     The config is that of the model as it is now, with what was exchanged in it since it was built, so that

@@ -292,5 +292,3 @@ def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[
 
     model.train()
     return call
-
-

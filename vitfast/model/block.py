@@ -387,9 +387,7 @@ class Block(OnOps, nn.Module):
             (f"drop_path{n}", getattr(self, f"drop_path{n}"), DropPath, nn.Identity), drop,
         ]  # fmt: skip
         qkv = [("norm1", self.norm1, *NORMS), ("attn.qkv", self.attn.qkv, nn.Linear)]
-        proj = [("attn.proj", self.attn.proj, nn.Linear)] + tail(
-            1, ("attn.proj_drop", self.attn.proj_drop, nn.Dropout)
-        )
+        proj = [("attn.proj", self.attn.proj, nn.Linear)] + tail(1, ("attn.proj_drop", self.attn.proj_drop, nn.Dropout))
         softmax = [("attn.attn_drop", self.attn.attn_drop, nn.Dropout)]
         attend = watched_view(self.attn, "attend")
         softmax += [] if attend is None else [("attn.attend", attend, nn.Softmax)]

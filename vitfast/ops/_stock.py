@@ -56,9 +56,7 @@ def norm_backward(
     grad, x = grad.contiguous(), x.contiguous()
     if kind == "layer":
         wide = _in_dtype_of(weight, x)
-        grads = aten.native_layer_norm_backward(
-            grad.to(wide.dtype), wide, x.shape[-1:], mean, rstd, weight, bias, mask
-        )
+        grads = aten.native_layer_norm_backward(grad.to(wide.dtype), wide, x.shape[-1:], mean, rstd, weight, bias, mask)
         return grads[0].to(x.dtype) if mask[0] else None, grads[1], grads[2]
     dtype = torch.promote_types(x.dtype, torch.float32)
     x_hat = x.to(dtype)

@@ -91,9 +91,7 @@ def attention_qkv(
     qkv = cast(qkv, autocast_dtype(qkv))
     if isinstance(scale, Tensor):
         q, k, v = qkv.unbind(2)
-        return attention(
-            q, k, v, scale=scale, mask=mask, lengths=lengths, dropout_p=dropout_p, return_lse=return_lse
-        )
+        return attention(q, k, v, scale=scale, mask=mask, lengths=lengths, dropout_p=dropout_p, return_lse=return_lse)
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(f"attention_qkv: qkv must be [B, N, 3, H, D], got {list(qkv.shape)}")
     if qkv.dtype not in FLOATS:

@@ -83,9 +83,7 @@ def add_layer_norm(
     check.shape("row_scale", row_scale, (residual.shape[0],), "to match residual.shape[0]")
     check.raise_if_any()
     if stock_only():
-        return reference.add_layer_norm(
-            residual, branch, gamma, row_scale, weight, bias, eps, kind, branch.dtype
-        )
+        return reference.add_layer_norm(residual, branch, gamma, row_scale, weight, bias, eps, kind, branch.dtype)
     return _add_layer_norm(residual, branch, weight, bias, eps, kind, gamma, row_scale)[:2]
 
 

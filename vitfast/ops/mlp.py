@@ -83,11 +83,7 @@ def _usual(x, norm_weight, norm_bias, w1, b1, w2, b2, norm, act, gated, gamma, r
     if len(shape) < 2:
         return False
     vectors = (norm_weight, D), (norm_bias, D), (b1, hidden), (b2, D), (gamma, D), (row_scale, shape[0])
-    return (
-        shape[-1] == D
-        and w2.shape == (D, hidden // 2 if gated else hidden)
-        and alike(x, vectors, w1, w2)
-    )
+    return shape[-1] == D and w2.shape == (D, hidden // 2 if gated else hidden) and alike(x, vectors, w1, w2)
 
 
 def _check(x, norm_weight, norm_bias, w1, b1, w2, b2, norm, act, gated, gamma, row_scale):

@@ -197,9 +197,7 @@ _TABLE: list[tuple[str, tuple[int, ...], dict[str, Any]]] = [
     ("aimv2_1b_patch14_{}", (224, 336, 448), _of("aim_1b", 14, _AIMV2)),
     ("aimv2_3b_patch14_{}", (224, 336, 448), _of("aim_3b", 14, _AIMV2)),
 ]
-_ROWS = {
-    name.format(image): fields | {"image_size": image} for name, images, fields in _TABLE for image in images
-}
+_ROWS = {name.format(image): fields | {"image_size": image} for name, images, fields in _TABLE for image in images}
 _MLP_RATIOS: dict[str, float] = {name: row.pop("mlp_ratio", 4.0) for name, row in _ROWS.items()}
 _DEFAULTS = {field.name: field.default for field in dataclass_fields(ViTConfig)}
 

@@ -53,9 +53,7 @@ def linear(
 
     def ours(x: Tensor, weight: Tensor, bias: Tensor, *rest: Tensor) -> Tensor:
         if normed:
-            return ops.linear(
-                x, weight, bias, norm=norm, norm_weight=rest[0], norm_bias=rest[1], norm_eps=EPS, act=act
-            )
+            return ops.linear(x, weight, bias, norm=norm, norm_weight=rest[0], norm_bias=rest[1], norm_eps=EPS, act=act)
         return ops.linear(x, weight, bias, act=act, residual=rest[0] if residual else None)
 
     def truth(x: Tensor, weight: Tensor, bias: Tensor, *rest: Tensor) -> Tensor:

@@ -38,9 +38,7 @@ def _draw_folded(call: Call, generator: torch.Generator) -> tuple[Any, ...]:
 def _linear(
     x, weight, bias, norm_weight, norm_bias, norm_eps, norm, act, gamma, row_scale, residual, saves
 ) -> Results:  # fmt: skip
-    out = reference.linear(
-        x, weight, bias, norm_weight, norm_bias, norm_eps, norm, act, gamma, row_scale, residual
-    )
+    out = reference.linear(x, weight, bias, norm_weight, norm_bias, norm_eps, norm, act, gamma, row_scale, residual)
     if not saves:
         return out, None, None, None, None
     pre = reference.linear(x, weight, bias, norm_weight, norm_bias, norm_eps, norm)

@@ -13,9 +13,7 @@ from vitfast.check.families.rows import backward, forward, gradients, named_argu
 from vitfast.choose.dispatch import Config
 
 
-def _mlp(
-    x, norm_weight, norm_bias, norm_eps, norm, w1, b1, w2, b2, act, gated, gamma, row_scale, saves
-) -> Results:
+def _mlp(x, norm_weight, norm_bias, norm_eps, norm, w1, b1, w2, b2, act, gated, gamma, row_scale, saves) -> Results:
     out = reference.mlp(x, norm_weight, norm_bias, norm_eps, norm, w1, b1, w2, b2, act, gated, gamma, row_scale)
     if not saves:
         return out, None, None, None, None, None

@@ -124,7 +124,11 @@ PATCH_EMBED: dict[str, Family] = {
     "patch_embed": _family("patch_embed", "patch_embed", _embed, _tiles),
     "image_rows": _family("image_rows", "patch_embed", _rows),
     "patch_embed_backward": _family(
-        "patch_embed_backward", "patch_embed_backward", _embed_backward, _ways, grad=True,
+        "patch_embed_backward",
+        "patch_embed_backward",
+        _embed_backward,
+        _ways,
+        grad=True,
         sums=frozenset({1, 2, 3, 4}),
     ),
 }
