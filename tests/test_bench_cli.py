@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from vitfast.bench import cli, models, ops
+from vitfast.bench import cli, models, op_case, ops
 from vitfast.check import acceptance
 
 
@@ -28,7 +28,7 @@ def test_the_command_prints_no_table_or_runs_again_what_is_there(tmp_path, capsy
     assert len({line.count("|") for line in table}) == 1
     assert all(any(name in line for line in table) for name in ("SDPA packed", "vitfast", "flash-attn 3"))
     rows = json.loads(file.read_text())["rows"]
-    assert [row["mode"] for row in rows] == list(ops.MODES)
+    assert [row["mode"] for row in rows] == list(op_case.MODES)
     assert all(row["variants"]["vitfast"]["ms"] > 0 for row in rows)
     assert list(tmp_path.glob("table*.csv"))
 
