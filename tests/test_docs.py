@@ -1,4 +1,4 @@
-"""README, docs and CONTRIBUTING, as a reader would use them: blocks of code are run or parsed, links lead somewhere, files exist."""
+"""The pages, as a reader would use them: blocks of code are run or parsed, links lead somewhere, files exist."""
 
 import argparse
 import importlib
@@ -205,7 +205,7 @@ def test_link_leads_nowhere(page):
 
 
 def test_page_is_found_from_the_readme_by_nobody():
-    assert set(re.findall(r"\]\(([\w/]+\.md)\)", TEXTS["README.md"])) == PAGES.keys() - {"README.md"}
+    assert set(re.findall(r"\]\(([\w/]+\.md)\)", TEXTS["README.md"])) >= PAGES.keys() - {"README.md"}
 
 
 @every_page
