@@ -90,6 +90,12 @@ def test_readme_names_other_architectures_than_are_compiled():
     assert set(info.collect()["extension"].get("cuda", {}).get("archs", ())) <= told
 
 
+def test_architecture_has_other_rooms_or_another_order_than_the_test_of_imports():
+    layers = constants(ROOT / "tests/test_layers.py")["LAYERS"]
+    rooms = [in_backticks(room)[0] for room, _ in table("docs/architecture.md", "Layers")]
+    assert [room.removeprefix("vitfast/").removesuffix(".py") for room in rooms] == [*layers]
+
+
 def test_readme_says_that_something_ran_where_no_record_is():
     records = [json.loads(path.read_text()) for path in (ROOT / "benchmarks/results").glob("*.json")]
     facts = [record.get("run") or record["machine"] for record in records]
