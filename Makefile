@@ -52,6 +52,7 @@ lint: $(VENV)/.test ## ruff, mypy on the public surface, clang-format; changes n
 	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 
 format: $(VENV)/.test ## lay out every source as `make lint` wants it
+	$(BIN)/ruff check --select I --fix --quiet .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(NATIVE)
 

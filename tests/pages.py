@@ -1,11 +1,11 @@
-"""README and docs as the tests read them: blocks of code, headings, links, inline code."""
+"""README, docs and CONTRIBUTING as the tests read them: blocks of code, headings, links, inline code."""
 
 import re
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-PATHS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in PATHS}
 TEXTS = {name: path.read_text(encoding="utf-8") for name, path in PAGES.items()}
 FENCE = "```"

@@ -156,6 +156,7 @@ def test_digit_is_drawn_beside_what_was_predicted_of_another(tmp_path, monkeypat
     wrong = [5, 9, 300]
     predictions[wrong] = (predictions[wrong] + 1) % 10
     demo_module.draw(tmp_path / "digits.png", demo_module.Training([1.0], [0.9], 1.0), data, predictions, 0.9)
+    assert all(tick == int(tick) for tick in drawn[0].subfigs[0].axes[0].get_xticks()), "half an epoch"
     cells = drawn[0].subfigs[1].axes
     rows, columns = demo_module.SAMPLES
     assert len(cells) == rows * columns

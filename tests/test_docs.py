@@ -1,12 +1,14 @@
-"""README and docs, as a reader would use them: blocks of code are run or parsed, links lead somewhere, files exist."""
+"""The pages, as a reader would use them: blocks of code are run or parsed, links lead somewhere, files exist."""
 
 import argparse
 import importlib
+import os
 import re
 import shlex
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from pages import BLOCKS, FENCE, PAGES, ROOT, TEXTS, anchors, inline, prose
 MAKEFILE = (ROOT / "Makefile").read_text()
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 TARGETS = set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
+RUNS = set(re.search(r"RUN=([a-z|]+):", MAKEFILE).group(1).split("|"))
 ASSIGNED = re.compile(r"[A-Z_]+=.*")
 # of the repository's files, what a text may name without a folder
 SUFFIXES = r"(?:py|md|json|txt|toml|h|cpp|cu|cuh|svg)"
@@ -93,6 +96,8 @@ def check_command(words, parse_only):
     while words and ASSIGNED.fullmatch(words[0]):
         words = words[1:]
     program, *given = words
+    # as they are called where no environment is active
+    program = program.removeprefix(".venv/bin/")
     if program == "make":
         variables = [word.partition("=")[0] for word in given if ASSIGNED.fullmatch(word)]
         assert all(re.search(rf"\$\({name}\)|^{name} \?=", MAKEFILE, re.MULTILINE) for name in variables), variables
@@ -102,9 +107,12 @@ def check_command(words, parse_only):
     elif (program, *given[:1]) == ("pip", "install"):
         for word in given[1:]:
             extra = re.fullmatch(r"\.(?:\[(\w+)\])?", word)
-            assert word == "-v" or extra and (extra.group(1) is None or extra.group(1) in EXTRAS), word
+            assert word in ("-v", "pre-commit") or extra and (extra.group(1) is None or extra.group(1) in EXTRAS), word
+    elif words == ["pre-commit", "install"]:
+        assert (ROOT / ".pre-commit-config.yaml").is_file()
     elif (program, *given[:2]) == ("python", "-m", "pytest"):
         assert all((ROOT / word).exists() for word in given[2:] if "/" in word), given
+        assert {word for word in given if word.startswith("-")} <= {"-m", "-k"}, given
     elif program == "python" and (ROOT / given[0]).parent == ROOT / "benchmarks":
         parse_only.setattr(sys, "argv", given)
         assert (ROOT / given[0]).is_file(), given[0]
@@ -124,6 +132,18 @@ def test_command_does_not_exist_or_takes_other_arguments(block, parse_only):
         check_command(words, parse_only)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("block", of("bash", True), ids=ids(of("bash", True)))
+def test_command_that_needs_nothing_fails(block):
+    """Run as it stands; of pytest, which would run this test again, what it collects."""
+    script = "set -e\n" + block.text.replace(".venv/bin/", "").replace("-m pytest", "-m pytest --collect-only -q")
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    options = dict(cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    run = subprocess.run(["bash", "-c", script], **options)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr
+    assert len(run.stdout.splitlines()) >= len(block.text.splitlines())
+
+
 @every_page
 def test_command_in_a_sentence_does_not_exist_or_takes_other_arguments(page, parse_only):
     for text in inline(page):
@@ -138,7 +158,7 @@ def test_command_in_a_sentence_does_not_exist_or_takes_other_arguments(page, par
 @pytest.mark.parametrize("wrong", [
     "make dem", "make test WRKERS=2", "vitfast inf", "vitfast tune --batsh 1 vit_tiny_patch16_224", "mkae demo",
     "pip install '.[tets]'", "python benchmarks/rooflin.py", "python benchmarks/make_report.py --chek",
-    "python -m pytest tests/kernel",
+    "python -m pytest tests/kernel", ".venv/bin/vitfast inf", "python -m pytest -mm slow",
 ])  # fmt: skip
 def test_wrong_command_passes_for_right(wrong, parse_only):
     with pytest.raises(AssertionError):
@@ -146,9 +166,15 @@ def test_wrong_command_passes_for_right(wrong, parse_only):
 
 
 @every_page
+def test_run_of_make_gpu_does_not_exist(page):
+    """By itself in a sentence, where nobody parses it."""
+    assert set(re.findall(r"\bRUN=(\w+)", TEXTS[page])) <= RUNS
+
+
+@every_page
 def test_named_file_does_not_exist(page):
     for text in inline(page):
-        if re.fullmatch(rf"(?:vitfast|benchmarks|tests|csrc|docs)/[\w/.*-]+|[\w.-]+\.{SUFFIXES}", text):
+        if re.fullmatch(rf"(?:vitfast|benchmarks|tests|csrc|docs|\.github)/[\w/.*-]+|[\w.-]+\.{SUFFIXES}", text):
             folders = (ROOT, ROOT / "benchmarks/results")
             assert any(any(folder.glob(text)) for folder in folders), text
 
@@ -179,7 +205,7 @@ def test_link_leads_nowhere(page):
 
 
 def test_page_is_found_from_the_readme_by_nobody():
-    assert set(re.findall(r"\]\((docs/\w+\.md)\)", TEXTS["README.md"])) == PAGES.keys() - {"README.md"}
+    assert set(re.findall(r"\]\(([\w/]+\.md)\)", TEXTS["README.md"])) >= PAGES.keys() - {"README.md"}
 
 
 @every_page

@@ -10,6 +10,7 @@ from pages import ROOT, TEXTS, table
 
 import vitfast
 from vitfast.commands import info
+from vitfast.commands.main import main
 from vitfast.ops import _register
 
 README = TEXTS["README.md"]
@@ -52,6 +53,17 @@ def test_readme_says_of_an_op_what_info_does_not(monkeypatch):
     found = {op: {kind: each["runs_as"].partition(" (")[0] for kind, each in kinds.items()}
              for op, kinds in info.collect()["ops"].items()}  # fmt: skip
     assert told == found
+    languages = {kind: {kinds[kind] for kinds in found.values()} - {_register.STOCK} for kind in ("cpu", "cuda")}
+    assert languages == {"cpu": {"C++"}, "cuda": {"Triton", "CUDA"}}
+    assert "C++ kernels on CPUs, Triton and CUDA kernels on GPUs" in " ".join(README.split())
+
+
+def test_readme_says_of_amx_what_info_does_not(monkeypatch):
+    monkeypatch.setattr(_register.cpu_kernels, "has_amx", lambda dtype: True)
+    ops = {op: kinds["cpu"]["runs_as"] for op, kinds in info.collect()["ops"].items()}
+    stock = {op for op, runs_as in ops.items() if f"bf16: {_register.STOCK}" in runs_as}
+    assert stock == {"attention", "attention_qkv", "attention_varlen"}
+    assert "on CPUs with AMX also for attention in bf16" in README
 
 
 def test_readme_or_build_names_other_instruction_sets_than_are_built():
@@ -61,7 +73,8 @@ def test_readme_or_build_names_other_instruction_sets_than_are_built():
     (listed,) = re.findall(r"every instruction set that the compiler knows: ([^.]*)\.", TEXTS["docs/build.md"])
     assert in_backticks(listed) == built
     extension = info.collect()["extension"]
-    assert not extension["built"] or extension["cpu_kernels"] in built
+    if extension["built"]:
+        assert extension["cpu_kernels"] in built and set(built[1:]) <= extension["cpu_features"].keys()
 
 
 def test_readme_names_other_architectures_than_are_compiled():
@@ -71,6 +84,16 @@ def test_readme_names_other_architectures_than_are_compiled():
     assert sorted(named) == sorted(arch for arch in compiled if arch.isdigit())
     assert sorted(arch for row in gpus for arch in in_backticks(row[1])) == sorted(SETUP["ARCHS"].split(";"))
     assert f"`{SETUP['ARCHS']}`" in TEXTS["docs/build.md"]
+    told = {f"{kind}_{arch.removesuffix('+PTX')}" for row in gpus for arch in in_backticks(row[1])
+            for kind in ("sm", "compute")[: 1 + arch.endswith("+PTX")]}  # fmt: skip
+    # fewer, where somebody built for one card
+    assert set(info.collect()["extension"].get("cuda", {}).get("archs", ())) <= told
+
+
+def test_architecture_has_other_rooms_or_another_order_than_the_test_of_imports():
+    layers = constants(ROOT / "tests/test_layers.py")["LAYERS"]
+    rooms = [in_backticks(room)[0] for room, _ in table("docs/architecture.md", "Layers")]
+    assert [room.removeprefix("vitfast/").removesuffix(".py") for room in rooms] == [*layers]
 
 
 def test_readme_says_that_something_ran_where_no_record_is():
@@ -86,6 +109,26 @@ def test_readme_says_that_something_ran_where_no_record_is():
             if cards else "compiled and inspected; never ran"
         )  # fmt: skip
     assert set(re.findall(r"\b(?:at|Newer than) ([0-9a-f]{7})\b", TEXTS["docs/gpu.md"])) <= {of["commit"] for of in ran}
+    measured = re.findall(r"shapes on ([^:]+):", json.dumps(info.collect()["kernels"]))
+    assert measured and all(card in str(gpus) for cards in measured for card in cards.split(", "))
+
+
+def test_numbers_in_a_sentence_are_not_those_of_the_records():
+    """What no table says."""
+    results, page = ROOT / "benchmarks/results", " ".join(TEXTS["docs/gpu.md"].split())
+    # the table is made from the record
+    (told,), (passed,) = re.findall(r"are (\d+) smoke tests at", page), re.findall(r"tests: (\d+) passed, 0", page)
+    assert "and one more under memcheck" in page and int(passed) == int(told) + 1
+    (sweep,) = (json.loads(path.read_text()) for path in (results / "sweeps").glob("*.json"))
+    done = len(sweep["rows"])
+    assert f"{done} of {done + len(sweep['skipped'])} rows" in page
+    gains = []
+    for row in json.loads((results / "nvidia-h200-tune.json").read_text())["rows"].values():
+        times = {name: way.get("ms") for name, way in row["variants"].items()}
+        ours = [times[name] for name, way in row["variants"].items() if way["role"] == "ours" and times[name]]
+        if row["kernel"] == "attention" and times.get("SDPA cudnn") and min(ours) > times["SDPA cudnn"]:
+            gains.append(100 * min(ours) / times["SDPA cudnn"] - 100)
+    assert f"({min(gains):.0f} to {max(gains):.0f} % faster)" in TEXTS["docs/benchmarks.md"]
 
 
 def test_readme_says_that_nobody_was_compiled_after_somebody_was():
@@ -96,15 +139,21 @@ def test_readme_says_that_nobody_was_compiled_after_somebody_was():
     assert any("compiled" in name for name in variants) is not ("torch.compile was not timed there" in README)
 
 
-def test_number_of_names_is_another():
+def test_number_of_names_is_another(capsys):
     told = re.findall(r"the (\d+) names of timm.*?other (\d+) ViT names", EVERYTHING, re.DOTALL)
     assert len(told) == 2 and set(told) == {(str(len(vitfast.VARIANTS)), str(len(vitfast.UNSUPPORTED)))}
+    assert main(["models"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "{} work, {} do not".format(*told[0])
     (timm,) = [pin.partition("==")[2] for pin in pins(LISTS[0]) if pin.startswith("timm==")]
     assert set(re.findall(r"names of timm (\d[\d.]+\d)", EVERYTHING)) == {timm}
 
 
 def test_version_is_another():
-    assert re.findall(r"release (\d+\.\d+\.\d+)\b(?! or newer)", README) == [vitfast.__version__]
+    assert (
+        re.findall(r"release (\d+\.\d+\.\d+)\b(?! or newer)", README)
+        == [info.collect()["vitfast"]]
+        == [vitfast.__version__]
+    )
     python = PROJECT["project"]["requires-python"].removeprefix(">=")
     assert set(re.findall(r"Python (\d\.\d+) or newer", EVERYTHING)) == {python}
     (torch,) = [each.removeprefix("torch>=") for each in PROJECT["project"]["dependencies"] if each.startswith("torch")]
@@ -113,6 +162,7 @@ def test_version_is_another():
               if pin.startswith("torch==")]  # fmt: skip
     told = re.findall(r"tested with (?:torch )?(\d\.\d+) and (\d\.\d+)", EVERYTHING)
     assert len(told) == 2 and set(told) == {tuple(tested)}
+    assert re.match(r"\d+\.\d+", info.collect()["packages"]["torch"]).group() in tested
 
 
 READ = re.compile(r"(?:VITFAST|TRITON)_[A-Z_]+|CXX|NVCC")

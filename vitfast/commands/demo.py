@@ -440,6 +440,7 @@ def draw(path: Path, history: Training, data: Digits, predictions: Tensor, accur
     axes = left.subplots()
     (loss_line,) = axes.plot(epochs, history.loss, color="tab:blue", label="training loss")
     axes.set(xlabel="epoch", ylabel="training loss (cross-entropy, smoothed labels)", ylim=(0, None))
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     percent = axes.twinx()
     values = [100 * value for value in history.accuracy]
     (accuracy_line,) = percent.plot(epochs, values, color="tab:orange", label="held-out accuracy")
