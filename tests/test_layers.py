@@ -36,6 +36,7 @@ def imports(path):
     """Modules of the package that this file imports, wherever in it: at the top, in a function, for type checkers."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
+        assert not getattr(node, "level", 0), f"{path}: a relative import, which is not read here"
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "vitfast":
             inside = {f"{node.module}.{each.name}" for each in node.names}
             found |= {name if name in MODULES else node.module for name in inside}
