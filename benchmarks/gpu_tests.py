@@ -23,6 +23,8 @@ KERNELS, OF_DEVICES = ("tests/kernels",), ("tests/test_ops.py", "tests/test_devi
 SMOKE = ("tests/kernels/test_smoke_gpu.py",)
 TINY = ("tests/test_numerics.py", "-k", "stock_op")
 NO_TESTS = 5  # pytest's exit status
+# of a stage's budget, after which one test has no end
+SHARE = 0.9
 
 
 def tests(
@@ -45,7 +47,7 @@ def tests(
     outcomes = Outcomes(facts.get("tests")).read(journal)
     before = {*outcomes.failed}
     chosen = [*TINY] if run.tiny else [*of, "-m", marked]
-    each_s = min(each_s, 0.9 * max(budget_s, stage.budget_s))
+    each_s = min(each_s, SHARE * max(budget_s, stage.budget_s))
     workers = workers or max(1, (os.cpu_count() or 2) - 2)
     if workers > 1 and not run.tiny and importlib.util.find_spec("xdist"):
         # in small portions, or else the last ones would wait for whoever has the longest

@@ -66,7 +66,7 @@ HANGS = """
 
 def test_time_out_forgets_what_failed_before(stage_of):
     """Names, messages and tracebacks; what was running; how many were not run."""
-    failed, left, tests = stage_of(HANGS, ends_s=4.0, workers=1)
+    failed, left, tests = stage_of(HANGS, ends_s=12.0, workers=1)
     assert left == "no time left" and len(failed) == 1 and failed[0].endswith("AssertionError: three is not four\n"
         "assert 3 == 4")  # fmt: skip
     assert names(tests["passed"]) == ["test_right"] and names(tests["running"]) == ["test_hangs"]
@@ -79,11 +79,13 @@ def test_time_out_forgets_what_failed_before(stage_of):
     assert len(tests["failed"]) == 1 and not tests["running"] and not tests["not_run"]
 
 
-def test_what_hangs_longer_than_its_stage_may_take_costs_the_tests_behind_it(stage_of):
+def test_what_hangs_longer_than_its_stage_may_take_costs_the_tests_behind_it(stage_of, monkeypatch):
     """In every call again: it was not there long enough to have no end."""
-    failed, left, tests = stage_of(HANGS, budget_s=8.0, workers=1)
-    assert "no end after 7 s" in " ".join(failed) and len(failed) == 2
-    failed, left, tests = stage_of(HANGS, budget_s=8.0, workers=1)
+    # the rest of the budget is for the start of processes, which takes its time on a busy machine
+    monkeypatch.setattr(gpu_tests, "SHARE", 0.1)
+    failed, left, tests = stage_of(HANGS, budget_s=40.0, workers=1)
+    assert "no end after 4 s" in " ".join(failed) and len(failed) == 2
+    failed, left, tests = stage_of(HANGS, budget_s=40.0, workers=1)
     assert names(tests["passed"]) == ["test_last", "test_right"] and not left
 
 
@@ -104,7 +106,7 @@ def test_what_hangs_and_lets_no_other_thread_run_has_no_end(stage_of):
 
 
 def test_what_the_time_was_up_for_is_blamed_for_what_ends_the_next_process(stage_of):
-    stage_of(HANGS, ends_s=4.0, workers=1)
+    stage_of(HANGS, ends_s=12.0, workers=1)
     dies = HANGS + "\n    import os\n    os._exit(3)\n"
     failed, left, tests = stage_of(dies, workers=1)
     assert names(tests["failed"]) == ["test_wrong"]
