@@ -26,6 +26,9 @@ def why_no_triton() -> str:
     """Why no Triton kernel can be started in this process, "" where they can."""
     try:
         from triton.runtime import driver
+
+        # of older releases the launchers import what is not there
+        from vitfast.kernels.triton import launch  # noqa: F401
     except ImportError as problem:
         return f"triton cannot be imported: {problem}"
     if not INTERPRETED:
