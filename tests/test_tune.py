@@ -23,6 +23,7 @@ from vitfast.choose import dispatch, tuning_cache
 from vitfast.choose.tuning_cache import Choice, key_of
 from vitfast.commands import main
 from vitfast.measure import machine, nvml
+from vitfast.ops import _launch
 
 fake_fixture = pytest.fixture(prepared, name="fake")
 
@@ -55,6 +56,20 @@ def tune(place, *calls, budget_s=100.0):
     lines = []
     report = tuning.tune_calls(calls or (rows(8, 64),), place, budget_s, lines.append)
     return report, lines
+
+
+def test_tuning_hears_of_a_shape_that_no_call_has_where_triton_cannot_compile(fake, place, monkeypatch):
+    """For which nobody has a choice: the tables of measured ones have no answer but an IndexError."""
+    monkeypatch.setattr(_launch, "may_be_kernels", lambda like: True)
+    monkeypatch.setattr(_launch, "why_no_triton", lambda: "triton cannot compile here: no compiler")
+    run = lambda x: fake.run(x) if _launch.ready("fake", x) else fake.stock(x)  # noqa: E731
+    monkeypatch.setitem(FAMILIES, "fake_softmax", replace(FAMILIES["fake_softmax"], run=run))
+    (row,) = tune(place)[0].rows
+    assert (row.use, row.why) == ("", "triton cannot compile here: no compiler")
+    assert dispatch.tuned("fake", DEVICE) == {}
+    forced = vitfast.backend("kernel", op="fake")
+    with forced, pytest.raises(NotImplementedError, match="asked for and cannot run: triton cannot compile"):
+        run(torch.zeros(2, 2))
 
 
 def test_the_fastest_configuration_is_not_the_one_that_runs(fake, place, monkeypatch):

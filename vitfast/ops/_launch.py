@@ -50,7 +50,10 @@ def ready(kernel: str, like: Tensor) -> bool:
     if not may_be_kernels(like):
         return False
     why = why_no_triton() if dispatch.language(kernel) == "Triton" else ""
-    return not why or dispatch.choose(kernel, (), like.device.index, (why,))
+    # not otherwise: who watches what ops ask would learn of a shape that no call has
+    if why and dispatch.asked_for(kernel):
+        dispatch.choose(kernel, (), like.device.index, (why,))
+    return not why
 
 
 def launched(kernel: str, launch: Callable[[], Any]) -> Any:
