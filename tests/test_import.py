@@ -100,6 +100,19 @@ def test_package_needs_triton(interpreted):
     assert python(code + WITHOUT_KERNELS).splitlines() == ["True", "10 triton is not installed", *why]
 
 
+OLD_TRITON = """
+import os
+os.environ["TRITON_INTERPRET"] = "1"
+import triton.tools.tensor_descriptor
+sys.modules["triton.tools.tensor_descriptor"] = None
+"""
+
+
+def test_a_triton_without_what_the_launchers_import_stops_the_stock_operators():
+    """Of an older release, which can itself be imported."""
+    assert python(OLD_TRITON + FORWARD_AND_BACKWARD) == "True"
+
+
 # every way in which torch asks for a device or starts CUDA; torch itself may have asked before
 NO_DEVICE = """
 import torch

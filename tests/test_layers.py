@@ -45,7 +45,19 @@ def imports(path):
     return found
 
 
+def names_imported(path):
+    """Modules of anybody as import statements name them."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+        elif isinstance(node, ast.Import):
+            found |= {each.name for each in node.names}
+    return found
+
+
 GRAPH = {name: imports(path) for name, path in MODULES.items()}
+BENCHMARKS = {path.stem: path for path in (ROOT / "benchmarks").glob("*.py")}
 
 
 def room(module):
@@ -72,8 +84,10 @@ def test_runtime_imports_benchmarks():
     for module, others in GRAPH.items():
         if module not in FACE and LAYERS.index(room(module)) < above:
             assert not {other for other in others if other != "vitfast" and LAYERS.index(room(other)) >= above}, module
-    for path in PACKAGE.rglob("*.py"):
-        assert not re.search(r"^\s*(import|from) benchmarks\b", path.read_text(), re.MULTILINE), path
+    # where the folder is on the path its files are modules without it
+    benchmarks = {"benchmarks", *BENCHMARKS}
+    for path in MODULES.values():
+        assert not {name.split(".")[0] for name in names_imported(path)} & benchmarks, path
     assert not {room(other) for other in GRAPH["vitfast"]} & {"bench", "commands"}
 
 
@@ -95,18 +109,7 @@ def test_files_import_one_another_in_a_circle():
 
 
 def test_benchmarks_import_one_another_in_a_circle():
-    files = {path.stem: path for path in (ROOT / "benchmarks").glob("*.py")}
-    graph = {
-        name: {
-            found
-            for node in ast.walk(ast.parse(path.read_text()))
-            for found in (
-                [node.module] if isinstance(node, ast.ImportFrom)
-                else [each.name for each in node.names] if isinstance(node, ast.Import) else []
-            )
-        }
-        for name, path in files.items()
-    }  # fmt: skip
+    graph = {name: names_imported(path) for name, path in BENCHMARKS.items()}
     assert len(graph) > 20 and circles(graph) == set()
 
 
@@ -125,6 +128,15 @@ def test_import_by_text_hides_an_arrow():
     allowed = {"bench.apart_process", "bench.factory", "commands.demo", "kernels.extension"}
     by_text = {name for name, path in MODULES.items() if re.search(r"import_module|__import__", path.read_text())}
     assert by_text == {f"vitfast.{name}" for name in allowed}
+    # whoever resolves it
+    texts = {
+        (name, node.value)
+        for name, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and node.value in MODULES and node.value != "vitfast"
+    }
+    # the module that another process runs
+    assert texts == {("vitfast.bench.apart", "vitfast.bench.apart_process")}
 
 
 @pytest.mark.parametrize("name", vitfast.__all__)

@@ -7,6 +7,7 @@ import time
 import types
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,10 +20,12 @@ from vitfast.bench import tune as tuning
 from vitfast.check.calls import Call, Prepared, contiguous
 from vitfast.check.families import FAMILIES
 from vitfast.check.warmup import kernel_calls
-from vitfast.choose import dispatch, tuning_cache
+from vitfast.choose import builtin, config_tables, dispatch, tuning_cache
 from vitfast.choose.tuning_cache import Choice, key_of
 from vitfast.commands import main
+from vitfast.kernels.cuda import patch_embed
 from vitfast.measure import machine, nvml
+from vitfast.ops import _launch
 
 fake_fixture = pytest.fixture(prepared, name="fake")
 
@@ -55,6 +58,20 @@ def tune(place, *calls, budget_s=100.0):
     lines = []
     report = tuning.tune_calls(calls or (rows(8, 64),), place, budget_s, lines.append)
     return report, lines
+
+
+def test_tuning_hears_of_a_shape_that_no_call_has_where_triton_cannot_compile(fake, place, monkeypatch):
+    """For which nobody has a choice: the tables of measured ones have no answer but an IndexError."""
+    monkeypatch.setattr(_launch, "may_be_kernels", lambda like: True)
+    monkeypatch.setattr(_launch, "why_no_triton", lambda: "triton cannot compile here: no compiler")
+    run = lambda x: fake.run(x) if _launch.ready("fake", x) else fake.stock(x)  # noqa: E731
+    monkeypatch.setitem(FAMILIES, "fake_softmax", replace(FAMILIES["fake_softmax"], run=run))
+    (row,) = tune(place)[0].rows
+    assert (row.use, row.why) == ("", "triton cannot compile here: no compiler")
+    assert dispatch.tuned("fake", DEVICE) == {}
+    forced = vitfast.backend("kernel", op="fake")
+    with forced, pytest.raises(NotImplementedError, match="asked for and cannot run: triton cannot compile"):
+        run(torch.zeros(2, 2))
 
 
 def test_the_fastest_configuration_is_not_the_one_that_runs(fake, place, monkeypatch):
@@ -305,12 +322,18 @@ def test_what_other_kernels_did_is_used(fake, card, monkeypatch, tmp_path, chang
         tuning_cache.kernels.cache_clear()
 
 
-def test_the_digest_is_of_no_file(card):
+def test_the_digest_is_without_a_file_that_was_moved(card, monkeypatch):
     """Of this package as it is, and in no time to speak of: an op waits for it."""
+    digested = []
     began = time.perf_counter()
     found = tuning_cache.kernels()
-    assert time.perf_counter() - began < 1.0 and len(found) == 16 and found != tuning_cache.digest_of([])
-    assert (tuning_cache.PACKAGE / "kernels/triton/linear.py").is_file()
+    assert time.perf_counter() - began < 1.0 and len(found) == 16
+    monkeypatch.setattr(tuning_cache, "digest_of", digested.extend)
+    tuning_cache.kernels.__wrapped__()
+    # whose names are texts there
+    modules = builtin, config_tables, patch_embed
+    files = {Path(module.__file__) for module in modules} | {tuning_cache.PACKAGE / "kernels/triton/linear.py"}
+    assert files <= {*digested} and all(file.is_file() for file in files)
 
 
 # the public function and the command

@@ -23,6 +23,7 @@ from vitfast.choose.tuning_cache import Choice
 from vitfast.config import ViTConfig
 from vitfast.measure import device as devices
 from vitfast.measure.device import Place
+from vitfast.ops import _launch
 from vitfast.timm_names.variants import config_for
 
 # how long to time one call, and the least of that where the budget is short
@@ -119,7 +120,8 @@ def tune_calls(calls: Sequence[Call], place: Place, budget_s: float, say: Callab
             continue
         asked, by_image = _asked(family, call, place)
         if asked is None:
-            report.rows.append(Row(family.kernel, str(call), "", why="the op does not choose here"))
+            why = _launch.why_no_triton() or "the op does not choose here"
+            report.rows.append(Row(family.kernel, str(call), "", why=why))
             continue
         name = asked.kernel, asked.shape
         if name in done:

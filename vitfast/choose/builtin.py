@@ -77,7 +77,7 @@ def builtin(kernel: str, shape: Shape, arch: int) -> Builtin:
     Args:
         kernel: a name of `dispatch.KERNELS`.
         shape: what the op asks `dispatch.choose` with.
-        arch: of `kernels.tuning.ARCHITECTURES`.
+        arch: of `config_tables.ARCHITECTURES`.
     """
     return _nearest(kernel, shape, arch) or careful(kernel, shape, arch)
 

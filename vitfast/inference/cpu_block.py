@@ -147,7 +147,7 @@ class PackedStem(nn.Module):
     def forward(
         self, images: Tensor, positions: Tensor | None, prefix: Tensor | None, normalisation: tuple | None
     ) -> Tensor:
-        """[B, C, H, W] in any dtype of `native.DTYPES` -> tokens [B, P + N, D]."""
+        """[B, C, H, W] in any dtype of `cpu_kernels.DTYPES` -> tokens [B, P + N, D]."""
         P = 0 if prefix is None else prefix.shape[0]
         mean, std = normalisation or (None, None)
         if self.proj.own is not None and images.numel():

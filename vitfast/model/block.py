@@ -1,7 +1,7 @@
 """The parts of a ViT in the order an image travels, after its patches: attention, MLP, block, attention pooling.
 
 Parameters sit on plain `nn` modules under timm's names. A block hands them to its ops where the modules around are
-untouched, and calls the modules themselves where somebody changed one (see `fusion`).
+untouched, and calls the modules themselves where somebody changed one (see `plain`).
 Shapes: B images, N tokens, D channels, H heads.
 """
 

@@ -26,6 +26,9 @@ def why_no_triton() -> str:
     """Why no Triton kernel can be started in this process, "" where they can."""
     try:
         from triton.runtime import driver
+
+        # of older releases the launchers import what is not there
+        from vitfast.kernels.triton import launch  # noqa: F401
     except ImportError as problem:
         return f"triton cannot be imported: {problem}"
     if not INTERPRETED:
@@ -47,7 +50,10 @@ def ready(kernel: str, like: Tensor) -> bool:
     if not may_be_kernels(like):
         return False
     why = why_no_triton() if dispatch.language(kernel) == "Triton" else ""
-    return not why or dispatch.choose(kernel, (), like.device.index, (why,))
+    # not otherwise: who watches what ops ask would learn of a shape that no call has
+    if why and dispatch.asked_for(kernel):
+        dispatch.choose(kernel, (), like.device.index, (why,))
+    return not why
 
 
 def launched(kernel: str, launch: Callable[[], Any]) -> Any:

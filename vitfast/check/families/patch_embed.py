@@ -10,8 +10,8 @@ from torch import Tensor
 
 from vitfast import reference
 from vitfast.check.calls import Call, Like, contiguous
-from vitfast.check.families.family import Family, Results, arguments
-from vitfast.check.families.rows import gradients
+from vitfast.check.families.family import Family, Results
+from vitfast.check.families.rows import gradients, named_arguments
 from vitfast.choose.dispatch import Config
 from vitfast.ops.patch_embed import patches_of
 
@@ -20,13 +20,9 @@ SHARED = frozenset({"weight", "bias", "pos_embed", "prefix", "mean", "std"})
 SMALL_GRID = (5, 3)
 
 
-def _named(call: Call) -> dict[str, Any]:
-    return dict(zip(arguments(call.op), call.args, strict=True))
-
-
 def _draw(call: Call, generator: torch.Generator) -> tuple[Any, ...]:
     return tuple(
-        _in_range(name, arg, generator) if isinstance(arg, Like) else arg for name, arg in _named(call).items()
+        _in_range(name, arg, generator) if isinstance(arg, Like) else arg for name, arg in named_arguments(call).items()
     )
 
 
@@ -44,7 +40,7 @@ def _in_range(name: str, like: Like, generator: torch.Generator) -> Tensor:
 
 def _smaller(call: Call) -> list[Call]:
     """Three images that fill no tile: as they are, with channels last, and of uint8."""
-    of = _named(call)
+    of = named_arguments(call)
     images, (ph, pw) = of["images"], of["weight"].shape[2:] if "weight" in of else of["patch"]
     B, C, H, W = 3, images.shape[1], SMALL_GRID[0] * ph, SMALL_GRID[1] * pw
     planar = contiguous(B, C, H, W, dtype=images.dtype)
@@ -58,7 +54,7 @@ def _smaller(call: Call) -> list[Call]:
 
 
 def _resized(call: Call, images: Like, **more: Like) -> Call:
-    of, (B, N) = _named(call), (images.shape[0], SMALL_GRID[0] * SMALL_GRID[1])
+    of, (B, N) = named_arguments(call), (images.shape[0], SMALL_GRID[0] * SMALL_GRID[1])
     P = of["prefix"].shape[0] if of.get("prefix") is not None else 0
     changed = {"images": images, **more}
     if (positions := of.get("pos_embed")) is not None:
@@ -92,7 +88,7 @@ def _rows(images, patch, dtype, mean, std, order) -> Results:
 def _tiles(call: Call, device: torch.device) -> Sequence[Config | None]:
     from vitfast.kernels.cuda import patch_embed
 
-    of = _named(call)
+    of = named_arguments(call)
     if patch_embed.device_reasons(device):
         return [None]
     images, weight = of["images"], of["weight"]
@@ -114,7 +110,7 @@ def _family(op: str, kernel: str, truth: Any, configs: Any = _only_builtin, **mo
 def _ways(call: Call, device: torch.device) -> Sequence[Config | None]:
     from vitfast.kernels.cuda import patch_embed
 
-    of = _named(call)
+    of = named_arguments(call)
     if patch_embed.device_reasons(device):
         return [None]
     return patch_embed.gradient_configs(device, of["weight"].dtype)
