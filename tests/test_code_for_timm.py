@@ -17,7 +17,8 @@ from timm_pair import build_pair, run
 from torch import nn
 
 import vitfast
-from vitfast.model.block import Attention, AttentionPool, Block, Mlp
+from vitfast.model.attention_pool import AttentionPool
+from vitfast.model.block import Attention, Block, Mlp
 from vitfast.model.layers import DropPath, LayerScale, QuickGELU
 from vitfast.model.patch_embed import PatchEmbed
 

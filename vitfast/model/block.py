@@ -1,4 +1,4 @@
-"""The parts of a ViT in the order an image travels, after its patches: attention, MLP, block, attention pooling.
+"""The parts of a ViT in the order an image travels, after its patches: attention, MLP, block.
 
 Parameters sit on plain `nn` modules under timm's names. A block hands them to its ops where the modules around are
 untouched, and calls the modules themselves where somebody changed one (see `plain`).
@@ -8,7 +8,7 @@ Shapes: B images, N tokens, D channels, H heads.
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,14 +33,13 @@ from vitfast.model.layers import (
     norm_report,
     parameters_of,
     reasons_of,
-    run_linear,
     run_norm,
 )
 from vitfast.model.plain import any_global_hook, plain, stands_for, watched_view
 from vitfast.ops._attention_check import check_mask
 
 
-def _norm_of_heads(norm: nn.Module, t: Tensor, using: ModuleType) -> Tensor:
+def norm_of_heads(norm: nn.Module, t: Tensor, using: ModuleType) -> Tensor:
     """`norm` of [B, N, H, head_dim]; one that somebody watches or put there sees timm's [B, H, N, head_dim]."""
     if plain(norm, nn.Identity, *NORMS) and not any_global_hook():
         return run_norm(norm, t, using)
@@ -126,7 +125,7 @@ class Attention(OnOps, nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """q [B, Nq, H, head_dim], k and v [B, Nk, H, head_dim] -> [B, Nq, H * head_dim]."""
-        q, k = _norm_of_heads(self.q_norm, q, self.ops), _norm_of_heads(self.k_norm, k, self.ops)
+        q, k = norm_of_heads(self.q_norm, q, self.ops), norm_of_heads(self.k_norm, k, self.ops)
         if not self._weights_are_watched():
             out = self.ops.attention(q, k, v, scale=self.scale, mask=mask, dropout_p=self.dropout_p())
         else:
@@ -183,6 +182,80 @@ class Mlp(nn.Module):
         return self.drop2(self.fc2(self.norm(self.drop1(hidden))))
 
 
+class Part(NamedTuple):
+    """A module of a block and the classes under which an op may stand in for it; `type(None)` where it may be absent.
+
+    holder: '' for the block itself, 'attn' or 'mlp'.
+    """
+
+    holder: str
+    name: str
+    kinds: tuple[type, ...]
+
+    @property
+    def path(self) -> str:
+        return f"{self.holder}.{self.name}".removeprefix(".")
+
+    def of(self, block: nn.Module) -> nn.Module | None:
+        """The module, None where there is none. Read from `_modules`, for the reason given at `parameters_of`."""
+        holder = block._modules[self.holder] if self.holder else block
+        found = holder._modules.get(self.name)
+        return holder.__dict__.get(self.name) if found is None else found
+
+
+def _part(path: str, *kinds: type) -> Part:
+    holder, _, name = path.rpartition(".")
+    return Part(holder, name, kinds)
+
+
+class Step(NamedTuple):
+    """What one op computes of a block, and the parts that it stands in for; op '' for what is no step of its own."""
+
+    op: str
+    parts: tuple[Part, ...]
+
+
+ABSENT = type(None)
+MAYBE_NORM = (nn.Identity, *NORMS)
+# All parts of a block, each once, by the step that they belong to: whether an op may take a step (`Block.by_op`), what
+# `explain` says of it and what `prepare` wants unchanged are read from here. Where a part is none of its classes, or
+# somebody changed it, the modules of its step run as they are.
+STEPS = {
+    "attn": Step("", (_part("attn", Attention), _part("attn.gate", ABSENT))),
+    "norm1 + attn.qkv": Step("linear", (_part("norm1", *NORMS), _part("attn.qkv", nn.Linear))),
+    "attn.q_norm": Step("layer_norm", (_part("attn.q_norm", *MAYBE_NORM),)),
+    "attn.k_norm": Step("layer_norm", (_part("attn.k_norm", *MAYBE_NORM),)),
+    "attn softmax": Step("attention", (_part("attn.attn_drop", nn.Dropout),)),
+    "attn.norm": Step("layer_norm", (_part("attn.norm", *MAYBE_NORM),)),
+    "attn.proj + residual": Step(
+        "linear",
+        (
+            _part("attn.proj", nn.Linear, nn.Identity),
+            _part("attn.proj_drop", nn.Dropout),
+            _part("ls1", nn.Identity, LayerScale),
+            _part("drop_path1", DropPath, nn.Identity),
+        ),
+    ),
+    "norm2 + mlp + residual": Step(
+        "mlp",
+        (
+            _part("norm2", *NORMS),
+            _part("mlp", Mlp),
+            _part("mlp.fc1", nn.Linear, ABSENT),
+            _part("mlp.fc1_g", nn.Linear, ABSENT),
+            _part("mlp.fc1_x", nn.Linear, ABSENT),
+            _part("mlp.act", *ACTIVATIONS),
+            _part("mlp.drop1", nn.Dropout),
+            _part("mlp.norm", *MAYBE_NORM),
+            _part("mlp.fc2", nn.Linear),
+            _part("mlp.drop2", nn.Dropout),
+            _part("ls2", nn.Identity, LayerScale),
+            _part("drop_path2", DropPath, nn.Identity),
+        ),
+    ),
+}
+
+
 class Block(OnOps, nn.Module):
     """Pre-norm transformer block: x + attention(norm1(x)), then x + mlp(norm2(x))."""
 
@@ -202,14 +275,134 @@ class Block(OnOps, nn.Module):
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, keep: int | None = None
     ) -> Tensor:
         """Tokens [B, N, D] -> [B, N, D]; an untouched block computes only the first `keep` if asked."""
-        if attn_mask is None and not is_causal and self.training and self._leaves_images_out():
+        if self.training and attn_mask is None and not is_causal and self._leaves_images_out():
             return self._without_dropped(x, keep)
-        return self.mlp_branch(self.attention_branch(x, attn_mask, keep, is_causal=is_causal))
+        x = self.attention_branch(x, attn_mask, keep, is_causal=is_causal)
+        return self.mlp_branch(x)
+
+    def attention_branch(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        keep: int | None = None,
+        kept: bool = False,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """x + drop_path1(ls1(attn(norm1(x)))), for all tokens, or in an untouched block for the first `keep`.
+
+        kept: stochastic depth has decided already, and all these images keep the branch.
+        """
+        parts = self._modules
+        norm1, attn, scale, drop_path = parts["norm1"], parts["attn"], parts["ls1"], parts["drop_path1"]
+        if not self.by_op("attn"):
+            # what somebody put there need not know of it
+            causal = {"is_causal": True} if is_causal else {}
+            return x + drop_path(scale(attn(norm1(x), attn_mask=attn_mask, **causal)))
+        if keep is None:
+            qkv = attn._modules["qkv"]
+            packed = self._normed_linear(x, norm1, qkv) if self.by_op("norm1 + attn.qkv") else qkv(norm1(x))
+            # `is False`, for a proxy of a tracer is to be told
+            mask = attn_mask if is_causal is False else with_causal(attn_mask, is_causal, x)
+            out = attn.attend_packed(attn.split(packed, 3), mask)
+        else:
+            out, x = self._attend_first(x, keep), x[:, :keep]
+        proj, dropout = attn._modules["proj"], attn._modules["proj_drop"]
+        if type(proj) is nn.Identity or not self.by_op("attn.proj + residual"):
+            return x + drop_path(scale(dropout(proj(out))))
+        return self._added(x, out, proj, dropout, scale, drop_path, kept)
+
+    def mlp_branch(self, x: Tensor, kept: bool = False) -> Tensor:
+        """x + drop_path2(ls2(mlp(norm2(x)))); kept as in `attention_branch`."""
+        parts = self._modules
+        norm2, mlp, scale, drop_path = parts["norm2"], parts["mlp"], parts["ls2"], parts["drop_path2"]
+        if not self.by_op("norm2 + mlp + residual"):
+            return x + drop_path(scale(mlp(norm2(x))))
+        inside = mlp._modules
+        if self._mlp_is_one_op(mlp):
+            gamma = gamma_of(scale)
+            return self.ops.mlp(
+                x, *parameters_of(norm2), *parameters_of(inside["fc1"]), *parameters_of(inside["fc2"]),
+                norm_eps=eps_of(norm2, norm2.weight), norm=norm_kind(norm2), act=activation_name(inside["act"]),
+                gated=mlp.kind == "swiglu_packed", gamma=gamma, row_scale=_row_scale(drop_path, x, gamma, kept),
+                recompute=mlp.recompute,
+            )  # fmt: skip
+        hidden = inside["drop1"](self._hidden(x, norm2, mlp))
+        norm = {} if type(inside["norm"]) is nn.Identity else norm_args(inside["norm"])
+        return self._added(x, hidden, inside["fc2"], inside["drop2"], scale, drop_path, kept, **norm)
+
+    def by_op(self, step: str) -> bool:
+        """Whether ops may compute this step of `STEPS` now: every part is plain, and no global hook is to see them."""
+        if any_global_hook():
+            return False
+        for part in STEPS[step].parts:
+            module = part.of(self)
+            if not (plain(module, *part.kinds) or (module is None and ABSENT in part.kinds)):
+                return False
+        return True
+
+    def untouched(self, dropout_counts: bool = True) -> bool:
+        """Whether every part is what `Block` built, so that each token's row of norms and projections is its own.
+
+        Not while dropout is on, unless it does not count: fewer numbers would be drawn than for all tokens, and a
+        seed would give others.
+        """
+        if not plain(self, Block) or not all(map(self.by_op, STEPS)):
+            return False
+        dropouts = self.attn.proj_drop, self.mlp.drop1, self.mlp.drop2
+        return not (dropout_counts and (self.attn.dropout_p() or any(map(dropping, dropouts))))
+
+    def _normed_linear(self, x: Tensor, norm: nn.Module, linear: nn.Module, act: str = "none") -> Tensor:
+        return self.ops.linear(x, *parameters_of(linear), act=act, **norm_args(norm))
+
+    def _added(
+        self,
+        x: Tensor,
+        hidden: Tensor,
+        linear: nn.Module,
+        dropout: nn.Dropout,
+        scale: nn.Module,
+        drop_path: nn.Module,
+        kept: bool,
+        **norm: Any,
+    ) -> Tensor:
+        """x + drop_path(scale(dropout(linear(norm(hidden))))); norm: as `norm_args` says it, nothing for none."""
+        weight, bias = parameters_of(linear)
+        gamma = gamma_of(scale)
+        if dropping(dropout):
+            branch = dropout(self.ops.linear(hidden, weight, bias, **norm))
+            return x + reference.scale_branch(branch, gamma, _row_scale(drop_path, x, gamma, kept))
+        row_scale = _row_scale(drop_path, x, gamma, kept)
+        return self.ops.linear(hidden, weight, bias, gamma=gamma, row_scale=row_scale, residual=x, **norm)
+
+    def _attend_first(self, x: Tensor, keep: int) -> Tensor:
+        """Attention of the first `keep` tokens over all; keys and values for all, queries only for these."""
+        attn, norm = self.attn, norm_args(self.norm1)
+        inner, (weight, bias) = attn.attn_dim, parameters_of(attn.qkv)
+        kv = self.ops.linear(x, weight[inner:], None if bias is None else bias[inner:], **norm)
+        q = self.ops.linear(x[:, :keep], weight[:inner], None if bias is None else bias[:inner], **norm)
+        return attn.attend(attn.split(q, 1).squeeze(2), *attn.split(kv, 2).unbind(2))
+
+    @staticmethod
+    def _mlp_is_one_op(mlp: nn.Module) -> bool:
+        inside = mlp._modules
+        drops = dropping(inside["drop1"]) or dropping(inside["drop2"])
+        return mlp.kind != "swiglu" and type(inside["norm"]) is nn.Identity and not drops
+
+    def _hidden(self, x: Tensor, norm: nn.Module, mlp: nn.Module) -> Tensor:
+        """The MLP's hidden activation of plain parts, the norm before it included."""
+        act = activation_name(mlp.act)
+        if mlp.kind == "mlp":
+            return self._normed_linear(x, norm, mlp.fc1, act)
+        if mlp.kind == "swiglu_packed":
+            gate, value = self._normed_linear(x, norm, mlp.fc1).chunk(2, dim=-1)
+            return reference.activation(gate, act) * value
+        return self._normed_linear(x, norm, mlp.fc1_g, act) * self._normed_linear(x, norm, mlp.fc1_x)
 
     def _leaves_images_out(self) -> bool:
-        parts = self._modules["drop_path1"], self._modules["drop_path2"]
-        paths = all(type(part) is DropPath for part in parts)
-        return paths and any(part.leaves_out() for part in parts) and self.untouched()
+        paths = self._modules["drop_path1"], self._modules["drop_path2"]
+        if not all(type(path) is DropPath for path in paths) or not any(path.leaves_out() for path in paths):
+            return False
+        return self.untouched()
 
     def _without_dropped(self, x: Tensor, keep: int | None) -> Tensor:
         """`forward`, each branch for the images only that stochastic depth leaves it."""
@@ -220,237 +413,48 @@ class Block(OnOps, nn.Module):
         done = self.mlp_branch(x.index_select(0, kept), kept=True)
         return x.to(done.dtype).index_copy(0, kept, done)
 
-    def _row_scale(self, drop_path: nn.Module, x: Tensor, gamma: Tensor | None, kept: bool) -> Tensor | None:
-        if type(drop_path) is nn.Identity:  # timm's where nothing is dropped
-            return None
-        return drop_path.kept_scale(x, gamma) if kept else drop_path.row_scale(x, gamma)
-
-    # The two branches read their parts from `_modules`, for the reason given at `parameters_of`.
-
-    def attention_branch(
-        self, x: Tensor, attn_mask: Tensor | None = None, keep: int | None = None, kept: bool = False,
-        is_causal: bool = False,
-    ) -> Tensor:  # fmt: skip
-        """x + attention(norm1(x)), for all tokens, or in an untouched block for the first `keep`.
-
-        kept: stochastic depth has decided already, and all these images keep the branch.
-        """
-        parts = self._modules
-        norm1, attn, scale, drop_path = parts["norm1"], parts["attn"], parts["ls1"], parts["drop_path1"]
-        if any_global_hook() or not plain(attn, Attention) or attn.gate is not None:
-            # what somebody put there need not know of it
-            causal = {"is_causal": True} if is_causal else {}
-            return x + drop_path(scale(attn(norm1(x), attn_mask=attn_mask, **causal)))
-        if is_causal is not False:  # a proxy of a tracer is to be told
-            attn_mask = with_causal(attn_mask, is_causal, x)
-        qkv, proj, proj_drop = attn._modules["qkv"], attn._modules["proj"], attn._modules["proj_drop"]
-        if keep is not None:
-            out = self._attend_first(x, keep)
-            x = x[:, :keep]
-        else:
-            if plain(norm1, *NORMS) and plain(qkv, nn.Linear):
-                packed = self.ops.linear(x, *parameters_of(qkv), **norm_args(norm1))
-            else:
-                packed = qkv(norm1(x))
-            out = attn.attend_packed(attn.split(packed, 3), attn_mask)
-        if not self._plain_tail(scale, drop_path, proj_drop) or not plain(proj, nn.Linear):
-            return x + drop_path(scale(proj_drop(proj(out))))
-        gamma = gamma_of(scale)
-        if dropping(proj_drop):
-            branch = proj_drop(self.ops.linear(out, *parameters_of(proj)))
-            return x + reference.scale_branch(branch, gamma, self._row_scale(drop_path, x, gamma, kept))
-        row_scale = self._row_scale(drop_path, x, gamma, kept)
-        return self.ops.linear(out, *parameters_of(proj), gamma=gamma, row_scale=row_scale, residual=x)
-
-    def _attend_first(self, x: Tensor, keep: int) -> Tensor:
-        """Attention of the first `keep` tokens over all; keys and values for all, queries only for these."""
-        attn, qkv, norm = self.attn, self.attn.qkv, norm_args(self.norm1)
-        inner, (weight, bias) = attn.attn_dim, parameters_of(qkv)
-        kv = self.ops.linear(x, weight[inner:], None if bias is None else bias[inner:], **norm)
-        q = self.ops.linear(x[:, :keep], weight[:inner], None if bias is None else bias[:inner], **norm)
-        return attn.attend(attn.split(q, 1).squeeze(2), *attn.split(kv, 2).unbind(2))
-
-    def mlp_branch(self, x: Tensor, kept: bool = False) -> Tensor:
-        """x + mlp(norm2(x)); kept as in `attention_branch`."""
-        parts = self._modules
-        norm2, mlp, scale, drop_path = parts["norm2"], parts["mlp"], parts["ls2"], parts["drop_path2"]
-        if not self._plain_mlp():
-            return x + drop_path(scale(mlp(norm2(x))))
-        inside = mlp._modules
-        fc2, drop1, drop2, inner_norm = inside["fc2"], inside["drop1"], inside["drop2"], inside["norm"]
-        gamma, has_norm = gamma_of(scale), type(inner_norm) is not nn.Identity
-        if mlp.kind != "swiglu" and not has_norm and not dropping(drop1) and not dropping(drop2):
-            return self.ops.mlp(
-                x, *parameters_of(norm2), *parameters_of(inside["fc1"]), *parameters_of(fc2),
-                norm_eps=eps_of(norm2, norm2.weight), norm=norm_kind(norm2), act=activation_name(inside["act"]),
-                gated=mlp.kind == "swiglu_packed", gamma=gamma, row_scale=self._row_scale(drop_path, x, gamma, kept),
-                recompute=mlp.recompute,
-            )  # fmt: skip
-        hidden = drop1(self._hidden(x))
-        inner = norm_args(inner_norm) if has_norm else {}
-        if dropping(drop2):
-            branch = drop2(self.ops.linear(hidden, *parameters_of(fc2), **inner))
-            return x + reference.scale_branch(branch, gamma, self._row_scale(drop_path, x, gamma, kept))
-        row_scale = self._row_scale(drop_path, x, gamma, kept)
-        return self.ops.linear(hidden, *parameters_of(fc2), gamma=gamma, row_scale=row_scale, residual=x, **inner)
-
-    def _hidden(self, x: Tensor) -> Tensor:
-        """The MLP's hidden activation, norm2 included."""
-        mlp, norm, act = self.mlp, norm_args(self.norm2), activation_name(self.mlp.act)
-        if mlp.kind == "mlp":
-            return self.ops.linear(x, *parameters_of(mlp.fc1), act=act, **norm)
-        if mlp.kind == "swiglu_packed":
-            gate, value = self.ops.linear(x, *parameters_of(mlp.fc1), **norm).chunk(2, dim=-1)
-            return reference.activation(gate, act) * value
-        gate = self.ops.linear(x, *parameters_of(mlp.fc1_g), act=act, **norm)
-        return gate * self.ops.linear(x, *parameters_of(mlp.fc1_x), **norm)
-
-    def untouched(self, dropout_counts: bool = True) -> bool:
-        """Whether every part is what `Block` built, so that each token's row of norms and projections is its own.
-
-        Not while dropout is on, unless it does not count: fewer numbers would be drawn than for all tokens, and a
-        seed would give others.
-        """
-        attn = self.attn
-        if any_global_hook() or not plain(self, Block) or not plain(attn, Attention) or not self._plain_mlp():
-            return False
-        maybe_norm = (nn.Identity, *NORMS)
-        dropouts = (attn.proj_drop, self.mlp.drop1, self.mlp.drop2)
-        return (
-            self._plain_tail(self.ls1, self.drop_path1, attn.proj_drop)
-            and plain(self.norm1, *NORMS)
-            and plain(attn.qkv, nn.Linear)
-            and plain(attn.q_norm, *maybe_norm)
-            and plain(attn.k_norm, *maybe_norm)
-            and plain(attn.attn_drop, nn.Dropout)
-            and plain(attn.norm, *maybe_norm)
-            and attn.gate is None
-            and plain(attn.proj, nn.Linear, nn.Identity)
-            and not (dropout_counts and (attn.dropout_p() or any(map(dropping, dropouts))))
-        )
-
-    def _plain_tail(self, scale: nn.Module, drop_path: nn.Module, dropout: nn.Module) -> bool:
-        maybe_drop = (DropPath, nn.Identity)
-        return plain(scale, nn.Identity, LayerScale) and plain(drop_path, *maybe_drop) and plain(dropout, nn.Dropout)
-
-    def _plain_mlp(self) -> bool:
-        parts, inside = self._modules, self._modules["mlp"]._modules
-        return (
-            not any_global_hook()
-            and plain(parts["mlp"], Mlp)
-            and self._plain_tail(parts["ls2"], parts["drop_path2"], inside["drop2"])
-            and plain(parts["norm2"], *NORMS)
-            and plain(inside["act"], *ACTIVATIONS)
-            and plain(inside["drop1"], nn.Dropout)
-            and plain(inside["norm"], nn.Identity, *NORMS)
-            and plain(inside["fc2"], nn.Linear)
-            and all(plain(inside[name], nn.Linear) for name in parts["mlp"].first_names)
-        )
-
-    def _mlp_parts(self) -> list[tuple]:
-        mlp = self.mlp
-        parts = [
-            ("norm2", self.norm2, *NORMS), ("mlp", mlp, Mlp), ("mlp.act", mlp.act, *ACTIVATIONS),
-            ("mlp.drop1", mlp.drop1, nn.Dropout), ("mlp.norm", mlp.norm, nn.Identity, *NORMS),
-            ("mlp.fc2", mlp.fc2, nn.Linear),
-        ]  # fmt: skip
-        return parts + [(f"mlp.{name}", getattr(mlp, name), nn.Linear) for name in mlp.first_names]
-
     def parts(self) -> list[tuple]:
         """(name, module, the classes it has in an untouched block), for all modules inside."""
-        attn, maybe_norm = self.attn, (nn.Identity, *NORMS)
-        found = [("norm1", self.norm1, *NORMS), ("attn", attn, Attention)]
-        if type(attn) is Attention:
-            found += [
-                ("attn.qkv", attn.qkv, nn.Linear), ("attn.q_norm", attn.q_norm, *maybe_norm),
-                ("attn.k_norm", attn.k_norm, *maybe_norm), ("attn.attn_drop", attn.attn_drop, nn.Dropout),
-                ("attn.norm", attn.norm, *maybe_norm), ("attn.proj", attn.proj, nn.Linear, nn.Identity),
-                ("attn.proj_drop", attn.proj_drop, nn.Dropout),
-            ]  # fmt: skip
-            found += [] if attn.gate is None else [("attn.gate", attn.gate, type(None))]
-        for n in (1, 2):
-            found.append((f"ls{n}", getattr(self, f"ls{n}"), nn.Identity, LayerScale))
-            found.append((f"drop_path{n}", getattr(self, f"drop_path{n}"), DropPath, nn.Identity))
-        if type(self.mlp) is Mlp:
-            return [*found, *self._mlp_parts(), ("mlp.drop2", self.mlp.drop2, nn.Dropout)]
-        return [*found, ("norm2", self.norm2, *NORMS), ("mlp", self.mlp, Mlp)]
+        return [part for step in STEPS for part in self._parts_of(step)]
+
+    def _parts_of(self, step: str) -> list[tuple]:
+        """`parts` of one step, without those inside of an attention or MLP of another class, and the absent ones."""
+        strange = [name for name, kind in (("attn", Attention), ("mlp", Mlp)) if type(getattr(self, name)) is not kind]
+        here = [(part, part.of(self)) for part in STEPS[step].parts if part.holder not in strange]
+        return [(part.path, module, *part.kinds) for part, module in here if module is not None]
 
     def fusion_report(self) -> list[tuple[str, str, list[str]]]:
         """(part, op, reasons against it) of this block as it is now."""
-        if type(self.attn) is not Attention or type(self.mlp) is not Mlp:
-            return [("attn and mlp", "", reasons_of([("attn", self.attn, Attention), ("mlp", self.mlp, Mlp)]))]
-        whole = [("attn", self.attn, Attention)]
-        whole += [] if self.attn.gate is None else [("attn.gate", self.attn.gate, type(None))]
+        attn, mlp = self.attn, self.mlp
+        if type(attn) is not Attention or type(mlp) is not Mlp:
+            return [("attn and mlp", "", reasons_of([("attn", attn, Attention), ("mlp", mlp, Mlp)]))]
         hooks = ["a global module hook is registered"] if any_global_hook() else []
-        tail = lambda n, drop: [  # noqa: E731
-            (f"ls{n}", getattr(self, f"ls{n}"), nn.Identity, LayerScale),
-            (f"drop_path{n}", getattr(self, f"drop_path{n}"), DropPath, nn.Identity), drop,
-        ]  # fmt: skip
-        qkv = [("norm1", self.norm1, *NORMS), ("attn.qkv", self.attn.qkv, nn.Linear)]
-        proj = [("attn.proj", self.attn.proj, nn.Linear)] + tail(1, ("attn.proj_drop", self.attn.proj_drop, nn.Dropout))
-        softmax = [("attn.attn_drop", self.attn.attn_drop, nn.Dropout)]
-        attend = watched_view(self.attn, "attend")
-        softmax += [] if attend is None else [("attn.attend", attend, nn.Softmax)]
+        whole = hooks + reasons_of(self._parts_of("attn"))
+        attend = watched_view(attn, "attend")
         # the kernels for GPUs drop weights themselves
-        sdpa = self.attn.dropout_p() and not any(p.is_cuda for p in self.attn.parameters())
-        dropout = ["attn_drop is on: scaled_dot_product_attention"] if sdpa else []
-        mlp_op = "mlp"
-        if self.mlp.kind == "swiglu" or type(self.mlp.norm) is not nn.Identity or dropping(self.mlp.drop1):
-            mlp_op = "linear (one a projection)"
-        inner = [(f"attn.{name}", getattr(self.attn, name)) for name in ("q_norm", "k_norm", "norm")]
-        return [
-            ("norm1 + attn.qkv", "linear", hooks + reasons_of(whole + qkv)),
-            *norm_report(inner),
-            ("attn softmax", "attention", dropout + reasons_of(softmax)),
-            ("attn.proj + residual", "linear", hooks + reasons_of(whole + proj)),
-            ("norm2 + mlp + residual", mlp_op,
-             hooks + reasons_of(self._mlp_parts() + tail(2, ("mlp.drop2", self.mlp.drop2, nn.Dropout)))),
-        ]  # fmt: skip
+        sdpa = attn.dropout_p() and not any(p.is_cuda for p in attn.parameters())
+        besides = {
+            "norm1 + attn.qkv": whole,
+            "attn softmax": ["attn_drop is on: scaled_dot_product_attention"] * bool(sdpa)
+            + ([] if attend is None else reasons_of([("attn.attend", attend, nn.Softmax)])),
+            "attn.proj + residual": whole + ["attn.proj is Identity, not Linear"] * (type(attn.proj) is nn.Identity),
+            "norm2 + mlp + residual": hooks,
+        }
+        rows = []
+        for step, (op, _) in STEPS.items():
+            parts = self._parts_of(step)
+            if op == "layer_norm":
+                rows += norm_report([(name, module) for name, module, *_ in parts])
+            elif op:
+                op = op if op != "mlp" or self._mlp_is_one_op(mlp) else "linear (one a projection)"
+                rows.append((step, op, besides[step] + reasons_of(parts)))
+        return rows
 
 
-class AttentionPool(OnOps, nn.Module):
-    """Pooling by one learned query that attends to all tokens, then an MLP (SigLIP's head, timm's 'map')."""
-
-    # timm's attributes for what it can do besides
-    latent_len, pos_embed, feat_size, pool = (property(lambda self, fixed=f: fixed) for f in (1, None, None, "token"))
-    latent_dim = out_features = property(lambda self: self.latent.shape[-1])
-
-    def __init__(self, config: ViTConfig):
-        super().__init__()
-        dim = config.dim
-        self.num_heads, self.head_dim = config.heads, dim // config.heads
-        self.scale = self.head_dim**-0.5
-        self.fused_attn = True
-        self.latent = nn.Parameter(torch.zeros(1, 1, dim))
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, 2 * dim)
-        self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
-        self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(0.0)
-        self.norm = build_norm(config, dim)
-        # timm's pooling MLP is a plain one with biases, whatever the blocks have
-        self.mlp = Mlp(config.replace(mlp="mlp", mlp_norm=False, mlp_dropout=0.0, proj_bias=True))
-
-    def fusion_report(self) -> list[tuple[str, str, list[str]]]:
-        """`Block.fusion_report` of the pooling; its MLP sees one row an image and always runs as modules."""
-        parts = [("q", self.q, nn.Linear), ("kv", self.kv, nn.Linear), ("proj", self.proj, nn.Linear)]
-        whole = reasons_of([("attn_pool", self, AttentionPool)])
-        rows = [(f"attn_pool.{part[0]}", "linear", whole + reasons_of([part])) for part in parts]
-        return [*rows, ("attn_pool softmax", "attention", whole), *norm_report([("attn_pool.norm", self.norm)])]
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        """Tokens [B, N, D] -> [B, D]; attn_mask: as in `ops.attention`, of one query."""
-        heads = (self.num_heads, self.head_dim)
-        latent = self.latent
-        if not plain(self.q, nn.Linear) or any_global_hook():
-            # once for each image, as timm's: somebody watches it
-            latent = latent.expand(x.shape[0], -1, -1)
-        q = run_linear(self.q, latent, self.ops).expand(x.shape[0], -1, -1).unflatten(-1, heads)
-        k, v = run_linear(self.kv, x, self.ops).unflatten(-1, (2, *heads)).unbind(2)
-        q, k = _norm_of_heads(self.q_norm, q, self.ops), _norm_of_heads(self.k_norm, k, self.ops)
-        out = self.ops.attention(q, k, v, scale=self.scale, mask=attn_mask)
-        pooled = self.proj_drop(run_linear(self.proj, out, self.ops))
-        return (pooled + self.mlp(run_norm(self.norm, pooled, self.ops)))[:, 0]
+def _row_scale(drop_path: nn.Module, x: Tensor, gamma: Tensor | None, kept: bool) -> Tensor | None:
+    if type(drop_path) is nn.Identity:  # timm's where nothing is dropped
+        return None
+    return drop_path.kept_scale(x, gamma) if kept else drop_path.row_scale(x, gamma)
 
 
-stands_for(Attention, Mlp, Block, AttentionPool)
+stands_for(Attention, Mlp, Block)

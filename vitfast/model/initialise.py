@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vitfast.model.block import AttentionPool, Mlp
+from vitfast.model.attention_pool import AttentionPool
+from vitfast.model.block import Mlp
 
 
 @torch.no_grad()

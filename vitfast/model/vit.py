@@ -13,7 +13,8 @@ from vitfast import reference
 from vitfast.choose.exportable import exporting, refuse_proxy
 from vitfast.config import ViTConfig
 from vitfast.model import vit_pytorch_surface
-from vitfast.model.block import AttentionPool, Block, given
+from vitfast.model.attention_pool import AttentionPool
+from vitfast.model.block import Block, given
 from vitfast.model.initialise import init_as_timm
 from vitfast.model.layers import LayerScale, OnOps, build_norm, norm_report, reasons_of, run_norm
 from vitfast.model.patch_embed import PatchEmbed
