@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from vitfast.ops import _on_cpu
+
 
 def pytest_configure(config):
     # what is compared with fp64 at fp32's accuracy is meant to be fp32
@@ -30,6 +32,17 @@ def seed():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def ops_whatever_the_size(request, monkeypatch):
+    """Ops at sizes where a CPU would run stock operators, since models in tests are small.
+
+    test_on_cpu.py is without it, and so are all programs that tests start.
+    """
+    if request.node.get_closest_marker("as_users") is None:
+        monkeypatch.setattr(_on_cpu, "HOST_BOUND", 0)
+        monkeypatch.setattr(_on_cpu, "LIMITS", dict.fromkeys(_on_cpu.LIMITS, _on_cpu.Limit(0, 0)))
 
 
 DEVICES = ["cpu"] + [pytest.param("cuda", marks=pytest.mark.gpu)] * torch.cuda.is_available()

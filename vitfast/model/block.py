@@ -37,6 +37,7 @@ from vitfast.model.layers import (
 )
 from vitfast.model.plain import any_global_hook, plain, stands_for, watched_view
 from vitfast.ops._attention_check import check_mask
+from vitfast.ops._on_cpu import host_bound
 
 
 def norm_of_heads(norm: nn.Module, t: Tensor, using: ModuleType) -> Tensor:
@@ -99,7 +100,7 @@ class Attention(OnOps, nn.Module):
         """Whether somebody replaced or watches the dropout of the attention weights, which timm's does not call, or
         watches the softmax of vit-pytorch's, or asked for the weights with `fused_attn`.
         """
-        if self.calls_dropout and (any_global_hook() or ("_views" in self.__dict__ and watched_view(self, "attend"))):
+        if self.calls_dropout and (any_global_hook() or watched_view(self, "attend")):
             return True
         return not self.fused_attn or not plain(self._modules["attn_drop"], nn.Dropout)
 
@@ -117,8 +118,8 @@ class Attention(OnOps, nn.Module):
     def attend_packed(self, qkv: Tensor, mask: Tensor | None = None) -> Tensor:
         """Packed projection [B, N, 3, H, head_dim] -> [B, N, H * head_dim]."""
         parts = self._modules
-        normed = not (plain(parts["q_norm"], nn.Identity) and plain(parts["k_norm"], nn.Identity))
-        if normed or any_global_hook() or self._weights_are_watched():
+        alone = plain(parts["q_norm"], nn.Identity) and plain(parts["k_norm"], nn.Identity) and not any_global_hook()
+        if not alone or self._weights_are_watched():
             return self.attend(*qkv.unbind(2), mask)
         out = self.ops.attention_qkv(qkv, scale=self.scale, mask=mask, dropout_p=self.dropout_p())
         return run_norm(parts["norm"], out, self.ops)
@@ -139,7 +140,9 @@ class Attention(OnOps, nn.Module):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         gate = None if self.gate is None else self.gate(x).sigmoid()
-        out = self.attend_packed(self.split(self.qkv(x), 3), with_causal(attn_mask, is_causal, x))
+        # `is False`, for a proxy of a tracer is to be told
+        mask = attn_mask if is_causal is False else with_causal(attn_mask, is_causal, x)
+        out = self.attend_packed(self.split(self.qkv(x), 3), mask)
         return self.proj_drop(self.proj(out if gate is None else out * gate))
 
 
@@ -294,10 +297,11 @@ class Block(OnOps, nn.Module):
         """
         parts = self._modules
         norm1, attn, scale, drop_path = parts["norm1"], parts["attn"], parts["ls1"], parts["drop_path1"]
-        if not self.by_op("attn"):
+        if host_bound(x) or not self.by_op("attn"):
             # what somebody put there need not know of it
             causal = {"is_causal": True} if is_causal else {}
-            return x + drop_path(scale(attn(norm1(x), attn_mask=attn_mask, **causal)))
+            x = x + drop_path(scale(attn(norm1(x), attn_mask=attn_mask, **causal)))
+            return x if keep is None else x[:, :keep]
         if keep is None:
             qkv = attn._modules["qkv"]
             packed = self._normed_linear(x, norm1, qkv) if self.by_op("norm1 + attn.qkv") else qkv(norm1(x))
@@ -315,7 +319,7 @@ class Block(OnOps, nn.Module):
         """x + drop_path2(ls2(mlp(norm2(x)))); kept as in `attention_branch`."""
         parts = self._modules
         norm2, mlp, scale, drop_path = parts["norm2"], parts["mlp"], parts["ls2"], parts["drop_path2"]
-        if not self.by_op("norm2 + mlp + residual"):
+        if host_bound(x) or not self.by_op("norm2 + mlp + residual"):
             return x + drop_path(scale(mlp(norm2(x))))
         inside = mlp._modules
         if self._mlp_is_one_op(mlp):

@@ -9,6 +9,7 @@ from torch import nn
 
 from vitfast.choose import dispatch, exportable
 from vitfast.model.vit import ViT
+from vitfast.ops import _on_cpu
 from vitfast.ops._register import implementations
 
 
@@ -73,6 +74,8 @@ def explain(model: nn.Module) -> Explanation:
         if here is not None and here.kernel is None:
             without.setdefault((here.path, here.why_no_kernel), []).append(op)
     notes = [f"on {device.type}, {path} ({why}): {', '.join(found)}" for (path, why), found in without.items()]
+    if device.type == "cpu":
+        notes += _on_cpu.notes()
     return Explanation(rows, notes + (_built_in(rows, device) if device.type == "cuda" else []))
 
 

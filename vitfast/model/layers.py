@@ -12,6 +12,7 @@ from vitfast.config import ViTConfig
 from vitfast.model.plain import any_global_hook, plain, stands_for, why_not_plain
 from vitfast.ops import stock
 from vitfast.ops._check import autocast_dtype
+from vitfast.ops._on_cpu import host_bound
 
 NORMS = (nn.LayerNorm, nn.RMSNorm)
 
@@ -95,7 +96,7 @@ def run_norm(module: nn.Module, x: Tensor, using: ModuleType = ops) -> Tensor:
     """`module(x)`, as an op where the module is a plain norm. using: `OnOps.ops` of the module around it."""
     if plain(module, nn.Identity) and not any_global_hook():
         return x
-    if not plain(module, *NORMS) or any_global_hook():
+    if host_bound(x) or not plain(module, *NORMS) or any_global_hook():
         return module(x)
     weight, bias = parameters_of(module)
     return using.layer_norm(x, weight, bias, eps_of(module, weight), norm_kind(module))
@@ -103,7 +104,7 @@ def run_norm(module: nn.Module, x: Tensor, using: ModuleType = ops) -> Tensor:
 
 def run_linear(module: nn.Module, x: Tensor, using: ModuleType = ops) -> Tensor:
     """`module(x)`, as an op where the module is a plain linear layer; using as in `run_norm`."""
-    if not plain(module, nn.Linear) or any_global_hook():
+    if host_bound(x) or not plain(module, nn.Linear) or any_global_hook():
         return module(x)
     return using.linear(x, *parameters_of(module))
 
@@ -173,7 +174,8 @@ class DropPath(nn.Module):
         return x.new_full((x.shape[0],), scale, dtype=self._dtype(x, gamma))
 
     def forward(self, x: Tensor) -> Tensor:
-        return reference.scale_branch(x, None, self.row_scale(x))
+        row_scale = self.row_scale(x)
+        return x if row_scale is None else reference.scale_branch(x, None, row_scale)
 
 
 def gamma_of(scale: nn.Module) -> Tensor | None:

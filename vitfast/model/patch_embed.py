@@ -14,6 +14,7 @@ from vitfast.choose.exportable import refuse_proxy
 from vitfast.config import ViTConfig
 from vitfast.model.layers import NORMS, OnOps, build_norm, norm_args, reasons_of, run_norm
 from vitfast.model.plain import any_global_hook, plain, stands_for
+from vitfast.ops._on_cpu import host_bound
 from vitfast.weights.resample import resample_patch_embed
 
 
@@ -150,7 +151,7 @@ class PatchEmbed(OnOps, nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         if self.input_norm is None:
-            if self.cuts_patches() and not any_global_hook():
+            if not host_bound(images) and self.cuts_patches() and not any_global_hook():
                 self.check(images)
                 x = self.ops.patch_embed(images, self.proj.weight, self.proj.bias, pad=self.dynamic_img_pad)
             else:

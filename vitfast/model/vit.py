@@ -20,6 +20,7 @@ from vitfast.model.layers import LayerScale, OnOps, build_norm, norm_report, rea
 from vitfast.model.patch_embed import PatchEmbed
 from vitfast.model.plain import any_global_hook, note_methods, plain, replaced, why_not_plain
 from vitfast.model.timm_surface import TimmSurface, pool_of, say_mask_is_stock
+from vitfast.ops._on_cpu import host_bound
 from vitfast.weights import vit_pytorch
 from vitfast.weights.resample import resample_pos_embed
 from vitfast.weights.state_dict import check_state_dict, copies, load_or_put_back, translates
@@ -171,7 +172,8 @@ class ViT(TimmSurface, OnOps, nn.Module):
     def __getattr__(self, name: str) -> Any:
         if name in vit_pytorch_surface.ATTRIBUTES:
             return vit_pytorch_surface.attribute(self, name)
-        return super().__getattr__(name)
+        # not by `super()`: a forward asks twenty times
+        return nn.Module.__getattr__(self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in vit_pytorch_surface.ATTRIBUTES:
@@ -193,8 +195,8 @@ class ViT(TimmSurface, OnOps, nn.Module):
             TypeError, ValueError: what is wrong with the images, expected and got; a mask and is_causal.
         """
         refuse_proxy(x)
-        how = given(attn_mask, is_causal)
-        keep = None if how else self._tokens_that_count()
+        how = {} if attn_mask is None and not is_causal else given(attn_mask, is_causal)
+        keep = None if how or host_bound(x) else self._tokens_that_count()
         if keep is None:
             return self.forward_head(self.forward_features(x, **how))
         return self.forward_head(self._features(x, keep=keep))
@@ -233,9 +235,8 @@ class ViT(TimmSurface, OnOps, nn.Module):
 
         how: of attention, as `given` has it.
         """
-        # with a global hook too, but where checkpointing is on, which timm's does block by block
-        watched = any_global_hook() and not self.grad_checkpointing
-        if not how and (watched or not plain(self.blocks, nn.Sequential)):
+        by_block = how or keep is not None or self.grad_checkpointing
+        if not by_block or (not how and not plain(self.blocks, nn.Sequential)):
             # as one segment where checkpointing is on: the container has to run, and it runs all blocks
             return run_norm(self.norm, self._run_block(self.blocks, x), self.ops)
         last = len(self.blocks) - 1
@@ -252,7 +253,7 @@ class ViT(TimmSurface, OnOps, nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """Images -> tokens [B, P + N, D] that enter the first block."""
         refuse_proxy(images)
-        if self._embeds_by_op():
+        if not host_bound(images) and self._embeds_by_op():
             self.patch_embed.check(images)
             return self._before_blocks(self._drop(self._embed_by_op(images)))
         x = (vit_pytorch_surface.watched(self, "to_patch_embedding") or self.patch_embed)(images)
@@ -290,9 +291,7 @@ class ViT(TimmSurface, OnOps, nn.Module):
     def _before_blocks(self, x: Tensor) -> Tensor:
         if self.config.input_norm:
             return x
-        drop = self.patch_drop
-        x = x if plain(drop, nn.Identity) and not any_global_hook() else drop(x)
-        return run_norm(self.norm_pre, x, self.ops)
+        return run_norm(self.norm_pre, self.patch_drop(x), self.ops)
 
     def _check_images(self, images: Tensor) -> None:
         if isinstance(self.patch_embed, PatchEmbed):
@@ -321,8 +320,8 @@ class ViT(TimmSurface, OnOps, nn.Module):
         """Class, distillation and register tokens, [P, D]."""
         if self.config.input_norm:
             return self.cls_token
-        names = ("cls_token", "dist_token", "reg_token")
-        found = [t.squeeze(0) for t in (getattr(self, name, None) for name in names) if t is not None]
+        tokens = self.cls_token, self.dist_token if self.config.distillation_token else None, self.reg_token
+        found = [t.squeeze(0) for t in tokens if t is not None]
         return torch.cat(found) if len(found) > 1 else (found[0] if found else None)
 
     def _positions(self, grid: Any) -> Tensor | None:

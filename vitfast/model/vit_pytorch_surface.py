@@ -14,7 +14,7 @@ from vitfast.config import ViTConfig
 from vitfast.model.block import Attention
 from vitfast.model.plain import watched_view
 
-ATTRIBUTES = ("to_patch_embedding", "transformer", "pos_embedding", "mlp_head", "dropout", "pool")
+ATTRIBUTES = frozenset(("to_patch_embedding", "transformer", "pos_embedding", "mlp_head", "dropout", "pool"))
 
 
 def _watches(register: Callable) -> Callable:

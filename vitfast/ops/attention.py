@@ -19,6 +19,7 @@ from vitfast.ops._attention_check import check_extras, check_heads
 from vitfast.ops._attention_stock import attention_plainly, key_is_there, lse_dtype
 from vitfast.ops._check import FLOATS, autocast_dtype, cast
 from vitfast.ops._launch import INTERPRETED, attempt, may_be_kernels, ready
+from vitfast.ops._on_cpu import by_stock
 from vitfast.ops._register import call, wants_gradient
 
 # of smaller ones fp32 makes 0, and 0 times the -inf of a masked logit is no number
@@ -66,15 +67,15 @@ def attention(
     if isinstance(scale, Tensor):
         q, scale = scaled(q, scale), 1.0
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if mask is None and lengths is None and not dropout_p and (return_lse or not stock_only()):
-        out, lse = call(_attention, wants_gradient(q, k, v), q, k, v, scale, None, 0.0, None)
+    saves = wants_gradient(q, k, v)
+    if mask is None and lengths is None and not dropout_p and (return_lse or not by_stock("attention", q, saves)):
+        out, lse = call(_attention, saves, q, k, v, scale, None, 0.0, None)
         return (out, lse) if return_lse else out
     check_extras(q, k, mask, lengths, dropout_p)
     if _needs_sdpa(q, scale, mask, lengths, dropout_p, return_lse):
         return _sdpa(q, k, v, scale, mask, lengths, dropout_p)
-    out, lse = call(
-        _attention, wants_gradient(q, k, v), q, k, v, scale, _int32(lengths), dropout_p, draw_seed(q, dropout_p)
-    )
+    seed = draw_seed(q, dropout_p)
+    out, lse = call(_attention, saves, q, k, v, scale, _int32(lengths), dropout_p, seed)
     return (out, lse) if return_lse else out
 
 
@@ -97,15 +98,16 @@ def attention_qkv(
     if qkv.dtype not in FLOATS:
         raise ValueError(f"attention_qkv: qkv must be a floating point tensor, got {str(qkv.dtype)[6:]}")
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
-    if mask is None and lengths is None and not dropout_p and (return_lse or not stock_only()):
-        out, lse = call(_attention_qkv, wants_gradient(qkv), qkv, scale, None, 0.0, None)
+    saves = wants_gradient(qkv)
+    if mask is None and lengths is None and not dropout_p and (return_lse or not by_stock("attention_qkv", qkv, saves)):
+        out, lse = call(_attention_qkv, saves, qkv, scale, None, 0.0, None)
         return (out, lse) if return_lse else out
     q, k, v = qkv.unbind(2)
     check_extras(q, k, mask, lengths, dropout_p)
     if _needs_sdpa(q, scale, mask, lengths, dropout_p, return_lse):
         return _sdpa(q, k, v, scale, mask, lengths, dropout_p)
     seed = draw_seed(q, dropout_p)
-    out, lse = call(_attention_qkv, wants_gradient(qkv), qkv, scale, _int32(lengths), dropout_p, seed)
+    out, lse = call(_attention_qkv, saves, qkv, scale, _int32(lengths), dropout_p, seed)
     return (out, lse) if return_lse else out
 
 

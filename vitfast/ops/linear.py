@@ -8,9 +8,9 @@ from torch import Tensor
 
 from vitfast import reference
 from vitfast.choose.config_tables import Product
-from vitfast.choose.exportable import stock_only
 from vitfast.ops import _higher, _launch, _register, _stock
 from vitfast.ops._check import Reasons, alike, autocast_dtype, cast
+from vitfast.ops._on_cpu import by_stock
 from vitfast.ops._register import call, must_have_saved, wants_gradient
 
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu", "silu")
@@ -58,9 +58,9 @@ def linear(
     if not _usual(x, weight, bias, norm, norm_weight, norm_bias, act, gamma, row_scale, residual):
         _check(x, weight, bias, norm, norm_weight, norm_bias, act, gamma, row_scale, residual)
     args = (x, weight, bias, norm_weight, norm_bias, norm_eps, norm, act, gamma, row_scale, residual)
-    if stock_only():
-        return reference.linear(*args)
     saves = wants_gradient(x, weight, bias, norm_weight, norm_bias, gamma, residual)
+    if by_stock("linear", x, saves):
+        return reference.linear(*args)
     return call(_linear, saves, *args, saves)[0]
 
 

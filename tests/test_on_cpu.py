@@ -1,0 +1,211 @@
+"""Calls on a CPU that are faster as stock operators, or as the model's own modules: chosen, and as right as by ops."""
+
+import pytest
+import timm_pair
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import vitfast
+from vitfast import ops
+from vitfast.ops import _on_cpu
+
+pytestmark = pytest.mark.as_users
+
+
+class Calls(TorchDispatchMode):
+    """Names of vitfast's ops that were called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "vitfast":
+            self.names.add(func.__name__.removesuffix(".default"))
+        return func(*args, **(kwargs or {}))
+
+
+def ops_called(call):
+    with Calls() as calls:
+        call()
+    return calls.names
+
+
+D = 64
+WEIGHTS = {"w": (D, D), "w1": (2 * D, D), "w2": (D, 2 * D), "d": (D,)}
+# each op of x [1, N, D] and weights
+CASES = {
+    "layer_norm": lambda x, w: ops.layer_norm(x, w["d"], w["d"], 1e-6),
+    "linear": lambda x, w: ops.linear(x, w["w"], w["d"], norm="layer", norm_weight=w["d"], residual=x),
+    "mlp": lambda x, w: ops.mlp(x, w["d"], w["d"], w["w1"], None, w["w2"], w["d"]),
+    "attention": lambda x, w: ops.attention(*[x.unflatten(-1, (2, -1))] * 3),
+    "attention_qkv": lambda x, w: ops.attention_qkv(torch.stack([x.unflatten(-1, (2, -1))] * 3, 2)),
+}
+
+
+def case_of(op, tokens, training, dtype=torch.float32):
+    weights = {name: torch.randn(shape, dtype=dtype, requires_grad=training) for name, shape in WEIGHTS.items()}
+    x = torch.randn(1, tokens, D, dtype=dtype, requires_grad=training)
+    return x, lambda: CASES[op](x, weights)
+
+
+def tokens_at(op, training):
+    """The most tokens at which stock operators run, None for any number."""
+    limit = _on_cpu.LIMITS[op].training if training else _on_cpu.LIMITS[op].inference
+    return None if limit == _on_cpu.ALWAYS else limit // (D * (3 if op == "attention_qkv" else 1))
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("op", CASES)
+def test_op_runs_where_stock_operators_are_faster(op, training):
+    """And the other way round, one token above the limit."""
+    most = tokens_at(op, training)
+    if most != 0:
+        assert not ops_called(case_of(op, most or 5, training)[1])
+    if most is not None:
+        assert ops_called(case_of(op, most + 1, training)[1]) == {op}
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("op", CASES)
+def test_compiled_graph_loses_its_op(op, training):
+    """A graph serves other sizes too."""
+    torch._dynamo.reset()
+    call, found = case_of(op, 5, training)[1], []
+    compiled = torch.compile(call, backend=lambda graph, _: found.append(graph) or graph, fullgraph=True)
+    compiled()
+    assert any(f"vitfast.{op}" in str(node.target) for graph in found for node in graph.graph.nodes)
+
+
+def test_small_call_has_no_lse():
+    q = torch.randn(1, 5, 2, 32, requires_grad=True)
+    out, lse = ops.attention(q, q, q, return_lse=True)
+    assert out.shape == (1, 5, 64) and lse.shape == (1, 2, 5)
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_empty_call_fails(op):
+    for training in (False, True):
+        assert case_of(op, 0, training)[1]().numel() == 0
+
+
+@pytest.mark.parametrize("op", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_stock_operators_give_other_numbers(op, dtype, monkeypatch):
+    """Result, dtype and every gradient beside the op's, to the rounding of the dtype."""
+
+    def results():
+        torch.manual_seed(0)
+        x, call = case_of(op, 9, True, dtype)
+        out = call()
+        out.backward(torch.randn_like(out))
+        return [out.detach(), x.grad]
+
+    stock = results()
+    monkeypatch.setattr(_on_cpu, "LIMITS", dict.fromkeys(_on_cpu.LIMITS, _on_cpu.Limit(0, 0)))
+    for one, other in zip(stock, results(), strict=True):
+        assert one.dtype is other.dtype and one.is_contiguous() == other.is_contiguous()
+        atol = 16 * torch.finfo(dtype).eps * other.abs().max().item()
+        torch.testing.assert_close(one, other, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("family", timm_pair.FAMILIES)
+def test_small_model_is_not_timms(family):
+    """Output and gradients of images so small that the modules run, in training and in evaluation."""
+    theirs, ours, images = timm_pair.build_pair(family, batch=1, massive=False)
+    expected, grads = timm_pair.run(theirs, images)
+    found, found_grads = timm_pair.run(ours, images)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    for name, grad in grads.items():
+        scale = grad.abs().max().item()
+        torch.testing.assert_close(found_grads[name], grad, rtol=1e-3, atol=1e-3 * scale + 1e-6, msg=name)
+    with torch.inference_mode():
+        expected = theirs.eval()(images)
+        torch.testing.assert_close(ours.eval()(images), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.fixture
+def small():
+    """timm's model and ours, small enough that modules run, and an image."""
+    return timm_pair.pair_of(
+        "vit_tiny_patch16_224", 1, False, img_size=32, embed_dim=64, num_heads=2, depth=2, patch_size=8, num_classes=5
+    )
+
+
+def test_small_model_looks_for_ops(small):
+    _, ours, image = small
+    with torch.inference_mode():
+        assert ops_called(lambda: ours.eval()(image)) == {"attention_qkv"}
+        assert ops_called(lambda: ours(image.expand(8, -1, -1, -1).repeat(3, 1, 1, 1))) > {"attention_qkv", "mlp"}
+    assert not ops_called(lambda: ours.train()(image).sum().backward())
+
+
+def test_small_model_draws_otherwise(small):
+    """Dropout of tokens, weights, projections and paths: a seed's draws are timm's."""
+    theirs, ours, image = small
+    for model in (theirs, ours):
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.2
+    for block in ours.blocks:
+        block.drop_path1.drop_prob = block.drop_path2.drop_prob = 0.0
+    expected, grads = timm_pair.run(theirs, image)
+    found, found_grads = timm_pair.run(ours, image)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert all(torch.allclose(found_grads[name], grad, rtol=1e-3, atol=1e-4) for name, grad in grads.items())
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"is_causal": True}, {"attn_mask": torch.ones(17, 17).tril().bool()}], ids=["", "causal", "mask"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_small_model_is_another_than_by_ops(small, how, dtype, monkeypatch):
+    _, ours, image = small
+
+    def results():
+        ours.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+            out = ours(image, **how)
+        out.float().square().sum().backward()
+        return out.detach(), [p.grad for p in ours.parameters()]
+
+    out, grads = results()
+    monkeypatch.setattr(_on_cpu, "HOST_BOUND", 0)
+    monkeypatch.setattr(_on_cpu, "LIMITS", dict.fromkeys(_on_cpu.LIMITS, _on_cpu.Limit(0, 0)))
+    expected, expected_grads = results()
+    relative = 1e-4 if dtype is torch.float32 else 5e-2
+    for one, other in zip([out, *grads], [expected, *expected_grads], strict=True):
+        assert one.dtype is other.dtype
+        torch.testing.assert_close(one, other, rtol=relative, atol=relative * other.abs().max().item())
+
+
+def test_small_model_is_checkpointed_otherwise(small):
+    _, ours, image = small
+    expected, grads = timm_pair.run(ours, image)
+    ours.set_grad_checkpointing(True)
+    found, found_grads = timm_pair.run(ours, image)
+    assert torch.equal(found, expected) and all(torch.equal(found_grads[name], grads[name]) for name in grads)
+
+
+def test_hooked_module_is_not_called(small):
+    _, ours, image = small
+    called = []
+    names = [name for name, module in ours.named_modules() if name and "drop" not in name]
+    for name in names:
+        ours.get_submodule(name).register_forward_hook(lambda *_, name=name: called.append(name))
+    ours(image)
+    silent = {"blocks.0.attn.q_norm", "blocks.0.attn.k_norm", "blocks.0.attn.norm"}
+    assert not set(names) - set(called) - {s.replace("0", str(i)) for s in silent for i in range(2)}
+
+
+def test_first_tokens_are_not_all_of_them(small):
+    """`keep` of a block whose modules run."""
+    _, ours, _ = small
+    block, x = ours.eval().blocks[0], torch.randn(2, 17, 64)
+    assert torch.equal(block(x, keep=1), block(x)[:, :1]) or torch.allclose(block(x, keep=1), block(x)[:, :1])
+
+
+def test_explain_is_silent_about_sizes():
+    model = vitfast.create_model("vit_tiny_patch16_224", img_size=32, depth=1)
+    notes = " ".join(vitfast.explain(model).notes)
+    assert "16,384" in notes and "65,536" in notes
