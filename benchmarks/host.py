@@ -1,0 +1,238 @@
+"""What a call costs the host: microseconds an op on next to no numbers, and small models beside timm's, on one thread.
+
+    python benchmarks/host.py [--against FOLDER] [--crossover] [--rounds N]
+
+Ops are timed as users call them and, in rows "by op", as ops at sizes where a CPU takes stock operators.
+--against   another checkout of vitfast, its extension built in place: the same there, in turn; the table then has
+            before, after, and the quotient
+--crossover ops beside stock operators from 17 to 788 tokens, from which `vitfast.ops._on_cpu` has its limits
+
+Models are compared with timm's by `vitfast.measure.timing.interleaved_medians` after their logits were accepted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__" and "VITFAST_HOST_OF" not in os.environ:
+    sys.path.insert(0, str(ROOT))
+
+import timm  # noqa: E402
+
+import vitfast  # noqa: E402
+from vitfast import ops  # noqa: E402
+from vitfast.check import acceptance  # noqa: E402
+from vitfast.choose.exportable import stock_operators  # noqa: E402
+from vitfast.measure import timing  # noqa: E402
+
+TOKENS, D, HEADS = 17, 64, 2
+SAMPLE_S = 0.01
+TINY = dict(img_size=32, patch_size=8, embed_dim=64, depth=6, num_heads=2, num_classes=10)
+MODELS = {"tiny (64 wide, 6 blocks, 17 tokens)": TINY, "ViT-Ti/16, 224 px": {}}
+NAME = "vit_tiny_patch16_224"
+
+
+def calls(tokens: int, dim: int, heads: int, training: bool) -> dict[str, Callable]:
+    """Each op of [1, tokens, dim] in fp32, with what a block puts around it; with `training` and its backward."""
+    weight = lambda *shape: torch.randn(shape).mul_(dim**-0.5).requires_grad_(training)  # noqa: E731
+    x, gain, shift = weight(1, tokens, dim), weight(dim), weight(dim)
+    wqkv, bqkv, wproj, bproj = weight(3 * dim, dim), weight(3 * dim), weight(dim, dim), weight(dim)
+    w1, b1, w2, b2 = weight(4 * dim, dim), weight(4 * dim), weight(dim, 4 * dim), weight(dim)
+    qkv, images, patch = weight(1, tokens, 3, heads, dim // heads), torch.randn(1, 3, 32, 32), weight(dim, 3, 8, 8)
+    norm = dict(norm="layer", norm_weight=gain, norm_bias=shift)
+    forward = {
+        "layer_norm": lambda: ops.layer_norm(x, gain, shift, 1e-6),
+        "linear, norm": lambda: ops.linear(x, wqkv, bqkv, **norm),
+        "linear, residual": lambda: ops.linear(x, wproj, bproj, residual=x),
+        "attention_qkv": lambda: ops.attention_qkv(qkv),
+        "mlp": lambda: ops.mlp(x, gain, shift, w1, b1, w2, b2),
+        "patch_embed": lambda: ops.patch_embed(images, patch),
+    }
+    return {name: in_mode(call, training) for name, call in forward.items()}
+
+
+def in_mode(call: Callable, training: bool) -> Callable:
+    def run() -> None:
+        if training:
+            call().sum().backward()
+        else:
+            with torch.inference_mode():
+                call()
+
+    return run
+
+
+@contextlib.contextmanager
+def by_op() -> Iterator[None]:
+    """Ops whatever the size, where this vitfast chooses by size."""
+    try:
+        from vitfast.ops import _on_cpu
+    except ImportError:
+        yield
+        return
+    before = _on_cpu.LIMITS, _on_cpu.HOST_BOUND
+    _on_cpu.LIMITS, _on_cpu.HOST_BOUND = dict.fromkeys(_on_cpu.LIMITS, _on_cpu.Limit(0, 0)), 0
+    try:
+        yield
+    finally:
+        _on_cpu.LIMITS, _on_cpu.HOST_BOUND = before
+
+
+def microseconds(call: Callable) -> float:
+    """Of one call: the mean over some ten milliseconds."""
+    call()
+    began, n = time.perf_counter(), 0
+    while time.perf_counter() - began < SAMPLE_S:
+        call()
+        n += 1
+    return (time.perf_counter() - began) / n * 1e6
+
+
+def all_calls() -> dict[str, Callable]:
+    found = {}
+    for training in (False, True):
+        mode = "training" if training else "inference"
+        for name, call in calls(TOKENS, D, HEADS, training).items():
+            found[f"{name} | {mode}"] = call
+            found[f"{name}, by op | {mode}"] = by_op()(call)
+        block = vitfast.create_model(NAME, **TINY).train(training).blocks[0]
+        x = torch.randn(1, TOKENS, D)
+        found[f"block | {mode}"] = in_mode(lambda block=block, x=x: block(x), training)
+    return found
+
+
+def answer() -> None:
+    """A process of `--against`: reads names, writes microseconds."""
+    torch.set_num_threads(1)
+    found = all_calls()
+    print(json.dumps(list(found)), flush=True)
+    for line in sys.stdin:
+        print(microseconds(found[line.strip()]), flush=True)
+
+
+def processes(folders: list[Path]) -> list[subprocess.Popen]:
+    """One for each checkout, which imports the vitfast there."""
+    started = []
+    for folder in folders:
+        path = {"PYTHONPATH": str(folder), "VITFAST_HOST_OF": str(folder), "PYTHONSAFEPATH": "1"}
+        command = [sys.executable, __file__, "--answer"]
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        started.append(subprocess.Popen(command, env=os.environ | path, cwd=folder, **pipes))
+    return started
+
+
+def ops_table(folders: list[Path], rounds: int) -> list[str]:
+    """Microseconds by op: medians over rounds in which each checkout is asked in turn."""
+    started = processes(folders)
+    names = [json.loads(process.stdout.readline()) for process in started][-1]
+    headings = ["us"] if len(folders) == 1 else ["before, us", "after, us", "before / after"]
+    rows = [table_row(["op and mode", *headings])]
+    for name in names:
+        times: list[list[float]] = [[] for _ in started]
+        for _ in range(rounds):
+            for process, found in zip(started, times, strict=True):
+                process.stdin.write(f"{name}\n")
+                process.stdin.flush()
+                found.append(float(process.stdout.readline()))
+        quotient = statistics.median(before / after for before, after in zip(times[0], times[-1], strict=True))
+        cells = [f"{statistics.median(found):.1f}" for found in times]
+        rows.append(table_row([name, *cells, f"{quotient:.2f}"][: 1 + len(headings)]))
+    for process in started:
+        process.stdin.close()
+        process.wait()
+    return rows
+
+
+def table_row(cells: list[str]) -> str:
+    return f"{cells[0]:<36}" + "".join(f"{cell:>16}" for cell in cells[1:])
+
+
+def pair(**sizes: int) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """timm's model and ours with the same weights, whose logits were accepted."""
+    theirs, ours = timm.create_model(NAME, **sizes).eval(), vitfast.create_model(NAME, **sizes).eval()
+    ours.load_state_dict(theirs.state_dict())
+    images = torch.randn(2, 3, *ours.config.image_size)
+    with torch.inference_mode():
+        truth = copy.deepcopy(theirs).double()(images.double())
+        acceptance.accept_model(ours(images), truth, theirs(images))
+    return theirs, ours
+
+
+def models_table(budget_s: float) -> list[str]:
+    """timm's time over ours, within each round of an interleaved comparison; above 1 ours is faster."""
+    rows = [table_row(["model of one image, mode", "timm, us", "ours, us", "timm / ours", "quartiles"])]
+    for name, sizes in MODELS.items():
+        both = dict(zip(("timm", "ours"), pair(**sizes), strict=True))
+        images, labels = torch.randn(1, 3, *both["ours"].config.image_size), torch.zeros(1, dtype=torch.int64)
+        for mode in ("inference", "training"):
+            steps = {
+                key: timing.inference(m, images) if mode == "inference" else timing.training_step(m, images, labels)
+                for key, m in both.items()
+            }
+            found = timing.interleaved_medians(steps, budget_s=budget_s, rounds=(20, 100))
+            times = [f"{found.median_ms[key] * 1e3:.0f}" for key in both]
+            low, high = found.spread["ours"]
+            cells = [*times, f"{found.ratio['ours']:.2f}", f"{low:.2f} to {high:.2f}"]
+            rows.append(table_row([f"{name}, {mode}", *cells]))
+    return rows
+
+
+def crossover_table() -> list[str]:
+    """Time of stock operators over an op's, by numbers in its input: `_on_cpu` takes the former where it is below 1."""
+    rows = [table_row(["tokens, width, mode", *calls(1, D, HEADS, False)])]
+    for dim, heads in ((64, 2), (192, 3), (384, 6), (768, 12)):
+        for tokens in (17, 65, 197, 788):
+            for training in (False, True):
+                cells = []
+                for call in calls(tokens, dim, heads, training).values():
+                    op, stock = by_op()(call), stock_operators_of(call)
+                    ratio = timing.interleaved_medians({"stock": stock, "op": op}, budget_s=0.5, rounds=(6, 12)).ratio
+                    cells.append(f"{ratio['op']:.2f}")
+                label = f"{tokens} x {dim} = {tokens * dim:,}, {'training' if training else 'inference'}"
+                rows.append(table_row([label, *cells]))
+    return rows
+
+
+def stock_operators_of(call: Callable) -> Callable:
+    def run() -> None:
+        with stock_operators():
+            call()
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--against", type=Path, help="a second checkout of vitfast")
+    parser.add_argument("--crossover", action="store_true", help="ops beside stock operators by size, and nothing else")
+    parser.add_argument("--rounds", type=int, default=15, help="of each op")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each model and mode")
+    parser.add_argument("--answer", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.against and not (given.against / "vitfast" / "__init__.py").is_file():
+        parser.error(f"--against must be a checkout of vitfast, got {given.against}")
+    torch.set_num_threads(1)
+    if given.answer:
+        answer()
+    elif given.crossover:
+        print("\n".join(crossover_table()))
+    else:
+        print("\n".join(ops_table([*([given.against.resolve()] if given.against else []), ROOT], given.rounds)), "\n")
+        print("\n".join(models_table(given.seconds)))
+
+
+if __name__ == "__main__":
+    main()
