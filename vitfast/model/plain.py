@@ -35,17 +35,17 @@ stands_for(nn.Softmax, nn.Sequential)
 def plain(module: nn.Module | None, *kinds: type) -> bool:
     """Whether `module` is exactly one of `kinds` and does what its class says: no hook, no patch, plain weights."""
     kind = type(module)
+    if module is None or kind not in kinds or kind.forward is not FORWARDS[kind]:
+        return False
+    held = module.__dict__
     return (
-        module is not None
-        and kind in kinds
-        and type(module).forward is FORWARDS[kind]
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
-        and not ("forward" in module.__dict__ and patched(module))
-        and ("_views" not in module.__dict__ or not any(map(why_changed, module.__dict__["_views"].values())))
-        and (not module._parameters or _plain_weights(module))
+        not held["_forward_hooks"]
+        and not held["_forward_pre_hooks"]
+        and not held["_backward_hooks"]
+        and not held["_backward_pre_hooks"]
+        and not ("forward" in held and patched(module))
+        and ("_views" not in held or not any(map(why_changed, held["_views"].values())))
+        and (not held["_parameters"] or _plain_weights(module))
     )
 
 
