@@ -13,10 +13,10 @@ import torch
 from textbook import Textbook
 
 import vitfast
-from vitfast.bench import compilers, factory, models, op_case, op_rows, ops, rivals, steps
-from vitfast.bench.case import DTYPES, Case
-from vitfast.bench.ops.attention import _flash_attn
-from vitfast.bench.steps import MODES as MODEL_MODES
+from benchmarks.core import compilers, factory, models, op_case, op_rows, ops, rivals, steps
+from vitfast.check.case import DTYPES, Case
+from benchmarks.core.ops.attention import _flash_attn
+from benchmarks.core.steps import MODES as MODEL_MODES
 from vitfast.check import acceptance
 
 TINY_VIT = {"model": "vit_tiny_patch16_224", "options": {"img_size": 32, "depth": 2, "num_classes": 10}}

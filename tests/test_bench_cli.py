@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from vitfast.bench import cli, models, op_case, ops
+from benchmarks.core import cli, models, op_case, ops
 from vitfast.check import acceptance
 
 

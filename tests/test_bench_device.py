@@ -9,9 +9,9 @@ import torch
 from bench_cases import make, on_device
 from simulated_device import SimulatedDevice
 
-from vitfast.bench import ceilings
-from vitfast.bench.case import Work
-from vitfast.bench.harness import run_case
+from benchmarks.core import ceilings
+from vitfast.check.case import Work
+from benchmarks.core.harness import run_case
 from vitfast.measure import device as devices
 from vitfast.measure import nvml
 from vitfast.measure.device import HOST_SHARE, Arranged, Cuda, NotCaptured, arrange, input_sets, issue

@@ -9,9 +9,9 @@ import torch
 from bench_cases import QuickCpu, layer_norm, make, on_device, plain_layer_norm, run, variant
 from simulated_device import SimulatedDevice
 
-from vitfast.bench import harness
-from vitfast.bench.case import Variant
-from vitfast.bench.harness import run_case
+from benchmarks.core import harness
+from vitfast.check.case import Variant
+from benchmarks.core.harness import run_case
 
 
 def test_a_wrong_result_of_ours_is_timed():

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from vitfast.bench import record
-from vitfast.bench.record import SCHEMA, Record, merge, open_for_resume, read, write_csv, write_json
+from benchmarks.core import record
+from benchmarks.core.record import SCHEMA, Record, merge, open_for_resume, read, write_csv, write_json
 from vitfast.measure import machine
 
 H200 = {"device": "NVIDIA H200", "date": "2026-01-01T00:00:00Z", "commit": "aaaa"}

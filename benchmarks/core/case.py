@@ -1,99 +1,51 @@
-"""What one row of a benchmark compares: a computation, its inputs, and everybody's way of doing it."""
+"""Cases that another process can build again: what made them travels in their notes as plain values."""
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from typing import Any
 
-import torch
-from torch import Tensor
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-Tensors = tuple[Tensor, ...]
-Function = Callable[..., "Tensor | Tensors"]
+from vitfast.check.case import DTYPES, Case
 
 
-@dataclass(frozen=True)
-class Work:
-    """The least that a computation must do.
+def recorded(make: Callable[..., Case]) -> Callable[..., Case]:
+    """Write into the case's notes which factory made it and with which arguments, which must be fit for JSON."""
+    signature = inspect.signature(make)
 
-    Attributes:
-        flops: multiplications and additions of its matrix products (one multiply-add is 2).
-        bytes: every input read once and every output written once.
-    """
+    @functools.wraps(make)
+    def factory(**given: Any) -> Case:
+        bound = signature.bind(**given)
+        bound.apply_defaults()
+        case = make(**bound.arguments)
+        origin = {"factory": f"{make.__module__}.{make.__qualname__}", "arguments": dict(bound.arguments)}
+        return replace(case, notes={**case.notes, **origin})
 
-    flops: int
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to compute a case.
-
-    Attributes:
-        build: makes it ready (weights, compilation) and returns the function that is timed. That is called with one
-            set of the case's inputs, must not change them, and returns the case's results in the case's order.
-        ours: whether it is vitfast's: then it is timed only if its result is accepted.
-        needs: modules without which it is listed as absent.
-        graph: whether replaying it from a CUDA graph is fair; False where it brings graphs of its own.
-        apart: run in a process of its own with this many seconds, for compilers that may take minutes.
-        part: whether it computes a part of the case only, which shows what the rest costs: timed, neither judged nor
-            taken for a rival.
-    """
-
-    build: Callable[[], Function]
-    ours: bool = False
-    needs: tuple[str, ...] = ()
-    graph: bool = True
-    apart: float | None = None
-    part: bool = False
-
-    def missing(self) -> list[str]:
-        return [name for name in self.needs if importlib.util.find_spec(name) is None]
+    return factory
 
 
-@dataclass(frozen=True)
-class Case:
-    """One row of a benchmark.
+def rebuild(notes: Mapping[str, Any]) -> Case:
+    """The case whose notes these are."""
+    module, _, name = notes["factory"].rpartition(".")
+    return getattr(importlib.import_module(module), name)(**notes["arguments"])
 
-    Attributes:
-        kind, name, mode, shape, batch, dtype, autocast: what the row is; together its identity.
-        inputs: makes one set of inputs on `device` from a seeded generator of that device, of random normal data.
-        reference: the truth in fp64, from fp64 copies of one set of inputs cut to `check_images` images; on the CPU
-            or on `device`.
-        cut: one set of inputs, cut to its first n images.
-        per_image: for each result, whether its first dim is the image, so that those of the first images can be judged
-            in a larger batch. Others (weight gradients) are judged on a batch of at most `check_images`.
-        variants: by name. `baseline` is what ratios compare with, `yardstick` the stock operator whose error measures
-            everybody's.
-        notes: more that the row shall say.
-        work: the least work, for the percent of the ceilings.
-    """
 
-    kind: Literal["op", "model"]
-    name: str
-    mode: Literal["forward", "forward+backward", "inference", "training"]
-    shape: Mapping[str, int]
-    batch: int
-    dtype: str
-    device: torch.device
-    inputs: Callable[[torch.Generator], Tensors]
-    reference: Function
-    cut: Callable[[Tensors, int], Tensors]
-    per_image: tuple[bool, ...]
-    variants: Mapping[str, Variant]
-    baseline: str
-    yardstick: str
-    work: Work
-    autocast: bool = False
-    check_images: int = 8
-    notes: Mapping[str, Any] = field(default_factory=dict)
+def one_of(what: str, value: Any, allowed: Collection[Any]) -> Any:
+    """`value`; raises ValueError where it is not among `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{what} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+    return value
 
-    @property
-    def key(self) -> str:
-        shape = " ".join(f"{name}{value}" for name, value in self.shape.items())
-        autocast = " autocast" if self.autocast else ""
-        return f"{self.kind}/{self.name}/{self.mode}/{shape}/batch {self.batch}/{self.dtype}{autocast}"
+
+def positive(**sizes: int) -> None:
+    """Raise ValueError for a size that is no int of at least 1."""
+    for name, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+
+
+def dtype_of(name: str) -> Any:
+    return DTYPES[one_of("dtype", name, DTYPES)]

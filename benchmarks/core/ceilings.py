@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from vitfast.bench.case import DTYPES, Work
+from vitfast.check.case import DTYPES, Work
 from vitfast.measure import device as devices
 from vitfast.measure.timing import rotating
 

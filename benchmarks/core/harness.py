@@ -1,344 +1,106 @@
-"""Run benchmark cases: check every variant, time what is right in interleaved rounds, count the work.
-
-A variant of ours whose result `vitfast.check.acceptance` rejects gets no time, only the rule's message. A rival that is
-rejected is timed and marked. What fails, runs out of memory or is not installed is listed with the reason.
-
-The policy is the same for all variants: the same input sets, drawn from one seed and rotated so that none is in the
-cache when its turn comes; every call allocates its results from torch's caching allocator and drops them; compilation
-is over before anything is timed.
-"""
+"""Run benchmark cases within a budget: `vitfast.check.compare` each, count the work, write the rows to a record."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
-
-from vitfast.bench import apart
-from vitfast.bench import ceilings as limits
-from vitfast.bench import record as records
-from vitfast.bench.case import Case, Tensors, Variant
-from vitfast.bench.judge import Judge, sets_to_judge
+from benchmarks.core import apart
+from benchmarks.core import ceilings as limits
+from benchmarks.core import record as records
+from vitfast.check.calls import SEED  # noqa: F401
+from vitfast.check.case import Case
+from vitfast.check.compare import NO_TIME_LEFT, DeviceLost, Row, compare
 from vitfast.measure import device as devices
-from vitfast.measure.machine import OtherProcesses
-from vitfast.measure.timing import Comparison, Repeated, interleaved_medians, rotating
 
-Row = dict[str, Any]
-
-SEED = 0
-NO_TIME_LEFT = "no time left"
 # what names of variants end in that take most of the time of a row to get ready
 COMPILERS = ("compiled", "reduce-overhead", "max-autotune")
-# by variant: how long it last took to build, so that a compiler is not started that cannot finish in time
-TOOK_S: dict[str, float] = {}
 CUT_SHORT = "the run was cut short while its process ran"
 
-
-class DeviceLost(RuntimeError):
-    """The device answers no more, so that nothing later in this process can be right.
-
-    Attributes:
-        row: as far as it got; None where that isn't known.
-    """
-
-    row: Row | None = None
-
-
-class _Failed(Exception):
-    """The call of one variant raised."""
-
-    def __init__(self, name: str, problem: Exception) -> None:
-        super().__init__(devices.first_line(problem))
-        self.name, self.problem = name, problem
+Maker = Callable[[], Case]
 
 
 def run_case(
-    case: Case,
-    *,
-    seconds: float,
-    place: devices.Cpu | devices.Cuda | None = None,
-    ceilings: Mapping[str, Any] | None = None,
-    stage: str = "",
-    deadline: float | None = None,
-    keep: Callable[[Row], None] = lambda row: None,
-) -> Row:
+    case: Case, *, seconds: float, place: devices.Place | None = None, ceilings: Mapping[str, Any] | None = None,
+    stage: str = "", deadline: float | None = None, keep: Callable[[Row], None] = lambda row: None,
+) -> Row:  # fmt: skip
     """Build, check and time the variants of `case`.
 
     Args:
         seconds: aimed-at time for the interleaved rounds; building and checking come on top.
         place: in place of the device that the case names.
-        ceilings: what `vitfast.bench.ceilings.measure` returned, for the percent of them.
+        ceilings: what `ceilings.measure` returned, for the percent of them.
         deadline: on `place.clock`: what has not been built by then is not.
         keep: gets the row before variants that are `apart` are started, which may take long.
 
     Returns:
-        The row that `vitfast.bench.record` describes, without what `Record.add` puts in.
+        The row that `benchmarks.core.record` describes, without what `Record.add` puts in.
 
     Raises:
         DeviceLost: a variant has broken the device for everybody.
     """
     place = place or devices.of(case.device)
-    run = _Run(case, place, seconds, deadline)
-    with place.current():
-        try:
-            run.prepare()
-            run.build()
-            run.time()
-        except DeviceLost as lost:
-            for name in (*run.open(), *run.open(apart=True)):
-                run.variants[name]["not_timed"] = "the device was lost"
-            lost.row = run.finish(stage)
-            raise
-        finally:
-            run.release()
-    run.count_work(ceilings or {})
-    if waiting := run.open(apart=True):
-        row = run.finish(stage)
-        row["variants"] |= {name: row["variants"][name] | {"not_timed": CUT_SHORT} for name in waiting}
-        keep(row)
-    run.run_apart()
-    run.count_work(ceilings or {})
-    return run.finish(stage)
+    began = place.clock()
+    here = {name: variant for name, variant in case.variants.items() if variant.apart is None}
+    waiting = {
+        name: {"ours": variant.ours, "not_timed": CUT_SHORT}
+        for name, variant in case.variants.items()
+        if variant.apart is not None
+    }
 
-
-class _Run:
-    """One row in the making."""
-
-    def __init__(self, case: Case, place: devices.Cpu | devices.Cuda, seconds: float, deadline: float | None) -> None:
-        self.case, self.place, self.seconds, self.deadline = case, place, seconds, deadline
-        self.began = place.clock()
-        self.variants: dict[str, Row] = {}
-        for name, variant in case.variants.items():
-            missing = variant.missing()
-            verb = "are" if len(missing) > 1 else "is"
-            self.variants[name] = {"ours": variant.ours} | ({"part": True} if variant.part else {})
-            if missing:
-                self.variants[name]["absent"] = f"{' and '.join(missing)} {verb} not installed"
-        self.calls: dict[str, Callable[[], Any]] = {}
-        self.sets: list[Tensors] = []
-        self.judge: Judge | None = None
-        self.facts: Row = {}
-        tf32 = case.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
-        self.tf32 = tf32 if case.dtype == "fp32" and case.device.type == "cuda" else None
-
-    def open(self, apart: bool = False) -> list[str]:
-        """Variants of which nothing is known yet."""
-        return [
-            name
-            for name, variant in self.case.variants.items()
-            if (variant.apart is not None) == apart and not {"absent", "not_timed", "ms"} & self.variants[name].keys()
-        ]
-
-    def fail(self, name: str, problem: Exception) -> None:
-        out_of_memory = isinstance(problem, torch.OutOfMemoryError)
-        text = devices.first_line(problem)
-        self.variants[name]["not_timed"] = f"out of memory: {text}" if out_of_memory else text
-        # tracebacks hold the tensors that did not fit
-        chained: BaseException | None = problem
-        while chained is not None:
-            chained.__traceback__, chained = None, chained.__context__
-        try:
-            self.place.synchronize()
-            self.place.release()
-        except Exception as lost:
-            raise DeviceLost(f"after {name}: {text}; {devices.first_line(lost)}") from problem
-
-    def prepare(self) -> None:
-        case, place = self.case, self.place
-        generator = torch.Generator(case.device).manual_seed(SEED)
-        try:
-            first = case.inputs(generator)
-            size = sum(t.numel() * t.element_size() for t in first)
-            self.sets = [first]
-            judged = sets_to_judge(case, first)
-            wanted = max(devices.input_sets(place, size, case.work.bytes), judged)
-            self.sets += [case.inputs(generator) for _ in range(wanted - 1)]
-            self.judge = Judge(case, first, bool(self.tf32), self.sets[1:judged])
-        except Exception as problem:
-            for name in (*self.open(), *self.open(apart=True)):
-                self.fail(name, problem)
-
-    def build(self) -> None:
-        first = dict.fromkeys([self.case.yardstick, self.case.baseline])
-        for name in [*first, *(name for name in self.open() if name not in first)]:
-            if name not in self.open():
-                continue
-            if self.deadline is not None and self.place.clock() + TOOK_S.get(name, 0.0) > self.deadline:
-                self.variants[name]["not_timed"] = NO_TIME_LEFT
-                continue
-            try:
-                self.build_one(name, self.case.variants[name])
-            # other people's software may fail in any way, which must not cost the rest of the run
-            except Exception as problem:
-                if name == self.case.yardstick:
-                    self.judge.no_measure = f"the yardstick failed: {devices.first_line(problem)}"
-                self.fail(name, problem)
-
-    def build_one(self, name: str, variant: Variant) -> None:
-        began = self.place.clock()
-        found = self.variants[name]
-        try:
-            function = variant.build()
-        except NotImplementedError as problem:
-            found["absent"] = devices.first_line(problem)
-            return
-        results = function(*self.sets[0])
-        self.place.synchronize()
-        found["compile_s"] = TOOK_S[name] = self.place.clock() - began
-        results = [] if variant.part else self.judge.judged(function, results)
-        if self.judge.is_changed(self.sets[0]):
-            self.sets[0] = self.case.inputs(torch.Generator(self.case.device).manual_seed(SEED))
-            found["not_timed"] = "it changes its inputs"
-            return
-        if name == self.case.yardstick:
-            self.judge.low = results
-        verdict, fault = ({}, "") if variant.part else self.judge.judge(results, variant.ours)
-        found |= verdict
-        if fault and variant.ours:
-            found["not_timed"] = fault
-            return
-        if fault:
-            found["why_not_accepted"] = fault
-        self.calls[name] = self.guarded(name, rotating(function, self.sets, keep_results=self.place.graphs))
-
-    def guarded(self, name: str, call: Callable[[], Any]) -> Callable[[], Any]:
-        def guard() -> Any:
-            try:
-                return call()
-            except Exception as problem:
-                raise _Failed(name, problem) from problem
-
-        return guard
-
-    def time(self) -> None:
-        baseline = self.case.baseline
-        others = OtherProcesses() if self.case.device.type == "cpu" else None
-        if self.case.mode in ("training", "forward+backward"):
-            # what brings graphs of its own has its memory in their pool, whose peak is past
-            for name in [name for name in self.calls if self.case.variants[name].graph]:
-                try:
-                    self.variants[name] |= self.place.peak_mib(self.calls[name])
-                except _Failed as failed:
-                    self.drop(name, failed.problem)
-                except Exception as problem:
-                    self.drop(name, problem)
-        self.place.release()
-        before = self.place.state()
-        while self.calls:
-            # the first is what ratios compare with
-            calls = {name: self.calls[name] for name in sorted(self.calls, key=lambda name: name != baseline)}
-            graph = {name: self.case.variants[name].graph for name in calls}
-            left = self.seconds if self.deadline is None else min(self.seconds, self.deadline - self.place.clock())
-            try:
-                self.place.warm_up(next(iter(calls.values())))
-                arranged = devices.arrange(calls, graph, self.place, len(self.sets))
-                result = interleaved_medians(
-                    {name: each.call for name, each in arranged.items()},
-                    budget_s=max(left, 0.0),
-                    sampler=self.place.sampler(),
-                )
-            except _Failed as failed:
-                self.drop(failed.name, failed.problem)
-            # an error that the device reports later than the call that made it
-            except Exception as problem:
-                for name in list(self.calls):
-                    self.drop(name, problem)
-            else:
-                self.facts["others"] = None if others is None else others.share()
-                self.note(result, {name: each.facts for name, each in arranged.items()})
-                first = next(iter(calls))
-                call = arranged[first].call
-                times = call.times if isinstance(call, Repeated) else 1
-                # the times are there; where this breaks the device, the next row will say so
-                with contextlib.suppress(Exception):
-                    self.facts["after"] = self.place.state_under(call, result.median_ms[first] * times)
-                break
-        self.facts["before"] = before
-
-    def drop(self, name: str, problem: Exception) -> None:
-        del self.calls[name]
-        self.fail(name, problem)
-
-    def note(self, result: Comparison, facts: Mapping[str, Row]) -> None:
-        baseline = self.case.baseline
-        self.facts |= {"rounds": result.rounds, "noisy": result.noisy}
-        if baseline in result.median_ms:
-            low, high = result.noise_spread()
-            self.facts |= {"noise": result.noise, "noise_25": low, "noise_75": high}
-        for name in result.median_ms:
-            ms_20, ms, ms_80 = result.quantiles_ms(name)
-            found = self.variants[name]
-            found |= {"ms": ms, "ms_20": ms_20, "ms_80": ms_80, **facts[name]}
-            if baseline in result.median_ms and name != baseline:
-                low, high = result.spread[name]
-                found |= {"ratio": result.ratio[name], "ratio_25": low, "ratio_75": high}
-                found["within_noise"] = result.within_noise(name)
-
-    def release(self) -> None:
-        self.facts.setdefault("sets", len(self.sets))
-        self.calls.clear()
-        self.sets, self.judge = [], None
-        # what it compiled, or else the graphs of one row would fill the memory of the next
-        if "torch._dynamo" in sys.modules:
-            torch._dynamo.reset()
-        # where the device is lost, the next to use it will say so
-        with contextlib.suppress(Exception):
-            self.place.release()
-
-    def run_apart(self) -> None:
-        for name in self.open(apart=True):
-            limit = self.case.variants[name].apart
-            if self.deadline is not None:
-                limit = min(limit, self.deadline - self.place.clock())
-            if limit <= 0:
-                self.variants[name]["not_timed"] = NO_TIME_LEFT
-            else:
-                self.variants[name] |= apart.run(self.case, name, self.seconds, limit)
-
-    def count_work(self, ceilings: Mapping[str, Any]) -> None:
-        work = self.case.work
-        roofline = limits.roofline(work, ceilings, self.case.dtype, tf32=bool(self.tf32))
-        for found in self.variants.values():
-            if "ms" in found:
-                found |= {"tflops": work.flops / found["ms"] / 1e9, "gbps": work.bytes / found["ms"] / 1e6}
-                if roofline is not None:
-                    ms, limit = roofline
-                    found |= {"percent": 100 * ms / found["ms"], "limit": limit}
-
-    def finish(self, stage: str) -> Row:
-        case = self.case
+    def row(found: Row) -> Row:
+        variants = {name: (found["variants"] | waiting)[name] for name in case.variants}
+        for each in variants.values():
+            _count_work(each, case, ceilings or {}, bool(found["tf32"]))
         return {
             "key": case.key, "kind": case.kind, "name": case.name, "mode": case.mode, "shape": dict(case.shape),
             "batch": case.batch, "dtype": case.dtype, "autocast": case.autocast, "notes": dict(case.notes),
-            "tf32": self.tf32, "work": dataclasses.asdict(case.work), "baseline": case.baseline,
-            "yardstick": case.yardstick, "noise": None, "noise_25": None, "noise_75": None, "rounds": 0, "noisy": 0,
-            "others": None, "before": None, "after": None, **self.facts, "stage": stage,
-            "seconds": self.place.clock() - self.began, "variants": dict(self.variants),
+            "work": dataclasses.asdict(case.work), "baseline": case.baseline, "yardstick": case.yardstick, **found,
+            "stage": stage, "seconds": place.clock() - began, "variants": variants,
         }  # fmt: skip
+
+    try:
+        found = compare(dataclasses.replace(case, variants=here), seconds=seconds, place=place, deadline=deadline)
+    except DeviceLost as lost:
+        for each in waiting.values():
+            each["not_timed"] = "the device was lost"
+        lost.row = row(lost.row)
+        raise
+    if waiting:
+        keep(row(found))
+    for name, each in waiting.items():
+        limit = case.variants[name].apart
+        if deadline is not None:
+            limit = min(limit, deadline - place.clock())
+        if limit <= 0:
+            each["not_timed"] = NO_TIME_LEFT
+        else:
+            waiting[name] = apart.run(case, name, seconds, limit)
+    return row(found)
+
+
+def _count_work(found: Row, case: Case, ceilings: Mapping[str, Any], tf32: bool) -> None:
+    if "ms" not in found:
+        return
+    work = case.work
+    found |= {"tflops": work.flops / found["ms"] / 1e9, "gbps": work.bytes / found["ms"] / 1e6}
+    if (roofline := limits.roofline(work, ceilings, case.dtype, tf32=tf32)) is not None:
+        ms, limit = roofline
+        found |= {"percent": 100 * ms / found["ms"], "limit": limit}
 
 
 def run_cases(
-    cases: Iterable[Case | Callable[[], Case]],
-    record: records.Record,
-    *,
-    budget_s: float,
-    stage: str,
-    seconds: float = 2.0,
-    place: devices.Cpu | devices.Cuda | None = None,
-    progress: Callable[[str], None] = print,
+    cases: Iterable[Case | Maker], record: records.Record, *, budget_s: float, stage: str, seconds: float = 2.0,
+    place: devices.Place | None = None, progress: Callable[[str], None] = print,
     clock: Callable[[], float] = time.perf_counter,
-) -> list[str]:
+) -> list[str]:  # fmt: skip
     """Run `cases` in order and write each row to `record` as soon as it is there.
 
     Cases with times in the record are left out, unless there was no time for one of their variants; those with
-    compilers come last. One that would probably not fit into
-    what is left of the budget, going by the last rows of its kind, is listed as skipped. Interrupted, it lists the
-    rest likewise and passes the interrupt on.
+    compilers come last. One that would probably not fit into what is left of the budget, going by the last rows of its
+    kind, is listed as skipped. Interrupted, it lists the rest likewise and passes the interrupt on.
 
     Args:
         cases: a callable makes its case when its turn comes.
@@ -352,7 +114,7 @@ def run_cases(
     Raises:
         DeviceLost: after noting the rest as skipped.
     """
-    began, red, skipped, left = clock(), [], [], budget_s
+    began, red, skipped = clock(), [], 0
     took: dict[tuple[bool, str], list[float]] = {}
     made = list(_made(cases, record, stage, progress))
     done = record.finished() - cut_short(record, stage)
@@ -361,22 +123,21 @@ def run_cases(
         progress(f"{stage}: {len(made) - len(waiting)} of {len(made)} rows are there already")
     for i, case in enumerate(waiting):
         left = budget_s - (clock() - began)
-        rest = [each.key for each in waiting[i:]]
         of_kind = took.setdefault((_is_compiled(case), case.mode), [])
         needed = max(of_kind[-3:], default=seconds)
         if needed > left:
-            skipped.append(case.key)
+            skipped += 1
             why = f"{NO_TIME_LEFT}: {max(left, 0):.0f} s of {budget_s:.0f}, a row takes about {needed:.0f}"
             record.skip(stage, [case.key], why)
             continue
-        record.running = case.key
+        record.running, row_began = case.key, clock()
         earlier = next((each for each in record.rows if each["key"] == case.key), {"variants": {}})
 
         def keep(row: Row, earlier: Row = earlier) -> None:
             if _timed(row) >= _timed(earlier):
                 record.add(row)
 
-        row_began = clock()
+        rest = [each.key for each in waiting[i:]]
         try:
             row = run_case(
                 case, seconds=seconds, place=place, ceilings=record.data["ceilings"], stage=stage,
@@ -401,7 +162,7 @@ def run_cases(
         ]
     record.running = None
     if skipped:
-        progress(f"{stage}: {len(skipped)} of {len(made)} rows skipped, {why}")
+        progress(f"{stage}: {skipped} of {len(made)} rows skipped, {why}")
     return red
 
 
@@ -424,7 +185,7 @@ def _is_compiled(case: Case) -> bool:
 
 
 def _made(
-    cases: Iterable[Case | Callable[[], Case]], record: records.Record, stage: str, progress: Callable[[str], None]
+    cases: Iterable[Case | Maker], record: records.Record, stage: str, progress: Callable[[str], None]
 ) -> Iterator[Case]:
     for case in cases:
         try:

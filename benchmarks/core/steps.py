@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import vitfast
-from vitfast.bench import compilers
-from vitfast.bench.case import Function, Tensors
-from vitfast.bench.factory import dtype_of, one_of, positive
-from vitfast.bench.rivals import Network
+from benchmarks.core import compilers
+from benchmarks.core.case import dtype_of, one_of, positive
+from benchmarks.core.rivals import Network
+from vitfast.check.case import Function, Tensors
 
 MODES = ("inference", "training")
 
@@ -50,6 +50,11 @@ class Setting:
     @property
     def training(self) -> bool:
         return self.mode == "training"
+
+    @property
+    def plain_on_cpu(self) -> bool:
+        """What compilers of a CPU take."""
+        return self.device.type == "cpu" and not self.training and not self.autocast
 
     @property
     def kept_in(self) -> str:

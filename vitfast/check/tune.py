@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitfast.bench import harness
-from vitfast.bench.case import DTYPES, Case, Variant, Work
 from vitfast.check.calls import NAMES, SEED, Call, Prepared
+from vitfast.check.case import DTYPES, Case, Variant
+from vitfast.check.compare import NO_TIME_LEFT, DeviceLost, compare
 from vitfast.check.families import FAMILIES, Family
 from vitfast.check.measuring import BUILT_IN, STOCK, Row, keep, verdict
 from vitfast.check.warmup import batches_of, check_dtype, description, kernel_calls, models_in
@@ -32,7 +32,7 @@ BUDGET_S = 300.0
 # the truth of more would take more time than all the rest
 CHECK_IMAGES = 2
 # a kernel that is not made for a call, or had no memory or time, was neither slower nor wrong
-UNDECIDED = ("NotImplementedError", "out of memory", harness.NO_TIME_LEFT)
+UNDECIDED = ("NotImplementedError", "out of memory", NO_TIME_LEFT)
 
 
 @dataclass
@@ -83,7 +83,7 @@ def tune(
     Raises:
         TypeError, ValueError: the argument, what was expected and what came.
         NotImplementedError: no kernel can run here; says why.
-        vitfast.bench.harness.DeviceLost: a kernel broke the device; what was finished before is kept.
+        vitfast.check.compare.DeviceLost: a kernel broke the device; what was finished before is kept.
     """
     batches = batches_of("tune", batch)
     check_dtype("tune", dtype)
@@ -116,7 +116,7 @@ def tune_calls(calls: Sequence[Call], place: Place, budget_s: float, say: Callab
     for i, call in enumerate(calls):
         family, left = FAMILIES[call.op], budget_s - (place.clock() - began)
         if left < LEAST_S:
-            report.rows.append(Row(family.kernel, str(call), "", why=harness.NO_TIME_LEFT))
+            report.rows.append(Row(family.kernel, str(call), "", why=NO_TIME_LEFT))
             continue
         asked, by_image = _asked(family, call, place)
         if asked is None:
@@ -159,7 +159,7 @@ def _tune_one(
 ) -> Row:  # fmt: skip
     configs = {words(config) or BUILT_IN: config for config in listed}
     case = _case(family, call, by_image, configs, stock, place)
-    row = harness.run_case(case, seconds=seconds, place=place, deadline=place.clock() + left)
+    row = compare(case, seconds=seconds, place=place, deadline=place.clock() + left)
     return _decided(family.kernel, call, row["variants"], configs)
 
 
@@ -186,7 +186,7 @@ def _case(
             STOCK: Variant(lambda: way(lambda args: family.stock(args, stock))),
             **{name: kernel(each) for name, each in configs.items()},
         },
-        baseline=STOCK, yardstick=STOCK, work=Work(0, 0), check_images=CHECK_IMAGES,
+        baseline=STOCK, yardstick=STOCK, check_images=CHECK_IMAGES,
     )  # fmt: skip
 
 
@@ -229,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, NotImplementedError) as problem:
         print(f"vitfast tune: {problem}", file=sys.stderr)
         return 2
-    except harness.DeviceLost as problem:
+    except DeviceLost as problem:
         print(f"vitfast tune: the device was lost {problem}; what was measured before is kept", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
