@@ -1,4 +1,4 @@
-"""The cases of `vitfast bench`: everybody computes the same, and each row says truly what it compares."""
+"""The cases of benchmarks: everybody computes the same, and each row says truly what it compares."""
 
 import contextlib
 import importlib.util
@@ -13,9 +13,9 @@ import torch
 from textbook import Textbook
 
 import vitfast
-from benchmarks.core import compilers, factory, models, op_case, op_rows, ops, rivals, steps
+from benchmarks.core import case as factory
+from benchmarks.core import compilers, models, ops, rivals, steps
 from vitfast.check.case import DTYPES, Case
-from benchmarks.core.ops.attention import _flash_attn
 from benchmarks.core.steps import MODES as MODEL_MODES
 from vitfast.check import acceptance
 
@@ -49,7 +49,7 @@ def by_backend(backend, function, dynamic):
 
 
 def tiny_ops(mode, dtype="fp32", names=tuple(ops.FACTORIES)):
-    return [make() for make in op_rows.tiny(names, device="cpu", dtypes=[dtype], batches=[2], modes=[mode])]
+    return [make() for make in ops.tiny(names, device="cpu", dtypes=[dtype], batches=[2], modes=[mode])]
 
 
 def as_tuple(results):
@@ -99,7 +99,7 @@ def judge(out, exact, low, dtype, grad, what):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("mode", op_case.MODES)
+@pytest.mark.parametrize("mode", ops.MODES)
 def test_a_way_to_compute_an_op_is_another_op_or_changes_its_inputs(mode, dtype):
     for case in tiny_ops(mode, dtype):
         given = draw(case)
@@ -197,7 +197,7 @@ def test_a_training_step_leaves_gradients_behind_or_updates_weights():
 
 
 def all_cases():
-    for mode in op_case.MODES:
+    for mode in ops.MODES:
         yield from tiny_ops(mode, "bf16")
     for make, mode in itertools.product(MODELS.values(), MODEL_MODES):
         yield make(mode=mode, dtype="bf16", autocast=True)
@@ -361,18 +361,18 @@ def test_a_wrong_argument_is_taken(make, changes, message):
 
 
 def test_a_shape_is_not_among_the_rows_that_were_asked_for():
-    makers = list(op_rows.listed(device="cuda", dtypes=["bf16"], batches=[64]))
+    makers = list(ops.listed(device="cuda", dtypes=["bf16"], batches=[64]))
     cases = [make() for make in makers]
     shapes = [(case.name, case.mode, *case.shape.values()) for case in cases]
     assert len(set(shapes)) == len(shapes)
-    for n, mode in itertools.product((197, 257, 577, 1025, 1370), op_case.MODES):
+    for n, mode in itertools.product((197, 257, 577, 1025, 1370), ops.MODES):
         assert {("attention", mode, n, heads, dim) for dim, heads in ((64, 12), (72, 16), (80, 16))} <= set(shapes)
         widths = (192, 384, 768, 1024, 1280) if n <= 257 else (768,)
         linears = ("linear norm qkv", "linear proj", "linear norm fc1", "linear fc2")
         names = ("layer_norm", "add_layer_norm", *linears, "mlp")
         assert {(name, mode, n, width) for name in names for width in widths} <= set(shapes)
         for width, images in itertools.product(widths, ("float", "uint8")):
-            assert (f"patch_embed {images}", mode, *op_rows.IMAGES[n], width) in shapes
+            assert (f"patch_embed {images}", mode, *ops.IMAGES[n], width) in shapes
     # a call a row costs nothing yet, and what matters most comes first
     assert [case.shape["tokens"] for case in cases if case.name == "mlp"][:3] == [197, 197, 197]
 
@@ -423,5 +423,5 @@ def test_flash_attention_gets_another_layout_or_its_logsumexp_counts_as_a_result
     for module in (fake, fake.cute, third):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     qkv = torch.randn(2, 5, 3, 3, 8)
-    out = _flash_attn(version)(qkv)
+    out = ops.packed_flash_attn(version)(qkv)
     torch.testing.assert_close(out, attend(*qkv.unbind(2)))

@@ -1,8 +1,7 @@
-"""`vitfast tune`: time kernels against stock operators on this card, for some models' shapes, and keep who won."""
+"""What `vitfast tune` does: time kernels against stock operators on this card, for some models' shapes, and keep who won."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,18 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from vitfast.check.calls import NAMES, SEED, Call, Prepared
-from vitfast.check.case import DTYPES, Case, Variant
-from vitfast.check.compare import NO_TIME_LEFT, DeviceLost, compare
+from vitfast.check.case import Case, Variant
+from vitfast.check.compare import NO_TIME_LEFT, compare
 from vitfast.check.families import FAMILIES, Family
 from vitfast.check.measuring import BUILT_IN, STOCK, Row, keep, verdict
 from vitfast.check.warmup import batches_of, check_dtype, description, kernel_calls, models_in
-from vitfast.choose import dispatch, tuning_cache
+from vitfast.choose import dispatch
 from vitfast.choose.tuning_cache import Choice
 from vitfast.config import ViTConfig
 from vitfast.measure import device as devices
 from vitfast.measure.device import Place
 from vitfast.ops import _launch
-from vitfast.timm_names.variants import config_for
 
 # how long to time one call, and the least of that where the budget is short
 SECONDS, LEAST_S = 2.0, 0.1
@@ -212,49 +210,3 @@ def _decided(
 def words(config: dispatch.Config | None) -> str:
     """A configuration in a table."""
     return "" if config is None else " ".join(f"{name}={value}" for name, value in config.items())
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, 1 where a kernel was wrong or nothing could be kept, 2 for wrong use."""
-    told = _parser().parse_args(argv)
-    try:
-        device = devices.device_named(told.device)
-        if not told.budget > 0:
-            raise ValueError(f"--budget must be more than 0, got {told.budget}")
-        configs = [config_for(name, img_size=told.image_size) for name in told.model]
-        report = tune(
-            configs, told.batch, DTYPES[told.dtype], told.training, device=device, prepared=told.prepared,
-            budget_s=told.budget,
-        )  # fmt: skip
-    except (ValueError, TypeError, NotImplementedError) as problem:
-        print(f"vitfast tune: {problem}", file=sys.stderr)
-        return 2
-    except DeviceLost as problem:
-        print(f"vitfast tune: the device was lost {problem}; what was measured before is kept", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("vitfast tune: stopped; what was measured is kept", file=sys.stderr)
-        return 130
-    print(report)
-    print(f"kept in {report.path}" if report.path else "nothing was kept")
-    return int(report.path is None or any(row.wrong for row in report.rows))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="vitfast tune",
-        description="Time this package's kernels against stock PyTorch operators on this GPU, for the shapes of some "
-        "models, and keep for each shape what is faster. Nothing else should use the GPU meanwhile.",
-        epilog=f"The file is in {tuning_cache.folder()} ($VITFAST_CACHE_DIR names another folder) and holds for this "
-        "card, driver, torch, triton, vitfast and source of its kernels only.",
-    )
-    add = parser.add_argument
-    add("model", nargs="+", metavar="MODEL", help="timm's names, see `vitfast models`")
-    add("--batch", nargs="+", type=int, default=[1], metavar="N", help="images (default: 1)")
-    add("--dtype", choices=DTYPES, default="bf16", help="what the model computes in (default: %(default)s)")
-    add("--training", action="store_true", help="also the backward")
-    add("--prepared", action="store_true", help="also what vitfast.prepare makes of the models")
-    add("--image-size", type=int, metavar="PIXELS", help="another size than the models' own")
-    add("--device", default="cuda", help="cuda, cuda:1 ... (default: %(default)s)")
-    add("--budget", type=float, default=BUDGET_S, metavar="SECONDS", help="for all (default: %(default).0f)")
-    return parser

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return demo.main(rest)
     if arguments.command == "tune":
-        from vitfast.check import tune
+        from vitfast.commands import tune
 
         return tune.main(rest)
     if rest:
