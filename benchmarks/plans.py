@@ -14,8 +14,8 @@ from stages import Makers, Run, Stage
 
 from benchmarks.core import models
 from benchmarks.core import ops as op_rows
-from vitfast.check.case import Case
 from benchmarks.core.harness import COMPILERS
+from vitfast.check.case import Case
 
 # images of a row of ops, and of a training step
 BATCH = 64

@@ -28,8 +28,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vitfast import ViTConfig
 from benchmarks.core import record, work
+from vitfast import ViTConfig
 from vitfast.check.case import Work
 from vitfast.timm_names.variants import config_for
 

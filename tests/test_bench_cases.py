@@ -15,9 +15,9 @@ from textbook import Textbook
 import vitfast
 from benchmarks.core import case as factory
 from benchmarks.core import compilers, models, ops, rivals, steps
-from vitfast.check.case import DTYPES, Case
 from benchmarks.core.steps import MODES as MODEL_MODES
 from vitfast.check import acceptance
+from vitfast.check.case import DTYPES, Case
 
 TINY_VIT = {"model": "vit_tiny_patch16_224", "options": {"img_size": 32, "depth": 2, "num_classes": 10}}
 TINY_DINO = {"model": "vit_small_patch14_dinov2", "options": {"img_size": 28, "depth": 2}}

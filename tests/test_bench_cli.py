@@ -92,7 +92,8 @@ def test_a_checkout_cannot_run_it():
 
 
 ROW = {
-    "key": "op/mlp/forward/tokens197 width768/batch 8/bf16", "baseline": "eager", "noise_25": 0.98, "noise_75": 1.02, "rounds": 8, "noisy": 3, "others": 0.2,
+    "key": "op/mlp/forward/tokens197 width768/batch 8/bf16", "baseline": "eager",
+    "noise_25": 0.98, "noise_75": 1.02, "rounds": 8, "noisy": 3, "others": 0.2,
     "variants": {
         "eager": {"ms": 2.0, "ms_20": 1.9, "ms_80": 2.1, "accepted": True, "error_ratio": 1.0, "compile_s": 0.1},
         "vitfast": {

@@ -10,8 +10,8 @@ from bench_cases import make, on_device
 from simulated_device import SimulatedDevice
 
 from benchmarks.core import ceilings
-from vitfast.check.case import Work
 from benchmarks.core.harness import run_case
+from vitfast.check.case import Work
 from vitfast.measure import device as devices
 from vitfast.measure import nvml
 from vitfast.measure.device import HOST_SHARE, Arranged, Cuda, NotCaptured, arrange, input_sets, issue

@@ -10,9 +10,9 @@ from bench_cases import QuickCpu, layer_norm, make, on_device, plain_layer_norm,
 from simulated_device import SimulatedDevice
 
 from benchmarks.core import harness
+from benchmarks.core.harness import run_case
 from vitfast.check import compare
 from vitfast.check.case import Variant
-from benchmarks.core.harness import run_case
 
 
 def test_a_wrong_result_of_ours_is_timed():

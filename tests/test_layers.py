@@ -202,7 +202,8 @@ OTHER_QUESTIONS = {
 }
 # what a rule of right cannot do without
 MEASURES = re.compile(
-    r"\b(allclose|isclose|assert_close|[ra]_?tol|rel_tol|abs_tol|TOLERANCE|max_abs_err|cosine_similarity|vector_norm|relative_error|finfo\(\w+\)\.eps)\b"
+    r"\b(allclose|isclose|assert_close|[ra]_?tol|rel_tol|abs_tol|TOLERANCE|cosine_similarity|vector_norm|relative_error)\b"
+    r"|square\(\)\.mean\(\)\.sqrt|finfo\(\w+\)\.eps"
 )
 
 

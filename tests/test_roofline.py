@@ -15,8 +15,8 @@ import vit_pytorch
 from roofline import H200, MODELS, Ceilings
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 
-from vitfast import ViT, ViTConfig, ops
 from benchmarks.core import work
+from vitfast import ViT, ViTConfig, ops
 from vitfast.check.case import Work
 from vitfast.timm_names.variants import config_for
 

@@ -1,4 +1,4 @@
-"""What `vitfast tune` does: time kernels against stock operators on this card, for some models' shapes, and keep who won."""
+"""`vitfast tune`: time kernels against stock operators on this card, for some models' shapes, and keep who won."""
 
 from __future__ import annotations
 
