@@ -314,7 +314,7 @@ def test_hugging_faces_names_before_release_5_are_not_known():
     parts = [f"{layer}attention.attention.{part}" for part in ("query", "key", "value")]
     shapes = {name: timm[ours] for name, ours in old.items()}
     shapes |= {f"{part}.{kind}": torch.empty(4, 4) for part in parts for kind in ("weight", "bias")}
-    theirs, by_ours = rivals._from_timm(shapes, timm)
+    theirs, by_ours = rivals.from_timm(shapes, timm, rivals.HUGGING_FACE)
     assert all(theirs[name] is timm[ours] for name, ours in old.items())
     assert torch.equal(torch.cat([theirs[f"{part}.weight"] for part in parts]), timm["blocks.0.attn.qkv.weight"])
     assert by_ours["blocks.0.attn.qkv.weight"] == [f"{part}.weight" for part in parts]

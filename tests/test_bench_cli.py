@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: its table and file, its exit status, and that a user error is one line."""
+"""`python -m benchmarks`: what it prints and keeps, its exit status, and that a user error is one line."""
 
 import json
 import subprocess
@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from benchmarks import __main__ as program
-from benchmarks.core import cli, models, ops
+from benchmarks.core import harness, models, ops
 from vitfast.check import acceptance
 from vitfast.measure.machine import ROOT
 
@@ -26,9 +26,8 @@ def test_the_command_prints_no_table_or_runs_again_what_is_there(tmp_path, capsy
     quick = ["ops", "attention", "--tiny", "--batches", "1", "--dtypes", "fp32", "--seconds", "0", "--ceilings", "0"]
     status, out, err = run_cli(capsys, *quick, "--out", str(file))
     assert status == 0, err
-    table = [line for line in out.splitlines() if line.startswith("|")]
-    assert {line.count("|") for line in table} == {cli.HEADER.count("|")}
-    assert all(any(name in line for line in table) for name in ("SDPA packed", "vitfast", "flash-attn 3"))
+    said = [line for line in out.splitlines() if line.startswith("  ")]
+    assert all(any(name in line for line in said) for name in ("SDPA packed", "vitfast", "flash-attn 3"))
     rows = json.loads(file.read_text())["rows"]
     assert [row["mode"] for row in rows] == list(ops.MODES)
     assert all(row["variants"]["vitfast"]["ms"] > 0 for row in rows)
@@ -111,12 +110,12 @@ ROW = {
 }  # fmt: skip
 
 
-def test_the_table_hides_noise_a_wrong_result_or_a_reason():
-    table = list(cli.lines(ROW))
-    assert {line.count("|") for line in table} == {cli.HEADER.count("|")}
-    eager, ours, close, apart, broken, missing = table
-    assert "1 (noise 0.98-1.02)" in eager and "3 of 8 rounds noisy" in eager and "20% of the CPUs" in eager
-    assert "| 1 (0.9-1.1) | 2.00 (1.90-2.10) | 56 (memory) | 0.90 | graph |" in ours
-    assert "~1.01 (0.99-1.03)" in close and "not accepted, bound by the host, ready after 40 s" in close
-    assert "1.5" in apart and "not checked" in apart
-    assert "RuntimeError: a / b" in broken and "liger_kernel is not installed" in missing
+def test_a_row_hides_noise_a_wrong_result_or_a_reason():
+    eager, ours, close, apart, broken, missing = (said for _, said in harness.of_variants(ROW))
+    assert eager.startswith("2 ms (1.9-2.1), noise 0.98-1.02") and "[3 of 8 rounds noisy]" in eager
+    assert "[20% of the CPUs used by others]" in eager
+    assert ours == "1 ms (0.9-1.1), 2.00x (1.90-2.10), 56 % of memory, error 0.90 [graph]"
+    assert ", ~1.01x (0.99-1.03)" in close and "[not accepted] [bound by the host] [ready after 40 s]" in close
+    assert apart == "1.5 ms [not checked]"
+    assert broken == "RuntimeError: a | b" and missing == "liger_kernel is not installed"
+    assert harness.summary(ROW).count("; ") == 5

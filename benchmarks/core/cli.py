@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,6 @@ from vitfast.measure import device as devices
 from vitfast.measure import machine
 
 PACKAGES = ("torchvision", "flash-attn", "flash-attn-3", "liger-kernel", "onnxruntime", "openvino")
-# share of the CPUs' time that other processes may take before a row says so
-OTHERS = 0.03
-HEADER = "| row | variant | ms (20-80 %) | ratio (25-75 %) | % of ceiling | error | |"
-
-Row = Mapping[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Time ops or models in turns with their rivals, and check their results. Prints a table.",
+        description="Time ops or models in turns with their rivals, and check their results. Prints what came out.",
         epilog="A ratio above 1 is faster than the first variant of the row; ~ marks what is within the noise, which "
         "is the first's ratio to itself. Wrong results of vitfast's are not timed, those of rivals are marked.",
     )
@@ -108,49 +103,11 @@ def _print(kept: record.Record, keys: Sequence[str]) -> None:
     run, rows = kept.data["run"], {row["key"]: row for row in kept.rows}
     versions = ", ".join(f"{name} {run[name]}" for name in ("vitfast", "torch", "timm") if run.get(name))
     print(f"{run['device']}, {run['threads']} CPU threads, {versions}, commit {run.get('commit')}")
-    print(f"\n{HEADER}\n" + "|---" * (HEADER.count("|") - 1) + "|")
     for key in keys:
         if key in rows:
-            print("\n".join(lines(rows[key])))
+            print(f"\n{key}")
+            for name, said in harness.of_variants(rows[key]):
+                print(f"  {name:<24} {said}")
     for skipped in kept.data["skipped"]:
         if skipped.get("key") in keys:
-            print(f"| {skipped['key']} | skipped: {_cell(skipped['why'])} |" + " |" * 5)
-
-
-def lines(row: Row) -> Iterator[str]:
-    """The lines of a row in the table, one a variant."""
-    title = row["key"].replace("/", " ")
-    for name, found in row["variants"].items():
-        yield "| " + " | ".join([title, name, *_cells(row, name, found)]) + " |"
-        title = ""
-
-
-def _cells(row: Row, name: str, found: Row) -> list[str]:
-    if "ms" not in found:
-        return [_cell(found.get("absent") or found.get("not_timed", "not timed"))] + [""] * 4
-    time_ms, ratio = f"{found['ms']:.4g}", ""
-    if "ms_20" in found:
-        time_ms += f" ({found['ms_20']:.4g}-{found['ms_80']:.4g})"
-    if found.get("ratio") is not None:
-        ratio = f"{found['ratio']:.2f} ({found['ratio_25']:.2f}-{found['ratio_75']:.2f})"
-        ratio = f"~{ratio}" if found.get("within_noise") else ratio
-    elif name == row["baseline"] and row.get("noise_25") is not None:
-        ratio = f"1 (noise {row['noise_25']:.2f}-{row['noise_75']:.2f})"
-    percent = "" if found.get("percent") is None else f"{found['percent']:.2g} ({found['limit']})"
-    error = "" if found.get("error_ratio") is None else f"{found['error_ratio']:.2f}"
-    first, others = name == row["baseline"], row.get("others") or 0
-    marks = {
-        "not accepted": found.get("accepted") is False,
-        "not checked": found.get("accepted") is None and not found.get("part"),
-        "a part of it": found.get("part"),
-        "graph": found.get("graph"),
-        "bound by the host": found.get("host_bound"),
-        f"ready after {found.get('compile_s', 0):.0f} s": found.get("compile_s", 0) >= 1,
-        f"{row.get('noisy')} of {row.get('rounds')} rounds noisy": first and row.get("noisy"),
-        f"{others:.0%} of the CPUs used by others": first and others > OTHERS,
-    }
-    return [time_ms, ratio, percent, error, ", ".join(mark for mark, holds in marks.items() if holds)]
-
-
-def _cell(text: str) -> str:
-    return text.removeprefix("NotImplementedError: ").replace("|", "/").splitlines()[0]
+            print(f"\n{skipped['key']}: skipped: {skipped['why']}")

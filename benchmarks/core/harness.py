@@ -17,6 +17,8 @@ from vitfast.measure import device as devices
 
 # what names of variants end in that take most of the time of a row to get ready
 COMPILERS = ("compiled", "reduce-overhead", "max-autotune")
+# share of the CPUs' time that other processes may take before a row says so
+OTHERS = 0.03
 CUT_SHORT = "the run was cut short while its process ran"
 
 Maker = Callable[[], Case]
@@ -200,13 +202,39 @@ def _made(
 
 def summary(row: Row) -> str:
     """A row in one line."""
-    parts = []
+    return "; ".join(f"{name}: {told}" for name, told in of_variants(row))
+
+
+def of_variants(row: Row) -> Iterator[tuple[str, str]]:
+    """What is to be told of each variant. A ratio above 1 is faster than the baseline, ~ is within the noise."""
+    others = row.get("others") or 0
     for name, found in row["variants"].items():
-        if "ms" in found:
-            ratio = f" ({found['ratio']:.2f}x)" if "ratio" in found else ""
-            marks = [mark for mark in ("graph", "host_bound", "within_noise", "apart") if found.get(mark)]
-            marks += ["not accepted"] * (found.get("accepted") is False) + ["a part"] * bool(found.get("part"))
-            parts.append(f"{name} {found['ms']:.4g} ms{ratio}" + "".join(f" [{m.replace('_', ' ')}]" for m in marks))
-        else:
-            parts.append(f"{name}: {found.get('absent') or found.get('not_timed')}")
-    return "; ".join(parts)
+        if "ms" not in found:
+            yield (
+                name,
+                (found.get("absent") or found.get("not_timed", "not timed")).removeprefix("NotImplementedError: "),
+            )
+            continue
+        first = name == row.get("baseline")
+        told = f"{found['ms']:.4g} ms" + (f" ({found['ms_20']:.4g}-{found['ms_80']:.4g})" if "ms_20" in found else "")
+        if found.get("ratio") is not None:
+            sign = "~" if found.get("within_noise") else ""
+            told += f", {sign}{found['ratio']:.2f}x ({found['ratio_25']:.2f}-{found['ratio_75']:.2f})"
+        elif first and row.get("noise_25") is not None:
+            told += f", noise {row['noise_25']:.2f}-{row['noise_75']:.2f}"
+        if found.get("percent") is not None:
+            told += f", {found['percent']:.2g} % of {found['limit']}"
+        if found.get("error_ratio") is not None:
+            told += f", error {found['error_ratio']:.2f}"
+        marks = {
+            "not accepted": found.get("accepted") is False,
+            "not checked": found.get("accepted") is None and not found.get("part"),
+            "a part": found.get("part"),
+            "graph": found.get("graph"),
+            "bound by the host": found.get("host_bound"),
+            "apart": found.get("apart"),
+            f"ready after {found.get('compile_s', 0):.0f} s": found.get("compile_s", 0) >= 1,
+            f"{row.get('noisy')} of {row.get('rounds')} rounds noisy": first and row.get("noisy"),
+            f"{others:.0%} of the CPUs used by others": first and others > OTHERS,
+        }
+        yield name, told + "".join(f" [{mark}]" for mark, holds in marks.items() if holds)
