@@ -363,7 +363,8 @@ FACTORIES: dict[str, Callable[..., Case]] = {
 def listed(
     of: Sequence[str] = tuple(FACTORIES), *, device: str, dtypes: Sequence[str], batches: Sequence[int],
     modes: Sequence[str] = MODES, tokens: Sequence[int] = tuple(IMAGES), widths: Sequence[int] | None = None,
-    heads: Mapping[int, int] = HEADS,
+    heads: Mapping[int, int] = HEADS, kinds: Sequence[str] = PROJECTIONS,
+    images: Mapping[int, tuple[int, int]] = IMAGES,
 ) -> Iterator[Callable[[], Case]]:  # fmt: skip
     """The rows of the ops named, shorter sequences first; each is made when it is called.
 
@@ -371,42 +372,30 @@ def listed(
         widths: of all but attention; by default `WIDTHS`, of sequences longer than 257 the first, since these are only
             more rows to them; of patches of 518 x 518 images also DINOv2's.
         heads: of attention, {head dim: heads}.
+        kinds: of `LINEARS`.
+        images: of patch_embed, {tokens: (size, patch)}.
 
     Raises:
-        ValueError: patch_embed with a number of tokens that is not in `IMAGES`.
+        ValueError: patch_embed with a number of tokens that is not in `images`.
     """
-    unknown = [n for n in tokens if n not in IMAGES]
+    unknown = [n for n in tokens if n not in images]
     if "patch_embed" in of and unknown:
-        raise ValueError(f"tokens of patch_embed must be among {', '.join(map(str, IMAGES))}, got {unknown[0]}")
+        raise ValueError(f"tokens of patch_embed must be among {', '.join(map(str, images))}, got {unknown[0]}")
     for n, dtype, batch, mode, name in itertools.product(tokens, dtypes, batches, modes, of):
         # DINOv2's large model is the one with such images
         usual = WIDTHS if n <= 257 else (768, 1024) if (name, n) == ("patch_embed", 1370) else WIDTHS[:1]
-        for shape in _shapes(name, n, IMAGES.get(n), widths or usual, heads, PROJECTIONS):
-            yield partial(FACTORIES[name], **shape, batch=batch, mode=mode, dtype=dtype, device=device)
-
-
-def tiny(
-    of: Sequence[str] = tuple(FACTORIES), *, device: str, dtypes: Sequence[str], batches: Sequence[int],
-    modes: Sequence[str] = MODES,
-) -> Iterator[Callable[[], Case]]:  # fmt: skip
-    """One small shape of each op named, and of each kind of it, to see whether all runs."""
-    for dtype, batch, mode, name in itertools.product(dtypes, batches, modes, of):
-        for shape in _shapes(name, 17, (32, 8), (32,), {8: 2}, LINEARS):
-            yield partial(FACTORIES[name], **shape, batch=batch, mode=mode, dtype=dtype, device=device)
-
-
-def _shapes(
-    name: str, tokens: int, image: tuple[int, int] | None, widths: Sequence[int], heads: Mapping[int, int],
-    kinds: Sequence[str] | Mapping[str, Any],
-) -> Iterator[dict[str, Any]]:  # fmt: skip
-    if name == "attention":
-        yield from ({"tokens": tokens, "heads": count, "head_dim": dim} for dim, count in heads.items())
-        return
-    for width in widths:
-        if name == "linear":
-            yield from ({"tokens": tokens, "width": width, "kind": kind} for kind in kinds)
+        shapes: list[dict[str, Any]] = [{"tokens": n, "width": width} for width in widths or usual]
+        if name == "attention":
+            shapes = [{"tokens": n, "heads": count, "head_dim": dim} for dim, count in heads.items()]
+        elif name == "linear":
+            shapes = [shape | {"kind": kind} for shape in shapes for kind in kinds]
         elif name == "patch_embed":
-            size, patch = image
-            yield from ({"size": size, "patch": patch, "width": width, "images": i} for i in ("float", "uint8"))
-        else:
-            yield {"tokens": tokens, "width": width}
+            size, patch = images[n]
+            sizes = [{"size": size, "patch": patch, "width": shape["width"]} for shape in shapes]
+            shapes = [shape | {"images": pixels} for shape in sizes for pixels in ("float", "uint8")]
+        for shape in shapes:
+            yield partial(FACTORIES[name], **shape, batch=batch, mode=mode, dtype=dtype, device=device)
+
+
+# one small shape of each op, and of each kind of it, to see whether all runs
+tiny = partial(listed, tokens=(17,), widths=(32,), heads={8: 2}, kinds=tuple(LINEARS), images={17: (32, 8)})

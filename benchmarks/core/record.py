@@ -50,7 +50,6 @@ Every number that is not finite is null.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -165,35 +164,32 @@ def set_aside(path: Path | str) -> Path | None:
     return path.replace(path.with_name(f"{path.name}.before"))
 
 
-def merge(paths: Iterable[Path | str], *, mix_devices: bool = False) -> dict[str, Any]:
+def merge(paths: Iterable[Path | str]) -> dict[str, Any]:
     """One record of several. Of rows with the same key the newest with times stays.
 
     Run and ceilings are the newest that there are; the other runs are listed under "earlier".
 
     Raises:
-        ValueError: as `read`; no path; or the files are from different devices and `mix_devices` is not set.
+        ValueError: as `read`; no path; or the files are from different devices.
     """
     found = {str(path): read(path) for path in paths}
     if not found:
         raise ValueError("merge: paths must name at least one file, got none")
-    if not mix_devices:
-        _same_devices({path: data["run"] for path, data in found.items()})
+    _same_devices({path: data["run"] for path, data in found.items()})
     in_order = sorted(found.values(), key=lambda data: data["run"].get("date", ""))
     rows: dict[str, Row] = {}
     for row in (row for data in in_order for row in data["rows"]):
         if row["key"] not in rows or _rank(row) >= _rank(rows[row["key"]]):
             rows[row["key"]] = row
     skipped = {each.get("key"): each for data in in_order for each in data["skipped"]}
-    return copy.deepcopy(
-        {
-            "schema": SCHEMA,
-            "run": in_order[-1]["run"],
-            "earlier": [run for data in in_order for run in data["earlier"]] + [data["run"] for data in in_order[:-1]],
-            "ceilings": next((data["ceilings"] for data in reversed(in_order) if data["ceilings"]), {}),
-            "rows": list(rows.values()),
-            "skipped": [each for key, each in skipped.items() if key not in rows],
-        }
-    )
+    return {
+        "schema": SCHEMA,
+        "run": in_order[-1]["run"],
+        "earlier": [run for data in in_order for run in data["earlier"]] + [data["run"] for data in in_order[:-1]],
+        "ceilings": next((data["ceilings"] for data in reversed(in_order) if data["ceilings"]), {}),
+        "rows": list(rows.values()),
+        "skipped": [each for key, each in skipped.items() if key not in rows],
+    }
 
 
 def _rank(row: Row) -> tuple[bool, str]:

@@ -66,8 +66,8 @@ class Setting:
         network.module.requires_grad_(self.training)
         return network
 
-    def eager(self, network: Network) -> Function:
-        self.place(network)
+    def eager(self, network: Network, dtype: torch.dtype | None = None) -> Function:
+        self.place(network, dtype)
         return self._function(network, lambda images: network.logits(network.module(images)))
 
     def compiled(self, network: Network, mode: str | None = None, own_graphs: bool = False) -> Function:
@@ -90,9 +90,7 @@ class Setting:
 
     def exact(self, network: Network) -> Function:
         """In fp64, outside autocast."""
-        plain = replace(self, autocast=False)
-        plain.place(network, torch.float64)
-        return plain._function(network, lambda images: network.logits(network.module(images)))
+        return replace(self, autocast=False).eager(network, torch.float64)
 
     def _function(self, network: Network, forward: Callable[[Tensor], Tensor]) -> Function:
         def cast() -> Any:
