@@ -1,1 +1,1 @@
-"""Benchmarks that check before they time. `vitfast bench` runs them; see `vitfast.bench.harness`."""
+"""Rows of ops and models beside their rivals, checked before they are timed by `vitfast.check.compare`."""
