@@ -319,9 +319,10 @@ def test_hugging_faces_names_before_release_5_are_not_known():
     assert torch.equal(torch.cat([theirs[f"{part}.weight"] for part in parts]), timm["blocks.0.attn.qkv.weight"])
     assert by_ours["blocks.0.attn.qkv.weight"] == [f"{part}.weight" for part in parts]
     with pytest.raises(NotImplementedError, match="unknown.weight"):
-        rivals._from_timm(shapes | {"unknown.weight": torch.empty(1)}, timm)
+        rivals.from_timm(shapes | {"unknown.weight": torch.empty(1)}, timm, rivals.HUGGING_FACE)
     with pytest.raises(NotImplementedError, match="norm.bias"):
-        rivals._from_timm({name: like for name, like in shapes.items() if name != "vit.layernorm.bias"}, timm)
+        fewer = {name: like for name, like in shapes.items() if name != "vit.layernorm.bias"}
+        rivals.from_timm(fewer, timm, rivals.HUGGING_FACE)
 
 
 def test_the_ninth_shape_of_a_function_is_no_longer_compiled(monkeypatch):

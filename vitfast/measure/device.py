@@ -111,7 +111,11 @@ class Cpu:
         if hasattr(libc, "malloc_trim"):
             # what was freed before would serve this call and hide what it needs
             libc.malloc_trim(0)
-        return {"peak_resident_mib": peak_growth_mib(call)}
+        try:
+            return {"peak_resident_mib": peak_growth_mib(call)}
+        # where a process may not set its own peak back
+        except OSError:
+            return {}
 
 
 class Cuda:
