@@ -42,7 +42,7 @@ result of ours, an exception, no memory, no time left), or times. Of these only 
     tflops, gbps            the case's work by `ms`
     percent, limit          of the time that the run's ceilings allow; "compute" or "memory" sets that time
     peak_allocated_mib, peak_reserved_mib   what one call needs at its peak beyond what was there before (training)
-    peak_resident_mib       the same of a process on a CPU, of whole models
+    peak_resident_mib       the same of the process on a CPU, of whole models in inference too
     apart, baseline_ms      timed in a process of its own, not in turns with the others, against the baseline there
 
 Every number that is not finite is null.
