@@ -61,7 +61,6 @@ aot: $(VENV)/.test ## compile every kernel for four architectures with no GPU, c
 
 bench: $(VENV)/.bench ## time models and ops on this CPU against timm, torch.compile, ONNX Runtime and OpenVINO
 	$(BIN)/python benchmarks/run.py cpu $(if $(RESUME),--resume) $(if $(OUT),--out $(OUT))
-	$(BIN)/python benchmarks/bench_cpu.py --out $(or $(OUT),benchmarks/results)
 
 gpu: ## RUN=check|tune|models|tests|profile|rest|next|all: test and time on a GPU, with the PYTHON that has torch; MINUTES=9
 	$(PYTHON) benchmarks/run.py $(or $(RUN),$(error RUN must be check, tune, models, tests, profile, rest, next or all)) \

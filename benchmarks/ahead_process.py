@@ -23,9 +23,9 @@ from gpu_stages import partly  # noqa: E402
 from plans import PLANS  # noqa: E402
 from stages import Kept, Run, same_keys  # noqa: E402
 
-from vitfast.bench import record  # noqa: E402
-from vitfast.bench.case import DTYPES, Case, Variant  # noqa: E402
-from vitfast.bench.harness import COMPILERS, SEED  # noqa: E402
+from benchmarks.core import record  # noqa: E402
+from benchmarks.core.harness import COMPILERS, SEED  # noqa: E402
+from vitfast.check.case import DTYPES, Case, Variant  # noqa: E402
 from vitfast.measure import device as devices  # noqa: E402
 
 # one that needs more is left to few processes

@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 
 from aot_compile import ARCHS, CUDA_ARCHS, Row, compilations, cuda_rows, kernel_row, nvcc_release  # noqa: E402
 
-from vitfast.bench import record  # noqa: E402
+from benchmarks.core import record  # noqa: E402
 from vitfast.choose import tuning_cache  # noqa: E402
 from vitfast.choose.tuning_cache import digest_of  # noqa: E402
 from vitfast.measure import machine  # noqa: E402

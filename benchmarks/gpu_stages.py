@@ -17,9 +17,9 @@ import ahead
 import torch
 from stages import ROOT, STATE, Outcome, Run, Stage, last_lines, publish, say, started
 
-from vitfast.bench import ceilings, harness
-from vitfast.bench.case import Case
-from vitfast.bench.record import set_aside
+from benchmarks.core import ceilings, harness
+from benchmarks.core.record import set_aside
+from vitfast.check.case import Case
 from vitfast.choose import builtin, tuning_cache
 from vitfast.kernels import extension as compiled_half
 from vitfast.measure import device as devices

@@ -16,7 +16,7 @@ from typing import Any
 from outcomes import Outcomes
 from stages import ROOT, STATE, Outcome, Run, Stage, last_lines, say, started
 
-from vitfast.bench import harness
+from benchmarks.core import harness
 
 # the files with tests that take every device, besides those of kernels; others may import what is not there
 KERNELS, OF_DEVICES = ("tests/kernels",), ("tests/test_ops.py", "tests/test_devices.py")

@@ -12,9 +12,10 @@ from gpu_tests import KERNELS, OF_DEVICES, SMOKE, stage_of
 from profile_kernels import profile
 from stages import Makers, Run, Stage
 
-from vitfast.bench import models, op_rows
-from vitfast.bench.case import Case
-from vitfast.bench.harness import COMPILERS
+from benchmarks.core import models
+from benchmarks.core import ops as op_rows
+from benchmarks.core.harness import COMPILERS
+from vitfast.check.case import Case
 
 # images of a row of ops, and of a training step
 BATCH = 64
@@ -119,6 +120,20 @@ def ops_on_cpu(run: Run) -> Iterator[Callable[[], Case]]:
     yield from op_rows.listed(OPS[1:], widths=(768,), **common)
 
 
+def growth(run: Run) -> Iterator[Callable[[], Case]]:
+    """Speed and memory over batch and image size, of what `models` on a CPU has not."""
+    for batches, size in (((4, 16, 64), None), ((1,), 384), ((1,), 768), ((1,), 1024)):
+        for maker in whole(run, BASE_AND_SMALL[1:], batches, dtypes=("bf16", "fp32"), image_size=size):
+            yield without(maker, "torchvision", "Hugging Face")
+
+
+def tanh_gelu(run: Run) -> Iterator[Callable[[], Case]]:
+    """SigLIP's MLP at 432 pixels."""
+    tokens, width, batch = (17, 32, 1) if run.tiny else (729, 768, 8)
+    for dtype in ("bf16", "fp32"):
+        yield partial(op_rows.mlp, batch=batch, tokens=tokens, width=width, act="gelu_tanh", dtype=dtype)
+
+
 def of(*names: str, batches: Iterable[int] = BATCHES, **how: Any) -> Callable[[Run], Makers]:
     """Rows of these models."""
     return lambda run: whole(run, names, batches, **how)
@@ -201,9 +216,11 @@ PLANS: dict[str, tuple[Stage, ...]] = {
             of(BASE_AND_SMALL[1], batches=(8,), mode="training", dtypes=("bf16", "fp32")),
         ),
         measured("networks of convolutions", 200, 200, of(*models.CNNS, batches=(8, 1), dtypes=("fp32",))),
+        measured("tanh GELU", 60, 60, tanh_gelu),
+        measured("growth", 900, 900, growth),
     ),
 }  # fmt: skip
 # what `next` does, in this order
 ORDER = ("check", "tune", "models", "tests", "profile", "rest")
 # of a call: for one plan, with what it takes to start python and to write the last files
-LIMITS_S = {**dict.fromkeys(ORDER, 540.0), "check": 300.0, "profile": 180.0, "cpu": 2400.0}
+LIMITS_S = {**dict.fromkeys(ORDER, 540.0), "check": 300.0, "profile": 180.0, "cpu": 3400.0}

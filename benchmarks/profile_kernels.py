@@ -22,8 +22,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import torch  # noqa: E402
 from stages import Outcome, Run, Stage, last_lines, say, started  # noqa: E402
 
+from benchmarks.core import harness  # noqa: E402
 from vitfast import ops  # noqa: E402
-from vitfast.bench import harness  # noqa: E402
 from vitfast.choose import dispatch  # noqa: E402
 
 KERNELS = ("fc1", "attention_backward", "patch_embed")

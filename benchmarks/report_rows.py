@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vitfast.bench import record
+from benchmarks.core import record
 from vitfast.timm_names.variants import VARIANTS
 
 CNNS = ("resnet", "mobilenet", "efficientnet", "convnext", "regnet")

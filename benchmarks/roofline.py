@@ -3,7 +3,7 @@
     python benchmarks/roofline.py [--model NAME ...] [--batch N] [--class-token-only] [--ceilings FILE] [--json]
 
 The time of an op is that of its matrix products at the highest rate, or that of its bytes at the highest rate,
-whichever is longer (vitfast/bench/work.py counts both). For a model:
+whichever is longer (benchmarks/core/work.py counts both). For a model:
 
 floor      matrix products alone
 roofline   the sum over its kernels, with norms, activations and residuals inside the products
@@ -28,9 +28,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.core import record, work
 from vitfast import ViTConfig
-from vitfast.bench import record, work
-from vitfast.bench.case import Work
+from vitfast.check.case import Work
 from vitfast.timm_names.variants import config_for
 
 MODELS = {

@@ -58,7 +58,7 @@ from plans import LIMITS_S, ORDER, PLANS  # noqa: E402
 from report import slug  # noqa: E402
 from stages import STATE, Kept, Run, go, is_finished, same_keys, say  # noqa: E402
 
-from vitfast.bench import harness, record  # noqa: E402
+from benchmarks.core import harness, record  # noqa: E402
 from vitfast.measure import machine  # noqa: E402
 from vitfast.measure.machine import cpu_name  # noqa: E402
 
@@ -176,11 +176,6 @@ class Call:
         more = [] if self.several else ["--resume"]
         os.execv(sys.executable, [sys.executable, __file__, *sys.argv[1:], "--minutes", f"{minutes:.3f}", *more])
 
-    def write_tables(self) -> None:
-        if self.told.run == "cpu" and "cpu" in self.records:
-            name = Path(self.files("cpu")[0]).with_suffix(".csv")
-            record.write_csv(self.records["cpu"].data, self.told.out / name)
-
     def report(self) -> int:
         """Say what is done and what is not; exit status."""
         failed = 0
@@ -261,11 +256,10 @@ def main(argv: list[str] | None = None) -> int:
     # so that what it started is ended and noted
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     call = Call(told)
-    timer = end_at(call.ends + GRACE_S - time.perf_counter(), told.out, call.write_tables)
+    timer = end_at(call.ends + GRACE_S - time.perf_counter(), told.out)
     try:
         told.out.mkdir(parents=True, exist_ok=True)
         call.run_all()
-        call.write_tables()
     except (ValueError, OSError) as problem:
         print(f"run: {problem}", file=sys.stderr)
         return 2

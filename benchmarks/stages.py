@@ -1,6 +1,6 @@
 """What plans are made of: stages with budgets, the records that they leave, and the processes that they start.
 
-A record is kept in `STATE`, with a copy in the output folder after every change. It is that of `vitfast.bench.record`
+A record is kept in `STATE`, with a copy in the output folder after every change. It is that of `benchmarks.core.record`
 with two things more:
 
     stages   by name: "done", whether it needs not be run again; "calls", of each "date", "seconds" and, where something
@@ -30,8 +30,8 @@ from typing import Any
 import torch
 from outcomes import is_lost
 
-from vitfast.bench import harness, record
-from vitfast.bench.case import Case
+from benchmarks.core import harness, record
+from vitfast.check.case import Case
 from vitfast.measure import device as devices
 from vitfast.measure import machine
 

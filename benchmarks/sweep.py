@@ -57,8 +57,8 @@ import workers  # noqa: E402
 from sweep_rows import OURS, SETS, STOCK, Row  # noqa: E402
 from sweep_time import NOT_CHECKED, CountedCompilations, Phases, RowInMaking, summary  # noqa: E402
 
-from vitfast.bench.harness import DeviceLost  # noqa: E402
-from vitfast.bench.record import set_aside  # noqa: E402
+from benchmarks.core.harness import DeviceLost  # noqa: E402
+from benchmarks.core.record import set_aside  # noqa: E402
 from vitfast.choose import dispatch, tuning_cache  # noqa: E402
 from vitfast.measure import device as devices  # noqa: E402
 from vitfast.measure import machine  # noqa: E402

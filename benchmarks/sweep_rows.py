@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vitfast
-from vitfast.bench.tune import BUILT_IN, words
 from vitfast.check.calls import Call, Prepared, contiguous
 from vitfast.check.families import FAMILIES, Family
 from vitfast.check.families.family import arguments
+from vitfast.check.tune import BUILT_IN, words
 from vitfast.check.warmup import kernel_calls
 from vitfast.choose import builtin, dispatch
 from vitfast.choose.config_tables import Config, Product

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from sweep_rows import OTHER, OURS, STOCK, Row, Variant
 
-from vitfast.bench.harness import DeviceLost
+from benchmarks.core.harness import DeviceLost
 from vitfast.check.acceptance import NotAccepted
 from vitfast.check.families import FAMILIES, Family, as_tuple
 from vitfast.check.warmup import SEED, NoYardstick, check_part

@@ -22,7 +22,7 @@ from typing import Any
 
 import outcomes
 
-from vitfast.bench.harness import DeviceLost
+from benchmarks.core.harness import DeviceLost
 from vitfast.measure.device import first_line
 
 NOT_FINISHED = "not compiled in time"

@@ -3,8 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-from vitfast.bench.case import Case, Variant, Work
-from vitfast.bench.harness import run_case
+from benchmarks.core.harness import run_case
+from vitfast.check.case import Case, Variant, Work
 from vitfast.measure import device as devices
 
 

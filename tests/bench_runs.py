@@ -6,7 +6,7 @@ import run as program
 import stages
 import torch
 
-from vitfast.bench.record import read
+from benchmarks.core.record import read
 
 SWEEP = """
 import argparse, json, sys

@@ -2,8 +2,8 @@
 
 import random
 
-from vitfast.bench import work
-from vitfast.bench.record import write_json
+from benchmarks.core import work
+from benchmarks.core.record import write_json
 from vitfast.timm_names.variants import config_for
 
 RED = "result 0: rms error 9 times the yardstick's"

@@ -1,4 +1,4 @@
-"""The cases of `vitfast bench`: everybody computes the same, and each row says truly what it compares."""
+"""The cases of benchmarks: everybody computes the same, and each row says truly what it compares."""
 
 import contextlib
 import importlib.util
@@ -13,11 +13,11 @@ import torch
 from textbook import Textbook
 
 import vitfast
-from vitfast.bench import compilers, factory, models, op_case, op_rows, ops, rivals, steps
-from vitfast.bench.case import DTYPES, Case
-from vitfast.bench.ops.attention import _flash_attn
-from vitfast.bench.steps import MODES as MODEL_MODES
+from benchmarks.core import case as factory
+from benchmarks.core import compilers, models, ops, rivals, steps
+from benchmarks.core.steps import MODES as MODEL_MODES
 from vitfast.check import acceptance
+from vitfast.check.case import DTYPES, Case
 
 TINY_VIT = {"model": "vit_tiny_patch16_224", "options": {"img_size": 32, "depth": 2, "num_classes": 10}}
 TINY_DINO = {"model": "vit_small_patch14_dinov2", "options": {"img_size": 28, "depth": 2}}
@@ -49,7 +49,7 @@ def by_backend(backend, function, dynamic):
 
 
 def tiny_ops(mode, dtype="fp32", names=tuple(ops.FACTORIES)):
-    return [make() for make in op_rows.tiny(names, device="cpu", dtypes=[dtype], batches=[2], modes=[mode])]
+    return [make() for make in ops.tiny(names, device="cpu", dtypes=[dtype], batches=[2], modes=[mode])]
 
 
 def as_tuple(results):
@@ -99,7 +99,7 @@ def judge(out, exact, low, dtype, grad, what):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("mode", op_case.MODES)
+@pytest.mark.parametrize("mode", ops.MODES)
 def test_a_way_to_compute_an_op_is_another_op_or_changes_its_inputs(mode, dtype):
     for case in tiny_ops(mode, dtype):
         given = draw(case)
@@ -197,7 +197,7 @@ def test_a_training_step_leaves_gradients_behind_or_updates_weights():
 
 
 def all_cases():
-    for mode in op_case.MODES:
+    for mode in ops.MODES:
         yield from tiny_ops(mode, "bf16")
     for make, mode in itertools.product(MODELS.values(), MODEL_MODES):
         yield make(mode=mode, dtype="bf16", autocast=True)
@@ -314,14 +314,15 @@ def test_hugging_faces_names_before_release_5_are_not_known():
     parts = [f"{layer}attention.attention.{part}" for part in ("query", "key", "value")]
     shapes = {name: timm[ours] for name, ours in old.items()}
     shapes |= {f"{part}.{kind}": torch.empty(4, 4) for part in parts for kind in ("weight", "bias")}
-    theirs, by_ours = rivals._from_timm(shapes, timm)
+    theirs, by_ours = rivals.from_timm(shapes, timm, rivals.HUGGING_FACE)
     assert all(theirs[name] is timm[ours] for name, ours in old.items())
     assert torch.equal(torch.cat([theirs[f"{part}.weight"] for part in parts]), timm["blocks.0.attn.qkv.weight"])
     assert by_ours["blocks.0.attn.qkv.weight"] == [f"{part}.weight" for part in parts]
     with pytest.raises(NotImplementedError, match="unknown.weight"):
-        rivals._from_timm(shapes | {"unknown.weight": torch.empty(1)}, timm)
+        rivals.from_timm(shapes | {"unknown.weight": torch.empty(1)}, timm, rivals.HUGGING_FACE)
     with pytest.raises(NotImplementedError, match="norm.bias"):
-        rivals._from_timm({name: like for name, like in shapes.items() if name != "vit.layernorm.bias"}, timm)
+        fewer = {name: like for name, like in shapes.items() if name != "vit.layernorm.bias"}
+        rivals.from_timm(fewer, timm, rivals.HUGGING_FACE)
 
 
 def test_the_ninth_shape_of_a_function_is_no_longer_compiled(monkeypatch):
@@ -361,18 +362,18 @@ def test_a_wrong_argument_is_taken(make, changes, message):
 
 
 def test_a_shape_is_not_among_the_rows_that_were_asked_for():
-    makers = list(op_rows.listed(device="cuda", dtypes=["bf16"], batches=[64]))
+    makers = list(ops.listed(device="cuda", dtypes=["bf16"], batches=[64]))
     cases = [make() for make in makers]
     shapes = [(case.name, case.mode, *case.shape.values()) for case in cases]
     assert len(set(shapes)) == len(shapes)
-    for n, mode in itertools.product((197, 257, 577, 1025, 1370), op_case.MODES):
+    for n, mode in itertools.product((197, 257, 577, 1025, 1370), ops.MODES):
         assert {("attention", mode, n, heads, dim) for dim, heads in ((64, 12), (72, 16), (80, 16))} <= set(shapes)
         widths = (192, 384, 768, 1024, 1280) if n <= 257 else (768,)
         linears = ("linear norm qkv", "linear proj", "linear norm fc1", "linear fc2")
         names = ("layer_norm", "add_layer_norm", *linears, "mlp")
         assert {(name, mode, n, width) for name in names for width in widths} <= set(shapes)
         for width, images in itertools.product(widths, ("float", "uint8")):
-            assert (f"patch_embed {images}", mode, *op_rows.IMAGES[n], width) in shapes
+            assert (f"patch_embed {images}", mode, *ops.IMAGES[n], width) in shapes
     # a call a row costs nothing yet, and what matters most comes first
     assert [case.shape["tokens"] for case in cases if case.name == "mlp"][:3] == [197, 197, 197]
 
@@ -423,5 +424,5 @@ def test_flash_attention_gets_another_layout_or_its_logsumexp_counts_as_a_result
     for module in (fake, fake.cute, third):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     qkv = torch.randn(2, 5, 3, 3, 8)
-    out = _flash_attn(version)(qkv)
+    out = ops.packed_flash_attn(version)(qkv)
     torch.testing.assert_close(out, attend(*qkv.unbind(2)))

@@ -1,16 +1,19 @@
-"""`vitfast bench`: its table and files, its exit status, and that a user error is one line."""
+"""`python -m benchmarks`: what it prints and keeps, its exit status, and that a user error is one line."""
 
-import importlib.util
 import json
+import subprocess
+import sys
 
 import pytest
 
-from vitfast.bench import cli, models, op_case, ops
+from benchmarks import __main__ as program
+from benchmarks.core import harness, models, ops
 from vitfast.check import acceptance
+from vitfast.measure.machine import ROOT
 
 
-def run_cli(capsys, *arguments):
-    status = cli.main([*arguments, "--device", "cpu"])
+def run_cli(capsys, kind, *arguments):
+    status = program.main([kind, *arguments, "--device", "cpu"])
     printed = capsys.readouterr()
     return status, printed.out, printed.err
 
@@ -20,61 +23,76 @@ def test_the_command_prints_no_table_or_runs_again_what_is_there(tmp_path, capsy
     monkeypatch.setattr(acceptance, "accept", lambda *_, **__: None)
     file = tmp_path / "rows.json"
     # the one op without a compiler among its rivals
-    quick = ["--op", "attention", "--tiny", "--batches", "1", "--dtypes", "fp32"]
-    quick += ["--seconds", "0", "--ceilings", "0"]
-    status, out, err = run_cli(capsys, *quick, "--json", str(file), "--csv", str(tmp_path / "table.csv"))
+    quick = ["ops", "attention", "--tiny", "--batches", "1", "--dtypes", "fp32", "--seconds", "0", "--ceilings", "0"]
+    status, out, err = run_cli(capsys, *quick, "--out", str(file))
     assert status == 0, err
-    table = [line for line in out.splitlines() if line.startswith("|")]
-    assert len({line.count("|") for line in table}) == 1
-    assert all(any(name in line for line in table) for name in ("SDPA packed", "vitfast", "flash-attn 3"))
+    said = [line for line in out.splitlines() if line.startswith("  ")]
+    assert all(any(name in line for line in said) for name in ("SDPA packed", "vitfast", "flash-attn 3"))
     rows = json.loads(file.read_text())["rows"]
-    assert [row["mode"] for row in rows] == list(op_case.MODES)
+    assert [row["mode"] for row in rows] == list(ops.MODES)
     assert all(row["variants"]["vitfast"]["ms"] > 0 for row in rows)
-    assert list(tmp_path.glob("table*.csv"))
 
-    status, out, _ = run_cli(capsys, *quick, "--resume", str(file))
+    status, out, _ = run_cli(capsys, *quick, "--out", str(file))
     assert status == 0 and "SDPA packed" in out
     assert json.loads(file.read_text())["rows"] == rows
-    status, _, err = run_cli(capsys, *quick, "--json", str(file))
-    assert status == 2 and "--resume" in err
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ("", "give --op"),
-        ("--op softmax", "softmax is not among attention"),
-        ("--op mlp --modes training", "training is not among forward"),
-        ("--op mlp --dtypes fp8", "fp8 is not among fp32"),
-        ("--op mlp --batches 0", "batch must be an int of at least 1, got 0"),
-        ("--op patch_embed --tokens 5", "197"),
-        ("--model no_such_model", "no_such_model"),
-        ("--model vit_tiny_patch16_224 --image-size 30", "image_size"),
-        ("--op mlp --resume no_folder/../rows.json --json rows.json", "only one"),
-        ("--op mlp --seconds -1", "--seconds must be 0 or more"),
+        ("ops softmax", "softmax is not among attention"),
+        ("ops mlp --batches 0", "batch must be an int of at least 1, got 0"),
+        ("ops patch_embed --tokens 5", "197"),
+        ("ops mlp --device tpu", "tpu"),
+        ("models no_such_model", "no_such_model"),
+        ("models vit_tiny_patch16_224 --image-size 30", "image_size"),
+        ("ops mlp --out rows.json", "rows.json: not a record"),
     ],
 )
-def test_wrong_use_of_the_command_is_not_explained(arguments, message, capsys):
-    status, out, err = run_cli(capsys, *arguments.split())
+def test_wrong_use_of_the_command_is_not_explained(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.json").write_text("no record")
+    kind, *rest = arguments.split()
+    status = program.main([kind, "--device", "cpu", *rest])
+    out, err = capsys.readouterr()
     assert status == 2 and not out and message in err and len(err.splitlines()) == 1
 
 
-def test_the_list_leaves_out_an_op_or_a_rival(capsys):
-    status, out, _ = run_cli(capsys, "--list")
-    assert status == 0
-    assert all(name in out for name in (*ops.FACTORIES, *models.VITS, *models.CNNS, *cli.PACKAGES.values()))
+@pytest.mark.parametrize("wrong", ["", "bench", "ops --modes training", "models --dtypes fp8"])
+def test_unknown_word_is_taken(wrong, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        program.main(wrong.split())
+    assert exit_.value.code == 2 and "usage: python -m benchmarks" in capsys.readouterr().err
+
+
+def test_help_leaves_out_an_op_or_a_program(capsys):
+    for words, names in (
+        (["ops", "-h"], ops.FACTORIES),
+        (["models", "-h"], [models.VIT_PYTORCH]),
+        (["-h"], program.PROGRAMS),
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            program.main(words)
+        assert exit_.value.code == 0
+        # argparse breaks lines at spaces
+        said = " ".join(capsys.readouterr().out.split())
+        assert all(name in said for name in names)
 
 
 def test_a_cnn_without_timm_ends_in_a_traceback(monkeypatch, capsys):
-    real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "timm" else real(name))
-    status, _, err = run_cli(capsys, "--model", "resnet50")
-    assert status == 2 and "pip install timm" in err
+    monkeypatch.setitem(sys.modules, "timm", None)
+    status, _, err = run_cli(capsys, "models", "resnet50")
+    assert status == 2 and "timm" in err and len(err.splitlines()) == 1
+
+
+def test_a_checkout_cannot_run_it():
+    run = subprocess.run([sys.executable, "-m", "benchmarks", "-h"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0 and "ops" in run.stdout, run.stderr
 
 
 ROW = {
-    "name": "mlp", "mode": "forward", "shape": {"tokens": 197, "width": 768}, "batch": 8, "dtype": "bf16",
-    "autocast": False, "baseline": "eager", "noise_25": 0.98, "noise_75": 1.02, "rounds": 8, "noisy": 3, "others": 0.2,
+    "key": "op/mlp/forward/tokens197 width768/batch 8/bf16", "baseline": "eager",
+    "noise_25": 0.98, "noise_75": 1.02, "rounds": 8, "noisy": 3, "others": 0.2,
     "variants": {
         "eager": {"ms": 2.0, "ms_20": 1.9, "ms_80": 2.1, "accepted": True, "error_ratio": 1.0, "compile_s": 0.1},
         "vitfast": {
@@ -92,12 +110,12 @@ ROW = {
 }  # fmt: skip
 
 
-def test_the_table_hides_noise_a_wrong_result_or_a_reason():
-    table = list(cli.lines(ROW))
-    assert {line.count("|") for line in table} == {cli.HEADER.count("|")}
-    eager, ours, close, apart, broken, missing = table
-    assert "1 (noise 0.98-1.02)" in eager and "3 of 8 rounds noisy" in eager and "20% of the CPUs" in eager
-    assert "| 1 (0.9-1.1) | 2.00 (1.90-2.10) | 12 | 34 | 56 (memory) | 0.90 | graph |" in ours
-    assert "~1.01 (0.99-1.03)" in close and "not accepted, bound by the host, ready after 40 s" in close
-    assert "1.5" in apart and "not checked" in apart
-    assert "RuntimeError: a / b" in broken and "liger_kernel is not installed" in missing
+def test_a_row_hides_noise_a_wrong_result_or_a_reason():
+    eager, ours, close, apart, broken, missing = (said for _, said in harness.of_variants(ROW))
+    assert eager.startswith("2 ms (1.9-2.1), noise 0.98-1.02") and "[3 of 8 rounds noisy]" in eager
+    assert "[20% of the CPUs used by others]" in eager
+    assert ours == "1 ms (0.9-1.1), 2.00x (1.90-2.10), 56 % of memory, error 0.90 [graph]"
+    assert ", ~1.01x (0.99-1.03)" in close and "[not accepted] [bound by the host] [ready after 40 s]" in close
+    assert apart == "1.5 ms [not checked]"
+    assert broken == "RuntimeError: a | b" and missing == "liger_kernel is not installed"
+    assert harness.summary(ROW).count("; ") == 5

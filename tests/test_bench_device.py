@@ -3,15 +3,16 @@
 import contextlib
 import json
 import subprocess
+import sys
 
 import pytest
 import torch
-from bench_cases import make, on_device
+from bench_cases import QuickCpu, make, on_device, plain_layer_norm, variant
 from simulated_device import SimulatedDevice
 
-from vitfast.bench import ceilings
-from vitfast.bench.case import Work
-from vitfast.bench.harness import run_case
+from benchmarks.core import ceilings
+from benchmarks.core.harness import run_case
+from vitfast.check.case import Work
 from vitfast.measure import device as devices
 from vitfast.measure import nvml
 from vitfast.measure.device import HOST_SHARE, Arranged, Cuda, NotCaptured, arrange, input_sets, issue
@@ -104,6 +105,21 @@ def test_a_row_of_a_device_lacks_graphs_memory_or_state():
     assert row["before"] == {"busy": False} and row["after"] == {"busy": True}
     # twice the cache, at 4000 bytes a call
     assert row["sets"] == 4 and all(times % 4 == 0 for times in place.captures)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a process's peak")
+def test_memory_of_a_model_on_a_cpu_is_not_in_the_row_or_that_of_another():
+    """64 MiB in pieces, after as many were freed; of a model only."""
+    place = QuickCpu()
+
+    def pieces():
+        return [torch.ones(2**18) for _ in range(64)]
+
+    for _ in range(2):
+        assert 60 < place.peak_mib(pieces)["peak_resident_mib"] < 100
+    as_model, as_op = (make({"vitfast": variant(plain_layer_norm, ours=True)}, kind=kind) for kind in ("model", "op"))
+    found = [run_case(case, seconds=0.0, place=place)["variants"]["vitfast"] for case in (as_model, as_op)]
+    assert found[0]["peak_resident_mib"] >= 0 and "peak_resident_mib" not in found[1]
 
 
 def test_memory_is_asked_of_inference():

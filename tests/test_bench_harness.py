@@ -9,9 +9,10 @@ import torch
 from bench_cases import QuickCpu, layer_norm, make, on_device, plain_layer_norm, run, variant
 from simulated_device import SimulatedDevice
 
-from vitfast.bench import harness
-from vitfast.bench.case import Variant
-from vitfast.bench.harness import run_case
+from benchmarks.core import harness
+from benchmarks.core.harness import run_case
+from vitfast.check import compare
+from vitfast.check.case import Variant
 
 
 def test_a_wrong_result_of_ours_is_timed():
@@ -243,7 +244,7 @@ def test_a_result_that_the_next_call_overwrites_is_judged_too_late():
 
 
 def test_time_goes_on_being_spent_after_the_deadline(monkeypatch):
-    monkeypatch.setattr(harness, "TOOK_S", {})
+    monkeypatch.setattr(compare, "TOOK_S", {})
     built, place = [], QuickCpu()
     # hours that nobody waits for, beside which a busy machine's seconds are nothing
     place.clock = lambda: time.perf_counter() + 7200 * len(built)

@@ -20,8 +20,8 @@ from bench_cases import layer_norm, make, named, variant
 from bench_runs import SWEEP, runs_in, written
 from simulated_device import SimulatedDevice
 
-from vitfast.bench.harness import DeviceLost
-from vitfast.bench.record import read
+from benchmarks.core.harness import DeviceLost
+from benchmarks.core.record import read
 
 ROOT = Path(__file__).parent.parent
 

@@ -1,6 +1,5 @@
-"""The file of a run: whole at any time, continued, merged, joined with other people's tables."""
+"""The file of a run: whole at any time, continued, merged."""
 
-import csv
 import json
 import math
 import os
@@ -11,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from vitfast.bench import record
-from vitfast.bench.record import SCHEMA, Record, merge, open_for_resume, read, write_csv, write_json
+from benchmarks.core import record
+from benchmarks.core.record import SCHEMA, Record, merge, open_for_resume, read, write_json
 from vitfast.measure import machine
 
 H200 = {"device": "NVIDIA H200", "date": "2026-01-01T00:00:00Z", "commit": "aaaa"}
@@ -162,53 +161,8 @@ def test_rows_of_two_devices_are_merged_unasked(tmp_path):
     second = written(tmp_path / "2.json", H200 | {"device": "NVIDIA A100"}, [row("b")])
     with pytest.raises(ValueError, match="1.json: NVIDIA H200; .*2.json: NVIDIA A100"):
         merge([first, second])
-    assert set(times(merge([first, second], mix_devices=True))) == {"a", "b"}
     with pytest.raises(ValueError, match="at least one file"):
         merge([])
-
-
-# tables
-
-
-def model_row(mode, **more):
-    variant = {"ms": 20.0, "ms_20": 19.0, "ms_80": 21.0, "ours": True, "ratio": 1.5, "error_ratio": None}
-    return {
-        "key": f"model {mode}", "kind": "model", "name": "vit_base_patch16_224 compiled", "mode": mode,
-        "shape": {"size": 224}, "batch": 64, "dtype": "bf16", "autocast": False,
-        "work": {"flops": 35_130_000_000 * 64, "bytes": 1},
-        "notes": {"model": "vit_base_patch16_224", "param_count": 86_567_656},
-        "variants": {"vitfast": variant, "absent": {"absent": "no such"}},
-    } | more  # fmt: skip
-
-
-def test_a_table_does_not_join_timm_s(tmp_path):
-    data = {"run": H200, "rows": [model_row("inference"), model_row("training")]}
-    infer, train = write_csv(data, tmp_path / "run.json")
-    assert (infer.name, train.name) == ("run-infer.csv", "run-train.csv")
-    (line,) = csv.DictReader(infer.open())
-    # the header of results/benchmark-infer-amp-nchw-pt291-cu130-5090.csv
-    assert list(line)[:8] == [
-        "model", "infer_img_size", "infer_samples_per_sec", "infer_step_time", "infer_batch_size", "param_count",
-        "infer_gmacs", "infer_macts",
-    ]  # fmt: skip
-    assert list(line.values())[:8] == ["vit_base_patch16_224", "224", "3200.0", "20.0", "64", "86.57", "17.57", ""]
-    assert line["provider"] == "vitfast" and line["ratio"] == "1.5" and line["error_ratio"] == ""
-    (line,) = csv.DictReader(train.open())
-    assert list(line)[:6] == [
-        "model", "train_samples_per_sec", "train_step_time", "train_batch_size", "train_img_size", "param_count",
-    ]  # fmt: skip
-    assert list(line.values())[:6] == ["vit_base_patch16_224", "3200.0", "20.0", "64", "224", "86.57"]
-    assert line["gpu_name"] == "NVIDIA H200"
-
-
-def test_a_table_of_ops_lacks_what_others_plot(tmp_path):
-    op = model_row("forward+backward", kind="op", name="layer_norm")
-    (file,) = write_csv({"run": H200 | {"vitfast": "0.1"}, "rows": [op]}, tmp_path / "run.json")
-    (line,) = csv.DictReader(file.open())
-    assert line["kernel_name"] == "layer_norm" and line["kernel_provider"] == "vitfast"
-    assert line["kernel_operation_mode"] == "full" and line["metric_unit"] == "ms" and line["x_value"] == "64"
-    assert (line["y_value_20"], line["y_value_50"], line["y_value_80"]) == ("19.0", "20.0", "21.0")
-    assert json.loads(line["extra_benchmark_config_str"])["shape"] == {"size": 224}
 
 
 # what a run was

@@ -14,9 +14,9 @@ import torch
 from bench_cases import QuickCpu, layer_norm, make, named, on_device, run, variant
 from simulated_device import SimulatedDevice
 
-from vitfast.bench import harness
-from vitfast.bench.harness import DeviceLost, run_case, run_cases
-from vitfast.bench.record import Record, open_for_resume, read
+from benchmarks.core import harness
+from benchmarks.core.harness import DeviceLost, run_case, run_cases
+from benchmarks.core.record import Record, open_for_resume, read
 
 TESTS = Path(__file__).parent
 
@@ -27,7 +27,7 @@ TESTS = Path(__file__).parent
 FACTORY = """
     import time, torch
     from bench_cases import layer_norm, make
-    from vitfast.bench.case import Variant
+    from vitfast.check.case import Variant
 
     def case(seconds, status=None):
         def build():
@@ -201,9 +201,9 @@ def test_what_of_ours_is_wrong_is_not_told(tmp_path):
 KILLED = """
     import sys, time
     from bench_cases import QuickCpu, layer_norm, make, named
-    from vitfast.bench.case import Variant
-    from vitfast.bench.harness import run_cases
-    from vitfast.bench.record import Record
+    from vitfast.check.case import Variant
+    from benchmarks.core.harness import run_cases
+    from benchmarks.core.record import Record
 
     def build():
         print("building", flush=True)

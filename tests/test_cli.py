@@ -103,6 +103,13 @@ def test_wrong_use_is_accepted_or_not_explained(arguments, capsys):
     assert not printed.out and "usage: vitfast" in printed.err
 
 
+def test_command_that_was_moved_is_not_found_again(capsys):
+    """`vitfast bench` is `python -m benchmarks` in a checkout."""
+    with pytest.raises(SystemExit) as exit_:
+        main(["bench", "--model", "vit_base_patch16_224"])
+    assert exit_.value.code == 2 and "run `python -m benchmarks` in a checkout" in capsys.readouterr().err
+
+
 def test_wrong_use_ends_in_a_traceback():
     result = vitfast_process("nonsense")
     assert result.returncode == 2 and not result.stdout
@@ -114,7 +121,7 @@ def test_help_does_not_name_a_command(capsys):
         main(["--help"])
     assert exit_.value.code == 0
     printed = capsys.readouterr().out
-    assert all(command in printed for command in ("info", "models", "demo", "bench", "tune"))
+    assert all(command in printed for command in ("info", "models", "demo", "tune"))
 
 
 def test_reader_that_stops_early_gets_a_traceback():

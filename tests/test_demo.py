@@ -85,16 +85,16 @@ def test_speed_table_is_empty(demo):
 
 
 def test_line_of_what_to_try_next_does_not_work(demo):
-    """All of them, as they were printed, in one shell and one Python; only the benchmark is asked for less time."""
+    """All of them, as they were printed, in one shell and one Python."""
     _, run, _ = demo
     commands, lines = run.stdout.partition("\nNext, in a shell:\n")[2].split("\nand in Python:\n")
-    assert len(commands.splitlines()) >= 3 and "vitfast info" in commands and "vitfast.prepare" in lines
-    script = f"set -e\n{commands.strip()} --seconds 0.1 --ceilings 0"
+    assert len(commands.splitlines()) >= 2 and "vitfast info" in commands and "vitfast.prepare" in lines
+    script = f"set -e\n{commands}"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     options = dict(capture_output=True, text=True, timeout=300, env=environment)
     shell = subprocess.run(["bash", "-c", script], **options)
     assert shell.returncode == 0, shell.stdout + shell.stderr
-    for said in (f"vitfast {vitfast.__version__}", "dinov2", "| vitfast prepared |"):
+    for said in (f"vitfast {vitfast.__version__}", "dinov2"):
         assert said in shell.stdout
     python = subprocess.run([sys.executable, "-c", textwrap.dedent(lines)], **options)
     assert python.returncode == 0, python.stderr

@@ -162,7 +162,7 @@ import torch
 before = set(sys.modules)
 import vitfast
 print(sorted({{name.split(".")[0] for name in set(sys.modules) - before}} & {{"triton", "pynvml"}}))
-rooms = ("vitfast.bench", "vitfast.commands", "vitfast.kernels.triton", "vitfast.check.families")
+rooms = ("benchmarks", "vitfast.commands", "vitfast.kernels.triton", "vitfast.check.families")
 print([name for name in sys.modules if name.startswith(rooms)])
 """
 

@@ -18,7 +18,7 @@ import workers
 from bench_cases import layer_norm, make, named, variant
 from bench_runs import SWEEP, runs_in, written
 
-from vitfast.bench.case import Variant
+from vitfast.check.case import Variant
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import stages
 import torch
 from outcomes import Outcomes, is_lost
 
-from vitfast.bench.record import read
+from benchmarks.core.record import read
 
 ROOT = Path(__file__).parent.parent
 

@@ -16,11 +16,11 @@ ROOT = PACKAGE.parent
 # `__main__` stand above all
 LAYERS = (
     "version", "measure", "config", "choose", "reference", "kernels", "ops", "weights", "model", "inference", "check",
-    "checkpoints", "timm_names", "bench", "commands",
+    "checkpoints", "timm_names", "commands",
 )  # fmt: skip
 FACE = ("vitfast", "vitfast.__main__")
-# what these time and compare is what a user imports
-USERS = ("bench", "commands")
+# what these show is what a user imports
+USERS = ("commands",)
 OPS = ("attention", "layer_norm", "linear", "mlp", "patch_embed")
 
 
@@ -30,18 +30,20 @@ def name_of(path):
 
 
 MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+BENCHMARKS = {name_of(path): path for path in sorted((ROOT / "benchmarks").rglob("*.py"))}
 
 
-def imports(path):
-    """Modules of the package that this file imports, wherever in it: at the top, in a function, for type checkers."""
+def imports(path, modules=MODULES):
+    """Those of `modules` that this file imports, wherever in it: at the top, in a function, for type checkers."""
+    package = next(iter(modules)).split(".")[0]
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         assert not getattr(node, "level", 0), f"{path}: a relative import, which is not read here"
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "vitfast":
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == package:
             inside = {f"{node.module}.{each.name}" for each in node.names}
-            found |= {name if name in MODULES else node.module for name in inside}
+            found |= {name if name in modules else node.module for name in inside}
         elif isinstance(node, ast.Import):
-            found |= {each.name for each in node.names if each.name.split(".")[0] == "vitfast"}
+            found |= {each.name for each in node.names if each.name.split(".")[0] == package}
     return found
 
 
@@ -57,7 +59,6 @@ def names_imported(path):
 
 
 GRAPH = {name: imports(path) for name, path in MODULES.items()}
-BENCHMARKS = {path.stem: path for path in (ROOT / "benchmarks").glob("*.py")}
 
 
 def room(module):
@@ -80,15 +81,13 @@ def test_an_arrow_goes_up(module):
 
 def test_runtime_imports_benchmarks():
     """What trains and infers: all that `import vitfast` and `vitfast.warmup` load."""
-    above = LAYERS.index("bench")
+    above = LAYERS.index("commands")
     for module, others in GRAPH.items():
         if module not in FACE and LAYERS.index(room(module)) < above:
             assert not {other for other in others if other != "vitfast" and LAYERS.index(room(other)) >= above}, module
-    # where the folder is on the path its files are modules without it
-    benchmarks = {"benchmarks", *BENCHMARKS}
     for path in MODULES.values():
-        assert not {name.split(".")[0] for name in names_imported(path)} & benchmarks, path
-    assert not {room(other) for other in GRAPH["vitfast"]} & {"bench", "commands"}
+        assert "benchmarks" not in {name.split(".")[0] for name in names_imported(path)}, path
+    assert "commands" not in {room(other) for other in GRAPH["vitfast"]}
 
 
 def circles(graph):
@@ -109,8 +108,8 @@ def test_files_import_one_another_in_a_circle():
 
 
 def test_benchmarks_import_one_another_in_a_circle():
-    graph = {name: names_imported(path) for name, path in BENCHMARKS.items()}
-    assert len(graph) > 20 and circles(graph) == set()
+    graph = {name: imports(path, BENCHMARKS) for name, path in BENCHMARKS.items()}
+    assert sum(map(len, graph.values())) > 20 and circles(graph) == set()
 
 
 def test_a_circle_is_overlooked():
@@ -123,9 +122,9 @@ def test_the_package_itself_holds_more_than_eight_files():
 
 
 def test_import_by_text_hides_an_arrow():
-    """An editor follows import statements only. Benchmarks build a case again in another process by its factory's name;
-    the demo tries other people's packages; and the extension may not be there."""
-    allowed = {"bench.apart_process", "bench.factory", "commands.demo", "kernels.extension"}
+    """An editor follows import statements only. The demo tries other people's packages, and the extension may not be
+    there."""
+    allowed = {"commands.demo", "kernels.extension"}
     by_text = {name for name, path in MODULES.items() if re.search(r"import_module|__import__", path.read_text())}
     assert by_text == {f"vitfast.{name}" for name in allowed}
     # whoever resolves it
@@ -135,8 +134,7 @@ def test_import_by_text_hides_an_arrow():
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Constant) and node.value in MODULES and node.value != "vitfast"
     }
-    # the module that another process runs
-    assert texts == {("vitfast.bench.apart", "vitfast.bench.apart_process")}
+    assert texts == set()
 
 
 @pytest.mark.parametrize("name", vitfast.__all__)
@@ -161,9 +159,10 @@ def test_a_module_takes_the_name_of_an_op(package):
 def test_an_op_has_another_stem_somewhere(op):
     """Reference, op, kernel for each kind of device, what checks it, its tests, its benchmark."""
     gpu = "cuda" if op == "patch_embed" else "triton"
-    for place in ("reference", "ops", f"kernels/{gpu}", "kernels/cpu", "check/families", "bench/ops"):
+    for place in ("reference", "ops", f"kernels/{gpu}", "kernels/cpu", "check/families"):
         assert (PACKAGE / place / f"{op}.py").exists(), place
     assert (ROOT / f"tests/kernels/test_{op}.py").exists()
+    assert f"\ndef {op}(" in BENCHMARKS["benchmarks.core.ops"].read_text()
     assert hasattr(vitfast.reference, op) and hasattr(vitfast.ops, op)
 
 
@@ -193,3 +192,53 @@ def test_changelog_sends_readers_to_a_file_that_is_not_there():
     new = re.findall(r"`([\w/]+/(?:\w+\.py)?)`", " ".join(now for _, now in rows))
     assert len(gone) > 40 and len(new) > 20
     assert [path for path in new if not (PACKAGE / path).exists() and not (ROOT / path).exists()] == []
+
+
+# where results are compared by another measure, and why that is another question than whether they are right
+OTHER_QUESTIONS = {
+    "vitfast.check.parity": "shows the errors; how large they may be it asks acceptance",
+    "vitfast.checkpoints.described": "whether a file's number is the one in a config",
+    "vitfast.ops._attention_stock": "whether a backend of torch computes attention at all, or something else",
+}
+# what a rule of right cannot do without
+MEASURES = re.compile(
+    r"\b(allclose|isclose|assert_close|[ra]_?tol|rel_tol|abs_tol|TOLERANCE|cosine_similarity|vector_norm|relative_error)\b"
+    r"|square\(\)\.mean\(\)\.sqrt|finfo\(\w+\)\.eps"
+)
+
+
+def second_rules(files):
+    """Modules in which somebody compares numbers with a measure of their own."""
+    return {name for name, path in files.items() if name != "vitfast.check.acceptance" and MEASURES.search(code(path))}
+
+
+def code(path):
+    """Without comments and docstrings, which may speak of it."""
+    return ast.unparse(Undocumented().visit(ast.parse(path.read_text())))
+
+
+class Undocumented(ast.NodeTransformer):
+    def visit_Expr(self, node):
+        return ast.Pass() if isinstance(node.value, ast.Constant) else node
+
+
+def test_a_second_rule_says_what_is_right(tmp_path):
+    """One rule, `vitfast.check.acceptance`, for parity, warm-up, tuning, benchmarks and reports."""
+    found = second_rules(MODULES | BENCHMARKS)
+    assert found == OTHER_QUESTIONS.keys()
+    for name in OTHER_QUESTIONS:
+        assert "acceptance" in MODULES[name].read_text(), f"{name} does not say why"
+    for line in ("torch.allclose(a, b)", "bad = (a - b).abs().max() > TOLERANCE", "math.isclose(a, b, rel_tol=1e-3)"):
+        path = tmp_path / "other.py"
+        path.write_text(f'"""allclose"""\n# rtol\n{line}\n')
+        assert second_rules({"vitfast.other": path}), line
+
+
+def test_a_second_loop_times_in_turns():
+    """Who compares two speeds asks `vitfast.measure.timing`; what is sustained or swept has a loop of another kind."""
+    clocked = {name for name, path in (MODULES | BENCHMARKS).items() if re.search(r"elapsed_time\(", code(path))}
+    assert clocked == {"vitfast.measure.timing", "vitfast.measure.device"}
+    users = {name for name, others in GRAPH.items() if "vitfast.measure.timing" in others}
+    assert {"vitfast.check.compare", "vitfast.check.measuring", "vitfast.commands.demo"} <= users
+    assert "vitfast.check.compare" in GRAPH["vitfast.check.tune"]
+    assert "interleaved_medians" in MODULES["vitfast.check.compare"].read_text()

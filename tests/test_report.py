@@ -18,7 +18,7 @@ import report_tables
 from make_report import KINDS, TABLES
 from report_tables import NOT_MEASURED
 
-from vitfast.bench import work
+from benchmarks.core import work
 
 ROOT = Path(__file__).parent.parent
 NAMES = [f"{kind} {table}" for kind in KINDS for table in TABLES]

@@ -15,9 +15,9 @@ import vit_pytorch
 from roofline import H200, MODELS, Ceilings
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 
+from benchmarks.core import work
 from vitfast import ViT, ViTConfig, ops
-from vitfast.bench import work
-from vitfast.bench.case import Work
+from vitfast.check.case import Work
 from vitfast.timm_names.variants import config_for
 
 # one of each part that changes the count: prefix tokens, pooling, gates, widths, norms, a second classifier

@@ -18,7 +18,7 @@ import torch
 import workers
 from simulated_device import SimulatedDevice
 
-from vitfast.bench.harness import DeviceLost
+from benchmarks.core.harness import DeviceLost
 from vitfast.check.families import FAMILIES
 from vitfast.choose import dispatch
 from vitfast.kernels.triton import attention, linear

@@ -15,8 +15,8 @@ from fake_kernel import DEVICE, KEY, prepared, restart, right, rows
 from simulated_device import SimulatedDevice
 
 import vitfast
-from vitfast.bench import harness
-from vitfast.bench import tune as tuning
+from vitfast.check import compare as harness
+from vitfast.check import tune as tuning
 from vitfast.check.calls import Call, Prepared, contiguous
 from vitfast.check.families import FAMILIES
 from vitfast.check.warmup import kernel_calls

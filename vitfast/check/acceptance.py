@@ -1,4 +1,4 @@
-"""What counts as numerically right. Tests and benchmarks hold results to this rule.
+"""What counts as numerically right. Tests, parity, warm-up, tuning and benchmarks hold results to this rule.
 
 A result is judged by its distance from an fp64 reference, next to the distance of the best stock PyTorch
 operator in the same dtype. An absolute tolerance would let bias and lost rows pass in half precision.
@@ -20,6 +20,8 @@ rows (to 5 % where we compared), and one rounding in half precision. On a GPU `l
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,7 +93,7 @@ def accept(
             )
 
         rms_out, rms_low, rms_ref = (_rms(t, finite) for t in (e_out, e_low, ref_rows))
-        bound = k * rms_low + RMS_FLOOR_EPS * eps * rms_ref
+        bound = rms_bound(rms_low, rms_ref, dtype, k)
         if not rms_out <= bound:
             times = f"{rms_out / rms_low:.2f} x stock's {rms_low:.3e}"
             faults.append(f"C: rms error {rms_out:.3e} > {bound:.3e} ({times}, k = {k})")
@@ -99,6 +101,39 @@ def accept(
             times = f"{rms_low / (eps * rms_ref):.2f} eps of rms(ref) {rms_ref:.3e}"
             faults.append(f"D: no yardstick: stock's rms error {rms_low:.3e} is {times}")
     _raise(faults, what, dtype)
+
+
+def rms_bound(rms_low: Any, rms_ref: Any, dtype: torch.dtype, k: float | None = None) -> Any:
+    """Clause C of `accept`: what rms(out - ref) may be at most, where stock's is `rms_low`."""
+    return (RMS_RATIO[dtype] if k is None else k) * rms_low + RMS_FLOOR_EPS * _eps(dtype) * rms_ref
+
+
+def accept_results(
+    outs: Sequence[Tensor | None],
+    refs: Sequence[Tensor | None],
+    lows: Sequence[Tensor | None],
+    *,
+    dtype: torch.dtype | None = None,
+    grad: bool = False,
+    what: str = "",
+) -> None:
+    """`accept` for every result of an op, None where there is none, with k by how many numbers it has."""
+    if len(outs) != len(lows):
+        raise NotAccepted(f"{what or 'op'}: {len(outs)} results, expected {len(lows)}")
+    for i, (out, ref, low) in enumerate(zip(outs, refs, lows, strict=True)):
+        named = f"{what}, result {i}" if what else f"result {i}"
+        if (out is None) != (low is None):
+            raise NotAccepted(f"{named}: there is none" if out is None else f"{named}: it is there, expected none")
+        if out is not None:
+            k = rms_ratio_of_few(low.numel(), dtype or out.dtype)
+            accept(out, ref, low, dtype=dtype, grad=grad, k=k, what=named)
+
+
+def dtype_to_judge_by(dtype: torch.dtype, convolution: bool = False) -> torch.dtype:
+    """fp16 for fp32 where a GPU's stock products may be rounded to TF32, which keeps as many bits."""
+    tf32 = torch.backends.cuda.matmul.fp32_precision not in ("none", "ieee")
+    tf32 |= convolution and torch.backends.cudnn.allow_tf32
+    return torch.float16 if tf32 and dtype == torch.float32 else dtype
 
 
 def rms_ratio_of_few(numbers: int, dtype: torch.dtype) -> float:

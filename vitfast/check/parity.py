@@ -10,12 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-# (unit in the last place of 1, allowed share of timm's own error)
-PRECISION = {
-    torch.float32: (2.0**-23, 2.0),
-    torch.float16: (2.0**-10, 1.25),
-    torch.bfloat16: (2.0**-7, 1.25),
-}
+from vitfast.check.acceptance import RMS_RATIO, rms_bound
 
 
 @dataclass(frozen=True)
@@ -27,7 +22,7 @@ class StageRow:
         max_abs_err: largest absolute error.
         rel_rms_err: root mean square of the error over that of the fp64 value.
         timm_max_abs_err, timm_rel_rms_err: the same for timm.
-        allowed_rel_rms_err: timm's error, times what its order of additions may differ by, and a rounding floor.
+        allowed_rel_rms_err: by clause C of `acceptance.accept`, with timm's error for that of stock operators.
     """
 
     stage: str
@@ -56,8 +51,8 @@ def compare(model: nn.Module, timm_model: nn.Module, images: Tensor, dtype: torc
     Raises:
         ValueError: another dtype, or the models have different stages or shapes of stages.
     """
-    if dtype not in PRECISION:
-        raise ValueError(f"compare: dtype must be one of {', '.join(map(str, PRECISION))}, got {dtype}")
+    if dtype not in RMS_RATIO:
+        raise ValueError(f"compare: dtype must be one of {', '.join(map(str, RMS_RATIO))}, got {dtype}")
     images = images.to(dtype)
     ours, theirs = (copy.deepcopy(m).to(images.device, dtype).eval() for m in (model, timm_model))
     with torch.inference_mode():
@@ -68,12 +63,11 @@ def compare(model: nn.Module, timm_model: nn.Module, images: Tensor, dtype: torc
     if shapes != expected:
         wrong = sorted(shapes.keys() ^ expected.keys()) or [k for k in shapes if shapes[k] != expected[k]]
         raise ValueError(f"compare: model and timm_model must have the same stages, these differ: {', '.join(wrong)}")
-    eps, factor = PRECISION[dtype]
     rows = []
     for stage, exact in ref.items():
         max_abs, rel_rms = errors(out[stage], exact)
         timm_max_abs, timm_rel_rms = errors(low[stage], exact)
-        rows.append(StageRow(stage, max_abs, rel_rms, timm_max_abs, timm_rel_rms, factor * timm_rel_rms + 0.05 * eps))
+        rows.append(StageRow(stage, max_abs, rel_rms, timm_max_abs, timm_rel_rms, rms_bound(timm_rel_rms, 1.0, dtype)))
     return rows
 
 

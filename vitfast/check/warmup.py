@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from vitfast.check.acceptance import RMS_RATIO, NotAccepted, accept, rms_ratio_of_few
+from vitfast.check.acceptance import RMS_RATIO, NotAccepted, accept_results, dtype_to_judge_by
 from vitfast.check.calls import SEED, Call, Prepared, calls_of, calls_of_prepared, distinct
 from vitfast.choose import dispatch
 from vitfast.config import ViTConfig
@@ -343,30 +343,12 @@ def _yardsticks(family: Family, args: Sequence[Any], place: Place) -> tuple[Resu
 
 
 def _judge(family: Family, call: Call, outs: Results, refs: Results, lows: Results) -> str:
-    if len(outs) != len(lows):
-        raise NotAccepted(f"{call}: {len(outs)} results, expected {len(lows)}")
     dtype = dtype_to_judge_by(call.dtype, convolution="patch_embed" in call.op)
-    for i, (out, ref, low) in enumerate(zip(outs, refs, lows, strict=True)):
-        what = f"{call}, result {i}"
-        if low is None and ref is None:
-            if out is not None:
-                raise NotAccepted(f"{what}: it is there, expected none")
-            continue
-        if low is None or ref is None:
-            raise NoYardstick(f"{what}: stock operators and what is true differ in whether it is there")
-        if out is None:
-            raise NotAccepted(f"{what}: there is none")
-        try:
-            accept(low, ref, low, dtype=dtype, grad=family.grad, what=what)
-        except NotAccepted as fault:
-            raise NoYardstick(f"stock operators are no yardstick: {' '.join(str(fault).split())}") from None
-        k = rms_ratio_of_few(low.numel(), dtype)
-        accept(out, ref, low, dtype=dtype, grad=family.grad, k=k, what=what)
+    if [each is None for each in lows] != [each is None for each in refs]:
+        raise NoYardstick(f"{call}: stock operators and what is true differ in which results are there")
+    try:
+        accept_results(lows, refs, lows, dtype=dtype, grad=family.grad, what=str(call))
+    except NotAccepted as fault:
+        raise NoYardstick(f"stock operators are no yardstick: {' '.join(str(fault).split())}") from None
+    accept_results(outs, refs, lows, dtype=dtype, grad=family.grad, what=str(call))
     return RIGHT
-
-
-def dtype_to_judge_by(dtype: torch.dtype, convolution: bool = False) -> torch.dtype:
-    """fp16 for fp32 where stock products may be rounded to TF32, which keeps as many bits."""
-    tf32 = torch.backends.cuda.matmul.fp32_precision not in ("none", "ieee")
-    tf32 |= convolution and torch.backends.cudnn.allow_tf32
-    return torch.float16 if tf32 and dtype == torch.float32 else dtype

@@ -122,6 +122,7 @@ def _agreed(own: Any, found: list) -> Any:
 def _same(value: Any, expected: Any) -> bool:
     if isinstance(value, float) and isinstance(expected, float):
         # rates of a shorter or longer model, computed anew
+        # another question than `check.acceptance`'s: whether this is the number that was written
         return math.isclose(value, expected, rel_tol=1e-12)
     return not isinstance(value, Tensor) and bool(value == expected)
 

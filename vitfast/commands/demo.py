@@ -42,7 +42,6 @@ SAMPLES = (4, 6)
 NEXT_COMMANDS = """\
   vitfast info                                   # what runs each op on this machine, and why
   vitfast models '*dinov2*'                      # which of timm's names work
-  vitfast bench --model {name} --batches 1 --rivals eager
 """
 NEXT_PYTHON = """\
   import torch, vitfast
@@ -182,7 +181,7 @@ def print_next(checkpoint: Path) -> None:
     if activate.exists() and os.environ.get("VIRTUAL_ENV") != sys.prefix:
         here = activate.relative_to(Path.cwd()) if activate.is_relative_to(Path.cwd()) else activate
         print(f"  source {shlex.quote(str(here))}")
-    print(NEXT_COMMANDS.format(name=LARGE_NAME), end="")
+    print(NEXT_COMMANDS, end="")
     print("\nand in Python:")
     print(NEXT_PYTHON.format(path=str(checkpoint)), end="")
 

@@ -19,19 +19,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     models.add_argument("filter", nargs="?", default="", help="shell pattern, such as '*dinov2*'")
     models.add_argument("--json", action="store_true", help="machine-readable")
     commands.add_parser("demo", help="train, save, reload, compare and time a small ViT on real digits", add_help=False)
-    commands.add_parser("bench", help="time ops and models against what else computes them", add_help=False)
     commands.add_parser("tune", help="measure which kernels are faster on this GPU, and keep it", add_help=False)
-    arguments, rest = parser.parse_known_args(argv)
+    given = sys.argv[1:] if argv is None else list(argv)
+    if given[:1] == ["bench"]:
+        parser.error("bench is no part of the installed package: run `python -m benchmarks` in a checkout of vitfast")
+    arguments, rest = parser.parse_known_args(given)
     if arguments.command == "demo":
         from vitfast.commands import demo
 
         return demo.main(rest)
-    if arguments.command == "bench":
-        from vitfast.bench import cli as bench
-
-        return bench.main(rest)
     if arguments.command == "tune":
-        from vitfast.bench import tune
+        from vitfast.commands import tune
 
         return tune.main(rest)
     if rest:

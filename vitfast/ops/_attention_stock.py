@@ -120,6 +120,7 @@ def _cudnn_agrees(device, dtype, head_dim):
         try:
             found = _by_cudnn(q, k, v, head_dim**-0.5)
             pairs = zip(found, expected, strict=True)
+            # another question than `check.acceptance`'s: whether this computes attention and its logsumexp at all
             _agrees[key] = all(torch.allclose(a.float(), b.float(), 0.02, 0.02) for a, b in pairs)
             if not _agrees[key]:
                 _refused(key, "it differs from the formula")

@@ -7,6 +7,7 @@ Measured in the same run as the rows that are compared with them. Nothing here f
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from vitfast.bench.case import DTYPES, Work
+from vitfast.check.case import DTYPES, Work
 from vitfast.measure import device as devices
 from vitfast.measure.timing import rotating
 
@@ -27,20 +28,12 @@ COPY_BYTES = 2**30
 # how long a stretch is whose speed is looked at by itself
 STRETCH_S = 0.1
 
-Place = devices.Cpu | devices.Cuda
-
 
 def measure(
-    device: torch.device | str,
-    *,
-    seconds: float = 2.0,
-    size: int | None = None,
-    widths: Sequence[int] = WIDTHS,
-    batch: int | None = None,
-    dtypes: Sequence[str] = ("bf16",),
-    place: Place | None = None,
+    device: torch.device | str, *, seconds: float = 2.0, size: int | None = None, widths: Sequence[int] = WIDTHS,
+    batch: int | None = None, dtypes: Sequence[str] = ("bf16",), place: devices.Place | None = None,
     progress: Callable[[str], None] = lambda text: None,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Measure the ceilings of `device`.
 
     Args:
@@ -60,19 +53,20 @@ def measure(
     on_gpu = place.device.type == "cuda"
     size, batch = size or (8192 if on_gpu else 2048), batch or (64 if on_gpu else 8)
     with place.current():
-        before = place.state()
-        found: dict[str, Any] = {"copy": _tried(lambda: copy(place, seconds / 4)), "matmul": {}, "gemm": []}
+        found: dict[str, Any] = {"before": place.state(), "copy": _tried(copy, place, seconds / 4)}
         progress(f"ceilings: copy {_text(found['copy'], 'gbps', 'GB/s')}")
+        found["matmul"] = {}
         for name in MATMULS:
-            found["matmul"][name] = _tried(lambda name=name: matmul(place, name, size, seconds))
+            found["matmul"][name] = _tried(matmul, place, name, size, seconds)
             progress(f"ceilings: {name} {_text(found['matmul'][name], 'tflops', 'TFLOP/s')}")
-        for width, dtype, name in ((w, d, n) for w in widths for d in dtypes for n in PRODUCTS):
+        found["gemm"] = []
+        for width, dtype, name in itertools.product(widths, dtypes, PRODUCTS):
             k, n = (width * factor for factor in PRODUCTS[name])
             row = {"name": name, "width": width, "m": batch * TOKENS, "n": n, "k": k, "dtype": dtype}
-            found["gemm"].append(row | _tried(lambda row=row: gemm(place, row, seconds / 20)))
+            found["gemm"].append(row | _tried(gemm, place, row, seconds / 20))
         progress(f"ceilings: {len(found['gemm'])} products of models")
         place.release()
-    return found | {"before": before}
+    return found
 
 
 def roofline(work: Work, ceilings: Mapping[str, Any], dtype: str, *, tf32: bool = False) -> tuple[float, str] | None:
@@ -88,7 +82,7 @@ def roofline(work: Work, ceilings: Mapping[str, Any], dtype: str, *, tf32: bool 
     return (compute_ms, "compute") if compute_ms >= memory_ms else (memory_ms, "memory")
 
 
-def copy(place: Place, seconds: float) -> dict[str, Any]:
+def copy(place: devices.Place, seconds: float) -> dict[str, Any]:
     """Copying from one large tensor to another; every byte counts twice, read and written."""
     wanted = max(COPY_BYTES if place.graphs else 2**28, 4 * place.cache_bytes())
     size = int(min(wanted, place.free_bytes() // 4))
@@ -98,7 +92,7 @@ def copy(place: Place, seconds: float) -> dict[str, Any]:
     return {"gbps": 2 * size * rates.mean / 1e9, "bytes": size, "seconds": rates.seconds}
 
 
-def matmul(place: Place, name: str, size: int, seconds: float) -> dict[str, Any]:
+def matmul(place: devices.Place, name: str, size: int, seconds: float) -> dict[str, Any]:
     """A product of two square matrices of random normal numbers in one dtype ("tf32" is fp32 rounded to it)."""
     _check_supported(place, name)
     a, b = (_normal(place, size, size, index) for index in range(2))
@@ -120,7 +114,7 @@ def matmul(place: Place, name: str, size: int, seconds: float) -> dict[str, Any]
     }  # fmt: skip
 
 
-def gemm(place: Place, row: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+def gemm(place: devices.Place, row: Mapping[str, Any], seconds: float) -> dict[str, Any]:
     """One of a ViT's products as `F.linear` does it, without bias, on inputs that rotate past the cache."""
     _check_supported(place, row["dtype"])
     m, n, k, to = row["m"], row["n"], row["k"], DTYPES[row["dtype"]]
@@ -143,7 +137,7 @@ class Rates:
         self.first = calls * 1e3 / stretches_ms[0]
 
 
-def sustained(call: Callable[[], Any], place: Place, seconds: float) -> Rates:
+def sustained(call: Callable[[], Any], place: devices.Place, seconds: float) -> Rates:
     """Call without a pause for about `seconds`."""
     sampler = place.sampler()
     # what would let the device cool down between samples
@@ -157,7 +151,7 @@ def sustained(call: Callable[[], Any], place: Place, seconds: float) -> Rates:
     return Rates(calls, stretches)
 
 
-def _check_supported(place: Place, name: str) -> None:
+def _check_supported(place: devices.Place, name: str) -> None:
     """Raise NotImplementedError where a product in this dtype would be emulated or fail."""
     if place.device.type == "cuda":
         capability = torch.cuda.get_device_capability(place.device)
@@ -171,7 +165,7 @@ def _check_supported(place: Place, name: str) -> None:
         raise NotImplementedError(f"{name} is not measured on a CPU")
 
 
-def _normal(place: Place, rows: int, columns: int, seed: int) -> torch.Tensor:
+def _normal(place: devices.Place, rows: int, columns: int, seed: int) -> torch.Tensor:
     generator = torch.Generator(place.device).manual_seed(seed)
     return torch.randn(rows, columns, generator=generator, device=place.device)
 
@@ -186,9 +180,9 @@ def _precision(wanted: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _tried(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _tried(measured: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
     try:
-        return measure()
+        return measured(*arguments)
     except Exception as problem:
         return {"absent": devices.first_line(problem)}
 

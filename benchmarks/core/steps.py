@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import vitfast
-from vitfast.bench import compilers
-from vitfast.bench.case import Function, Tensors
-from vitfast.bench.factory import dtype_of, one_of, positive
-from vitfast.bench.rivals import Network
+from benchmarks.core import compilers
+from benchmarks.core.case import dtype_of, one_of, positive
+from benchmarks.core.rivals import Network
+from vitfast.check.case import Function, Tensors
 
 MODES = ("inference", "training")
 
@@ -52,6 +52,11 @@ class Setting:
         return self.mode == "training"
 
     @property
+    def plain_on_cpu(self) -> bool:
+        """What compilers of a CPU take."""
+        return self.device.type == "cpu" and not self.training and not self.autocast
+
+    @property
     def kept_in(self) -> str:
         """The dtype of weights and images."""
         return "fp32" if self.autocast else self.dtype
@@ -61,8 +66,8 @@ class Setting:
         network.module.requires_grad_(self.training)
         return network
 
-    def eager(self, network: Network) -> Function:
-        self.place(network)
+    def eager(self, network: Network, dtype: torch.dtype | None = None) -> Function:
+        self.place(network, dtype)
         return self._function(network, lambda images: network.logits(network.module(images)))
 
     def compiled(self, network: Network, mode: str | None = None, own_graphs: bool = False) -> Function:
@@ -85,9 +90,7 @@ class Setting:
 
     def exact(self, network: Network) -> Function:
         """In fp64, outside autocast."""
-        plain = replace(self, autocast=False)
-        plain.place(network, torch.float64)
-        return plain._function(network, lambda images: network.logits(network.module(images)))
+        return replace(self, autocast=False).eager(network, torch.float64)
 
     def _function(self, network: Network, forward: Callable[[Tensor], Tensor]) -> Function:
         def cast() -> Any:

@@ -1,6 +1,6 @@
 """Whole models against everybody's: inference, and the training step without its optimizer.
 
-Each function makes a `Case` from plain values. All variants of a row have the same weights. Training is forward,
+Each factory makes a `Case` from plain values. All variants of a row have the same weights. Training is forward,
 cross-entropy, backward; its results are the logits and the gradients of a few parameters, first and last in the
 backward's way. The loss itself is one number, which is as exact as luck has it.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -18,11 +19,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitfast
-from vitfast.bench import compilers, rivals, work
-from vitfast.bench.case import DTYPES, Case, Function, Tensors, Variant, Work
-from vitfast.bench.factory import one_of, positive, recorded
-from vitfast.bench.rivals import Network
-from vitfast.bench.steps import Setting, in_stock_operators
+from benchmarks.core import compilers, rivals, work
+from benchmarks.core.case import one_of, positive, recorded
+from benchmarks.core.rivals import Network
+from benchmarks.core.steps import Setting, in_stock_operators
+from vitfast.check.case import DTYPES, Case, Function, Tensors, Variant, Work
 
 GROUPS = ("all", "eager", "compiled", "autotuned")
 VITS = ("vit_base_patch16_224", "vit_small_patch16_224", "vit_large_patch16_224", "vit_tiny_patch16_224")
@@ -30,7 +31,6 @@ CNNS = ("resnet50", "mobilenetv3_large_100")
 VIT_PYTORCH = "vit-pytorch"
 BATCHES = (1, 8, 64, 256)
 STOCK = "stock PyTorch"
-CHECK_IMAGES = 8
 
 Make = Callable[[], Network]
 
@@ -53,7 +53,6 @@ def vit(
         ValueError: an argument is not among what is possible.
     """
     setting = Setting(mode, dtype, autocast, torch.device(device), batch)
-    one_of("group", group, GROUPS)
     # a pair that came through JSON is a list
     options = {name: tuple(v) if isinstance(v, list) else v for name, v in (options or {}).items()}
     config = vitfast.config_for(model, **options)
@@ -62,26 +61,13 @@ def vit(
         config = vitfast.config_for(model, **options)
     key = ("vit", model, tuple(sorted(options.items())))
     weights = partial(_weights, key, partial(vitfast.create_model, model, **options))
-    ours: Make = lambda: rivals.of_vitfast(model, options, weights())  # noqa: E731
-    timm: Make = lambda: rivals.of_timm(model, options, weights())  # noqa: E731
-    has_timm = importlib.util.find_spec("timm") is not None
-
-    variants = {} if has_timm else {STOCK: Variant(lambda: in_stock_operators(setting.eager(ours())))}
-    variants["timm"] = Variant(lambda: setting.eager(timm()), needs=("timm",))
-    variants |= _ours(setting, ours, group)
-    if group in ("all", "eager"):
-        variants["torchvision"] = Variant(
-            lambda: setting.eager(rivals.of_torchvision(config, weights())), needs=("torchvision",)
-        )
-        variants["Hugging Face"] = Variant(
-            lambda: setting.eager(rivals.of_hugging_face(config, weights())), needs=("transformers",)
-        )
-    variants |= _compiled(setting, "timm", timm, group, autotune_s, config.image_size)
-    return _case(
-        model, setting, group, config.image_size, config.num_classes or config.dim, variants,
-        _truth(setting, key, timm if has_timm else ours, not has_timm),
-        shape={"tokens": _tokens(config), "dim": config.dim, "depth": config.depth, "heads": config.heads},
-        count=_work(config, setting), gradients=3, param_count=work.parameters(config),
+    others = {
+        "torchvision": (lambda: rivals.of_torchvision(config, weights()), "torchvision"),
+        "Hugging Face": (lambda: rivals.of_hugging_face(config, weights()), "transformers"),
+    }
+    return _vit(
+        model, setting, group, config, key, lambda: rivals.of_vitfast(model, options, weights()), "timm", "timm",
+        lambda: rivals.of_timm(model, options, weights()), others, autotune_s,
     )  # fmt: skip
 
 
@@ -95,7 +81,6 @@ def vit_pytorch(
     and no bias in attention. Arguments otherwise as in `vit`.
     """
     setting = Setting(mode, dtype, autocast, torch.device(device), batch)
-    one_of("group", group, GROUPS)
     positive(size=size, patch=patch, dim=dim, depth=depth, heads=heads, classes=classes)
     sizes = dict(image_size=size, patch_size=patch, num_classes=classes, dim=dim, depth=depth, heads=heads)
     make = partial(vitfast.ViT, **sizes, mlp_dim=4 * dim)
@@ -103,23 +88,50 @@ def vit_pytorch(
         config = make().config
     key = (VIT_PYTORCH, tuple(sizes.items()))
     weights = partial(_weights, key, make)
-    has_theirs = importlib.util.find_spec("vit_pytorch") is not None
+    return _vit(
+        VIT_PYTORCH, setting, group, config, key,
+        lambda: Network(rivals.filled(make, weights()), rivals.watched(config)), VIT_PYTORCH, "vit_pytorch",
+        lambda: rivals.of_vit_pytorch(config, weights()), {}, autotune_s,
+    )  # fmt: skip
 
-    def ours() -> Network:
-        return Network(rivals.filled(make, weights()), rivals.watched(config))
 
-    def theirs() -> Network:
-        return rivals.of_vit_pytorch(config, weights())
-
-    variants = {} if has_theirs else {STOCK: Variant(lambda: in_stock_operators(setting.eager(ours())))}
-    variants[VIT_PYTORCH] = Variant(lambda: setting.eager(theirs()), needs=("vit_pytorch",))
-    variants |= _ours(setting, ours, group)
-    variants |= _compiled(setting, VIT_PYTORCH, theirs, group, autotune_s, config.image_size, ("vit_pytorch",))
+def _vit(
+    model: str, setting: Setting, group: str, config: vitfast.ViTConfig, key: tuple, ours: Make, their_name: str,
+    package: str, theirs: Make, others: Mapping[str, tuple[Make, str]], autotune_s: float,
+) -> Case:  # fmt: skip
+    """Ours against the model that it stands for, whose package may be absent, and `others` by package."""
+    one_of("group", group, GROUPS)
+    cpu, installed = setting.device.type == "cpu", importlib.util.find_spec(package) is not None
+    variants = {} if installed else {STOCK: Variant(lambda: in_stock_operators(setting.eager(ours())))}
+    variants[their_name] = Variant(lambda: setting.eager(theirs()), needs=(package,))
+    variants["vitfast"] = Variant(lambda: setting.eager(ours()), ours=True)
+    if not setting.training and not setting.autocast:
+        variants["vitfast prepared"] = Variant(lambda: _prepared(setting, ours()), ours=True)
+    if group in ("all", "compiled") and not cpu:
+        variants["vitfast compiled"] = Variant(lambda: setting.compiled(ours()), ours=True)
+    if group in ("all", "eager"):
+        for name, (make, needs) in others.items():
+            variants[name] = Variant(lambda make=make: setting.eager(make()), needs=(needs,))
+    if group in ("all", "compiled"):
+        variants |= _compiled(setting, their_name, theirs, config.image_size, package)
+    if group in ("all", "autotuned") and not cpu:
+        variants[f"{their_name} max-autotune"] = Variant(
+            lambda: setting.compiled(theirs(), "max-autotune", own_graphs=True), needs=(package,), graph=False,
+            apart=autotune_s,
+        )  # fmt: skip
+    exact = _truth(setting, key, theirs if installed else ours)
+    shape = {
+        "tokens": config.num_patches + config.num_prefix_tokens, "dim": config.dim, "depth": config.depth,
+        "heads": config.heads,
+    }  # fmt: skip
+    count = work.model(
+        config, setting.batch, setting.dtype, training=setting.training, image_dtype=setting.kept_in,
+        weight_dtype=setting.kept_in,
+    )  # fmt: skip
     return _case(
-        VIT_PYTORCH, setting, group, config.image_size, classes, variants,
-        _truth(setting, key, theirs if has_theirs else ours, not has_theirs),
-        shape={"tokens": _tokens(config), "dim": dim, "depth": depth, "heads": heads},
-        count=_work(config, setting), gradients=3, param_count=work.parameters(config),
+        model, setting, group, config.image_size, config.num_classes or config.dim, variants,
+        exact if installed else in_stock_operators(exact), shape=shape, count=count, gradients=3,
+        param_count=work.parameters(config),
     )  # fmt: skip
 
 
@@ -155,26 +167,24 @@ def cnn(
         # their images are the second input
         return lambda images, images_last, *labels: function(images_last, *labels)
 
+    def first(function: Function) -> Function:
+        return lambda images, images_last, *labels: function(images, *labels)
+
     def compiled(made: Network) -> Function:
-        if setting.device.type != "cpu" or setting.training or setting.autocast:
+        if not setting.plain_on_cpu:
             return setting.compiled(made)
         example = torch.zeros(batch, 3, size, size, dtype=DTYPES[dtype])
         return compilers.frozen(setting.place(made).module, example.contiguous(memory_format=torch.channels_last))
 
-    def first() -> Function:
-        function = setting.eager(network())
-        return lambda images, images_last, *labels: function(images, *labels)
-
-    variants = {"timm": Variant(first)}
+    variants = {"timm": Variant(lambda: first(setting.eager(network())))}
     if group in ("all", "eager"):
         variants["timm channels_last"] = Variant(lambda: last(setting.eager))
     if group in ("all", "compiled"):
         variants["timm compiled"] = Variant(lambda: last(compiled))
-    exact = _truth(setting, ("cnn", model), network)
     return _case(
         model, setting, group, (size, size), meta.num_classes, variants,
-        lambda images, images_last, *labels: exact(images, *labels), shape={}, count=_counted(meta, setting, size),
-        gradients=2, both_layouts=True, param_count=parameter_count(meta),
+        first(_truth(setting, ("cnn", model), network)), shape={}, count=_counted(meta, setting, size), gradients=2,
+        both_layouts=True, param_count=parameter_count(meta),
         left_out="timm channels_last and compiled: images and weights are channels last from the start",
     )  # fmt: skip
 
@@ -204,78 +214,51 @@ def _case(
         inputs=inputs, reference=truth, cut=lambda given, n: tuple(t[:n] for t in given),
         # with batch norm no image's logits are its own in training
         per_image=(not (both_layouts and setting.training),) + (False,) * (gradients * setting.training),
-        variants=variants, baseline=baseline, yardstick=baseline, work=count, check_images=CHECK_IMAGES,
+        variants=variants, baseline=baseline, yardstick=baseline, work=count,
         notes={"model": model, "group": group, **notes},
     )  # fmt: skip
 
 
-def _ours(setting: Setting, make: Make, group: str) -> dict[str, Variant]:
-    def prepared() -> Function:
-        module = setting.place(make()).module
-        fast = vitfast.prepare(module, dtype=DTYPES[setting.dtype], threads=None)
-        return lambda images: fast(images)
-
-    variants = {"vitfast": Variant(lambda: setting.eager(make()), ours=True)}
-    if not setting.training and not setting.autocast:
-        variants["vitfast prepared"] = Variant(prepared, ours=True)
-    if group in ("all", "compiled") and setting.device.type != "cpu":
-        variants["vitfast compiled"] = Variant(lambda: setting.compiled(make()), ours=True)
-    return variants
+def _prepared(setting: Setting, network: Network) -> Function:
+    fast = vitfast.prepare(setting.place(network).module, dtype=DTYPES[setting.dtype], threads=None)
+    return lambda images: fast(images)
 
 
-def _compiled(
-    setting: Setting, name: str, make: Make, group: str, autotune_s: float, image_size: tuple[int, int],
-    needs: tuple[str, ...] = ("timm",),
-) -> dict[str, Variant]:  # fmt: skip
+def _compiled(setting: Setting, name: str, make: Make, image_size: tuple[int, int], package: str) -> dict[str, Variant]:
     """The compilers of that model which are of use on the device."""
-    found = {}
-    cpu = setting.device.type == "cpu"
-    if group in ("all", "compiled"):
-        if cpu and not setting.training and not setting.autocast:
-            found |= _cpu_compilers(setting, name, make, image_size, needs)
-        else:
-            found[f"{name} compiled"] = Variant(lambda: setting.compiled(make()), needs=needs)
-        if not cpu:
-            found[f"{name} reduce-overhead"] = Variant(
-                lambda: setting.compiled(make(), "reduce-overhead", own_graphs=True), needs=needs, graph=False
-            )
-    if group in ("all", "autotuned") and not cpu:
-        found[f"{name} max-autotune"] = Variant(
-            lambda: setting.compiled(make(), "max-autotune", own_graphs=True), needs=needs, graph=False,
-            apart=autotune_s,
-        )  # fmt: skip
-    return found
 
-
-def _cpu_compilers(
-    setting: Setting, name: str, make: Make, image_size: tuple[int, int], needs: tuple[str, ...]
-) -> dict[str, Variant]:
-    def example(dtype: torch.dtype) -> Tensor:
-        return torch.zeros(setting.batch, 3, *image_size, dtype=dtype)
+    def example(dtype: str) -> Tensor:
+        return torch.zeros(setting.batch, 3, *image_size, dtype=DTYPES[dtype])
 
     def wide() -> nn.Module:
         # both compile for a dtype from a model in fp32
         return make().module.eval().requires_grad_(False)
 
-    def frozen() -> Function:
-        return compilers.frozen(setting.place(make()).module, example(DTYPES[setting.dtype]))
-
     def onnx_runtime() -> Function:
         if setting.dtype != "fp32":
             raise NotImplementedError("fp32 only")
-        return compilers.onnx_runtime(wide(), example(torch.float32))
+        return compilers.onnx_runtime(wide(), example("fp32"))
 
-    def openvino() -> Function:
-        return compilers.openvino(wide(), example(torch.float32), setting.dtype)
-
-    return {
-        f"{name} compiled": Variant(frozen, needs=needs),
-        "ONNX Runtime": Variant(onnx_runtime, needs=(*needs, "onnx", "onnxscript", "onnxruntime")),
-        "OpenVINO": Variant(openvino, needs=(*needs, "openvino")),
-    }
+    if setting.plain_on_cpu:
+        return {
+            f"{name} compiled": Variant(
+                lambda: compilers.frozen(setting.place(make()).module, example(setting.dtype)), needs=(package,)
+            ),
+            "ONNX Runtime": Variant(onnx_runtime, needs=(package, "onnx", "onnxscript", "onnxruntime")),
+            "OpenVINO": Variant(
+                lambda: compilers.openvino(wide(), example("fp32"), setting.dtype), needs=(package, "openvino")
+            ),
+        }
+    found = {f"{name} compiled": Variant(lambda: setting.compiled(make()), needs=(package,))}
+    if setting.device.type != "cpu":
+        found[f"{name} reduce-overhead"] = Variant(
+            lambda: setting.compiled(make(), "reduce-overhead", own_graphs=True), needs=(package,), graph=False
+        )
+    return found
 
 
 _WEIGHTS: dict[tuple, dict[str, Tensor]] = {}
+_TRUTHS: dict[tuple, tuple[Tensors, Tensors]] = {}
 
 
 def _weights(key: tuple, make: Callable[[], nn.Module]) -> dict[str, Tensor]:
@@ -288,10 +271,7 @@ def _weights(key: tuple, make: Callable[[], nn.Module]) -> dict[str, Tensor]:
     return _WEIGHTS[key]
 
 
-_TRUTHS: dict[tuple, tuple[Tensors, Tensors]] = {}
-
-
-def _truth(setting: Setting, key: tuple, make: Make, in_stock: bool = False) -> Function:
+def _truth(setting: Setting, key: tuple, make: Make) -> Function:
     """The results in fp64, remembered, since rows of other batches and dtypes begin with the same images."""
     key = (*key, setting.mode, str(setting.device))
 
@@ -300,24 +280,12 @@ def _truth(setting: Setting, key: tuple, make: Make, in_stock: bool = False) -> 
         known, results = _TRUTHS.get(key, ((), ()))
         enough = known and (len(known[0]) == n or (not setting.training and len(known[0]) > n))
         if not enough or not all(torch.equal(a[:n], b) for a, b in zip(known, given, strict=True)):
-            function = setting.exact(make())
-            out = (in_stock_operators(function) if in_stock else function)(*given)
+            out = setting.exact(make())(*given)
             results = out if isinstance(out, tuple) else (out,)
             _TRUTHS[key] = given, results
         return results if setting.training else results[0][:n]
 
     return run
-
-
-def _tokens(config: vitfast.ViTConfig) -> int:
-    return config.num_patches + config.num_prefix_tokens
-
-
-def _work(config: vitfast.ViTConfig, setting: Setting) -> Work:
-    return work.model(
-        config, setting.batch, setting.dtype, training=setting.training, image_dtype=setting.kept_in,
-        weight_dtype=setting.kept_in,
-    )  # fmt: skip
 
 
 def _counted(meta: nn.Module, setting: Setting, size: int) -> Work:
@@ -330,10 +298,9 @@ def _counted(meta: nn.Module, setting: Setting, size: int) -> Work:
         logits = model(image)
     wide = DTYPES[setting.kept_in].itemsize
     per_image, weights = (image.numel() + logits.numel()) * wide, parameter_count(model) * wide
-    flops = counter.get_total_flops() * setting.batch
-    if setting.training:
-        return Work(3 * flops, 2 * setting.batch * per_image + 3 * weights)
-    return Work(flops, setting.batch * per_image + weights)
+    times = 3 if setting.training else 1
+    moved = setting.batch * per_image * (1 + setting.training) + weights * times
+    return Work(times * counter.get_total_flops() * setting.batch, moved)
 
 
 def parameter_count(model: nn.Module) -> int:
@@ -365,8 +332,6 @@ def listed(
         else:
             options = blocks | ({} if image_size is None else {"img_size": image_size})
             factory = partial(vit, model=name, options=options, autotune_s=autotune_s)
-        for group, mode, batch, dtype, cast in (
-            (g, m, b, d, a) for g in groups for m in modes for b in batches for d in dtypes for a in autocast
-        ):
+        for group, mode, batch, dtype, cast in itertools.product(groups, modes, batches, dtypes, autocast):
             if not (cast and dtype == "fp32"):
                 yield partial(factory, batch=batch, mode=mode, dtype=dtype, autocast=cast, device=device, group=group)

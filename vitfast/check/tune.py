@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,19 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitfast.bench import harness
-from vitfast.bench.case import DTYPES, Case, Variant, Work
 from vitfast.check.calls import NAMES, SEED, Call, Prepared
+from vitfast.check.case import Case, Variant
+from vitfast.check.compare import NO_TIME_LEFT, compare
 from vitfast.check.families import FAMILIES, Family
 from vitfast.check.measuring import BUILT_IN, STOCK, Row, keep, verdict
 from vitfast.check.warmup import batches_of, check_dtype, description, kernel_calls, models_in
-from vitfast.choose import dispatch, tuning_cache
+from vitfast.choose import dispatch
 from vitfast.choose.tuning_cache import Choice
 from vitfast.config import ViTConfig
 from vitfast.measure import device as devices
 from vitfast.measure.device import Place
 from vitfast.ops import _launch
-from vitfast.timm_names.variants import config_for
 
 # how long to time one call, and the least of that where the budget is short
 SECONDS, LEAST_S = 2.0, 0.1
@@ -32,7 +30,7 @@ BUDGET_S = 300.0
 # the truth of more would take more time than all the rest
 CHECK_IMAGES = 2
 # a kernel that is not made for a call, or had no memory or time, was neither slower nor wrong
-UNDECIDED = ("NotImplementedError", "out of memory", harness.NO_TIME_LEFT)
+UNDECIDED = ("NotImplementedError", "out of memory", NO_TIME_LEFT)
 
 
 @dataclass
@@ -83,7 +81,7 @@ def tune(
     Raises:
         TypeError, ValueError: the argument, what was expected and what came.
         NotImplementedError: no kernel can run here; says why.
-        vitfast.bench.harness.DeviceLost: a kernel broke the device; what was finished before is kept.
+        vitfast.check.compare.DeviceLost: a kernel broke the device; what was finished before is kept.
     """
     batches = batches_of("tune", batch)
     check_dtype("tune", dtype)
@@ -116,7 +114,7 @@ def tune_calls(calls: Sequence[Call], place: Place, budget_s: float, say: Callab
     for i, call in enumerate(calls):
         family, left = FAMILIES[call.op], budget_s - (place.clock() - began)
         if left < LEAST_S:
-            report.rows.append(Row(family.kernel, str(call), "", why=harness.NO_TIME_LEFT))
+            report.rows.append(Row(family.kernel, str(call), "", why=NO_TIME_LEFT))
             continue
         asked, by_image = _asked(family, call, place)
         if asked is None:
@@ -159,7 +157,7 @@ def _tune_one(
 ) -> Row:  # fmt: skip
     configs = {words(config) or BUILT_IN: config for config in listed}
     case = _case(family, call, by_image, configs, stock, place)
-    row = harness.run_case(case, seconds=seconds, place=place, deadline=place.clock() + left)
+    row = compare(case, seconds=seconds, place=place, deadline=place.clock() + left)
     return _decided(family.kernel, call, row["variants"], configs)
 
 
@@ -186,7 +184,7 @@ def _case(
             STOCK: Variant(lambda: way(lambda args: family.stock(args, stock))),
             **{name: kernel(each) for name, each in configs.items()},
         },
-        baseline=STOCK, yardstick=STOCK, work=Work(0, 0), check_images=CHECK_IMAGES,
+        baseline=STOCK, yardstick=STOCK, check_images=CHECK_IMAGES,
     )  # fmt: skip
 
 
@@ -212,49 +210,3 @@ def _decided(
 def words(config: dispatch.Config | None) -> str:
     """A configuration in a table."""
     return "" if config is None else " ".join(f"{name}={value}" for name, value in config.items())
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, 1 where a kernel was wrong or nothing could be kept, 2 for wrong use."""
-    told = _parser().parse_args(argv)
-    try:
-        device = devices.device_named(told.device)
-        if not told.budget > 0:
-            raise ValueError(f"--budget must be more than 0, got {told.budget}")
-        configs = [config_for(name, img_size=told.image_size) for name in told.model]
-        report = tune(
-            configs, told.batch, DTYPES[told.dtype], told.training, device=device, prepared=told.prepared,
-            budget_s=told.budget,
-        )  # fmt: skip
-    except (ValueError, TypeError, NotImplementedError) as problem:
-        print(f"vitfast tune: {problem}", file=sys.stderr)
-        return 2
-    except harness.DeviceLost as problem:
-        print(f"vitfast tune: the device was lost {problem}; what was measured before is kept", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("vitfast tune: stopped; what was measured is kept", file=sys.stderr)
-        return 130
-    print(report)
-    print(f"kept in {report.path}" if report.path else "nothing was kept")
-    return int(report.path is None or any(row.wrong for row in report.rows))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="vitfast tune",
-        description="Time this package's kernels against stock PyTorch operators on this GPU, for the shapes of some "
-        "models, and keep for each shape what is faster. Nothing else should use the GPU meanwhile.",
-        epilog=f"The file is in {tuning_cache.folder()} ($VITFAST_CACHE_DIR names another folder) and holds for this "
-        "card, driver, torch, triton, vitfast and source of its kernels only.",
-    )
-    add = parser.add_argument
-    add("model", nargs="+", metavar="MODEL", help="timm's names, see `vitfast models`")
-    add("--batch", nargs="+", type=int, default=[1], metavar="N", help="images (default: 1)")
-    add("--dtype", choices=DTYPES, default="bf16", help="what the model computes in (default: %(default)s)")
-    add("--training", action="store_true", help="also the backward")
-    add("--prepared", action="store_true", help="also what vitfast.prepare makes of the models")
-    add("--image-size", type=int, metavar="PIXELS", help="another size than the models' own")
-    add("--device", default="cuda", help="cuda, cuda:1 ... (default: %(default)s)")
-    add("--budget", type=float, default=BUDGET_S, metavar="SECONDS", help="for all (default: %(default).0f)")
-    return parser

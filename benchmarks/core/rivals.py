@@ -19,6 +19,7 @@ from vitfast.config import ViTConfig
 from vitfast.weights import vit_pytorch as vit_pytorch_names
 
 Weights = Mapping[str, Tensor]
+Patterns = tuple[tuple[str, str], ...]
 
 QKV, LAST_NORM, PATCHES = "blocks.0.attn.qkv.weight", "blocks.{last}.norm2.weight", "patch_embed.proj.weight"
 
@@ -113,29 +114,29 @@ def of_torchvision(config: ViTConfig, weights: Weights) -> Network:
 
     if not is_plain(config) or config.channels != 3 or not config.num_classes or not _square(config):
         raise NotImplementedError("torchvision has no such architecture")
-    names = {
-        "class_token": "cls_token", "conv_proj.": "patch_embed.proj.", "encoder.pos_embedding": "pos_embed",
-        "encoder.ln.": "norm.", "heads.head.": "head.",
-    }  # fmt: skip
-    inside = {
-        "ln_1.": "norm1.", "self_attention.in_proj_": "attn.qkv.", "self_attention.out_proj.": "attn.proj.",
-        "ln_2.": "norm2.", "mlp.0.": "mlp.fc1.", "mlp.3.": "mlp.fc2.",
-    }  # fmt: skip
-    for i in range(config.depth):
-        names |= {f"encoder.layers.encoder_layer_{i}.{k}": f"blocks.{i}.{v}" for k, v in inside.items()}
-    theirs, found = {}, {}
-    for name, value in weights.items():
-        prefix = next(k for k, v in names.items() if name.startswith(v))
-        theirs[prefix + name[len(names[prefix]) :]] = value
-        found[name] = [prefix + name[len(names[prefix]) :]]
     make = partial(
         VisionTransformer, config.image_size[0], config.patch_size[0], config.depth, config.heads, config.dim,
         config.mlp_dim, num_classes=config.num_classes, norm_layer=partial(nn.LayerNorm, eps=config.norm_eps),
     )  # fmt: skip
-    return Network(filled(make, theirs), renamed(found, config))
+    return _translated(make, weights, TORCHVISION, config)
 
 
-# Hugging Face's names to timm's, by release 4 and by release 5; {i} is the block, a number after | the third of qkv
+# other people's names to timm's; {i} is the block, a number after | the third of qkv
+
+_LAYER = r"encoder\.layers\.encoder_layer_(\d+)\."
+TORCHVISION = (
+    (r"class_token", "cls_token"),
+    (r"encoder\.pos_embedding", "pos_embed"),
+    (r"conv_proj\.(\w+)", r"patch_embed.proj.\1"),
+    (r"encoder\.ln\.(\w+)", r"norm.\1"),
+    (r"heads\.head\.(\w+)", r"head.\1"),
+    (_LAYER + r"ln_([12])\.(\w+)", r"blocks.\1.norm\2.\3"),
+    (_LAYER + r"self_attention\.in_proj_(\w+)", r"blocks.\1.attn.qkv.\2"),
+    (_LAYER + r"self_attention\.out_proj\.(\w+)", r"blocks.\1.attn.proj.\2"),
+    (_LAYER + r"mlp\.0\.(\w+)", r"blocks.\1.mlp.fc1.\2"),
+    (_LAYER + r"mlp\.3\.(\w+)", r"blocks.\1.mlp.fc2.\2"),
+)
+# of release 4 and of release 5
 HUGGING_FACE = (
     (r"embeddings\.cls_token", "cls_token"),
     (r"embeddings\.position_embeddings", "pos_embed"),
@@ -181,14 +182,20 @@ def of_hugging_face(config: ViTConfig, weights: Weights) -> Network:
         make, logits = partial(transformers.Dinov2Model, settings), lambda out: out.pooler_output
     else:
         raise NotImplementedError("transformers has no such architecture")
+    return _translated(make, weights, HUGGING_FACE, config, logits)
+
+
+def _translated(
+    make: Callable[[], nn.Module], weights: Weights, patterns: Patterns, config: ViTConfig, *logits: Callable
+) -> Network:
     with torch.device("meta"):
         shapes = make().state_dict()
-    theirs, names = _from_timm(shapes, weights)
-    return Network(filled(make, theirs), renamed(names, config), logits)
+    theirs, names = from_timm(shapes, weights, patterns)
+    return Network(filled(make, theirs), renamed(names, config), *logits)
 
 
-def _from_timm(shapes: Weights, weights: Weights) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
-    """Hugging Face's state dict, and for each of timm's names theirs."""
+def from_timm(shapes: Weights, weights: Weights, patterns: Patterns) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
+    """A state dict in other people's names, and for each of timm's names theirs."""
     theirs: dict[str, Tensor] = {}
     names: dict[str, list[str]] = {}
     for name, like in shapes.items():
@@ -196,16 +203,16 @@ def _from_timm(shapes: Weights, weights: Weights) -> tuple[dict[str, Tensor], di
         if short == "embeddings.mask_token":  # no part of the forward
             theirs[name] = torch.zeros(like.shape)
             continue
-        for pattern, ours in HUGGING_FACE:
+        for pattern, ours in patterns:
             if match := re.fullmatch(pattern, short):
                 key, _, third = match.expand(ours).partition("|")
                 theirs[name] = weights[key].chunk(3)[int(third)] if third else weights[key]
                 names.setdefault(key, []).append(name)
                 break
         else:
-            raise NotImplementedError(f"transformers has a parameter {name!r} that is not known here")
+            raise NotImplementedError(f"a parameter of theirs is not known here: {name!r}")
     if missing := weights.keys() - names.keys():
-        raise NotImplementedError(f"transformers' model has no place for {', '.join(sorted(missing)[:3])}")
+        raise NotImplementedError(f"their model has no place for {', '.join(sorted(missing)[:3])}")
     return theirs, names
 
 
@@ -224,12 +231,10 @@ def of_vit_pytorch(config: ViTConfig, weights: Weights) -> Network:
         dim=config.dim, depth=config.depth, heads=config.heads, mlp_dim=config.mlp_dim, dim_head=config.head_dim,
         channels=config.channels, pool="cls" if config.class_token else "mean",
     )  # fmt: skip
-    of_one = {name: [their] for name, their in _vit_pytorch_names(weights, config).items()}
-    return Network(filled(make, vit_pytorch_names.from_vitfast(weights, config)), renamed(of_one, config))
-
-
-def _vit_pytorch_names(weights: Weights, config: ViTConfig) -> dict[str, str]:
-    return dict(zip(weights, vit_pytorch_names.from_vitfast(weights, config), strict=True))
+    theirs = vit_pytorch_names.from_vitfast(weights, config)
+    # in the same order
+    names = {name: [their] for name, their in zip(weights, theirs, strict=True)}
+    return Network(filled(make, theirs), renamed(names, config))
 
 
 def _square(config: ViTConfig) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from vitfast.bench.case import Function
+from vitfast.check.case import Function
 
 
 def compiled(function: Callable[..., Any], mode: str | None = None) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from vitfast.bench.case import DTYPES, Case
+from vitfast.check.case import DTYPES, Case
 
 
 def recorded(make: Callable[..., Case]) -> Callable[..., Case]:
@@ -17,11 +17,10 @@ def recorded(make: Callable[..., Case]) -> Callable[..., Case]:
     signature = inspect.signature(make)
 
     @functools.wraps(make)
-    def factory(**arguments: Any) -> Case:
-        bound = signature.bind(**arguments)
+    def factory(**given: Any) -> Case:
+        bound = signature.bind(**given)
         bound.apply_defaults()
         case = make(**bound.arguments)
-        # of the module that has it, which is not __main__ in the process that reads this
         origin = {"factory": f"{make.__module__}.{make.__qualname__}", "arguments": dict(bound.arguments)}
         return replace(case, notes={**case.notes, **origin})
 
@@ -29,21 +28,13 @@ def recorded(make: Callable[..., Case]) -> Callable[..., Case]:
 
 
 def rebuild(notes: Mapping[str, Any]) -> Case:
-    """The case whose notes these are.
-
-    Raises:
-        KeyError: it was not made by a factory of this package.
-    """
+    """The case whose notes these are."""
     module, _, name = notes["factory"].rpartition(".")
     return getattr(importlib.import_module(module), name)(**notes["arguments"])
 
 
 def one_of(what: str, value: Any, allowed: Collection[Any]) -> Any:
-    """`value`.
-
-    Raises:
-        ValueError: it is not among `allowed`.
-    """
+    """`value`; raises ValueError where it is not among `allowed`."""
     if value not in allowed:
         raise ValueError(f"{what} must be one of {', '.join(map(str, allowed))}, got {value!r}")
     return value

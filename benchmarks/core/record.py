@@ -3,11 +3,11 @@
     {"schema": 1,
      "run": {...},          what `vitfast.measure.machine.describe` says of machine, versions, commit and command
      "earlier": [{...}],    the same of the runs that this one resumed or was merged with
-     "ceilings": {...},     what `vitfast.bench.ceilings.measure` found, {} where it was not asked
+     "ceilings": {...},     what `benchmarks.core.ceilings.measure` found, {} where it was not asked
      "rows": [{...}],
      "skipped": [{"stage", "key", "why"}]}   cases that were not run
 
-A row compares the variants of one case (see `vitfast.bench.case`):
+A row compares the variants of one case (see `vitfast.check.case`):
 
     key                     kind/name/mode/shape/batch/dtype[ autocast]: what merging and resuming go by
     kind, name, mode, shape {name: int}, batch, dtype, autocast, notes    the case
@@ -42,6 +42,7 @@ result of ours, an exception, no memory, no time left), or times. Of these only 
     tflops, gbps            the case's work by `ms`
     percent, limit          of the time that the run's ceilings allow; "compute" or "memory" sets that time
     peak_allocated_mib, peak_reserved_mib   what one call needs at its peak beyond what was there before (training)
+    peak_resident_mib       the same of the process on a CPU, of whole models in inference too
     apart, baseline_ms      timed in a process of its own, not in turns with the others, against the baseline there
 
 Every number that is not finite is null.
@@ -49,8 +50,6 @@ Every number that is not finite is null.
 
 from __future__ import annotations
 
-import copy
-import csv
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -140,7 +139,7 @@ def read(path: Path | str) -> dict[str, Any]:
 def open_for_resume(path: Path | str, run: Mapping[str, Any]) -> Record:
     """The record in `path`, to be continued by `run`; a new one where there is no such file.
 
-    Rows with times stay, and `vitfast.bench.harness.run_cases` leaves their cases out. It runs the others again:
+    Rows with times stay, and `benchmarks.core.harness.run_cases` leaves their cases out. It runs the others again:
     those that failed, ran out of time or were skipped.
 
     Raises:
@@ -165,35 +164,32 @@ def set_aside(path: Path | str) -> Path | None:
     return path.replace(path.with_name(f"{path.name}.before"))
 
 
-def merge(paths: Iterable[Path | str], *, mix_devices: bool = False) -> dict[str, Any]:
+def merge(paths: Iterable[Path | str]) -> dict[str, Any]:
     """One record of several. Of rows with the same key the newest with times stays.
 
     Run and ceilings are the newest that there are; the other runs are listed under "earlier".
 
     Raises:
-        ValueError: as `read`; no path; or the files are from different devices and `mix_devices` is not set.
+        ValueError: as `read`; no path; or the files are from different devices.
     """
     found = {str(path): read(path) for path in paths}
     if not found:
         raise ValueError("merge: paths must name at least one file, got none")
-    if not mix_devices:
-        _same_devices({path: data["run"] for path, data in found.items()})
+    _same_devices({path: data["run"] for path, data in found.items()})
     in_order = sorted(found.values(), key=lambda data: data["run"].get("date", ""))
     rows: dict[str, Row] = {}
     for row in (row for data in in_order for row in data["rows"]):
         if row["key"] not in rows or _rank(row) >= _rank(rows[row["key"]]):
             rows[row["key"]] = row
     skipped = {each.get("key"): each for data in in_order for each in data["skipped"]}
-    return copy.deepcopy(
-        {
-            "schema": SCHEMA,
-            "run": in_order[-1]["run"],
-            "earlier": [run for data in in_order for run in data["earlier"]] + [data["run"] for data in in_order[:-1]],
-            "ceilings": next((data["ceilings"] for data in reversed(in_order) if data["ceilings"]), {}),
-            "rows": list(rows.values()),
-            "skipped": [each for key, each in skipped.items() if key not in rows],
-        }
-    )
+    return {
+        "schema": SCHEMA,
+        "run": in_order[-1]["run"],
+        "earlier": [run for data in in_order for run in data["earlier"]] + [data["run"] for data in in_order[:-1]],
+        "ceilings": next((data["ceilings"] for data in reversed(in_order) if data["ceilings"]), {}),
+        "rows": list(rows.values()),
+        "skipped": [each for key, each in skipped.items() if key not in rows],
+    }
 
 
 def _rank(row: Row) -> tuple[bool, str]:
@@ -205,107 +201,3 @@ def _same_devices(runs: Mapping[str, Mapping[str, Any]]) -> None:
     if len(set(devices.values())) > 1:
         listed = "; ".join(f"{path}: {device}" for path, device in devices.items())
         raise ValueError(f"the runs must be on one device, got {listed}")
-
-
-# columns of the files under `results` of huggingface/pytorch-image-models, and ours after them
-TIMM_COLUMNS = {
-    "infer": ["img_size", "samples_per_sec", "step_time", "batch_size", "param_count", "gmacs", "macts"],
-    "train": ["samples_per_sec", "step_time", "batch_size", "img_size", "param_count"],
-}
-OURS_COLUMNS = ["provider", "dtype", "autocast", "ratio", "error_ratio", "graph", "gpu_name", "timestamp", "commit"]
-OP_COLUMNS = [
-    "kernel_name", "kernel_provider", "kernel_operation_mode", "metric_name", "metric_unit", "x_name", "x_label",
-    "x_value", "y_value_50", "y_value_20", "y_value_80", "extra_benchmark_config_str", "gpu_name", "timestamp",
-    "vitfast_version", "commit",
-]  # fmt: skip
-
-
-def write_csv(record: Mapping[str, Any], path: Path | str) -> list[Path]:
-    """The timed variants as tables, next to `path`: `<stem>-infer.csv`, `<stem>-train.csv`, `<stem>-ops.csv`.
-
-    The columns of models are those of timm's published result files, so that both join on model, img_size and
-    batch_size: step_time is in ms for a batch, param_count in millions, gmacs and macts in billions an image. They come
-    from the case's shape (`size`) and notes (`model`, `param_count`, `macts`). Those of ops are the ones that
-    Liger-Kernel's benchmarks write; times in ms. A table without rows is not written.
-
-    Returns:
-        The files written.
-    """
-    path, run = Path(path), record["run"]
-    tables: dict[str, tuple[list[str], list[Row]]] = {
-        **{
-            job: (["model", *_prefixed(job, columns), *OURS_COLUMNS], [])
-            for job, columns in TIMM_COLUMNS.items()
-        },
-        "ops": (OP_COLUMNS, []),
-    }  # fmt: skip
-    for row in record["rows"]:
-        for name, variant in row["variants"].items():
-            if "ms" not in variant:
-                continue
-            both = {"gpu_name": run.get("device"), "timestamp": row.get("date"), "commit": row.get("commit")}
-            if row["kind"] == "model":
-                job = "train" if row["mode"] == "training" else "infer"
-                tables[job][1].append(_model_line(row, name, variant, job) | both)
-            else:
-                tables["ops"][1].append(_op_line(row, name, variant) | both | {"vitfast_version": run.get("vitfast")})
-    written = []
-    for job, (columns, lines) in tables.items():
-        if lines:
-            file = path.with_name(f"{path.stem}-{job}.csv")
-            with file.open("w", newline="", encoding="utf-8") as out:
-                writer = csv.DictWriter(out, columns)
-                writer.writeheader()
-                writer.writerows(lines)
-            written.append(file)
-    return written
-
-
-def _prefixed(job: str, columns: list[str]) -> list[str]:
-    return [name if name == "param_count" else f"{job}_{name}" for name in columns]
-
-
-def _model_line(row: Row, name: str, variant: Row, job: str) -> Row:
-    notes = row.get("notes") or {}
-    shape = row["shape"]
-    values = {
-        # timm's files have square images only
-        "img_size": next((shape[name] for name in ("size", "img_size", "height") if name in shape), ""),
-        "samples_per_sec": round(row["batch"] * 1e3 / variant["ms"], 2),
-        "step_time": round(variant["ms"], 4),
-        "batch_size": row["batch"],
-        "param_count": _millions(notes.get("param_count")),
-        "gmacs": round(row["work"]["flops"] / 2e9 / row["batch"], 2),
-        "macts": notes.get("macts", ""),
-    }
-    columns = TIMM_COLUMNS[job]
-    line = dict(zip(_prefixed(job, columns), (values[column] for column in columns), strict=True))
-    found = {column: _cell(variant.get(column)) for column in ("graph", "ratio", "error_ratio")}
-    how = {"provider": name, "dtype": row["dtype"], "autocast": row["autocast"]}
-    return {"model": notes.get("model", row["name"]), **line, **how, **found}
-
-
-def _op_line(row: Row, name: str, variant: Row) -> Row:
-    rest = {"shape": row["shape"], "dtype": row["dtype"], "graph": variant.get("graph")}
-    return {
-        "kernel_name": row["name"],
-        "kernel_provider": name,
-        "kernel_operation_mode": {"forward+backward": "full"}.get(row["mode"], row["mode"]),
-        "metric_name": "speed",
-        "metric_unit": "ms",
-        "x_name": "B",
-        "x_label": "batch",
-        "x_value": row["batch"],
-        **{f"y_value_{q}": variant[key] for q, key in (("50", "ms"), ("20", "ms_20"), ("80", "ms_80"))},
-        "extra_benchmark_config_str": json.dumps(rest),
-    }
-
-
-def _millions(count: float | None) -> Any:
-    if count is None:
-        return ""
-    return round(count / 1e6, 2) if count > 1e5 else count
-
-
-def _cell(value: Any) -> Any:
-    return "" if value is None else value

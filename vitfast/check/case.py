@@ -1,4 +1,4 @@
-"""What one row of a benchmark compares: a computation, its inputs, and everybody's way of doing it."""
+"""Ways to compute the same: what `compare` judges and times, for tuning and for benchmarks."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Case:
-    """One row of a benchmark.
+    """A computation, its inputs, and everybody's way of doing it.
 
     Attributes:
-        kind, name, mode, shape, batch, dtype, autocast: what the row is; together its identity.
+        kind, name, mode, shape, batch, dtype, autocast: what it is; together its identity.
         inputs: makes one set of inputs on `device` from a seeded generator of that device, of random normal data.
         reference: the truth in fp64, from fp64 copies of one set of inputs cut to `check_images` images; on the CPU
             or on `device`.
@@ -69,7 +69,7 @@ class Case:
             in a larger batch. Others (weight gradients) are judged on a batch of at most `check_images`.
         variants: by name. `baseline` is what ratios compare with, `yardstick` the stock operator whose error measures
             everybody's.
-        notes: more that the row shall say.
+        notes: more that a record shall say.
         work: the least work, for the percent of the ceilings.
     """
 
@@ -87,7 +87,7 @@ class Case:
     variants: Mapping[str, Variant]
     baseline: str
     yardstick: str
-    work: Work
+    work: Work = Work(0, 0)
     autocast: bool = False
     check_images: int = 8
     notes: Mapping[str, Any] = field(default_factory=dict)

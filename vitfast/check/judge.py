@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitfast.bench.case import DTYPES, Case, Tensors
 from vitfast.check import acceptance
+from vitfast.check.case import DTYPES, Case, Tensors
 from vitfast.measure.device import first_line
 
 
@@ -26,23 +26,22 @@ class Judge:
     Args:
         inputs: the set; copies of its first images are kept.
         more: further sets for a whole model, see `sets_to_judge`.
-        tf32: whether the case's fp32 products may be rounded to TF32.
 
     Attributes:
         low: the yardstick's results, as `judged` returns them; to be set.
         no_measure: why nothing can be judged while the truth or `low` is missing.
     """
 
-    def __init__(self, case: Case, inputs: Tensors, tf32: bool, more: Sequence[Tensors] = ()) -> None:
-        self.case, self.tf32, self.more = case, tf32, more
+    def __init__(self, case: Case, inputs: Tensors, more: Sequence[Tensors] = ()) -> None:
+        self.case, self.more = case, more
         self.images = min(case.check_images, case.batch)
-        self.cut = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in case.cut(inputs, self.images))
+        self.cut = tuple(t.detach().clone() for t in case.cut(inputs, self.images))
         self.low: list[Tensor] | None = None
         self.truth: list[Tensor] | None = None
         self.no_measure = "the yardstick has no result"
         try:
             judged = [torch.cat(each) for each in zip(self.cut, *more, strict=True)] if more else self.cut
-            self.truth = _tensors(case.reference(*map(_double, judged)))
+            self.truth = _tensors(case.reference(*(t.double() if t.is_floating_point() else t for t in judged)))
         except Exception as problem:
             self.no_measure = f"the reference failed: {first_line(problem)}"
 
@@ -62,8 +61,7 @@ class Judge:
         if case.batch == self.images:
             further = [_tensors(function(*each)) for each in self.more]
             return [torch.cat(each) for each in zip(results, *further, strict=True)]
-        by_images = zip(results, case.per_image, strict=True)
-        picked = [result[: self.images].clone() if by_image else None for result, by_image in by_images]
+        picked = [r[: self.images].clone() if by else None for r, by in zip(results, case.per_image, strict=True)]
         if not all(case.per_image):
             smaller = _tensors(function(*self.cut))
             picked = [s.clone() if p is None else p for p, s in zip(picked, smaller, strict=True)]
@@ -85,12 +83,12 @@ class Judge:
         return {"accepted": True, "error_ratio": ratio}, ""
 
     def _accept(self, outs: list[Tensor], refs: list[Tensor], lows: list[Tensor]) -> None:
-        if self.case.kind == "op":
-            # TF32 keeps as many bits of a number as fp16
-            dtype = torch.float16 if self.tf32 else DTYPES[self.case.dtype]
-            for i, each in enumerate(zip(outs, refs, lows, strict=True)):
-                k = acceptance.rms_ratio_of_few(each[2].numel(), dtype)
-                acceptance.accept(*each, dtype=dtype, grad=self.case.mode != "forward", k=k, what=f"result {i}")
+        case = self.case
+        if case.kind == "op":
+            dtype = DTYPES[case.dtype]
+            if case.device.type == "cuda":
+                dtype = acceptance.dtype_to_judge_by(dtype, convolution="patch_embed" in case.name)
+            acceptance.accept_results(outs, refs, lows, dtype=dtype, grad=case.mode != "forward")
         elif len(outs) == 1:
             acceptance.accept_model(outs[0], refs[0], lows[0])
         else:
@@ -105,7 +103,3 @@ def sets_to_judge(case: Case, inputs: Tensors) -> int:
 
 def _tensors(results: Any) -> list[Tensor]:
     return [torch.as_tensor(r).detach() for r in (results if isinstance(results, (tuple, list)) else (results,))]
-
-
-def _double(t: Tensor) -> Tensor:
-    return t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t

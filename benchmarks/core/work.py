@@ -21,7 +21,7 @@ from functools import lru_cache
 
 import torch
 
-from vitfast.bench.case import Work
+from vitfast.check.case import Work
 from vitfast.config import ViTConfig
 from vitfast.model.vit import ViT
 

@@ -1,0 +1,29 @@
+"""`python -m benchmarks`: ops and models on this machine, or one of the larger programs by name."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from benchmarks.core import cli
+
+# each is called with what follows its name
+PROGRAMS = {
+    "gpu": ("benchmarks.gpu.run", "a plan of benchmarks and tests, of a GPU or a CPU"),
+    "sweep": ("benchmarks.gpu.sweep", "every configuration of every kernel"),
+    "roofline": ("benchmarks.gpu.roofline", "the least time that each op and model can take"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    given = sys.argv[1:] if argv is None else list(argv)
+    if given and given[0] in PROGRAMS:
+        return importlib.import_module(PROGRAMS[given[0]][0]).main(given[1:])
+    if not given or given[0] in ("-h", "--help"):
+        print("\n".join(f"python -m benchmarks {name:<10} {what}" for name, (_, what) in PROGRAMS.items()))
+    return cli.main(given)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

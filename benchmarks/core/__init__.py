@@ -1,0 +1,1 @@
+"""Rows of ops and models beside their rivals, checked before they are timed by `vitfast.check.compare`."""

@@ -1,1 +1,0 @@
-"""Benchmarks that check before they time. `vitfast bench` runs them; see `vitfast.bench.harness`."""
