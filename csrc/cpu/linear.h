@@ -103,7 +103,7 @@ class Weight {
   // residual + act(x W^T + bias) -> y, where residual and y have y_row from row to row
   void multiply(const T* x, int64_t x_row, int64_t rows, int64_t first, int64_t last, float* sums,
                 const Residual<T>& residual, T* y, int64_t y_row, const Activation& activate) const {
-    multiply(x, x_row, rows, first, last, sums, [=](int64_t row, int64_t column, Floats sum) {
+    multiply(x, x_row, rows, first, last, sums, [=, this](int64_t row, int64_t column, Floats sum) {
       T* const to = y + row * y_row + column;
       const int64_t n = w.D - column;
       const T* const added = residual.data ? residual.row(row) * y_row + column + residual.data : nullptr;
@@ -179,8 +179,24 @@ inline void mlp_of(const MlpArgs& a, const Activation& activate) {
   if (few_rows(a.rows, a.threads)) {
     const Workspaces memory(1, a.rows * hidden * sizeof(T));
     void* const h = memory.of(0);
-    linear_of<Cells, T>({a.x, a.norm, true, a.fc1, nullptr, 0, h, a.rows, a.dtype, a.act, a.threads}, activate);
-    linear_of<Cells, T>({h, {}, false, a.fc2, a.x, a.rows, a.out, a.rows, a.dtype, vitfast::NO_ACT, a.threads},
+    linear_of<Cells, T>({.x = a.x,
+                         .norm = a.norm,
+                         .normalises = true,
+                         .weight = a.fc1,
+                         .out = h,
+                         .rows = a.rows,
+                         .dtype = a.dtype,
+                         .act = a.act,
+                         .threads = a.threads},
+                        activate);
+    linear_of<Cells, T>({.x = h,
+                         .weight = a.fc2,
+                         .residual = a.x,
+                         .residual_rows = a.rows,
+                         .out = a.out,
+                         .rows = a.rows,
+                         .dtype = a.dtype,
+                         .threads = a.threads},
                         Activation{vitfast::NO_ACT});
     return;
   }
