@@ -253,7 +253,7 @@ def attempt_backward(
     starts: Starts | None = None, into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor] | None:  # fmt: skip
     """dq, dk and dv by the kernels, None where they do not compute this; `into` as the launcher has it."""
-    q, k, _ = heads
+    q, k, v = heads
     if not ready("attention_backward", q):
         return None
     from vitfast.kernels.triton import attention as launcher
@@ -261,8 +261,8 @@ def attempt_backward(
     return attempt(
         "attention_backward", q, _why_not(q, scale), _key(q, k, extras, starts),
         lambda config: launcher.backward(
-            grad.contiguous(), *map(_rows_in_place, heads), out, lse, scale, extras, starts, config=_config(config),
-            into=into,
+            grad.contiguous(), _rows_in_place(q), _rows_in_place(k), _rows_in_place(v), out, lse, scale, extras, starts,
+            config=_config(config), into=into,
         ),
     )  # fmt: skip
 
