@@ -1,0 +1,1 @@
+"""What times this package: `python -m benchmarks`."""
