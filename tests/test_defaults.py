@@ -2,7 +2,7 @@
 
 import json
 
-import defaults
+from benchmarks.gpu import defaults
 import pytest
 
 from vitfast.choose import builtin

@@ -1,6 +1,6 @@
 """Run a plan of benchmarks: check, tune, models, tests, profile and rest for a GPU, cpu for a CPU.
 
-    python benchmarks/run.py PLAN|next|all [--out FOLDER] [--minutes M] [--resume] [--device DEVICE] [--tiny]
+    python -m benchmarks.gpu.run PLAN|next|all [--out FOLDER] [--minutes M] [--resume] [--device DEVICE] [--tiny]
 
 check    the extension, a test of each kernel and each kind of model, also under compute-sanitizer, ceilings
 tune     every configuration of every kernel beside stock operators, and from it the built-in tables
@@ -12,17 +12,19 @@ next     what comes next of these in this order, going on where the last call st
 all      all of them, for as long as it takes
 cpu      ceilings, models and ops against what people would use instead
 
-Each is over in nine minutes, check in five; on sixteen cores, with nothing compiled before, the stages of check take
-about 165 s, of tune 230, of models 605, of tests 410, of profile 110 (benchmarks/plans.py has each). Needs nothing but
-this source tree and a python with torch, triton, timm, transformers, pytest and xdist: no network, nothing installed.
+A plan is a list of stages in order of value, and a stage is a process with a budget: this one never touches the device,
+starts them one after the other, ends what has no end with all that it started, and starts a stage again whose process
+says that the device was lost. What is known is in one record a plan (and the sweep's own), which a stage's process
+writes after every row and about every second of tests, in benchmarks/state with a copy in --out. The record names the
+row in the making, so that the process after one that was lost, hung or died leaves out what broke it. What needs
+compiling is compiled by many processes that share a list of tasks, before one that compiles nothing takes times. Going
+on is nothing but running the same plan again: stages, rows and tests that are in the record are left out.
 
-Stages come in order of value, each with a budget; what one leaves goes to the next ones, one that fails or overruns
-costs those after it nothing, and what does not fit is listed as skipped. What is known is on disk after every row and
-every test: in benchmarks/state, with a copy in --out, <device>-<plan>.json and of the sweep <device>-tune.json, at most
-eight files. `next`, `all` and --resume go on with the newer of both, so on another machine files of an earlier call can
-be put into either (`next` and `all` take those of another commit from benchmarks/state only); a stage that is done is
-not run again, rows and tests that are there neither. A record that is not gone on with gets the suffix .before.
---tiny runs every stage on small sizes, on any device, to see whether all works.
+Each plan is over in nine minutes, check in five, on sixteen cores. Needs nothing but this source tree and a python with
+torch, triton, timm, transformers, pytest and xdist: no network, nothing installed. What one stage leaves of its budget
+goes to the next ones, one that fails or overruns costs those after it nothing, what does not fit is listed as skipped.
+`next`, `all` and --resume go on with what is in benchmarks/state, so on another machine put files of an earlier call
+there; what is not gone on with gets the suffix .before. --tiny runs every stage on small sizes, on any device.
 
 Compilers keep their results in $VITFAST_CACHE_DIR (~/.cache/vitfast), in a folder named after device and versions.
 Exit status: 0; 1 where by the records a test failed or a result of ours was wrong; 2 for wrong use; 3 where the time
@@ -37,27 +39,20 @@ import time
 BEGAN = time.perf_counter()
 
 import argparse  # noqa: E402
-import contextlib  # noqa: E402
 import fcntl  # noqa: E402
-import json  # noqa: E402
 import os  # noqa: E402
-import shutil  # noqa: E402
 import signal  # noqa: E402
+import subprocess  # noqa: E402
 import sys  # noqa: E402
-import threading  # noqa: E402
-from collections.abc import Callable  # noqa: E402
+from collections.abc import Callable, Iterable  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[1]
-# a plain copy of the source tree is not installed
-sys.path.insert(0, str(ROOT))
-
 import torch  # noqa: E402
-from plans import LIMITS_S, ORDER, PLANS  # noqa: E402
-from report import slug  # noqa: E402
-from stages import STATE, Kept, Run, go, is_finished, same_keys, say  # noqa: E402
 
+from benchmarks.gpu import stages, workers  # noqa: E402
+from benchmarks.gpu.plans import LIMITS_S, ORDER, PLANS  # noqa: E402
+from benchmarks.gpu.stages import LOST, ROOT, Kept, Run, Stage, begun, killed, perform, say, slug  # noqa: E402
 from vitfast.bench import harness, record  # noqa: E402
 from vitfast.measure import machine  # noqa: E402
 from vitfast.measure.machine import cpu_name  # noqa: E402
@@ -65,21 +60,23 @@ from vitfast.measure.machine import cpu_name  # noqa: E402
 NEXT_MINUTES = 9.0
 # for who owns a GPU: nobody waits longer, and no budget cuts off what only takes its time
 ALL_MINUTES, PATIENCE = 12 * 60.0, 10.0
-# for what cannot be interrupted when the time is up, and to end
-GRACE_S, LAST_S = 8.0, 2.0
-# of this process; what makes it begin again is noted each time, so that it ends
-RESTARTS, MOST_RESTARTS = "VITFAST_RUN_RESTARTS", 20
+# to end processes and to write the last files
+LAST_S = 5.0
+MOST_STARTS = 20
+# what a stage's process that was ended says in place of a status: the call's time was up
+TIME_UP = "cut short"
 
 
 class Call:
     """One call of this program, on one device."""
 
     def __init__(self, told: argparse.Namespace) -> None:
-        self.told, self.device = told, torch.device(told.device or ("cpu" if told.run == "cpu" else "cuda"))
+        self.told, self.device, self.cut = told, told.device, False
         self.several = told.run in ("next", "all")
         self.plans = ORDER if self.several else (told.run,)
+        self.patience = PATIENCE if told.run == "all" else 1.0
         minutes = {"next": NEXT_MINUTES, "all": ALL_MINUTES}.get(told.run) or LIMITS_S[told.run] / 60
-        self.ends = BEGAN + 60 * (minutes if told.minutes is None else told.minutes) - GRACE_S - LAST_S
+        self.ends = BEGAN + 60 * (minutes if told.minutes is None else told.minutes) - LAST_S
         self.made = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu_name()
         self.facts = machine.describe(self.device, ("torchvision", "liger-kernel", "flash-attn"))
         self.records: dict[str, Kept] = {}
@@ -89,145 +86,152 @@ class Call:
         name = slug(f"{self.made} {plan}")
         return [f"{name}-plan.json", f"{name}.json"] if plan == "tune" else [f"{name}.json"]
 
-    def gather(self, plan: str) -> None:
-        """Have in `STATE` what this call goes on with, and in the output folder nothing else of these names."""
-        for name in self.files(plan):
-            kept, given = STATE / name, self.told.out / name
-            if not (self.told.resume or self.several):
-                for before in filter(None, map(record.set_aside, {kept, given})):
-                    say(f"an earlier record is now {before}")
-                continue
-            for file in (kept, given):
-                if file.exists() and not is_whole(file):
-                    say(f"{file} is no record, or cut short; it is now {record.set_aside(file)}")
-            if given.exists() and (self.told.resume or self.is_ours(given)):
-                if not kept.exists() or given.stat().st_mtime > kept.stat().st_mtime:
-                    STATE.mkdir(parents=True, exist_ok=True)
-                    shutil.copy2(given, kept)
-            elif not kept.exists() and (before := record.set_aside(given)):
-                say(f"a record of another commit is now {before}")
-
-    def is_ours(self, file: Path) -> bool:
-        data = json.loads(file.read_text())
-        return data.get("run", data.get("machine", {})).get("commit") == self.facts["commit"]
-
     def open(self, plan: str) -> Kept:
+        """What this call goes on with; what it does not, in either folder, is set aside."""
         if plan not in self.records:
-            self.gather(plan)
-            path = STATE / self.files(plan)[0]
-            try:
-                data = record.open_for_resume(path, self.facts).data
-            except ValueError as problem:
-                if not self.several:
-                    raise
-                # of one plan it must not cost the others
-                say(f"{problem}; it is now {record.set_aside(path)}")
-                data = record.open_for_resume(path, self.facts).data
+            path, data = stages.STATE / self.files(plan)[0], None
+            resume = self.told.resume or self.several
+            if path.exists() and resume:
+                try:
+                    data = record.open_for_resume(path, self.facts).data
+                except ValueError as problem:
+                    # of one plan it must not cost the others
+                    say(str(problem))
+            if data is None:
+                # the sweep sees itself whether it goes on with its record
+                for name in self.files(plan)[:1] if resume else self.files(plan):
+                    for before in filter(None, map(record.set_aside, {stages.STATE / name, self.told.out / name})):
+                        say(f"an earlier record is now {before}")
+                data = record.Record(path, self.facts).data
             self.records[plan] = Kept(path, data, self.told.out)
         return self.records[plan]
 
-    def finished(self, plan: str) -> bool:
-        return is_finished(PLANS[plan], self.open(plan).data["stages"])
-
-    def run(self, plan: str) -> None:
-        kept = self.open(plan)
-        kept.write()
-        run = Run(
-            self.device, kept, self.ends, self.told.tiny, slug(f"{self.made} {plan}"),
-            PATIENCE if self.told.run == "all" else 1.0, restart=self.restart,
-        )  # fmt: skip
-        say(f"plan {plan}: {self.ends - time.perf_counter():.0f} s")
-        try:
-            go(PLANS[plan], run)
-        except harness.DeviceLost as lost:
-            say(str(lost))
-            self.restart()
-
     def run_all(self) -> None:
-        """Every plan that is not finished, and again while that brings anything."""
-        before = None
-        while self.amount() != before and self.ends > time.perf_counter():
-            before = self.amount()
-            for plan in self.plans:
-                # the last ones need not be tried with no time
-                if not self.finished(plan) and self.ends > time.perf_counter():
-                    self.run(plan)
-            if not self.several:
-                return
+        """Every plan that is not finished; then again, since there was time that later stages left."""
+        for plan in (*self.plans, *self.plans):
+            kept = self.open(plan)
+            if not is_finished(PLANS[plan], kept.data["stages"]) and self.ends > time.perf_counter():
+                kept.write()
+                say(f"plan {plan}: {self.ends - time.perf_counter():.0f} s")
+                run = Run(self.device, kept, self.told.tiny)
+                go(PLANS[plan], run, self.ends, lambda *how, plan=plan: self.start(plan, *how), self.patience)
 
-    def amount(self) -> int:
-        """Grows with everything that is done, but for rows of the sweep."""
-        found = 0
-        for kept in self.records.values():
-            found += len(kept.finished())
-            for stage in kept.data["stages"].values():
-                found += stage["done"] - stage.get("tests", {}).get("not_run", 0)
-        return found
-
-    def restart(self) -> None:
-        """Begin this process again, which ends whatever it is doing, and whatever its device is in."""
-        number = int(os.environ.get(RESTARTS, "0")) + 1
-        if number > MOST_RESTARTS:
-            print(f"run: begun again {MOST_RESTARTS} times already", file=sys.stderr, flush=True)
-            os._exit(3)
-        os.environ[RESTARTS] = str(number)
-        minutes = (self.ends + GRACE_S + LAST_S - time.perf_counter()) / 60
-        say("beginning again")
-        more = [] if self.several else ["--resume"]
-        os.execv(sys.executable, [sys.executable, __file__, *sys.argv[1:], "--minutes", f"{minutes:.3f}", *more])
-
-    def write_tables(self) -> None:
-        if self.told.run == "cpu" and "cpu" in self.records:
-            name = Path(self.files("cpu")[0]).with_suffix(".csv")
-            record.write_csv(self.records["cpu"].data, self.told.out / name)
+    def start(self, plan: str, stage: Stage, budget_s: float) -> int | str:
+        """Run a stage in a process of its own: its exit status, or why it was ended."""
+        command = [
+            sys.executable, "-m", "benchmarks.gpu.run", plan, "--device", str(self.device), "--out", str(self.told.out),
+            "--record", str(self.records[plan].path), "--stage", stage.name, "--budget", f"{budget_s:.1f}",
+            *["--tiny"] * self.told.tiny,
+        ]  # fmt: skip
+        left, limit_s = self.ends - time.perf_counter(), budget_s + stage.overrun_s * self.patience
+        process = begun(command)
+        try:
+            return process.wait(min(left, limit_s))
+        except subprocess.TimeoutExpired:
+            if left <= limit_s:
+                self.cut = True
+                return TIME_UP
+            return f"no end after {limit_s:.0f} s" if stage.overrun_s else harness.NO_TIME_LEFT
+        finally:
+            killed(process)
 
     def report(self) -> int:
         """Say what is done and what is not; exit status."""
         failed = 0
         for plan, kept in self.records.items():
-            stages = kept.data["stages"]
-            left = [stage.name for stage in PLANS[plan] if not is_finished([stage], stages)]
-            for line in (line for stage in stages.values() for line in stage["failed"]):
+            known = kept.data["stages"]
+            left = [stage.name for stage in PLANS[plan] if not is_finished([stage], known)]
+            for line in (line for stage in known.values() for line in stage["failed"]):
                 failed = 1
                 print(f"run: {plan}: {line}", file=sys.stderr)
             told = f"left: {', '.join(left)}" if left else "finished"
             say(f"{self.told.out / kept.path.name}: {len(kept.rows)} rows, {len(kept.data['skipped'])} skipped, {told}")
         say(f"{time.perf_counter() - BEGAN:.0f} s")
-        return failed
+        return 3 if self.cut else failed
 
 
-def is_whole(file: Path) -> bool:
-    try:
-        return isinstance(json.loads(file.read_text(encoding="utf-8")), dict)
-    except ValueError:
-        return False
+def is_finished(plan: Iterable[Stage], known: dict[str, Any]) -> bool:
+    return all(stage.always or known.get(stage.name, {}).get("done") for stage in plan)
+
+
+def go(
+    plan: Iterable[Stage], run: Run, ends: float, start: Callable[[Stage, float], int | str], patience: float = 1.0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> None:  # fmt: skip
+    """Run the stages that are not done; each has its budget and what those before it left, as far as the time goes.
+
+    A stage that takes longer costs those after it nothing while there is time, and one that fails costs them nothing.
+    """
+    saved = 0.0
+    for stage in plan:
+        if run.stage(stage.name)["done"] and not stage.always:
+            continue
+        began, whole = clock(), f"all of {stage.name}"
+        # one that is in every call and hangs must not take what others left
+        budget = min(stage.budget_s * patience + (0.0 if stage.always else saved), ends - began)
+        if budget < (min(stage.least_s, 2.0) if run.tiny else stage.least_s):
+            if not stage.always:
+                run.record.skip(stage.name, [whole], harness.NO_TIME_LEFT)
+            say(f"{stage.name}: skipped, {harness.NO_TIME_LEFT}")
+            continue
+        run.record.data["skipped"] = [each for each in run.record.data["skipped"] if each["key"] != whole]
+        say(f"{stage.name}: {budget:.0f} s of {ends - began:.0f}")
+        for _ in range(MOST_STARTS):
+            left = budget - (clock() - began)
+            if left <= 0 or not goes_on(run, stage, left, start):
+                break
+        saved = max(0.0, saved + stage.budget_s * patience - (clock() - began))
+
+
+def goes_on(run: Run, stage: Stage, budget_s: float, start: Callable[[Stage, float], int | str]) -> bool:
+    """Start a stage's process and see how it ended; whether another one is to go on at once."""
+    run.stage(stage.name)["calls"].append({"date": machine.now(), "budget_s": budget_s, "left": TIME_UP})
+    run.record.write()
+    status = start(stage, budget_s)
+    kept = run.record
+    # what that process wrote
+    kept.data = record.read(kept.path)
+    key, facts = kept.running, run.stage(stage.name)
+    if status in (0, LOST):
+        return status == LOST
+    why = status if isinstance(status, str) else f"its process ended with status {status}"
+    facts["calls"][-1]["left"] = why
+    if why in (TIME_UP, harness.NO_TIME_LEFT):
+        key = None
+    else:
+        facts["failed"].append(f"{stage.name}: {key or 'the stage'}: {why}")
+        facts["done"] = key is None
+        say(facts["failed"][-1])
+    if key is not None:
+        kept.data["lost"].setdefault(key, {})["*"] = why
+    kept.running = None
+    return key is not None
+
+
+def perform_one(told: argparse.Namespace) -> int:
+    """What a stage's process does, and one that compiles for it."""
+    plan, path = PLANS[told.run], Path(told.record)
+    command = [sys.executable, "-m", "benchmarks.gpu.run", *sys.argv[1:]]
+    run = Run(told.device, Kept(path, record.read(path), told.out), told.tiny, command)
+    stage = next(stage for stage in plan if stage.name == told.stage)
+    stages.same_keys()
+    if told.claims is not None:
+        workers.work(told.claims, stage.tasks(run))
+        return 0
+    stages.end_with_parent()
+    return perform(run, stage, told.budget)
 
 
 def alone() -> Any:
     """What to keep open as long as nobody else may run a plan in this tree; None where somebody does."""
-    STATE.mkdir(parents=True, exist_ok=True)
-    file = (STATE / ".lock").open("w")
+    stages.STATE.mkdir(parents=True, exist_ok=True)
+    file = (stages.STATE / ".lock").open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
         return None
     return file
-
-
-def end_at(seconds: float, path: Path, last: Callable[[], Any] = lambda: None) -> threading.Timer:
-    """End this process then, whatever it is doing, after `last`: its files have all finished rows."""
-
-    def end() -> None:
-        with contextlib.suppress(Exception):
-            last()
-        print(f"run: the time is up; {path} has all finished rows", file=sys.stderr, flush=True)
-        os._exit(3)
-
-    timer = threading.Timer(max(seconds, 0.0), end)
-    timer.daemon = True
-    timer.start()
-    return timer
 
 
 def keep_caches(device: torch.device) -> None:
@@ -244,33 +248,37 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run", choices=[*PLANS, "next", "all"], metavar="PLAN")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--resume", action="store_true", help="go on with what is there; next and all always do")
-    parser.add_argument("--device", help="(default: cuda, of the plan cpu: cpu)")
+    parser.add_argument("--device", type=torch.device, help="(default: cuda, of the plan cpu: cpu)")
     parser.add_argument("--minutes", type=float, help="for all of the call (default: the plan's; of next 9)")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see whether everything works")
+    # of the processes that this one starts
+    for name, kind in (("--stage", str), ("--budget", float), ("--record", Path), (workers.FLAG, Path)):
+        parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
     told = parser.parse_args(argv)
+    told.device = told.device or torch.device("cpu" if told.run == "cpu" else "cuda")
     told.out = told.out.resolve()
-    device = told.device or ("cpu" if told.run == "cpu" else "cuda")
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+    if told.stage is not None:
+        return perform_one(told)
+    if told.device.type == "cuda" and not torch.cuda.is_available():
         print("run: torch finds no GPU here, `vitfast info` says why; --device cpu --tiny tries it", file=sys.stderr)
         return 2
     if (lock := alone()) is None:
-        print(f"run: another run has {STATE}, and would disturb times", file=sys.stderr)
+        print(f"run: another run has {stages.STATE}, and would disturb times", file=sys.stderr)
         return 2
-    keep_caches(torch.device(device))
-    same_keys()
-    # so that what it started is ended and noted
+    keep_caches(told.device)
+    # so that what it started is ended
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    call = Call(told)
-    timer = end_at(call.ends + GRACE_S - time.perf_counter(), told.out, call.write_tables)
     try:
         told.out.mkdir(parents=True, exist_ok=True)
+        call = Call(told)
         call.run_all()
-        call.write_tables()
-    except (ValueError, OSError) as problem:
+        if told.run == "cpu":
+            kept = call.records["cpu"]
+            record.write_csv(kept.data, told.out / kept.path.with_suffix(".csv").name)
+    except OSError as problem:
         print(f"run: {problem}", file=sys.stderr)
         return 2
     finally:
-        timer.cancel()
         lock.close()
     return call.report()
 

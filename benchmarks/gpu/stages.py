@@ -1,55 +1,68 @@
-"""What plans are made of: stages with budgets, the records that they leave, and the processes that they start.
+"""What plans are made of: a stage is a process with a budget, and what it finds is in its plan's record.
 
-A record is kept in `STATE`, with a copy in the output folder after every change. It is that of `vitfast.bench.record`
-with two things more:
+That is a record of `vitfast.bench.record` with three things more:
 
-    stages   by name: "done", whether it needs not be run again; "calls", of each "date", "seconds" and, where something
-             is left, "left"; "failed", what of ours failed, a line each; "traceback" where the stage itself did; and
-             what stages note of their own ("tests", "compiled", ...)
-    lost     by key of a row: variants that broke the device, or "*" for one that had no end, and what was said then
+    stages   by name: "done", whether it need not be run again; "calls", of each "date", "budget_s", "seconds" and
+             "left", why something is left to do, '' where nothing is; "failed", what of ours failed, a line each;
+             "traceback" where the stage itself did; and what stages note of their own ("tests", "counters", ...)
+    lost     by key of a row: variants that broke the device, or "*" for a row that had no end or that ended its
+             process, and what was said then
+    running  key of the row in the making
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import functools
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from outcomes import is_lost
 
 from vitfast.bench import harness, record
 from vitfast.bench.case import Case
 from vitfast.measure import device as devices
-from vitfast.measure import machine
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 STATE = ROOT / "benchmarks" / "state"
-LEAST_S = 2.0
+# exit status of a process whose device answers no more: another one goes on
+LOST = 3
+LOG_CHARACTERS = 2000
 # what a stage may take beyond its budget, for what cannot be interrupted, before it counts as stuck
 OVERRUN_S = 45.0
-LOG_CHARACTERS = 2000
+# of a process's environment: who started it, and may be gone before it can ask
+PARENT = "VITFAST_STARTED_BY"
 
 Makers = Iterable[Callable[[], Case]]
+# its name, and what it does
+Task = tuple[str, Callable[[], Any]]
 
 
 class Kept(record.Record):
     """A record with a copy in another folder after every change."""
 
     def __init__(self, path: Path, data: dict[str, Any], out: Path) -> None:
-        self.path, self.data, self.out = path, {"stages": {}, "lost": {}} | data, out
+        self.path, self.data, self.out = path, {"stages": {}, "lost": {}, "running": None} | data, out
+
+    @property
+    def running(self) -> str | None:
+        return self.data["running"]
+
+    @running.setter
+    def running(self, key: str | None) -> None:
+        self.data["running"] = key
+        self.write()
 
     def write(self) -> None:
         super().write()
@@ -58,13 +71,11 @@ class Kept(record.Record):
 
 def publish(file: Path, folder: Path) -> None:
     """Copy `file` so that at any time `folder` has a whole one of that name, old or new."""
-    if not file.exists() or file.parent == folder:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{file.name}.tmp"
-    # with its time, by which the newer of both is told
-    shutil.copy2(file, temporary)
-    os.replace(temporary, folder / file.name)
+    if file.parent != folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".{file.name}.tmp"
+        shutil.copy2(file, temporary)
+        os.replace(temporary, folder / file.name)
 
 
 @dataclass
@@ -72,30 +83,19 @@ class Run:
     """What the stages of a plan share.
 
     Attributes:
-        ends: when the call has to be over, by time.perf_counter.
-        tiny: small sizes only.
-        patience: by what budgets are multiplied.
-        no_extension: why the compiled extension is not used; '' where it is.
-        restart: begins this process again, with what time is left, and does not return.
+        tiny: small sizes only, to see whether everything works.
+        command: of this process, by which those that compile for it are started.
     """
 
     device: torch.device
     record: Kept
-    ends: float
-    tiny: bool
-    name: str
-    patience: float = 1.0
-    no_extension: str = ""
-    restart: Callable[[], None] = lambda: None
-
-    @property
-    def out(self) -> Path:
-        return self.record.out
+    tiny: bool = False
+    command: Sequence[str] = ()
 
     @property
     def tuned(self) -> Path:
-        """What benchmarks/sweep.py writes for this device."""
-        return STATE / f"{self.name.rpartition('-')[0]}-tune.json"
+        """The sweep's record of this device."""
+        return STATE / f"{slug(self.record.data['run']['device'])}-tune.json"
 
     def note(self, what: str, value: Any) -> None:
         """Into the facts of this call."""
@@ -103,15 +103,13 @@ class Run:
         self.record.write()
 
     def stage(self, name: str) -> dict[str, Any]:
-        empty = {"done": False, "calls": [], "failed": []}
-        return self.record.data["stages"].setdefault(name, empty)
+        return self.record.data["stages"].setdefault(name, {"done": False, "calls": [], "failed": []})
 
 
-@dataclass
-class Outcome:
-    """What of ours failed, a line each, and why something is left to do, '' where nothing is."""
+class Outcome(NamedTuple):
+    """What of ours failed, a line each, and why something is left to do."""
 
-    failed: list[str] = field(default_factory=list)
+    failed: Sequence[str] = ()
     left: str = ""
 
 
@@ -121,143 +119,116 @@ class Stage:
 
     Attributes:
         budget_s: how long it may take.
-        typical_s: how long it takes by what is known, on sixteen cores with cold caches.
-        work: called with the run, the stage and how many seconds it may take.
+        work: called in a process of its own with the run, the stage and how many seconds it may take.
         least_s: with less time than that it is not begun.
-        always: in every call; nothing of it is kept in a record.
+        always: in every call, whether or not it was done before.
+        overrun_s: after so much more it has no end; 0 for what is cut off by its budget, and goes on in the next call.
         makers: the rows of a stage of rows.
+        tasks: what many processes compile before it.
     """
 
     name: str
     budget_s: float
-    typical_s: float
     work: Callable[[Run, Stage, float], Outcome]
-    least_s: float = LEAST_S
+    least_s: float = 2.0
     always: bool = False
+    overrun_s: float = OVERRUN_S
     makers: Callable[[Run], Makers] | None = None
+    tasks: Callable[[Run], Iterable[Task]] | None = None
 
 
-def is_finished(plan: Iterable[Stage], stages: dict[str, Any]) -> bool:
-    return all(stage.always or stages.get(stage.name, {}).get("done") for stage in plan)
+def perform(run: Run, stage: Stage, budget_s: float) -> int:
+    """Do a stage's work, which the last of its calls in the record is about; 0, or `LOST`."""
+    facts, began, status = run.stage(stage.name), time.perf_counter(), 0
+    outcome = Outcome((), "interrupted")
+    try:
+        outcome = stage.work(run, stage, budget_s)
+    except Exception as problem:
+        status = LOST if isinstance(problem, harness.DeviceLost) or is_lost(str(problem)) else 0
+        facts["traceback"] = traceback.format_exc()[-LOG_CHARACTERS:]
+        outcome = Outcome([f"{stage.name}: {devices.first_line(problem)}"], "the device was lost" if status else "")
+    finally:
+        facts["calls"][-1] |= {"seconds": time.perf_counter() - began, "left": outcome.left}
+        facts["done"] = not outcome.left
+        facts["failed"] += [line for line in outcome.failed if line not in facts["failed"]]
+        run.record.running = None
+    return status
 
 
-def go(plan: Iterable[Stage], run: Run, clock: Callable[[], float] = time.perf_counter) -> list[str]:
-    """Run the stages that are not done; each has its budget and what those before it left, as far as the time goes.
+BROKEN = re.compile(r"CUDA error|CUDA_ERROR|AcceleratorError|Triton Error \[CUDA\]|cudaError|DeviceLost")
 
-    A stage that takes longer costs those after it nothing while there is time, and one that fails costs them nothing.
 
-    Returns:
-        What of ours failed.
-    """
-    failed, saved = [], 0.0
-    for stage in plan:
-        facts = run.stage(stage.name)
-        if facts["done"] and not stage.always:
-            continue
-        began, lost = clock(), False
-        budget = min(stage.budget_s * run.patience + saved, run.ends - began)
-        if budget < (min(stage.least_s, LEAST_S) if run.tiny else stage.least_s):
-            if not stage.always:
-                run.record.skip(stage.name, [f"all of {stage.name}"], harness.NO_TIME_LEFT)
-            say(f"{stage.name}: skipped, {harness.NO_TIME_LEFT}")
-            continue
-        run.record.data["skipped"] = [e for e in run.record.data["skipped"] if e["key"] != f"all of {stage.name}"]
-        say(f"{stage.name}: {budget:.0f} s of {run.ends - began:.0f}")
-        call: dict[str, Any] = {"date": machine.now(), "budget_s": budget, "left": "cut short"}
-        facts["calls"].append(call)
-        run.record.write()
+def is_lost(text: str) -> bool:
+    """Whether an error's text says that nothing later in this process can be right."""
+    return bool(BROKEN.search(text)) and "out of memory" not in text
+
+
+def begun(command: Sequence[str], log: Any = None, **variables: str) -> subprocess.Popen:
+    """A process in a group of its own, that finds this source tree and that ends itself with this one."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path, PARENT: str(os.getpid()), **variables},
+        stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+    )  # fmt: skip
+
+
+def end_with_parent() -> None:
+    """Called by a process that `begun` made: where its parent is killed nobody else ends it and what it started."""
+
+    def watch(parent: int) -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, args=[int(os.environ[PARENT])], daemon=True).start()
+
+
+def killed(process: subprocess.Popen) -> None:
+    """End a process that `begun` made, with all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    # in the middle of a driver's call it may not end at once
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(10.0)
+
+
+def printed(command: Sequence[str], limit_s: float, **variables: str) -> tuple[int | None, str]:
+    """Exit status of a command, None where the time was up, and what it printed."""
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
         try:
-            with watched(run, stage, budget):
-                outcome = stage.work(run, stage, budget)
-        except harness.DeviceLost as problem:
-            outcome = Outcome([f"{stage.name}: {devices.first_line(problem)}"], "the device was lost")
-            raise
-        except Exception as problem:
-            facts["traceback"] = traceback.format_exc()[-LOG_CHARACTERS:]
-            outcome = Outcome([f"{stage.name}: {devices.first_line(problem)}"])
-            lost = is_lost(str(problem))
-        except BaseException:
-            outcome = Outcome([], "interrupted")
-            raise
-        finally:
-            call |= {"seconds": clock() - began, "left": outcome.left}
-            facts["done"] = not outcome.left
-            facts["failed"] += [line for line in outcome.failed if line not in facts["failed"]]
-            run.record.write()
-        failed += outcome.failed
-        if lost:
-            run.restart()
-        saved = max(0.0, saved + stage.budget_s * run.patience - (clock() - began))
-    return failed
+            environment, status = {**os.environ, **variables}, None
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, timeout=limit_s
+            )
+            status = done.returncode
+        except subprocess.TimeoutExpired:
+            pass
+        log.seek(0)
+        return status, log.read().strip()
 
 
 @contextlib.contextmanager
-def watched(run: Run, stage: Stage, budget_s: float) -> Iterator[None]:
-    """Begin this process again if what is inside has no end: nothing else ends a kernel or a compiler that hangs."""
+def compilations() -> Iterator[dict[str, int]]:
+    """How many kernels of Triton and graphs of torch.compile this process compiled itself, having found no other's."""
+    found = {"triton": 0, "graphs": 0}
 
-    def stuck() -> None:
-        key, facts = run.record.running, run.stage(stage.name)
-        why = f"no end after {budget_s + OVERRUN_S:.0f} s"
-        facts["failed"].append(f"{stage.name}: {key or 'the stage'}: {why}")
-        facts["calls"][-1]["left"] = why
-        if key is None:
-            facts["done"] = True
-        else:
-            run.record.data["lost"].setdefault(key, {})["*"] = why
-        run.record.write()
-        say(facts["failed"][-1])
-        run.restart()
+    def listen(*, cache_hit: bool, **_: Any) -> None:
+        found["triton"] += not cache_hit
 
-    timer = threading.Timer(min(budget_s + OVERRUN_S, threading.TIMEOUT_MAX), stuck)
-    timer.daemon = True
-    timer.start()
+    def graphs() -> int:
+        utils = sys.modules.get("torch._dynamo.utils")
+        return utils.counters["inductor"]["fxgraph_cache_miss"] if utils else 0
+
+    before = graphs()
+    # no Triton, no kernels to compile
+    with contextlib.suppress(ImportError):
+        from triton import knobs
+
+        knobs.compilation.listener = listen
     try:
-        yield
+        yield found
     finally:
-        timer.cancel()
-
-
-def started(
-    command: list[str], limit_s: float, run: Run, watch: Callable[[], Any] = lambda: None, **variables: str
-) -> tuple[int | None, float, str]:
-    """Exit status, None where the time was up, seconds, and what it printed.
-
-    Args:
-        watch: called about every second while the process runs, and once after it.
-        variables: of its environment.
-    """
-    log = STATE / f".{run.name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    began = time.perf_counter()
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
-            env={**os.environ, "PYTHONPATH": path, **variables}, preexec_fn=ends_with_parent(),
-        )  # fmt: skip
-        status: int | None = None
-        try:
-            while status is None and (left := began + limit_s - time.perf_counter()) > 0:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    status = process.wait(min(1.0, left))
-                watch()
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            watch()
-    text = log.read_text(errors="replace")
-    log.unlink()
-    return status, time.perf_counter() - began, text
-
-
-@functools.cache
-def ends_with_parent() -> Callable[[], None] | None:
-    """For a child to call before it becomes its program: on Linux it is killed when this process is."""
-    if not sys.platform.startswith("linux"):
-        return None
-    libc, set_death_signal = ctypes.CDLL(None), 1
-    return lambda: libc.prctl(set_death_signal, signal.SIGKILL)
+        found["graphs"] = graphs() - before
 
 
 def same_keys() -> None:
@@ -266,8 +237,9 @@ def same_keys() -> None:
     torch.set_float32_matmul_precision(torch.get_float32_matmul_precision())
 
 
-def last_lines(text: str) -> str:
-    return text.strip()[-LOG_CHARACTERS:] or "it printed nothing"
+def slug(text: str) -> str:
+    """`text` as a part of a file's name."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
 
 
 def say(text: str) -> None:

@@ -1,30 +1,38 @@
-"""Stages of tests: pytest in a process of its own, whose plugin `journal` tells of each test the moment it is known.
+"""Stages of tests: pytest and its workers, of which the record tells what became of each test.
 
 A stage's "tests" in the record has "collected", how many there are; "passed", ids; "failed", by id the message, phase
 and traceback; "skipped", by id why; "running", ids of what had no end when the time was up; "not_run", how many.
+
+This file is pytest's plugin too: in the stage's process, which hears from all workers, `Journal`; in each worker, which
+ends after a failure that says the device is lost and after a test that has no end, `Worker`. Another one goes on.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import faulthandler
 import os
-import sys
+import threading
 import time
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from outcomes import Outcomes
-from stages import ROOT, STATE, Outcome, Run, Stage, last_lines, say, started
+import pytest
 
-from vitfast.bench import harness
+from benchmarks.gpu.stages import LOG_CHARACTERS, STATE, Outcome, Run, Stage, is_lost, say
 
 # the files with tests that take every device, besides those of kernels; others may import what is not there
 KERNELS, OF_DEVICES = ("tests/kernels",), ("tests/test_ops.py", "tests/test_devices.py")
 SMOKE = ("tests/kernels/test_smoke_gpu.py",)
 TINY = ("tests/test_numerics.py", "-k", "stock_op")
-NO_TESTS = 5  # pytest's exit status
 # of a stage's budget, after which one test has no end
 SHARE = 0.9
+# of the workers' environment: after how long, and where to tell what it was in
+EACH_S, HUNG = "VITFAST_EACH_S", "VITFAST_HUNG"
+WRITE_S = 1.0
+# the phase in which xdist reports a worker that is no more there
+GONE = "???"
 
 
 def tests(
@@ -41,55 +49,136 @@ def tests(
             take all of it in every call.
     """
     facts = run.stage(stage.name)
-    journal, done = (STATE / f"{run.name}-{stage.name.replace(' ', '-')}.{end}" for end in ("jsonl", "done"))
-    if "tests" not in facts:
-        journal.unlink(missing_ok=True)
-    outcomes = Outcomes(facts.get("tests")).read(journal)
-    before = {*outcomes.failed}
-    chosen = [*TINY] if run.tiny else [*of, "-m", marked]
-    each_s = min(each_s, SHARE * max(budget_s, stage.budget_s))
-    workers = workers or max(1, (os.cpu_count() or 2) - 2)
-    if workers > 1 and not run.tiny and importlib.util.find_spec("xdist"):
-        # in small portions, or else the last ones would wait for whoever has the longest
-        chosen += ["-n", str(workers), "--dist", "load", "--maxschedchunk", "4", "--max-worker-restart", "1000"]
-    command = [
-        sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "journal", "--journal",
-        str(journal), "--done", str(done), "--each", str(each_s), "--continue-on-collection-errors", *chosen,
-    ]  # fmt: skip
-
-    def merge() -> None:
-        found = outcomes.read(journal).as_dict()
-        if facts.get("tests") != found:
-            facts["tests"] = found
-            run.record.write()
-
-    ends, status, known = time.perf_counter() + budget_s, None, -1
-    path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH")]))
-    # a process that gave up leaves tests to the next one
-    while (left := ends - time.perf_counter()) > 0 and known < len(outcomes.done):
-        merge()
-        # what began there and has no end is not to be blamed for that of the next process
-        journal.unlink(missing_ok=True)
-        outcomes.running = set()
-        known = len(outcomes.done)
-        done.write_text("\n".join(outcomes.done))
-        status, _, text = started(command, left, run, merge, PYTHONPATH=path)
-        facts["last"] = last_lines(text)
-        if status is not None:
-            outcomes.died(f"its process ended with status {status}", facts["last"])
-            merge()
-        if status is None or not outcomes.left:
-            break
-    new = {name: each for name, each in outcomes.failed.items() if name not in before}
-    say(
-        f"{stage.name}: {len(outcomes.passed)} passed, {len(outcomes.failed)} failed, {len(outcomes.skipped)} skipped, "
-        f"{outcomes.left} not run"
-    )
-    failed = [f"{name}: {each['message']}" for name, each in new.items()]
-    if not outcomes.collected and status is not None:
-        failed += [f"{stage.name}: no tests, pytest ended with status {status}: {facts['last'][-300:]}"]
-    return Outcome(failed, harness.NO_TIME_LEFT if status is None else "")
+    os.environ[HUNG] = str(STATE / ".hung")
+    os.environ[EACH_S] = str(min(each_s, SHARE * max(budget_s, stage.budget_s)))
+    workers = 1 if run.tiny else workers or max(1, (os.cpu_count() or 2) - 2)
+    journal = Journal(facts, run.record.write)
+    # in small portions, or else the last ones would wait for whoever has the longest
+    status = pytest.main([
+        "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.tests", "--continue-on-collection-errors",
+        "-n", str(workers), "--dist", "load", "--maxschedchunk", "4", "--max-worker-restart", "1000",
+        *(TINY if run.tiny else [*of, "-m", marked]),
+    ], plugins=[journal])  # fmt: skip
+    journal.write()
+    found = facts.get("tests", {})
+    say(f"{stage.name}: {', '.join(f'{len(found.get(n, ()))} {n}' for n in ('passed', 'failed', 'skipped'))}")
+    return Outcome([] if found else [f"{stage.name}: no tests, pytest ended with status {int(status)}"])
 
 
-def stage_of(name: str, budget_s: float, typical_s: float, **how: Any) -> Stage:
-    return Stage(name, budget_s, typical_s, partial(tests, **how), least_s=30.0)
+class Journal:
+    """Has `facts` say what became of tests, going on with what they say; written every second."""
+
+    def __init__(self, facts: dict[str, Any], write: Callable[[], None]) -> None:
+        self.facts, self.write_record, self.lock, self.changed = facts, write, threading.RLock(), False
+        before = facts.get("tests", {})
+        self.failed, self.skipped = dict(before.get("failed", {})), dict(before.get("skipped", {}))
+        self.passed, self.running, self.collected = set(before.get("passed", ())), set(), before.get("collected", 0)
+        # the same for all workers, whenever they begin
+        self.left_out = self.done()
+
+    def done(self) -> set[str]:
+        return self.passed | self.skipped.keys() | self.failed.keys()
+
+    def write(self) -> None:
+        with self.lock:
+            if not self.changed:
+                return
+            # no tests, but files of which nobody knows what they have
+            files = sum(why["phase"] == "collection" for why in self.failed.values())
+            self.facts["tests"] = {
+                "collected": self.collected, "passed": sorted(self.passed), "failed": self.failed,
+                "skipped": self.skipped, "running": sorted(self.running),
+                "not_run": max(self.collected + files - len(self.done()), 0),
+            }  # fmt: skip
+            self.write_record()
+            self.changed = False
+
+    def pytest_sessionstart(self) -> None:
+        def always() -> None:
+            while True:
+                time.sleep(WRITE_S)
+                self.write()
+
+        threading.Thread(target=always, daemon=True).start()
+
+    def pytest_configure_node(self, node: Any) -> None:
+        node.workerinput["done"] = sorted(self.left_out)
+
+    def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
+        with self.lock:
+            earlier = {name for name in self.left_out if "::" in name}
+            self.collected, self.changed = len(earlier.union(ids)), True
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.fail(report, "collection", report.longreprtext)
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        with self.lock:
+            self.running.add(nodeid)
+            self.changed = True
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        name = report.nodeid
+        with self.lock:
+            if report.failed:
+                self.fail(report, report.when, report.longreprtext)
+            elif report.skipped:
+                why = report.longrepr
+                self.skipped[name] = why[2] if isinstance(why, tuple) else "expected to fail"
+            elif report.when == "teardown" and name not in self.failed and name not in self.skipped:
+                self.passed.add(name)
+            if report.when in ("teardown", GONE):
+                self.running.discard(name)
+            self.changed = True
+
+    def fail(self, report: Any, phase: str, text: str) -> None:
+        crash = getattr(report.longrepr, "reprcrash", None)
+        message = crash.message if crash else (text.strip().splitlines() or ["no reason given"])[-1]
+        if phase == GONE and (threads := hung_file(report.node.gateway.id).read_text().strip()):
+            message, text = f"no end after {float(os.environ[EACH_S]):.0f} s", threads.split("\n\n")[-1]
+        with self.lock:
+            # of several reasons the first: what came later may follow from it
+            if report.nodeid not in self.failed:
+                why = {"phase": phase, "message": message[:300], "traceback": text[:LOG_CHARACTERS]}
+                self.failed[report.nodeid] = why
+                self.facts["failed"].append(f"{report.nodeid}: {why['message']}")
+            self.passed.discard(report.nodeid)
+            self.changed = True
+
+
+def hung_file(worker: str) -> Path:
+    """What a worker's test was in when its time was up."""
+    return Path(f"{os.environ[HUNG]}-{worker}")
+
+
+class Worker:
+    def __init__(self, config: pytest.Config) -> None:
+        self.done = set(config.workerinput["done"])
+        self.hung = hung_file(config.workerinput["workerid"]).open("w")
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items[:] = [item for item in items if item.nodeid not in self.done]
+        items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+    def pytest_runtest_logstart(self) -> None:
+        # needs none of Python's locks, and tells what the test was in
+        faulthandler.dump_traceback_later(float(os.environ[EACH_S]), exit=True, file=self.hung)
+
+    def pytest_runtest_logfinish(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed and is_lost(report.longreprtext):
+            os._exit(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):
+        config.pluginmanager.register(Worker(config))
+
+
+def stage_of(name: str, budget_s: float, **how: Any) -> Stage:
+    return Stage(name, budget_s, partial(tests, **how), least_s=30.0, overrun_s=0.0)
