@@ -6,7 +6,6 @@ import importlib
 import os
 import shutil
 import sys
-import sysconfig
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -38,12 +37,7 @@ def extension(run: Run, stage: Stage, budget_s: float) -> Outcome:
     # what was built stays in the tree while its sources may be replaced; what could not be built is not tried again
     sources = tuning_cache.digest_of([ROOT / "setup.py", *sorted((ROOT / "csrc").rglob("*.*"))])
     built_from, wanted = ROOT / "build" / "built_from", f"{sources} {nvcc()}"
-    if built_from.exists():
-        known = built_from.read_text() == wanted
-    else:
-        there = (ROOT / "vitfast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").exists()
-        # one that was built where there was no nvcc is of no use on a GPU
-        known = there and (not cuda or compiled_half.build_report()["cuda"])
+    known = built_from.exists() and built_from.read_text() == wanted
     if not run.tiny and budget_s > BUILD_S and not known:
         found = {"NVCC": nvcc()} if nvcc() else {}
         if cuda:
@@ -92,6 +86,10 @@ class Hasty(devices.Cpu):
         return sampler
 
 
+def place_of(run: Run) -> devices.Place:
+    return Hasty() if run.tiny and run.device.type == "cpu" else devices.of(run.device)
+
+
 def rows(run: Run, stage: Stage, budget_s: float) -> Outcome:
     """Rows of cases. Each says so if the extension was absent; how much this process compiled stands with the call."""
     notes = {"tables": tables()} | ({"extension": f"absent: {why}"} if (why := no_extension(run)) else {})
@@ -101,7 +99,7 @@ def rows(run: Run, stage: Stage, budget_s: float) -> Outcome:
             red = harness.run_cases(
                 (partial(partly, maker, run, notes) for maker in stage.makers(run)), run.record, budget_s=budget_s,
                 stage=stage.name, seconds=0.05 if run.tiny else on_gpu if run.device.type == "cuda" else 5.0,
-                place=Hasty() if run.tiny and run.device.type == "cpu" else None, progress=say,
+                place=place_of(run), progress=say,
             )  # fmt: skip
         except harness.DeviceLost:
             blame(run)

@@ -37,9 +37,10 @@ import torch
 
 from benchmarks.gpu import workers
 from benchmarks.gpu.defaults import SCHEMA, read
+from benchmarks.gpu.rows import place_of
 from benchmarks.gpu.stages import LOST, ROOT, Outcome, Run, Stage, Task, compilations, publish, say
 from benchmarks.gpu.sweep_rows import OURS, Row, Variant, rows
-from benchmarks.gpu.sweep_time import NOT_CHECKED, Phases, RowInMaking, summary
+from benchmarks.gpu.sweep_time import NOT_CHECKED, RowInMaking, summary
 from vitfast.bench import harness
 from vitfast.bench.record import set_aside
 from vitfast.check.calls import SEED
@@ -56,7 +57,6 @@ SAME = ("device", "driver", "torch", "triton", "kernels")
 ROW_S = 60.0
 # of the time, at most, for compiling
 COMPILE_S = 150.0
-TINY = Phases(first_ms=1.0, last_ms=4.0, rounds=2)
 
 
 class Sweep:
@@ -65,13 +65,10 @@ class Sweep:
     Args:
         facts: of this machine and these kernels.
         wanted: all rows.
-        phases: how long to time.
     """
 
-    def __init__(
-        self, path: Path, out: Path, facts: Mapping[str, Any], wanted: Sequence[Row], place: Place, phases: Phases
-    ) -> None:
-        self.path, self.out, self.rows, self.place, self.phases = path, out, wanted, place, phases
+    def __init__(self, path: Path, out: Path, facts: Mapping[str, Any], wanted: Sequence[Row], place: Place) -> None:
+        self.path, self.out, self.rows, self.place = path, out, wanted, place
         try:
             self.data = read(path)
             differ = [name for name in SAME if self.data["machine"].get(name) != facts.get(name)]
@@ -141,7 +138,7 @@ class Sweep:
             if not reached or row_began + max(took[-3:]) > ends:
                 continue
             failed, tries = not_to_try(row, self.data["rows"].get(row.name, {"variants": {}})["variants"], done or {})
-            making = RowInMaking(row, self.place, failed, self.phases)
+            making = RowInMaking(row, self.place, failed)
             for name, count in tries.items():
                 making.found[name]["tries"] = count
             # nothing else ends a kernel that hangs, and can name it
@@ -176,12 +173,12 @@ class Sweep:
 
 
 def sweep(run: Run, stage: Stage, budget_s: float) -> Outcome:
-    ends, place = time.perf_counter() + budget_s, devices.of(run.device)
+    ends = time.perf_counter() + budget_s
     if run.device.type == "cpu":
         # more would wait for each other longer than they compute
         torch.set_num_threads(1)
     facts = {**run.record.data["run"], "kernels": kernels_digest()}
-    found = Sweep(run.tuned, run.record.out, facts, rows(run.device, run.tiny), place, TINY if run.tiny else Phases())
+    found = Sweep(run.tuned, run.record.out, facts, rows(run.device, run.tiny), place_of(run))
     # what imports made is not to be looked through after every row
     gc.freeze()
     done = found.compile(run.command, min(COMPILE_S, budget_s / 3), 2 if run.tiny else 0)

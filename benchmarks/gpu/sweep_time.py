@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -31,16 +31,8 @@ Found = dict[str, Any]
 MOST_CALLS, SAMPLE_MS = 50, 4.0
 NOT_CHECKED = "not checked: "
 FIGURES = ("ms", "lowest", "highest", "rounds", "graph")
-
-
-@dataclass(frozen=True)
-class Phases:
-    """How long to time: `first_ms` everybody alone, then the `best` of ours and stock `last_ms` in `rounds`."""
-
-    first_ms: float = 20.0
-    last_ms: float = 160.0
-    rounds: int = 8
-    best: int = 3
+# first everybody alone, in samples, then the best of ours and stock in rounds
+SAMPLES, BEST, ROUNDS, ROUND_MS = 5, 3, 8, 20.0
 
 
 class RowInMaking:
@@ -54,8 +46,8 @@ class RowInMaking:
         running: the variant that is called, or was last.
     """
 
-    def __init__(self, row: Row, place: Place, failed: Mapping[str, str], phases: Phases) -> None:
-        self.row, self.place, self.phases = row, place, phases
+    def __init__(self, row: Row, place: Place, failed: Mapping[str, str]) -> None:
+        self.row, self.place = row, place
         self.found: dict[str, Found] = {
             name: {"role": variant.role, "config": variant.config}
             | ({"failed": failed[name]} if name in failed else {})
@@ -151,14 +143,13 @@ class RowInMaking:
                 kept[name] = self._arranged(self._made(self.row.variants[name], args))
                 sampler = self.place.sampler()
                 calls = max(1, round(SAMPLE_MS / max(sampler(kept[name], 1), 1e-4)))
-                count = max(1, round(self.phases.first_ms / SAMPLE_MS))
-                self._note(name, [sampler(kept[name], calls) / kept[name].times for _ in range(count)])
+                self._note(name, [sampler(kept[name], calls) / kept[name].times for _ in range(SAMPLES)])
             except Exception as problem:
                 kept.pop(name, None)
                 self._fail(name, problem)
             # graphs hold memory: only of those that may come last in the end
             ours = [each for each in kept if self.row.variants[each].role == OURS]
-            for slower in sorted(ours, key=lambda each: self.found[each]["ms"])[self.phases.best :]:
+            for slower in sorted(ours, key=lambda each: self.found[each]["ms"])[BEST:]:
                 del kept[slower]
         self._time_last(kept)
 
@@ -178,8 +169,8 @@ class RowInMaking:
 
     def _time_last(self, kept: dict[str, Repeated]) -> None:
         """In turns, without those that fail."""
-        phases, sampler = self.phases, self.place.sampler()
-        sampler.min_ms = phases.last_ms / phases.rounds
+        sampler = self.place.sampler()
+        sampler.min_ms = ROUND_MS
 
         def named(name: str, call: Callable[[], Any]) -> Any:
             self.running = name
@@ -188,7 +179,7 @@ class RowInMaking:
         while kept:
             calls = {name: Repeated(partial(named, name, each.call), each.times) for name, each in kept.items()}
             try:
-                measured = interleaved_medians(calls, rounds=(phases.rounds, phases.rounds), sampler=sampler)
+                measured = interleaved_medians(calls, rounds=(ROUNDS, ROUNDS), sampler=sampler)
             except Exception as problem:
                 del kept[self.running]
                 for figure in FIGURES:
