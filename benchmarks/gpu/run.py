@@ -78,7 +78,8 @@ class Call:
         minutes = {"next": NEXT_MINUTES, "all": ALL_MINUTES}.get(told.run) or LIMITS_S[told.run] / 60
         self.ends = BEGAN + 60 * (minutes if told.minutes is None else told.minutes) - LAST_S
         self.made = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu_name()
-        self.facts = machine.describe(self.device, ("torchvision", "liger-kernel", "flash-attn"))
+        command = machine.command_of(["-m", "benchmarks.gpu.run", *sys.argv[1:]])
+        self.facts = machine.describe(self.device, ("torchvision", "liger-kernel", "flash-attn")) | {"command": command}
         self.records: dict[str, Kept] = {}
 
     def files(self, plan: str) -> list[str]:
