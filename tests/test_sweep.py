@@ -340,7 +340,20 @@ def test_a_variant_that_raises_ends_the_row_or_is_not_named():
 
 
 def a_sweep(tmp_path, rows, place):
-    return sweep.Sweep(tmp_path / "sweep.json", tmp_path / "out", FACTS, rows, place)
+    kept = stages.Kept(tmp_path / "plan.json", {"schema": 1, "run": {}, "rows": []}, tmp_path / "out")
+    return sweep.Sweep(tmp_path / "sweep.json", kept, FACTS, rows, place)
+
+
+def test_row_that_ends_its_process_is_run_for_ever_or_not_at_all(tmp_path):
+    """Which of its variants did nobody knows: stock operators are timed alone."""
+    place = SimulatedDevice()
+    rows = [row_of({"stock": variant(place, role=sweep_rows.STOCK), "bad": variant(place)})]
+    made = a_sweep(tmp_path, rows, place)
+    made.kept.data["lost"] = {rows[0].name: {"*": "its process ended with status -11"}}
+    made.time(None, 1e9)
+    found = record(made.path)["rows"][rows[0].name]["variants"]
+    assert found["bad"]["failed"] == "its process ended with status -11" and "ms" in found["stock"]
+    assert made.open() == []
 
 
 def test_what_hangs_while_it_is_timed_ends_every_call_at_the_same_row(tmp_path, monkeypatch):

@@ -43,7 +43,7 @@ def extension(run: Run, stage: Stage, budget_s: float) -> Outcome:
         if cuda:
             # for this card only: a third of the time
             major, minor = torch.cuda.get_device_capability(run.device)
-            found |= {"VITFAST_CUDA_ARCHS": "90a" if (major, minor) == (9, 0) else f"{major}{minor}"}
+            os.environ.setdefault("VITFAST_CUDA_ARCHS", "90a" if (major, minor) == (9, 0) else f"{major}{minor}")
         status, text = printed([sys.executable, "setup.py", "build_ext", "--inplace"], budget_s, **found)
         told = [line for line in text.splitlines() if line.startswith("vitfast:")]
         run.note("build", {"status": status, "told": told[-1] if told else text[-300:]})

@@ -60,8 +60,8 @@ from vitfast.measure.machine import cpu_name  # noqa: E402
 NEXT_MINUTES = 9.0
 # for who owns a GPU: nobody waits longer, and no budget cuts off what only takes its time
 ALL_MINUTES, PATIENCE = 12 * 60.0, 10.0
-# to end processes and to write the last files
-LAST_S = 5.0
+# for what cannot be interrupted when the time is up, and to end
+GRACE_S, LAST_S = 8.0, 2.0
 MOST_STARTS = 20
 # what a stage's process that was ended says in place of a status: the call's time was up
 TIME_UP = "cut short"
@@ -76,7 +76,7 @@ class Call:
         self.plans = ORDER if self.several else (told.run,)
         self.patience = PATIENCE if told.run == "all" else 1.0
         minutes = {"next": NEXT_MINUTES, "all": ALL_MINUTES}.get(told.run) or LIMITS_S[told.run] / 60
-        self.ends = BEGAN + 60 * (minutes if told.minutes is None else told.minutes) - LAST_S
+        self.ends = BEGAN + 60 * (minutes if told.minutes is None else told.minutes) - GRACE_S - LAST_S
         self.made = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu_name()
         command = machine.command_of(["-m", "benchmarks.gpu.run", *sys.argv[1:]])
         self.facts = machine.describe(self.device, ("torchvision", "liger-kernel", "flash-attn")) | {"command": command}
@@ -121,10 +121,10 @@ class Call:
         """Run a stage in a process of its own: its exit status, or why it was ended."""
         command = [
             sys.executable, "-m", "benchmarks.gpu.run", plan, "--device", str(self.device), "--out", str(self.told.out),
-            "--record", str(self.records[plan].path), "--stage", stage.name, "--budget", f"{budget_s:.1f}",
-            *["--tiny"] * self.told.tiny,
+            "--record", str(self.records[plan].path), "--stage", stage.name, *["--tiny"] * self.told.tiny,
+            "--until", f"{time.time() + budget_s:.1f}",
         ]  # fmt: skip
-        left, limit_s = self.ends - time.perf_counter(), budget_s + stage.overrun_s * self.patience
+        left, limit_s = self.ends + GRACE_S - time.perf_counter(), budget_s + stage.overrun_s * self.patience
         process = begun(command)
         try:
             return process.wait(min(left, limit_s))
@@ -201,7 +201,8 @@ def goes_on(run: Run, stage: Stage, budget_s: float, start: Callable[[Stage, flo
         key = None
     else:
         facts["failed"].append(f"{stage.name}: {key or 'the stage'}: {why}")
-        facts["done"] = key is None
+        # what ended it is not known; a second time it is given up
+        facts["done"] = key is None and [call["left"] for call in facts["calls"]].count(why) > 1
         say(facts["failed"][-1])
     if key is not None:
         kept.data["lost"].setdefault(key, {})["*"] = why
@@ -220,7 +221,10 @@ def perform_one(told: argparse.Namespace) -> int:
         workers.work(told.claims, stage.tasks(run))
         return 0
     stages.end_with_parent()
-    return perform(run, stage, told.budget)
+    status = perform(run, stage, told.until - time.time())
+    sys.stdout.flush()
+    # a device that was lost is not to be waited for
+    os._exit(status)
 
 
 def alone() -> Any:
@@ -253,7 +257,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, help="for all of the call (default: the plan's; of next 9)")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see whether everything works")
     # of the processes that this one starts
-    for name, kind in (("--stage", str), ("--budget", float), ("--record", Path), (workers.FLAG, Path)):
+    for name, kind in (("--stage", str), ("--until", float), ("--record", Path), (workers.FLAG, Path)):
         parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
     told = parser.parse_args(argv)
     told.device = told.device or torch.device("cpu" if told.run == "cpu" else "cuda")

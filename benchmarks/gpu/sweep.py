@@ -38,7 +38,7 @@ import torch
 from benchmarks.gpu import workers
 from benchmarks.gpu.defaults import SCHEMA, read
 from benchmarks.gpu.rows import place_of
-from benchmarks.gpu.stages import LOST, ROOT, Outcome, Run, Stage, Task, compilations, publish, say
+from benchmarks.gpu.stages import LOST, ROOT, Kept, Outcome, Run, Stage, Task, compilations, publish, say
 from benchmarks.gpu.sweep_rows import OURS, Row, Variant, rows
 from benchmarks.gpu.sweep_time import NOT_CHECKED, RowInMaking, summary
 from vitfast.bench import harness
@@ -63,19 +63,20 @@ class Sweep:
     """A record, and what is done to it.
 
     Args:
+        kept: the plan's record.
         facts: of this machine and these kernels.
         wanted: all rows.
     """
 
-    def __init__(self, path: Path, out: Path, facts: Mapping[str, Any], wanted: Sequence[Row], place: Place) -> None:
-        self.path, self.out, self.rows, self.place = path, out, wanted, place
+    def __init__(self, path: Path, kept: Kept, facts: Mapping[str, Any], wanted: Sequence[Row], place: Place) -> None:
+        self.path, self.kept, self.rows, self.place = path, kept, wanted, place
         try:
             self.data = read(path)
             differ = [name for name in SAME if self.data["machine"].get(name) != facts.get(name)]
             if differ:
                 raise ValueError(f"{path} is of another {', '.join(differ)}")
         except (ValueError, FileNotFoundError) as problem:
-            for before in filter(None, map(set_aside, {path, out / path.name})):
+            for before in filter(None, map(set_aside, {path, kept.out / path.name})):
                 say(f"{problem}; it is now {before}")
             command = facts.get("command")
             self.data = {
@@ -99,7 +100,7 @@ class Sweep:
         for name in self.data["rows"].keys() - self.texts.keys():
             self.texts[name] = f"{json.dumps(name)}: {json.dumps(plain(self.data['rows'][name]))}"
         write_text(self.path, by_lines(head, map(self.texts.get, self.data["rows"]), named=True))
-        publish(self.path, self.out)
+        publish(self.path, self.kept.out)
 
     def keep(self, row: Row, making: RowInMaking) -> None:
         self.data["rows"][row.name] = making.data
@@ -138,6 +139,10 @@ class Sweep:
             if not reached or row_began + max(took[-3:]) > ends:
                 continue
             failed, tries = not_to_try(row, self.data["rows"].get(row.name, {"variants": {}})["variants"], done or {})
+            # it ended its process, and nobody knows which of them
+            if why := self.kept.data["lost"].get(row.name, {}).get("*"):
+                failed = dict.fromkeys(of_ours(row), why)
+            self.kept.running = row.name
             making = RowInMaking(row, self.place, failed)
             for name, count in tries.items():
                 making.found[name]["tries"] = count
@@ -178,7 +183,7 @@ def sweep(run: Run, stage: Stage, budget_s: float) -> Outcome:
         # more would wait for each other longer than they compute
         torch.set_num_threads(1)
     facts = {**run.record.data["run"], "kernels": kernels_digest()}
-    found = Sweep(run.tuned, run.record.out, facts, rows(run.device, run.tiny), place_of(run))
+    found = Sweep(run.tuned, run.record, facts, rows(run.device, run.tiny), place_of(run))
     # what imports made is not to be looked through after every row
     gc.freeze()
     done = found.compile(run.command, min(COMPILE_S, budget_s / 3), 2 if run.tiny else 0)

@@ -28,8 +28,6 @@ SMOKE = ("tests/kernels/test_smoke_gpu.py",)
 TINY = ("tests/test_numerics.py", "-k", "stock_op")
 # of a stage's budget, after which one test has no end
 SHARE = 0.9
-# of the workers' environment: after how long, and where to tell what it was in
-EACH_S, HUNG = "VITFAST_EACH_S", "VITFAST_HUNG"
 WRITE_S = 1.0
 # the phase in which xdist reports a worker that is no more there
 GONE = "???"
@@ -49,10 +47,8 @@ def tests(
             take all of it in every call.
     """
     facts = run.stage(stage.name)
-    os.environ[HUNG] = str(STATE / ".hung")
-    os.environ[EACH_S] = str(min(each_s, SHARE * max(budget_s, stage.budget_s)))
     workers = 1 if run.tiny else workers or max(1, (os.cpu_count() or 2) - 2)
-    journal = Journal(facts, run.record.write)
+    journal = Journal(facts, run.record.write, min(each_s, SHARE * max(budget_s, stage.budget_s)))
     # in small portions, or else the last ones would wait for whoever has the longest
     status = pytest.main([
         "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.tests", "--continue-on-collection-errors",
@@ -68,8 +64,9 @@ def tests(
 class Journal:
     """Has `facts` say what became of tests, going on with what they say; written every second."""
 
-    def __init__(self, facts: dict[str, Any], write: Callable[[], None]) -> None:
-        self.facts, self.write_record, self.lock, self.changed = facts, write, threading.RLock(), False
+    def __init__(self, facts: dict[str, Any], write: Callable[[], None], each_s: float) -> None:
+        self.facts, self.write_record, self.each_s = facts, write, each_s
+        self.lock, self.changed = threading.RLock(), False
         before = facts.get("tests", {})
         self.failed, self.skipped = dict(before.get("failed", {})), dict(before.get("skipped", {}))
         self.passed, self.running, self.collected = set(before.get("passed", ())), set(), before.get("collected", 0)
@@ -102,7 +99,9 @@ class Journal:
         threading.Thread(target=always, daemon=True).start()
 
     def pytest_configure_node(self, node: Any) -> None:
-        node.workerinput["done"] = sorted(self.left_out)
+        node.workerinput |= {
+            "done": sorted(self.left_out), "each_s": self.each_s, "hung": str(hung_file(node.gateway.id))
+        }  # fmt: skip
 
     def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
         with self.lock:
@@ -136,7 +135,7 @@ class Journal:
         crash = getattr(report.longrepr, "reprcrash", None)
         message = crash.message if crash else (text.strip().splitlines() or ["no reason given"])[-1]
         if phase == GONE and (threads := hung_file(report.node.gateway.id).read_text().strip()):
-            message, text = f"no end after {float(os.environ[EACH_S]):.0f} s", threads.split("\n\n")[-1]
+            message, text = f"no end after {self.each_s:.0f} s", threads.split("\n\n")[-1]
         with self.lock:
             # of several reasons the first: what came later may follow from it
             if report.nodeid not in self.failed:
@@ -149,13 +148,13 @@ class Journal:
 
 def hung_file(worker: str) -> Path:
     """What a worker's test was in when its time was up."""
-    return Path(f"{os.environ[HUNG]}-{worker}")
+    return STATE / f".hung-{worker}"
 
 
 class Worker:
     def __init__(self, config: pytest.Config) -> None:
-        self.done = set(config.workerinput["done"])
-        self.hung = hung_file(config.workerinput["workerid"]).open("w")
+        self.done, self.each_s = set(config.workerinput["done"]), config.workerinput["each_s"]
+        self.hung = os.fdopen(os.open(config.workerinput["hung"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w")
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -164,7 +163,7 @@ class Worker:
 
     def pytest_runtest_logstart(self) -> None:
         # needs none of Python's locks, and tells what the test was in
-        faulthandler.dump_traceback_later(float(os.environ[EACH_S]), exit=True, file=self.hung)
+        faulthandler.dump_traceback_later(self.each_s, exit=True, file=self.hung)
 
     def pytest_runtest_logfinish(self) -> None:
         faulthandler.cancel_dump_traceback_later()
