@@ -188,8 +188,10 @@ def test_what_hangs_or_ends_its_process_is_not_named_or_is_tried_again(ended, wh
     assert found["stages"]["rows"]["done"]
 
 
-def test_stage_that_hangs_before_its_first_row_is_tried_for_ever(a_run):
+def test_stage_that_hangs_before_its_first_row_is_tried_for_ever_or_an_earlier_row_is_blamed(a_run):
     run = a_run()
+    # as a call leaves it that was killed
+    run.record.running = "model/a"
     for done in (False, True):
         failed = do(run, stages.Stage("ceilings", 9, None), start=lambda *_: "no end after 54 s")
         assert set(failed) == {"ceilings: the stage: no end after 54 s"}
@@ -199,8 +201,12 @@ def test_stage_that_hangs_before_its_first_row_is_tried_for_ever(a_run):
 def test_what_its_time_was_up_for_counts_as_hung_or_done(a_run):
     for why in (program.TIME_UP, NO_TIME_LEFT):
         run = a_run()
-        run.record.data["running"] = "model/b"
-        assert do(run, stages.Stage("rows", 9, None), start=lambda *_, why=why: why) == []
+
+        def start(stage, budget_s, run=run, why=why):
+            run.record.running = "model/b"
+            return why
+
+        assert do(run, stages.Stage("rows", 9, None), start=start) == []
         facts = written(run)["stages"]["rows"]
         assert not facts["done"] and facts["calls"][-1]["left"] == why and not written(run)["lost"]
 

@@ -1,4 +1,4 @@
-"""`benchmarks/gpu/defaults.py`: from made-up records to the tables that ops read; and the committed ones hold together."""
+"""`benchmarks/gpu/defaults.py`: from made-up records to the tables that ops read; the committed ones hold together."""
 
 import json
 

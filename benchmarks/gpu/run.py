@@ -187,7 +187,8 @@ def go(
 def goes_on(run: Run, stage: Stage, budget_s: float, start: Callable[[Stage, float], int | str]) -> bool:
     """Start a stage's process and see how it ended; whether another one is to go on at once."""
     run.stage(stage.name)["calls"].append({"date": machine.now(), "budget_s": budget_s, "left": TIME_UP})
-    run.record.write()
+    # nor is to be blamed what an earlier call was killed in
+    run.record.running = None
     status = start(stage, budget_s)
     kept = run.record
     # what that process wrote

@@ -154,7 +154,7 @@ def hung_file(worker: str) -> Path:
 class Worker:
     def __init__(self, config: pytest.Config) -> None:
         self.done, self.each_s = set(config.workerinput["done"]), config.workerinput["each_s"]
-        self.hung = os.fdopen(os.open(config.workerinput["hung"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w")
+        self.hung = os.open(config.workerinput["hung"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
