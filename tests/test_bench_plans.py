@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -259,12 +260,26 @@ def test_device_that_is_always_lost_is_begun_on_for_ever(a_run):
     assert len(begun) == program.MOST_STARTS
 
 
-def test_row_of_a_broken_baseline_is_tried_again(a_run):
-    (case,) = named("first")
+def test_row_of_a_broken_baseline_is_tried_again_or_listed_under_another_s_name(a_run):
+    cases, run = named("first", "second", "third"), a_run()
+    first, second = (case.key for case in cases[:2])
+    whys = {first: {cases[0].baseline: "CUDA error: misaligned address"}, second: {"*": "no end after 9 s"}}
+    run.record.data["lost"] = whys
+    do(run, rows_of(cases))
+    assert [row["name"] for row in written(run)["rows"]] == ["third"]
+    assert {each["key"]: each["why"] for each in written(run)["skipped"]} == {
+        key: f"ValueError: {'; '.join(lost.values())}" for key, lost in whys.items()
+    }
+
+
+def test_rows_that_cannot_be_made_are_listed_as_one(a_run):
+    def needs_timm(model):
+        raise ModuleNotFoundError("No module named 'timm'")
+
+    makers = [plans.without(partial(needs_timm, model=name), "compiled") for name in ("vit", "resnet")]
     run = a_run()
-    run.record.data["lost"] = {case.key: {case.baseline: "CUDA error: misaligned address"}}
-    do(run, rows_of([case]))
-    assert not run.record.rows and "CUDA error: misaligned" in run.record.data["skipped"][0]["why"]
+    do(run, stages.Stage("rows", 60, rows.rows, makers=lambda run: makers))
+    assert [each["key"] for each in written(run)["skipped"]] == ["needs_timm vit", "needs_timm resnet"]
 
 
 def test_row_without_the_extension_does_not_say_so(a_run, monkeypatch):

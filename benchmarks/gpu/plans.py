@@ -33,6 +33,8 @@ def without(maker: Callable[[], Case], *endings: str) -> Callable[[], Case]:
         left = {name: variant for name, variant in case.variants.items() if not name.endswith(endings)}
         return replace(case, variants=left)
 
+    # by which a row is named that cannot be made
+    make.func, make.keywords = getattr(maker, "func", maker), getattr(maker, "keywords", {})
     return make
 
 

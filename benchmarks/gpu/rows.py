@@ -94,12 +94,12 @@ def rows(run: Run, stage: Stage, budget_s: float) -> Outcome:
     """Rows of cases. Each says so if the extension was absent; how much this process compiled stands with the call."""
     notes = {"tables": tables()} | ({"extension": f"absent: {why}"} if (why := no_extension(run)) else {})
     on_gpu = 0.5 if stage.name.startswith("ops") else 1.0
+    seconds = 0.05 if run.tiny else on_gpu if run.device.type == "cuda" else 5.0
     with compilations() as counted:
         try:
             red = harness.run_cases(
-                (partial(partly, maker, run, notes) for maker in stage.makers(run)), run.record, budget_s=budget_s,
-                stage=stage.name, seconds=0.05 if run.tiny else on_gpu if run.device.type == "cuda" else 5.0,
-                place=place_of(run), progress=say,
+                open_cases([stage], run, notes), run.record, budget_s=budget_s, stage=stage.name,
+                seconds=seconds, place=place_of(run), progress=say,
             )  # fmt: skip
         except harness.DeviceLost:
             blame(run)
@@ -111,15 +111,31 @@ def rows(run: Run, stage: Stage, budget_s: float) -> Outcome:
     return Outcome(red, harness.NO_TIME_LEFT if left else "")
 
 
-def partly(maker: Callable[[], Case], run: Run, notes: dict[str, str]) -> Case:
-    """The case without the variants that broke the device in an earlier call."""
-    case = maker()
-    lost = run.record.data["lost"].get(case.key, {})
-    if {"*", case.baseline, case.yardstick} & lost.keys():
-        raise ValueError(f"{case.key}: {'; '.join(lost.values())}")
-    variants = {name: variant for name, variant in case.variants.items() if name not in lost}
-    # rows that are there stay when a later part of the sweep makes other tables
-    return replace(case, variants=variants, notes={**case.notes, **notes})
+def open_cases(plan: Iterable[Stage], run: Run, notes: dict[str, str]) -> Iterator[Case | Callable[[], Case]]:
+    """The cases of a plan without the variants that broke the device in an earlier call; for those that there are not
+    the harness will say why."""
+    for maker in (maker for stage in plan if stage.makers for maker in stage.makers(run)):
+        try:
+            case = maker()
+        except Exception:
+            yield maker
+            continue
+        lost = run.record.data["lost"].get(case.key, {})
+        if {"*", case.baseline, case.yardstick} & lost.keys():
+            yield lost_case(case.key, "; ".join(lost.values()))
+        else:
+            variants = {name: variant for name, variant in case.variants.items() if name not in lost}
+            # rows that are there stay when a later part of the sweep makes other tables
+            yield replace(case, variants=variants, notes={**case.notes, **notes})
+
+
+def lost_case(key: str, why: str) -> Callable[[], Case]:
+    def make() -> Case:
+        raise ValueError(why)
+
+    # by which the harness lists it
+    make.__name__ = key
+    return make
 
 
 def blame(run: Run) -> None:
@@ -173,25 +189,14 @@ def compilable(plan: Iterable[Stage], run: Run) -> Iterator[Task]:
     inductor.autotune_local_cache = False
     cuda = run.device.type == "cuda"
     memory = torch.cuda.get_device_properties(run.device).total_memory / 2**30 if cuda else 1e9
-    for case in sorted(open_cases(plan, run), key=lambda each: gib(each) <= LIGHT_GIB):
+    cases = [case for case in open_cases(plan, run, {}) if isinstance(case, Case)]
+    cases = [case for case in cases if case.key not in run.record.finished()]
+    for case in sorted(cases, key=lambda each: gib(each) <= LIGHT_GIB):
         if gib(case) > LIGHT_GIB and int(os.environ[workers.NUMBER]) >= max(1, int(SHARE * memory / gib(case))):
             continue
         for name, variant in case.variants.items():
             if compiles(name, variant):
                 yield f"{case.key}: {name}", partial(call_once, case, variant)
-
-
-def open_cases(plan: Iterable[Stage], run: Run) -> Iterator[Case]:
-    """Those that are left of a plan, in its order."""
-    done = run.record.finished()
-    for maker in (maker for stage in plan if stage.makers for maker in stage.makers(run)):
-        try:
-            case = partly(maker, run, {})
-        # whoever times it will say so
-        except Exception:
-            continue
-        if case.key not in done:
-            yield case
 
 
 def compiles(name: str, variant: Variant) -> bool:
