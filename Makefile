@@ -60,10 +60,10 @@ aot: $(VENV)/.test ## compile every kernel for four architectures with no GPU, c
 	$(BIN)/python benchmarks/aot.py --write
 
 bench: $(VENV)/.bench ## time models and ops on this CPU against timm, torch.compile, ONNX Runtime and OpenVINO
-	$(BIN)/python benchmarks/run.py cpu $(if $(RESUME),--resume) $(if $(OUT),--out $(OUT))
+	$(BIN)/python -m benchmarks.gpu.run cpu $(if $(RESUME),--resume) $(if $(OUT),--out $(OUT))
 
 gpu: ## RUN=check|tune|models|tests|profile|rest|next|all: test and time on a GPU, with the PYTHON that has torch; MINUTES=9
-	$(PYTHON) benchmarks/run.py $(or $(RUN),$(error RUN must be check, tune, models, tests, profile, rest, next or all)) \
+	$(PYTHON) -m benchmarks.gpu.run $(or $(RUN),$(error RUN must be check, tune, models, tests, profile, rest, next or all)) \
 		$(if $(MINUTES),--minutes $(MINUTES)) $(if $(RESUME),--resume) $(if $(OUT),--out $(OUT))
 
 report: $(VENV)/.bench ## write the tables and pictures of README and docs from benchmarks/results

@@ -11,8 +11,9 @@ from benchmarks.core import cli
 # each is called with what follows its name
 PROGRAMS = {
     "gpu": ("benchmarks.gpu.run", "a plan of benchmarks and tests, of a GPU or a CPU"),
-    "sweep": ("benchmarks.gpu.sweep", "every configuration of every kernel"),
-    "roofline": ("benchmarks.gpu.roofline", "the least time that each op and model can take"),
+    "defaults": ("benchmarks.gpu.defaults", "the built-in choices, from the records of sweeps"),
+    "roofline": ("benchmarks.roofline", "the least time that each op and model can take"),
+    "host": ("benchmarks.host", "what a call costs the host, beside another checkout and timm"),
 }
 
 

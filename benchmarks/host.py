@@ -1,6 +1,6 @@
 """What a call costs the host: microseconds an op on next to no numbers, and small models beside timm's, on one thread.
 
-    python benchmarks/host.py [--against FOLDER] [--crossover] [--rounds N]
+    python -m benchmarks.host [--against FOLDER] [--crossover] [--rounds N]
 
 Ops are timed as users call them and, in rows "by op", as ops at sizes where a CPU takes stock operators.
 --against   another checkout of vitfast, its extension built in place: the same there, in turn; the table then has
@@ -214,14 +214,14 @@ def stock_operators_of(call: Callable) -> Callable:
     return run
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--against", type=Path, help="a second checkout of vitfast")
     parser.add_argument("--crossover", action="store_true", help="ops beside stock operators by size, and nothing else")
     parser.add_argument("--rounds", type=int, default=15, help="of each op")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each model and mode")
     parser.add_argument("--answer", action="store_true", help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     if given.against and not (given.against / "vitfast" / "__init__.py").is_file():
         parser.error(f"--against must be a checkout of vitfast, got {given.against}")
     torch.set_num_threads(1)
@@ -232,7 +232,8 @@ def main() -> None:
     else:
         print("\n".join(ops_table([*([given.against.resolve()] if given.against else []), ROOT], given.rounds)), "\n")
         print("\n".join(models_table(given.seconds)))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import aot
 import pytest
-import sweep
+
+from benchmarks.gpu import sweep
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"

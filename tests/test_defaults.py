@@ -1,10 +1,10 @@
-"""`benchmarks/defaults.py`: from made-up records to the tables that ops read; and the committed ones hold together."""
+"""`benchmarks/gpu/defaults.py`: from made-up records to the tables that ops read; the committed ones hold together."""
 
 import json
 
-import defaults
 import pytest
 
+from benchmarks.gpu import defaults
 from vitfast.choose import builtin
 
 SHAPE = ["bfloat16", "bfloat16", 8, 768, 768, "layer none"]

@@ -115,6 +115,10 @@ def check_command(words, parse_only):
         assert {word for word in given if word.startswith("-")} <= {"-m", "-k"}, given
     elif (program, *given[:2]) == ("python", "-m", "benchmarks"):
         run_main(importlib.import_module("benchmarks.__main__").main, given[2:])
+    elif program == "python" and given[0] == "-m":
+        assert (ROOT / f"{given[1].replace('.', '/')}.py").is_file(), given[1]
+        parse_only.setattr(sys, "argv", given[1:])
+        run_main(importlib.import_module(given[1]).main)
     elif program == "python" and (ROOT / given[0]).parent == ROOT / "benchmarks":
         parse_only.setattr(sys, "argv", given)
         assert (ROOT / given[0]).is_file(), given[0]
@@ -159,8 +163,8 @@ def test_command_in_a_sentence_does_not_exist_or_takes_other_arguments(page, par
 
 @pytest.mark.parametrize("wrong", [
     "make dem", "make test WRKERS=2", "vitfast inf", "vitfast tune --batsh 1 vit_tiny_patch16_224", "mkae demo",
-    "pip install '.[tets]'", "python benchmarks/rooflin.py", "python benchmarks/make_report.py --chek",
-    "python -m benchmarks op mlp", "python -m pytest tests/kernel",
+    "pip install '.[tets]'", "python -m benchmarks.rooflin", "python -m benchmarks.roofline --bach 1",
+    "python benchmarks/make_report.py --chek", "python -m benchmarks op mlp", "python -m pytest tests/kernel",
     ".venv/bin/vitfast inf", "python -m pytest -mm slow",
 ])  # fmt: skip
 def test_wrong_command_passes_for_right(wrong, parse_only):

@@ -1,44 +1,59 @@
-"""`benchmarks/gpu_tests.py` and its pytest plugin: what is known of tests when the time is up, or a process is gone."""
+"""`benchmarks/gpu/tests.py`, pytest's plugin: what is known of tests when the time is up, or a process is gone."""
 
 import re
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
-import gpu_tests
-import profile_kernels
 import pytest
-import stages
 import torch
-from outcomes import Outcomes, is_lost
+from bench_runs import do, runs_in, written
 
-from benchmarks.core.record import read
+from benchmarks.core.harness import NO_TIME_LEFT
+from benchmarks.gpu import profile, stages
+from benchmarks.gpu.tests import stage_of as a_stage
 
 ROOT = Path(__file__).parent.parent
+PROCESS = """
+import sys
+from pathlib import Path
+import torch
+from benchmarks.gpu import stages, tests
+from benchmarks.core import record
+tests.STATE, path, out = map(Path, sys.argv[1:4])
+tests.SHARE = {share}
+run = stages.Run(torch.device("cpu"), stages.Kept(path, record.read(path), out))
+stage = tests.stage_of("tests", {budget_s}, of=({file!r}, "-c", "/dev/null"), marked="not gpu", **{how})
+sys.exit(stages.perform(run, stage, {budget_s}))
+"""
 
 
 @pytest.fixture
 def stage_of(tmp_path, monkeypatch):
-    """Runs a file of tests as a stage: (what failed, what is left, the stage's facts in the output folder)."""
-    for module in (stages, gpu_tests):
-        monkeypatch.setattr(module, "STATE", tmp_path / "state")
-    data = {"schema": 1, "run": {"device": "x"}, "earlier": [], "ceilings": {}, "rows": [], "skipped": []}
-    kept = stages.Kept(tmp_path / "state" / "x-run.json", data, tmp_path / "out")
-    run = stages.Run(torch.device("cpu"), kept, 1e9, False, "x-run")
-    file = tmp_path / "test_them.py"
+    """Runs a file of tests as a stage: (what is left, the stage's facts in the output folder)."""
+    make_run, file, known = runs_in(tmp_path, monkeypatch), tmp_path / "test_them.py", []
 
-    def call(code, budget_s=60.0, ends_s=1e9, **how):
+    def call(code, budget_s=60.0, share=0.9, ends_s=None, **how):
         file.write_text(textwrap.dedent(code))
-        run.ends = time.perf_counter() + ends_s
-        stage = gpu_tests.stage_of("tests", budget_s, 1, of=(str(file), "-c", "/dev/null"), marked="not gpu", **how)
-        failed = stages.go([stage], run)
-        facts = read(tmp_path / "out" / "x-run.json")["stages"]["tests"]
-        return failed, facts["calls"][-1]["left"], facts["tests"]
+        run = make_run(data=known.pop() if known else None)
+        process = PROCESS.format(share=share, budget_s=budget_s, file=str(file), how=how)
 
-    stage = stages.Stage
-    monkeypatch.setattr(gpu_tests, "Stage", lambda *of, **how: stage(*of, **how | {"least_s": 0.0}))
+        def start(stage, budget_s):
+            given = (tmp_path / "state", run.record.path, run.record.out)
+            begun = stages.begun([sys.executable, "-c", process, *map(str, given)])
+            try:
+                return begun.wait(ends_s or budget_s)
+            except subprocess.TimeoutExpired:
+                return NO_TIME_LEFT
+            finally:
+                stages.killed(begun)
+
+        do(run, a_stage("tests", budget_s, of=()), start=start)
+        known.append(written(run))
+        facts = known[0]["stages"]["tests"]
+        return facts["calls"][-1]["left"], facts["failed"], facts["tests"]
+
     return call
 
 
@@ -66,50 +81,25 @@ HANGS = """
 
 def test_time_out_forgets_what_failed_before(stage_of):
     """Names, messages and tracebacks; what was running; how many were not run."""
-    failed, left, tests = stage_of(HANGS, ends_s=12.0, workers=1)
-    assert left == "no time left" and len(failed) == 1 and failed[0].endswith("AssertionError: three is not four\n"
+    left, failed, tests = stage_of(HANGS, ends_s=25.0, workers=1)
+    assert left == NO_TIME_LEFT and len(failed) == 1 and failed[0].endswith("AssertionError: three is not four\n"
         "assert 3 == 4")  # fmt: skip
     assert names(tests["passed"]) == ["test_right"] and names(tests["running"]) == ["test_hangs"]
     ((name, why),) = tests["failed"].items()
     assert name.endswith("::test_wrong") and why["phase"] == "call" and "assert x == 4" in why["traceback"]
     assert (tests["collected"], tests["not_run"]) == (4, 2)
-    # the next call does what is left, and tells of what is new only
-    failed, left, tests = stage_of(HANGS.replace("600", "0"), workers=1)
-    assert (failed, left) == ([], "") and names(tests["passed"]) == ["test_hangs", "test_last", "test_right"]
-    assert len(tests["failed"]) == 1 and not tests["running"] and not tests["not_run"]
+    # the next call does what is left, and does not blame what the time was up for, whatever ends its process
+    left, failed, tests = stage_of(HANGS.replace("600", "0"), workers=1)
+    assert left == "" and names(tests["passed"]) == ["test_hangs", "test_last", "test_right"]
+    assert len(failed) == len(tests["failed"]) == 1 and not tests["running"] and not tests["not_run"]
 
 
-def test_what_hangs_longer_than_its_stage_may_take_costs_the_tests_behind_it(stage_of, monkeypatch):
+def test_what_hangs_longer_than_its_stage_may_take_costs_the_tests_behind_it(stage_of):
     """In every call again: it was not there long enough to have no end."""
     # the rest of the budget is for the start of processes, which takes its time on a busy machine
-    monkeypatch.setattr(gpu_tests, "SHARE", 0.1)
-    failed, left, tests = stage_of(HANGS, budget_s=40.0, workers=1)
-    assert "no end after 4 s" in " ".join(failed) and len(failed) == 2
-    failed, left, tests = stage_of(HANGS, budget_s=40.0, workers=1)
+    left, failed, tests = stage_of(HANGS, budget_s=60.0, share=0.05, workers=1)
+    assert "no end after 3 s" in " ".join(failed) and len(failed) == 2
     assert names(tests["passed"]) == ["test_last", "test_right"] and not left
-
-
-def test_what_hangs_and_lets_no_other_thread_run_has_no_end(stage_of):
-    """As an extension does that does not give Python's lock away."""
-    code = """
-        import ctypes
-
-        def test_hangs():
-            ctypes.PyDLL(None).sleep(600)
-
-        def test_right():
-            pass
-        """
-    failed, left, tests = stage_of(code, budget_s=40.0, workers=1, each_s=2.0)
-    assert len(failed) == 1 and "test_hangs" in failed[0]
-    assert names(tests["passed"]) == ["test_right"] and not left
-
-
-def test_what_the_time_was_up_for_is_blamed_for_what_ends_the_next_process(stage_of):
-    stage_of(HANGS, ends_s=12.0, workers=1)
-    dies = HANGS + "\n    import os\n    os._exit(3)\n"
-    failed, left, tests = stage_of(dies, workers=1)
-    assert names(tests["failed"]) == ["test_wrong"]
 
 
 WORKERS = pytest.mark.parametrize("workers", [1, 2])
@@ -117,13 +107,17 @@ WORKERS = pytest.mark.parametrize("workers", [1, 2])
 
 @WORKERS
 def test_what_hangs_or_loses_the_device_costs_other_tests(workers, stage_of):
-    """With workers, and in one process that is started again."""
-    failed, left, tests = stage_of(
+    """Whoever hangs, with Python's lock or without it: as an extension does that does not give it away."""
+    left, failed, tests = stage_of(
         """
+        import ctypes
         import time
 
         def test_hangs():
             time.sleep(600)
+
+        def test_hangs_and_lets_no_other_thread_run():
+            ctypes.PyDLL(None).sleep(600)
 
         broken = []
 
@@ -144,17 +138,18 @@ def test_what_hangs_or_loses_the_device_costs_other_tests(workers, stage_of):
         workers=workers, each_s=2.0,
     )  # fmt: skip
     found = {name.split("::")[-1]: why for name, why in tests["failed"].items()}
-    assert names(tests["passed"]) == ["test_right"] and not left and len(failed) == len(found)
-    assert found["test_hangs"]["message"] == "no end after 2 s" and "test_hangs" in found["test_hangs"]["traceback"]
+    assert names(tests["passed"]) == ["test_right"] and not left and len(failed) == len(found) == 5
+    for name in ("test_hangs", "test_hangs_and_lets_no_other_thread_run"):
+        assert found[name]["message"] == "no end after 2 s" and name in found[name]["traceback"]
     assert "illegal memory access" in found["test_breaks"]["message"]
     assert "out of memory" in found["test_too_large"]["message"]
-    assert found["test_dies"]["message"]
+    assert "crashed" in found["test_dies"]["message"]
 
 
 @WORKERS
 def test_kernel_that_does_not_compile_is_not_named(workers, stage_of, tmp_path):
     (tmp_path / "kernel.py").write_text("def kernel(:\n    pass\n")
-    failed, left, tests = stage_of(
+    left, failed, tests = stage_of(
         f"""
         import runpy
         import pytest
@@ -183,23 +178,9 @@ def test_kernel_that_does_not_compile_is_not_named(workers, stage_of, tmp_path):
 
 @WORKERS
 def test_file_that_cannot_be_imported_is_not_named(workers, stage_of):
-    failed, left, tests = stage_of("import no_such_module", workers=workers)
+    left, failed, tests = stage_of("import no_such_module", workers=workers)
     assert any("no_such_module" in why["message"] + why["traceback"] for why in tests["failed"].values())
     assert failed and not left
-
-
-def test_lines_of_a_journal_are_read_wrongly(tmp_path):
-    """Of several words on one test; of a line that a kill cut short; of what an earlier call knew."""
-    path = tmp_path / "journal"
-    path.write_text(
-        '{"collected": ["a", "b", "c", "d"]}\n{"id": "a", "is": "began"}\n{"id": "b", "is": "began"}\n'
-        '{"id": "a", "is": "failed", "phase": "call", "message": "first", "traceback": ""}\n'
-        '{"id": "a", "is": "failed", "phase": "???", "message": "worker crashed", "traceback": ""}\n'
-        '{"id": "a", "is": "passed"}\n{"id": "b", "is": "pas'
-    )
-    found = Outcomes({"passed": ["c"], "collected": 4}).read(path).as_dict()
-    assert found["failed"]["a"]["message"] == "first" and found["passed"] == ["c"]
-    assert found["running"] == ["b"] and found["not_run"] == 2
 
 
 @pytest.mark.parametrize("text, lost", [
@@ -209,7 +190,7 @@ def test_lines_of_a_journal_are_read_wrongly(tmp_path):
     ("AssertionError: 3 != 4", False),
 ])  # fmt: skip
 def test_lost_device_is_taken_for_a_wrong_result(text, lost):
-    assert is_lost(text) == lost
+    assert stages.is_lost(text) == lost
 
 
 def test_test_that_needs_all_memory_runs_beside_others():
@@ -221,9 +202,8 @@ def test_test_that_needs_all_memory_runs_beside_others():
 
 
 PRECISIONS = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import stages, torch
+import torch
+from benchmarks.gpu import stages
 stages.same_keys()
 before = torch.backends.cuda.matmul.fp32_precision
 torch.set_float32_matmul_precision("high")
@@ -234,8 +214,7 @@ assert torch.backends.cuda.matmul.fp32_precision == before, before
 
 def test_what_many_compiled_is_compiled_again_after_ceilings():
     """Inductor's keys hold what a precision was set to."""
-    command = [sys.executable, "-c", PRECISIONS, str(ROOT / "benchmarks")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", PRECISIONS], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
 
@@ -252,24 +231,39 @@ NCU = """==PROF== Connected to process 7
 
 
 def test_counters_of_a_kernel_are_lost():
-    first, second = profile_kernels.counted(NCU)
+    first, second = profile.counted(NCU)
     assert first == {
         "kernel": "_product(long)", "gpu__time_duration.sum [us]": 612.5, "dram__bytes.sum [Mbyte]": 88.1,
         "sm__inst_executed_pipe_tensor.sum [inst]": 1234567.0,
     }  # fmt: skip
     assert second.keys() == first.keys() - {"sm__inst_executed_pipe_tensor.sum [inst]"}
-    assert profile_kernels.counted("==ERROR== nothing") == []
+    assert profile.counted("==ERROR== nothing") == []
 
 
 @pytest.mark.parametrize("ncu, said, why", [
     (None, "", "no ncu on the PATH"),
     ("/opt/ncu", "==ERROR== ERR_NVGPUCTRPERM - The user does not have permission", "only root"),
 ])  # fmt: skip
-def test_profiler_that_may_not_count_fails_the_plan(ncu, said, why, stage_of, tmp_path, monkeypatch):
-    monkeypatch.setattr(profile_kernels.shutil, "which", lambda name: ncu)
-    monkeypatch.setattr(profile_kernels, "started", lambda *_: (1, 2.0, said))
-    data = {"schema": 1, "run": {"device": "x"}, "rows": [], "skipped": []}
-    run = stages.Run(torch.device("cuda"), stages.Kept(tmp_path / "a.json", data, tmp_path), 1e9, False, "x-profile")
-    assert stages.go([stages.Stage("counters", 60, 1, profile_kernels.profile)], run) == []
-    facts = read(tmp_path / "a.json")["stages"]["counters"]
+def test_profiler_that_may_not_count_fails_the_plan(ncu, said, why, tmp_path, monkeypatch):
+    monkeypatch.setattr(profile.shutil, "which", lambda name: ncu)
+    monkeypatch.setattr(profile, "printed", lambda *_: (1, said))
+    run = runs_in(tmp_path, monkeypatch)()
+    run.device = torch.device("cuda")
+    assert do(run, stages.Stage("counters", 60, profile.profile)) == []
+    facts = written(run)["stages"]["counters"]
     assert facts["done"] and why in facts["absent"]
+
+
+def test_kernel_is_profiled_in_every_call_or_what_ncu_said_is_lost(tmp_path, monkeypatch):
+    """With time for the first only; then the others, one of which fails."""
+    answers = [(0, NCU), (None, ""), (0, NCU), (9, "==ERROR== no such kernel")]
+    monkeypatch.setattr(profile.shutil, "which", lambda name: "/opt/ncu")
+    monkeypatch.setattr(profile, "printed", lambda *_: answers.pop(0))
+    run = runs_in(tmp_path, monkeypatch)()
+    run.device, stage = torch.device("cuda"), stages.Stage("counters", 60, profile.profile)
+    do(run, stage)
+    assert written(run)["stages"]["counters"]["calls"][-1]["left"] == NO_TIME_LEFT
+    do(run, stage)
+    counters = written(run)["stages"]["counters"]["counters"]
+    assert counters["fc1"] == counters["attention_backward"] == profile.counted(NCU) and not answers
+    assert counters["patch_embed"] == {"status": 9, "said": "==ERROR== no such kernel"}

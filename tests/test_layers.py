@@ -52,13 +52,14 @@ def names_imported(path):
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
-            found.add(node.module)
+            found |= {node.module, *(f"{node.module}.{each.name}" for each in node.names)}
         elif isinstance(node, ast.Import):
             found |= {each.name for each in node.names}
     return found
 
 
 GRAPH = {name: imports(path) for name, path in MODULES.items()}
+BENCHMARKS = {name_of(path): path for path in sorted((ROOT / "benchmarks").rglob("*.py"))}
 
 
 def room(module):

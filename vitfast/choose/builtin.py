@@ -1,10 +1,11 @@
 """What runs where nobody tuned: the one place that every built-in choice comes from.
 
 For an architecture that a record exists of (`benchmarks/results/*-tune.json`) the choice is what was fastest there, in
-a table that `benchmarks/defaults.py` writes: `measured_sm90.json` and its like. It has a row for each kernel and shape
-that was measured; a call takes the row of its own class that is nearest in size, as far as that is within a factor of
-two. A class is everything in the key of a shape but its sizes: dtypes (one for both half precisions, whose instructions
-are the same), widths of the layers, what is around the product. Sizes are rows, heads of all images, tokens.
+a table that `benchmarks/gpu/defaults.py` writes: `measured_sm90.json` and its like. It has a row for each kernel and
+shape that was measured; a call takes the row of its own class that is nearest in size, as far as that is within a
+factor of two. A class is everything in the key of a shape but its sizes: dtypes (one for both half precisions, whose
+instructions are the same), widths of the layers, what is around the product. Sizes are rows, heads of all images,
+tokens.
 
 Everything else is unmeasured, and the choice a careful one: kernels where their counts of bytes and instructions leave
 little doubt, cuBLAS with our kernels before and after it, or stock operators.

@@ -21,7 +21,7 @@ class Limit(NamedTuple):
 
 ALWAYS, NEVER = sys.maxsize, 0
 # An op costs a call through torch's dispatcher, and its gradient a Python function and its calls; what it saves grows
-# with its input. `python benchmarks/host.py --crossover` measures these. Above, training keeps the op where the times
+# with its input. `python -m benchmarks.host --crossover` measures these. Above, training keeps the op where the times
 # are alike: it holds less memory between forward and backward.
 LIMITS = {
     # on a CPU the op is the stock operator and a call around it

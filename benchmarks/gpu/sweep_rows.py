@@ -1,4 +1,4 @@
-"""What `sweep.py` times: for each call that a ViT makes, the configurations of our kernel and what people use instead.
+"""What the sweep times: for each call that a ViT makes, the configurations of our kernel and what people use instead.
 
 Calls come from the models themselves (`vitfast.check.calls`), their configurations, arguments and truths from
 `vitfast.check.families`; a few configurations that no table has yet are added. Rows come in order of value: what comes
@@ -18,26 +18,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import vitfast
 from vitfast.check.calls import Call, Prepared, contiguous
 from vitfast.check.families import FAMILIES, Family
 from vitfast.check.families.family import arguments
-from vitfast.check.tune import BUILT_IN, words
+from vitfast.check.measuring import BUILT_IN
+from vitfast.check.tune import words
 from vitfast.check.warmup import kernel_calls
-from vitfast.choose import builtin, dispatch
+from vitfast.choose import builtin
 from vitfast.choose.config_tables import Config, Product
 from vitfast.choose.dispatch import Config as Choice
 from vitfast.kernels.triton.launch import multiprocessors
 from vitfast.timm_names.variants import config_for
 
-STOCK, OURS, OTHER = "stock", "ours", "other"
-# what a row belongs to
-SETS = {
-    "attention": "attention, forward and backward, beside every backend of SDPA",
-    "prepared": "the other ops of prepared models",
-    "layers": "the other ops of models as they are, inference and training",
-    "models": "whole models, to see what the parts come to",
-}
+STOCK, OURS = "stock", "ours"
 BASE, SMALL = "vit_base_patch16_224", "vit_small_patch16_224"
 TINY, LARGE = "vit_tiny_patch16_224", "vit_large_patch16_224"
 SO400M, BASE_384, BASE_518 = "vit_so400m_patch14_siglip_224", "vit_base_patch16_384", "vit_base_patch14_dinov2"
@@ -55,36 +48,25 @@ class Variant:
     """One way to compute a row.
 
     Attributes:
-        role: `STOCK`, `OURS`, or `OTHER` for what is no choice: whole models, and comparisons, whose names are in
-            parentheses.
+        role: `STOCK` or `OURS`.
         make: from the row's arguments what is timed; what this does itself is not.
-        family: whose rule the results are held to; None for what is not judged.
+        family: whose rule the results are held to.
         config: ours: None for the kernel's own choice; stock: {"backend": ...} of SDPA, else None.
     """
 
     role: str
     make: Callable[[Any], Callable[[], Any]]
-    family: Family | None = None
+    family: Family
     config: Choice | None = None
 
 
 @dataclass(frozen=True)
 class Row:
-    """Ways to compute the same, by name, stock operators first.
-
-    Attributes:
-        group: a name of `SETS`.
-        call: of an op of this package; None for whole models.
-        draw: makes on a device what the variants share; of a call, its arguments.
-        grad: with gradients enabled.
-    """
+    """Ways to compute a call of an op, by name, stock operators first."""
 
     name: str
-    group: str
-    call: Call | None
-    draw: Callable[[torch.Generator], Any]
+    call: Call
     variants: Mapping[str, Variant]
-    grad: bool = False
 
 
 # configurations that no table has
@@ -149,27 +131,16 @@ def _rows_of(shape: Sequence[int]) -> int:
     return torch.Size(shape[:-1]).numel()
 
 
-# rows that are calls
-
-
 def row_of(call: Call, form: str, device: torch.device) -> Row:
-    """A call of an op: stock operators, every configuration of its kernel, and comparisons."""
+    """A call of an op: stock operators, and every configuration of its kernel."""
     family = FAMILIES[call.op]
     found = {"stock": Variant(STOCK, lambda args: partial(family.stock, args), family)}
     if call.op in ("attention_qkv", "attention_qkv_backward"):
         found |= _sdpa(family)
     for config in [*family.configs(call, device), *(each.as_dict() for each in _more(call, device))]:
-        made = Variant(OURS, partial(_ours, family, config), family, config)
+        made = Variant(OURS, lambda args, config=config: partial(family.with_config, args, config), family, config)
         found.setdefault(words(config) or BUILT_IN, made)
-    group = "attention" if is_attention(call) else "prepared" if call.op in COMPARISONS else "layers"
-    if call.op in COMPARISONS:
-        name, compared = COMPARISONS[call.op]
-        found[name] = Variant(OTHER, compared)
-    return Row(f"{form} {call}", group, call, partial(family.draw, call), found)
-
-
-def _ours(family: Family, config: Choice | None, args: Sequence[Any]) -> Callable[[], Any]:
-    return partial(family.with_config, args, config)
+    return Row(f"{form} {call}", call, found)
 
 
 def _sdpa(family: Family) -> dict[str, Variant]:
@@ -198,24 +169,6 @@ def _sdpa_backward(backend: SDPBackend, args: Sequence[Any]) -> Callable[[], Any
         leaf = qkv.detach().requires_grad_()
         out = _attend(leaf, scale, backend)
     return partial(torch.autograd.grad, out, leaf, grad, retain_graph=True)
-
-
-def _product_alone(args: Sequence[Any]) -> Callable[[], Tensor]:
-    x, weight, _, _, bias, *_ = args
-    return partial(F.linear, x, weight, bias)
-
-
-def _addmm(args: Sequence[Any]) -> Callable[[], Tensor]:
-    x, weight, bias, residual = args
-    both = (residual + bias).flatten(0, -2)
-    return lambda: torch.addmm(both, x.flatten(0, -2), weight.t()).view(residual.shape)
-
-
-# of the ops that prepared models alone call
-COMPARISONS: dict[str, tuple[str, Callable[[Sequence[Any]], Callable[[], Any]]]] = {
-    "folded_linear": ("(cuBLAS alone)", _product_alone),
-    "added_linear": ("(addmm of residual and bias)", _addmm),
-}
 
 
 def calls(
@@ -251,69 +204,12 @@ def of_one_token(call: Call) -> bool:
     return len(first) > 2 and first[1] == 1
 
 
-def _without_saving(call: Call) -> Call:
-    """The same for a linear layer whether or not it saves for its backward: that is no part of its choice."""
-    return call._replace(args=(*call.args[:-1], False)) if call.op == "linear" else call
-
-
 def pixels_as_bytes(call: Call) -> Call:
     """The same patch embedding of images in uint8, normalised on the way."""
     images = call.args[0]
     vector = contiguous(images.shape[1], dtype=torch.float32)
     changed = {"images": images._replace(dtype=torch.uint8), "mean": vector, "std": vector}
     return call._replace(args=tuple(changed.get(n, a) for n, a in zip(arguments(call.op), call.args, strict=True)))
-
-
-# whole models
-
-
-def model_row(name: str, B: int, training: bool = False, **changed: Any) -> Row:
-    """A whole model in bf16, without what takes a compiler minutes."""
-
-    def draw(generator: torch.Generator) -> dict[str, Any]:
-        import timm
-
-        device, dtype = generator.device, torch.bfloat16
-        ours, theirs = vitfast.create_model(name, **changed), timm.create_model(name, **changed)
-        theirs.load_state_dict(ours.state_dict())
-        models = {key: m.train(training).to(device, dtype) for key, m in (("ours", ours), ("timm", theirs))}
-        shape = B, ours.config.channels, *ours.config.image_size
-        images = torch.randn(shape, device=device, generator=generator).to(dtype)
-        classes = ours.config.num_classes
-        return models | {"images": images, "labels": torch.arange(B, device=device) % classes}
-
-    def step(which: str, given: Mapping[str, Any]) -> Callable[[], Any]:
-        model, images = given[which], given["images"]
-        if not training:
-            return lambda: model(images)
-        parameters = list(model.parameters())
-
-        def run() -> Any:
-            loss = F.cross_entropy(model(images).float(), given["labels"])
-            return loss.detach(), *torch.autograd.grad(loss, parameters)[-4:]
-
-        return run
-
-    def on_stock(given: Mapping[str, Any]) -> Callable[[], Any]:
-        call = step("ours", given)
-
-        def run() -> Any:
-            with dispatch.backend("stock"):
-                return call()
-
-        return run
-
-    def prepared(given: Mapping[str, Any]) -> Callable[[], Any]:
-        return partial(vitfast.prepare(given["ours"]), given["images"])
-
-    ways = {"timm": partial(step, "timm"), "ours": partial(step, "ours"), "ours, stock operators": on_stock}
-    if not training:
-        ways["ours, prepared"] = prepared
-    variants = {way: Variant(OTHER, make) for way, make in ways.items()}
-    return Row(f"{TRAINING if training else INFERENCE} {name} B{B}", "models", None, draw, variants, grad=training)
-
-
-# in order of value
 
 
 def _in_order(device: torch.device) -> Iterator[tuple[str, Call]]:
@@ -354,26 +250,20 @@ def _in_order(device: torch.device) -> Iterator[tuple[str, Call]]:
         yield from ((INFERENCE, call) for call in spot if call.op in ("attention_qkv", "mlp"))
 
 
-def rows(device: torch.device, sets: Iterable[str] = tuple(SETS), tiny: bool = False) -> list[Row]:
-    """The rows of these sets, most valuable first, none of them twice.
+def rows(device: torch.device, tiny: bool = False) -> list[Row]:
+    """The rows, most valuable first, none of them twice.
 
     Args:
         device: whose configurations are meant.
         tiny: a few of small sizes, to see that everything works.
     """
-    pairs = _tiny(device) if tiny else _in_order(device)
     found: dict[Call, Row] = {}
-    for form, call in pairs:
-        chosen_by = _without_saving(call)
+    for form, call in _tiny(device) if tiny else _in_order(device):
+        # whether a linear layer saves for its backward is no part of its choice
+        chosen_by = call._replace(args=(*call.args[:-1], False)) if call.op == "linear" else call
         if chosen_by not in found:
             found[chosen_by] = row_of(call, form, device)
-    if tiny:
-        models = [model_row(TINY, 2, img_size=32)]
-    else:
-        sizes = ((BASE, 256), (BASE, 64), (BASE, 1), (SMALL, 256))
-        models = [*(model_row(name, B) for name, B in sizes), model_row(BASE, 128, training=True)]
-    chosen = set(sets)
-    return [row for row in (*found.values(), *models) if row.group in chosen]
+    return list(found.values())
 
 
 def _tiny(device: torch.device) -> Iterator[tuple[str, Call]]:

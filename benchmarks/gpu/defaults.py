@@ -1,11 +1,10 @@
-"""Write the tables of built-in choices (`vitfast.choose.builtin`) from the records of `sweep.py`, and from nothing
-else.
+"""Write the tables of built-in choices (`vitfast.choose.builtin`) from the records of the sweep, and from nothing else.
 
-    python benchmarks/defaults.py [--from FILE ...] [--write] [--into FOLDER]
+    python -m benchmarks.gpu.defaults [--from FILE ...] [--write]
 
 Reads benchmarks/results/*-tune.json, and the files after --from beside them or, where the name is the same, in their
-place. Of several records of a card a shape counts in the newest that has it. Prints what each table has, and which
-choices change; --write writes the tables, all of them or none.
+place. Of several records of a card a shape counts in the newest that has it. Prints which choices change; --write
+writes the tables, all of them or none.
 
 The rule: the kernel runs a shape where one of its configurations was faster than every stock operator that could take
 its place, beyond the noise, in every record that has the shape: of cards that disagree none may lose. Beyond the noise
@@ -19,24 +18,20 @@ what that saves there, by the same record, is added to the time of whatever leav
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-# a plain copy of the source tree is not installed
-sys.path.insert(0, str(ROOT))
+from vitfast.choose import builtin, config_tables
+from vitfast.measure.files import by_lines, write_text
 
-from vitfast.choose import builtin, config_tables  # noqa: E402
-from vitfast.measure.files import by_lines, write_text  # noqa: E402
-
-RESULTS, OF_SWEEPS = ROOT / "benchmarks" / "results", "*-tune.json"
-RECORD_SCHEMA = 2
+RESULTS, OF_SWEEPS = Path(__file__).resolve().parents[1] / "results", "*-tune.json"
+# of the sweep's records
+SCHEMA = 2
 # times that count as equal
 EQUAL = 1.02
 # of a ratio that is a win only with what is saved elsewhere
@@ -50,7 +45,7 @@ Variant = Mapping[str, Any]
 
 
 class Evidence(NamedTuple):
-    """One row of a record: who ran a shape on a card, and how fast."""
+    """One row of a record: who ran a shape on a card, and how fast; configurations are JSON, "" the usual one."""
 
     card: str
     date: str
@@ -61,7 +56,7 @@ class Evidence(NamedTuple):
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A record of `sweep.py`.
+    """A record of the sweep.
 
     Raises:
         ValueError: it is no whole JSON, or of another schema; names the file.
@@ -71,24 +66,17 @@ def read(path: Path) -> dict[str, Any]:
     except ValueError as problem:
         raise ValueError(f"{path}: no whole JSON: {problem}") from None
     schema = data.get("schema") if isinstance(data, dict) else None
-    if schema != RECORD_SCHEMA:
-        raise ValueError(f"{path}: schema {schema!r} is not known, expected {RECORD_SCHEMA}")
+    if schema != SCHEMA:
+        raise ValueError(f"{path}: schema {schema!r} is not known, expected {SCHEMA}")
     return data
 
 
 def named(config: Mapping[str, Any] | None) -> str:
-    """A configuration as a key; of stock operators the usual ones have none."""
     return "" if config is None else json.dumps(config, sort_keys=True)
 
 
-def must_be_of(kernel: str, config: Mapping[str, Any]) -> None:
-    """Raises ValueError for what the kernel's launcher would not take: an older kernel's, or another's."""
-    makers = {"attention": config_tables.Config, "patch_embed": dict}
-    made = makers.get(kernel.removesuffix("_backward"), config_tables.Product)
-    try:
-        made(**config)
-    except TypeError as problem:
-        raise ValueError(f"{kernel} has no such configuration: {config}: {problem}") from None
+def config_of(name: str) -> dict[str, Any] | None:
+    return json.loads(name) if name else None
 
 
 def arch_of(record: Mapping[str, Any]) -> int:
@@ -96,41 +84,41 @@ def arch_of(record: Mapping[str, Any]) -> int:
     return config_tables.architecture_of((int(major), int(minor)))
 
 
-def evidence(records: Mapping[str, Mapping[str, Any]]) -> dict[int, dict[Key, list[Evidence]]]:
-    """Rows that decide something, by architecture and by kernel and shape."""
-    found: dict[int, dict[Key, list[Evidence]]] = {}
-    for name_of_record, record in records.items():
-        machine = record["machine"]
-        own: dict[Key, list[Evidence]] = {}
-        for row in record["rows"].values():
-            if row["kernel"] is None:
-                continue
-            timed = {v: each for v, each in row["variants"].items() if "ms" in each and each.get("accepted", True)}
-            reachable = REACHABLE.get(row["kernel"], ())
-            stock: dict[str, Variant] = {}
-            beyond: dict[str, Variant] = {}
-            for variant, each in timed.items():
-                backend = (each["config"] or {}).get("backend")
-                if each["role"] == "stock" and (backend is None or backend in reachable):
-                    # flash attention is the usual one, called by us or by SDPA
-                    name = named(None if backend == "flash" else each["config"])
-                    stock[name] = min(stock.get(name, each), each, key=lambda one: one["ms"])
-                elif each["role"] == "stock":
-                    beyond[variant] = each
-            ours = {named(each["config"]): each for each in timed.values() if each["role"] == "ours"}
-            for config in filter(None, map(_config, ours)):
-                must_be_of(row["kernel"], config)
-            if len(ours) > 1:
-                # what the launcher chose on that day, which is among them by name
-                ours.pop("", None)
-            if stock and ours:
-                key = row["kernel"], tuple(row["shape"])
-                one = Evidence(machine["device"], machine["date"], name_of_record, stock, ours, beyond)
-                own.setdefault(key, []).append(one)
-        for key, rows in own.items():
-            saved = saved_by_statistics(key, own)
-            found.setdefault(arch_of(record), {}).setdefault(key, []).extend(credited(key, one, saved) for one in rows)
-    return {arch: {key: newest(rows) for key, rows in shapes.items()} for arch, shapes in found.items()}
+def must_be_of(kernel: str, config: Mapping[str, Any]) -> None:
+    """Raises ValueError for what the kernel's launcher would not take: an older kernel's, or another's."""
+    makers = {"attention": config_tables.Config, "patch_embed": dict}
+    try:
+        makers.get(kernel.removesuffix("_backward"), config_tables.Product)(**config)
+    except TypeError as problem:
+        raise ValueError(f"{kernel} has no such configuration: {config}: {problem}") from None
+
+
+def of_record(name: str, record: Mapping[str, Any]) -> dict[Key, list[Evidence]]:
+    """Its rows that decide something."""
+    found, machine = defaultdict(list), record["machine"]
+    for row in record["rows"].values():
+        kernel = row["kernel"]
+        timed = {v: each for v, each in row["variants"].items() if "ms" in each and each.get("accepted", True)}
+        stock: dict[str, Variant] = {}
+        beyond: dict[str, Variant] = {}
+        for variant, each in timed.items():
+            backend = (each["config"] or {}).get("backend")
+            if each["role"] == "stock" and (backend is None or backend in REACHABLE.get(kernel, ())):
+                # flash attention is the usual one, called by us or by SDPA
+                by = named(None if backend == "flash" else each["config"])
+                stock[by] = min(stock.get(by, each), each, key=lambda one: one["ms"])
+            elif each["role"] == "stock":
+                beyond[variant] = each
+        ours = {named(each["config"]): each for each in timed.values() if each["role"] == "ours"}
+        for config in filter(None, map(config_of, ours)):
+            must_be_of(kernel, config)
+        if len(ours) > 1:
+            # what the launcher chose on that day, which is among them by name
+            ours.pop("", None)
+        if kernel is not None and stock and ours:
+            one = Evidence(machine["device"], machine["date"], name, stock, ours, beyond)
+            found[kernel, tuple(row["shape"])].append(one)
+    return {key: [credited(key, one, saved_by_statistics(key, found)) for one in rows] for key, rows in found.items()}
 
 
 def saved_by_statistics(key: Key, own: Mapping[Key, Sequence[Evidence]]) -> float:
@@ -144,8 +132,11 @@ def saved_by_statistics(key: Key, own: Mapping[Key, Sequence[Evidence]]) -> floa
         words = str(given[-1]).split()
         follows = other == "folded_linear" and given[:3] == shape[:3] and given[4] == width and words[-1] == "pieces"
         if follows and (words[1] == "none") == (depth != width):
-            without = own.get((other, (*given[:-1], " ".join(words[:-1]))), ())
-            timed = [each for row in without for each in (*row.stock.values(), *row.ours.values())]
+            timed = [
+                each
+                for row in own.get((other, (*given[:-1], " ".join(words[:-1]))), ())
+                for each in (*row.stock.values(), *row.ours.values())
+            ]
             # neither stock operators nor cuBLAS with a norm before it read them
             timed += [
                 each for row in rows for name, each in (*row.stock.items(), *row.ours.items())
@@ -164,28 +155,11 @@ def credited(key: Key, one: Evidence, saved: float) -> Evidence:
     def more(each: Variant) -> Variant:
         return {**each, **{figure: each[figure] + saved for figure in ("ms", "lowest", "highest")}, "added": saved}
 
-    columns = key[1][3]
-    return one._replace(
-        ours={c: each if leaves_statistics(json.loads(c), columns) else more(each) for c, each in one.ours.items()},
-        stock={c: more(each) for c, each in one.stock.items()},
-    )
+    def leaves_them(config: Mapping[str, Any]) -> bool:
+        return config["kernel"] == "tiles" and key[1][3] % (config["block_n"] // config["parts"]) == 0
 
-
-def leaves_statistics(config: Mapping[str, Any], columns: int) -> bool:
-    return config["kernel"] == "tiles" and columns % (config["block_n"] // config["parts"]) == 0
-
-
-def alone(each: Variant) -> float:
-    """Milliseconds of the call itself."""
-    return each["ms"] - each.get("added", 0.0)
-
-
-def newest(rows: Sequence[Evidence]) -> list[Evidence]:
-    """Of each card only what its newest record says."""
-    dates: dict[str, str] = {}
-    for row in rows:
-        dates[row.card] = max(dates.get(row.card, ""), row.date)
-    return [row for row in rows if row.date == dates[row.card]]
+    ours = {c: each if leaves_them(json.loads(c)) else more(each) for c, each in one.ours.items()}
+    return one._replace(ours=ours, stock={c: more(each) for c, each in one.stock.items()})
 
 
 def faster(a: Variant, b: Variant) -> bool:
@@ -204,11 +178,14 @@ def winners(rows: Sequence[Evidence]) -> dict[str, float]:
 
 def ratios(rows: Sequence[Evidence], config: str | None) -> dict[str, float]:
     """The fastest stock operator's time by that of the configuration, None: of the fastest; the lowest by card."""
+
+    def alone(each: Variant) -> float:
+        return each["ms"] - each.get("added", 0.0)
+
     found: dict[str, float] = {}
     for row in rows:
-        stock = min(map(alone, row.stock.values()))
         ours = min(map(alone, row.ours.values())) if config is None else alone(row.ours[config])
-        found[row.card] = min(found.get(row.card, math.inf), stock / ours)
+        found[row.card] = min(found.get(row.card, math.inf), min(map(alone, row.stock.values())) / ours)
     return {card: round(ratio, 3) for card, ratio in sorted(found.items())}
 
 
@@ -227,13 +204,11 @@ def table(shapes: Mapping[Key, Sequence[Evidence]]) -> list[dict[str, Any]]:
     for (kernel, shape), rows in sorted(shapes.items(), key=lambda item: (item[0][0], str(item[0][1]))):
         each = won[kernel, shape]
         equal = [c for c, behind in each.items() if behind <= EQUAL]
-        line: dict[str, Any] = {"kernel": kernel, "shape": list(shape), "use": "kernel" if equal else "stock"}
-        if equal:
-            chosen = min(equal, key=lambda c: (-often[kernel, c], each[c], c))
-            line |= {"config": _config(chosen), "ratio": ratios(rows, chosen)}
-        else:
-            line |= {"config": _config(best_stock(rows)), "ratio": ratios(rows, None)}
-        line["records"] = sorted({row.record for row in rows})
+        chosen = min(equal, key=lambda c: (-often[kernel, c], each[c], c)) if equal else best_stock(rows)
+        line: dict[str, Any] = {
+            "kernel": kernel, "shape": list(shape), "use": "kernel" if equal else "stock", "config": config_of(chosen),
+            "ratio": ratios(rows, chosen if equal else None), "records": sorted({row.record for row in rows}),
+        }  # fmt: skip
         if note := _note(rows, line):
             line["note"] = note
         if any(each.get("graph") is False for one in rows for each in one.stock.values()):
@@ -242,33 +217,37 @@ def table(shapes: Mapping[Key, Sequence[Evidence]]) -> list[dict[str, Any]]:
     return lines
 
 
-def _config(name: str) -> dict[str, Any] | None:
-    return json.loads(name) if name else None
-
-
 def _note(rows: Sequence[Evidence], line: Mapping[str, Any]) -> str:
     """What was faster than the choice and is no choice, in words."""
-    by = set()
+    by, ours = set(), line["use"] == "kernel"
     for row in rows:
-        found = row.ours if line["use"] == "kernel" else row.stock
         # the usual stock operators may have failed where others did not
-        taken = found.get(named(line["config"])) or min(row.stock.values(), key=lambda one: one["ms"])
+        usual = min(row.stock.values(), key=lambda one: one["ms"])
+        taken = (row.ours if ours else row.stock).get(named(line["config"]), usual)
         by |= {name for name, each in row.beyond_reach.items() if faster(each, taken)}
     notes = [f"{', '.join(sorted(by))} faster, which the op can't call"] if by else []
-    if line["use"] == "kernel" and min(line["ratio"].values()) < 1 + NARROW:
-        saved = [each.get("added", 0.0) for row in rows for each in row.stock.values()]
-        notes += [f"its statistics save the next product {1e3 * max(saved):.1f} us"] if any(saved) else []
+    saved = max(each.get("added", 0.0) for row in rows for each in row.stock.values())
+    if ours and saved and min(line["ratio"].values()) < 1 + NARROW:
+        notes.append(f"its statistics save the next product {1e3 * saved:.1f} us")
     return "; ".join(notes)
 
 
 def tables(records: Mapping[str, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
     """What to write, by architecture; `records` by the name that rows' sources are to have."""
-    found = evidence(records)
     made = {}
-    for arch, shapes in sorted(found.items()):
-        of_arch = {name: data for name, data in records.items() if arch_of(data) == arch}
+    for arch in sorted({arch_of(record) for record in records.values()}):
+        of_arch = {name: record for name, record in records.items() if arch_of(record) == arch}
+        shapes: dict[Key, list[Evidence]] = defaultdict(list)
+        for name, record in of_arch.items():
+            for key, rows in of_record(name, record).items():
+                shapes[key] += rows
+        for key, rows in shapes.items():
+            # of each card only what its newest record says
+            dates = {card: max(row.date for row in rows if row.card == card) for card in {row.card for row in rows}}
+            shapes[key] = [row for row in rows if row.date == dates[row.card]]
         stands = [{"record": name} | {k: data["machine"][k] for k in STANDS} for name, data in of_arch.items()]
-        made[arch] = {"schema": builtin.SCHEMA, "arch": arch, "records": stands, "rows": table(shapes)}
+        if shapes:
+            made[arch] = {"schema": builtin.SCHEMA, "arch": arch, "records": stands, "rows": table(shapes)}
     return made
 
 
@@ -280,18 +259,13 @@ def text_of(data: Mapping[str, Any]) -> str:
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """Choices that are others, a line for each."""
-    old, new = ({(r["kernel"], str(r["shape"])): r for r in t.get("rows", ())} for t in (before, after))
-    lines = [f"gone: {' '.join(key)}" for key in old if key not in new]
-    for key, row in new.items():
-        was = old.get(key)
-        if was is None or (was["use"], was["config"]) != (row["use"], row["config"]):
-            lines.append(f"{' '.join(key)}: {'new' if was is None else _text(was)} -> {_text(row)}")
-    return lines
 
+    def choices(table: Mapping[str, Any]) -> dict[str, str]:
+        return {f"{row['kernel']} {row['shape']}": f"{row['use']} {named(row['config'])}" for row in table["rows"]}
 
-def _text(row: Mapping[str, Any]) -> str:
-    config = " ".join(f"{k}={v}" for k, v in (row["config"] or {}).items())
-    return " ".join(filter(None, [row["use"], config, builtin.reason_of(row)]))
+    old, new = choices(before), choices(after)
+    names = dict.fromkeys([*old, *new])
+    return [f"{n}: {old.get(n, 'none')} -> {new.get(n, 'none')}" for n in names if old.get(n) != new.get(n)]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -301,7 +275,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--into", type=Path, default=builtin.FOLDER, help=argparse.SUPPRESS)
     told = parser.parse_args(argv)
     try:
-        records = {path.name: read(path) for path in itertools.chain(sorted(RESULTS.glob(OF_SWEEPS)), told.more)}
+        records = {path.name: read(path) for path in (*sorted(RESULTS.glob(OF_SWEEPS)), *told.more)}
         for name in [name for name, data in records.items() if data["machine"]["device_type"] != "cuda"]:
             print(f"{name} is of no GPU, and decides nothing")
             del records[name]
@@ -311,8 +285,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     for arch, data in made.items():
         path = told.into / builtin.path_of(arch).name
-        before = json.loads(path.read_text()) if path.exists() else {}
-        lines, ours = changes(before, data), sum(row["use"] == "kernel" for row in data["rows"])
+        lines = changes(json.loads(path.read_text()) if path.exists() else {"rows": []}, data)
+        ours = sum(row["use"] == "kernel" for row in data["rows"])
         print("\n".join([*lines, f"sm_{arch}: {len(data['rows'])} shapes, {ours} by kernels, {len(lines)} changed"]))
         if told.write:
             write_text(path, text_of(data))

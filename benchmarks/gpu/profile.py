@@ -1,8 +1,8 @@
 """What the hardware counted in a kernel, by NVIDIA's ncu: fc1, attention backward, patch embedding.
 
-    python benchmarks/profile_kernels.py KERNEL      runs one of them, the last call between marks for ncu
+    python -m benchmarks.gpu.profile KERNEL      runs one of them, the last call between marks for ncu
 
-As a stage it runs ncu on each and keeps the counters of `KEPT`; where ncu is not there, or may not read counters, the
+The stage runs ncu on each and keeps the counters of `KEPT`; where ncu is not there, or may not read counters, the
 record says why.
 """
 
@@ -12,19 +12,15 @@ import csv
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-# a plain copy of the source tree is not installed
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+import torch
 
-import torch  # noqa: E402
-from stages import Outcome, Run, Stage, last_lines, say, started  # noqa: E402
-
-from benchmarks.core import harness  # noqa: E402
-from vitfast import ops  # noqa: E402
-from vitfast.choose import dispatch  # noqa: E402
+from benchmarks.core import harness
+from benchmarks.gpu.stages import LOG_CHARACTERS, Outcome, Run, Stage, printed, say
+from vitfast import ops
+from vitfast.choose import dispatch
 
 KERNELS = ("fc1", "attention_backward", "patch_embed")
 SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "WarpStateStats")
@@ -39,14 +35,11 @@ def call(kernel: str, mark: Callable[[], None]) -> None:
     """One call of ViT-B/16's, after `mark` what `kernel` names."""
     like = {"device": "cuda", "dtype": torch.bfloat16}
     if kernel == "fc1":
-        x, weight, bias, norm = (
-            torch.randn(*shape, **like) for shape in ((BATCH, 197, 768), (3072, 768), (3072,), (768,))
-        )
+        x, weight, bias, norm = (torch.randn(*n, **like) for n in ((BATCH, 197, 768), (3072, 768), (3072,), (768,)))
         mark()
         ops.linear(x, weight, bias, norm="layer", norm_weight=norm, norm_bias=norm, act="gelu")
     elif kernel == "attention_backward":
-        qkv = torch.randn(BATCH, 197, 3, 12, 64, **like, requires_grad=True)
-        out = ops.attention_qkv(qkv)
+        out = ops.attention_qkv(torch.randn(BATCH, 197, 3, 12, 64, **like, requires_grad=True))
         grad = torch.ones_like(out)
         mark()
         out.backward(grad)
@@ -67,33 +60,26 @@ def main() -> None:
 
 
 def profile(run: Run, stage: Stage, budget_s: float) -> Outcome:
+    ends, facts = time.perf_counter() + budget_s, run.stage(stage.name)
     ncu = shutil.which("ncu") or shutil.which("/usr/local/cuda/bin/ncu")
     if ncu is None or run.device.type != "cuda":
-        return absent(run, stage, "no ncu on the PATH" if ncu is None else "no GPU")
-    facts = run.stage(stage.name)
+        facts["absent"] = "no ncu on the PATH" if ncu is None else "no GPU"
+        return Outcome()
     counters = facts.setdefault("counters", {})
-    for kernel in KERNELS:
-        if kernel in counters:
-            continue
-        command = [
+    for kernel in (kernel for kernel in KERNELS if kernel not in counters):
+        status, text = printed([
             ncu, "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw",
-            *(word for section in SECTIONS for word in ("--section", section)), sys.executable, __file__, kernel,
-        ]  # fmt: skip
-        status, seconds, text = started(command, budget_s, run)
-        budget_s -= seconds
+            *(word for section in SECTIONS for word in ("--section", section)),
+            sys.executable, "-m", "benchmarks.gpu.profile", kernel,
+        ], ends - time.perf_counter())  # fmt: skip
         if status is None:
             return Outcome([], harness.NO_TIME_LEFT)
         if "ERR_NVGPUCTRPERM" in text:
-            return absent(run, stage, "the driver allows only root to read counters (ERR_NVGPUCTRPERM)")
-        counters[kernel] = counted(text) or {"status": status, "said": last_lines(text)}
+            facts["absent"] = "the driver allows only root to read counters (ERR_NVGPUCTRPERM)"
+            return Outcome()
+        counters[kernel] = counted(text) or {"status": status, "said": text[-LOG_CHARACTERS:]}
         run.record.write()
         say(f"profile: {kernel}: {len(counters[kernel])} kernels")
-    return Outcome()
-
-
-def absent(run: Run, stage: Stage, why: str) -> Outcome:
-    run.stage(stage.name)["absent"] = why
-    say(f"profile: absent, {why}")
     return Outcome()
 
 

@@ -1,0 +1,1 @@
+"""Tests, times and tables on a GPU that is lent for minutes."""
