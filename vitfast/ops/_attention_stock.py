@@ -74,7 +74,7 @@ def attention_backward_cpu(grad, q, k, v, out, lse, scale):
     q, k, v = (_rows_of_heads(t) for t in (q, k, v))
     grad, out = (t.view(B, N, H, D).transpose(1, 2) for t in (grad.contiguous(), out))
     grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, False, scale=scale)
-    return tuple(g.transpose(1, 2).contiguous() for g in grads)
+    return tuple(g.transpose(1, 2) for g in grads)
 
 
 def attention_cuda(q, k, v, scale, backend="flash"):

@@ -30,7 +30,8 @@ class Implementation(NamedTuple):
     why_no_kernel: str
 
 
-GRADIENTS: dict[Callable, type[torch.autograd.Function]] = {}
+# by op, how its autograd.Function is applied
+GRADIENTS: dict[Callable, Callable] = {}
 IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {}
 # by op, its kernel's name in `dispatch.KERNELS`
 CUDA_KERNELS: dict[str, str] = {}
@@ -123,7 +124,7 @@ def call(op: Callable, differentiable: bool, *args: Any) -> Any:
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or forward_ad._current_level >= 0:
         return op(*args)
     if differentiable:
-        return GRADIENTS[op].apply(None, *args)
+        return GRADIENTS[op](None, *args)
     with below_autograd():
         return op(*args)
 
@@ -178,7 +179,8 @@ def autograd(name: str, *, setup_context: Callable, backward: Callable) -> None:
         with below_autograd():
             return overload.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
 
-    GRADIENTS[overload] = Gradient
+    # `Function.apply` looks through all arguments for what torch.func left behind, at 10 us: `call` has no such
+    GRADIENTS[overload] = super(torch.autograd.Function, Gradient).apply
     LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
 
 

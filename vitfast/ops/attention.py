@@ -19,7 +19,6 @@ from vitfast.ops._attention_check import check_extras, check_heads
 from vitfast.ops._attention_stock import attention_plainly, key_is_there, lse_dtype
 from vitfast.ops._check import FLOATS, autocast_dtype, cast
 from vitfast.ops._launch import INTERPRETED, attempt, may_be_kernels, ready
-from vitfast.ops._on_cpu import by_stock
 from vitfast.ops._register import call, wants_gradient
 
 # of smaller ones fp32 makes 0, and 0 times the -inf of a masked logit is no number
@@ -68,7 +67,7 @@ def attention(
         q, scale = scaled(q, scale), 1.0
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     saves = wants_gradient(q, k, v)
-    if mask is None and lengths is None and not dropout_p and (return_lse or not by_stock("attention", q, saves)):
+    if mask is None and lengths is None and not dropout_p and (return_lse or not stock_only()):
         out, lse = call(_attention, saves, q, k, v, scale, None, 0.0, None)
         return (out, lse) if return_lse else out
     check_extras(q, k, mask, lengths, dropout_p)
@@ -99,7 +98,7 @@ def attention_qkv(
         raise ValueError(f"attention_qkv: qkv must be a floating point tensor, got {str(qkv.dtype)[6:]}")
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     saves = wants_gradient(qkv)
-    if mask is None and lengths is None and not dropout_p and (return_lse or not by_stock("attention_qkv", qkv, saves)):
+    if mask is None and lengths is None and not dropout_p and (return_lse or not stock_only()):
         out, lse = call(_attention_qkv, saves, qkv, scale, None, 0.0, None)
         return (out, lse) if return_lse else out
     q, k, v = qkv.unbind(2)
@@ -334,7 +333,11 @@ def _backward(plainly):
 
 def _flat_backward(run):
     """`run` of the flat schema."""
-    return lambda grad, q, k, v, out, lse, scale, *given: run(grad, (q, k, v), out, lse, scale, Extras(*given))
+
+    def flat(grad, q, k, v, out, lse, scale, *given):
+        return tuple(g.contiguous() for g in run(grad, (q, k, v), out, lse, scale, Extras(*given)))
+
+    return flat
 
 
 def _packed_backward(backward):
@@ -393,7 +396,7 @@ def _attention_grad(ctx, grad, _):
             how = ctx.scale, Extras(lengths, ctx.dropout_p, seed)
             grads = _higher.grads(lambda *qkv: attention_plainly(*qkv, *how), saved[:3], ctx.needed[:3], grad)
         else:
-            grads = _attention_backward(grad, *saved, ctx.scale, lengths, ctx.dropout_p, seed)
+            grads = call(_attention_backward, False, grad, *saved, ctx.scale, lengths, ctx.dropout_p, seed)
             grads = tuple(g if n else None for g, n in zip(grads, ctx.needed, strict=False))
     return *grads, *(None,) * (ctx.given - 3)
 
@@ -406,7 +409,7 @@ def _attention_qkv_grad(ctx, grad, _):
             formula = lambda qkv: attention_plainly(*qkv.unbind(2), *how)  # noqa: E731
             (grad,) = _higher.grads(formula, saved[:1], [True], grad)
         else:
-            grad = _attention_qkv_backward(grad, *saved, ctx.scale, lengths, ctx.dropout_p, seed)
+            grad = call(_attention_qkv_backward, False, grad, *saved, ctx.scale, lengths, ctx.dropout_p, seed)
     return grad, *(None,) * (ctx.given - 1)
 
 

@@ -201,7 +201,7 @@ def _grad(ctx, grad, _):
             formula = lambda *qkv: _plainly(*qkv, *how)  # noqa: E731
             grads = _higher.grads(formula, saved[:3], ctx.needed[:3], grad)
         else:
-            grads = _varlen_backward(grad, *saved, ctx.max_q, ctx.max_k, ctx.scale, ctx.dropout_p, seed)
+            grads = call(_varlen_backward, False, grad, *saved, ctx.max_q, ctx.max_k, ctx.scale, ctx.dropout_p, seed)
             grads = tuple(g if n else None for g, n in zip(grads, ctx.needed, strict=False))
     return *grads, *(None,) * (ctx.given - 3)
 

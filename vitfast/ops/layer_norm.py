@@ -178,7 +178,7 @@ def _layer_norm_grad(ctx, grad, *_):
         x, _, _, *norm = ctx.saved_tensors
         grads = _grads_as_graph(grad, x, Norm(*norm, *ctx.how), need)
     else:
-        grads = _layer_norm_backward(grad, *ctx.saved_tensors, *ctx.how, need)
+        grads = call(_layer_norm_backward, False, grad, *ctx.saved_tensors, *ctx.how, need)
     return *grads, None, None, None
 
 

@@ -258,7 +258,7 @@ def _linear_grad(ctx, grad, *_):
         formula = lambda *given: reference.linear(*given[:5], *ctx.how, given[5], row_scale)  # noqa: E731
         grads = _higher.grads(formula, (*given, gamma), mask, grad)
     elif any(mask):
-        grads = _linear_backward(grad, *ctx.saved_tensors, *ctx.how, mask)
+        grads = call(_linear_backward, False, grad, *ctx.saved_tensors, *ctx.how, mask)
     return *grads[:5], None, None, None, grads[5], None, grad if need[10] else None, None
 
 

@@ -277,7 +277,7 @@ def _mlp_grad(ctx, grad, *_):
             (x, norm_weight, norm_bias, *weights, gamma), mask, grad,
         )  # fmt: skip
     else:
-        grads = _mlp_backward(grad, *ctx.saved_tensors, *ctx.how, mask)
+        grads = call(_mlp_backward, False, grad, *ctx.saved_tensors, *ctx.how, mask)
     return *grads[:3], None, None, *grads[3:7], None, None, grads[7], None, None
 
 

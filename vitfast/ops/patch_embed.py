@@ -388,7 +388,7 @@ def _patch_embed_grad(ctx, grad):
             (images, weight, bias, pos_embed, prefix), need, grad,
         )  # fmt: skip
     else:
-        grads = _patch_embed_backward(grad, images, weight, pos_embed, prefix, mean, std, need)
+        grads = call(_patch_embed_backward, False, grad, images, weight, pos_embed, prefix, mean, std, need)
     return *grads, None, None
 
 
