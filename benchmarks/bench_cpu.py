@@ -32,7 +32,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from report import (
+from shared import (
     DTYPES,
     OtherProcesses,
     describe,

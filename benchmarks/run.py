@@ -55,7 +55,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 from plans import LIMITS_S, ORDER, PLANS  # noqa: E402
-from report import slug  # noqa: E402
+from shared import slug  # noqa: E402
 from stages import STATE, Kept, Run, go, is_finished, same_keys, say  # noqa: E402
 
 from vitfast.bench import harness, record  # noqa: E402

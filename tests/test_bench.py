@@ -8,7 +8,7 @@ from pathlib import Path
 import bench_cpu
 import pytest
 import torch
-from report import TOLERANCE
+from shared import TOLERANCE
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 

@@ -1,11 +1,10 @@
-"""The rows of all benchmark files, by device, and what a table or picture asks of them."""
+"""The rows of all records, by device, and what a table or picture asks of them."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,12 @@ from vitfast.bench import record
 from vitfast.timm_names.variants import VARIANTS
 
 CNNS = ("resnet", "mobilenet", "efficientnet", "convnext", "regnet")
-
-NAMES = {"cuda": "CUDA"}
-PARTS = {"patch", "growth", "gelu"}
+# what the README shows of all that was measured: these models, and of the others the one that people have
+SUMMARY = tuple(f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large"))
+RIVAL = "timm"
+# a replay that takes longer than its calls from the host ran other operators than these
+SLOWER_REPLAYED = 1.2
+OTHER_OPERATORS = "replayed from a graph it runs other operators than its calls do, and slower ones"
 
 Row = dict[str, Any]
 
@@ -25,179 +27,101 @@ class Device:
     """What was measured on one device (a CPU: with one number of threads).
 
     Attributes:
-        rows: of each key the newest with times.
-        ceilings: the newest, with the run that measured them under "run"; {} where none did.
-        runs: all that the rows may come from.
-        parts: what bench_cpu.py wrote there, whose rows are of other kinds; {} where it did not run.
+        rows: of each key the newest with times. Beyond what a record has: "run", which measured it; "dtype" says how
+            products were computed too; those of models have "model" without the group of rivals, with its image size.
+        ceilings: the newest, with "run", "date" and "commit"; {} where none did.
     """
 
     name: str
     gpu: bool
     rows: list[Row]
     ceilings: Row
-    runs: list[Row]
-    parts: Row = field(default_factory=dict)
-
-    @property
-    def slug(self) -> str:
-        return re.sub(r"[^a-z0-9]+", "_", self.name.lower()).strip("_")
 
     def where(self, rows: Iterable[Row]) -> str:
         """Device, and commits and dates of these rows."""
         days: dict[str, set[str]] = {}
         for row in sorted(rows, key=lambda row: row["date"]):
-            dirty = " with local changes" if self._run_of(row).get("dirty") else ""
+            dirty = " with local changes" if row["run"].get("dirty") else ""
             days.setdefault(f"commit {row['commit'] or 'unknown'}{dirty}", set()).add(row["date"][:10])
-        parts = [f"{commit}, {' to '.join(sorted({min(d), max(d)}))}" for commit, d in days.items()]
-        return "; ".join([self.name, *parts])
-
-    def versions(self, rows: Iterable[Row], packages: Iterable[str]) -> str:
-        """Versions of these packages in all runs of these rows; of a package with several, all of them."""
-        found = [self._run_of(row) for row in rows]
-        listed = []
-        for package in packages:
-            seen = sorted({run[package] for run in found if run.get(package)})
-            listed += [f"{NAMES.get(package, package)} {' and '.join(seen)}"] if seen else []
-        return ", ".join(listed)
-
-    def _run_of(self, row: Row) -> Row:
-        began = [run for run in self.runs if run.get("commit") == row["commit"] and run["date"] <= row["date"]]
-        return max(began, key=lambda run: run["date"], default={})
+        return "; ".join([self.name, *(f"{at}, {' to '.join(sorted({min(d), max(d)}))}" for at, d in days.items())])
 
 
-def load(folder: Path) -> tuple[list[Device], list[str]]:
-    """All devices in `folder`, GPUs first, and the names of files of the format before there was a schema.
-
-    Of those only what bench_cpu.py writes is read, from the newest file of a device.
+def load(folder: Path) -> list[Device]:
+    """All devices of the records in `folder`, GPUs first.
 
     Raises:
-        ValueError: a file that is no JSON, or has an unknown schema.
+        ValueError: a file that is no record, or of an unknown schema; names it.
     """
-    ignored: list[str] = []
-    parts: dict[tuple[bool, str], Row] = {}
-    files: dict[tuple[bool, str], list[Path]] = {}
+    found: dict[tuple[bool, str], list[Path]] = {}
     for file in sorted(folder.glob("*.json")):
-        # of the sweep, which has other rows
-        if file.name.endswith("-tune.json"):
-            continue
-        if _has_no_schema(file):
-            found = json.loads(file.read_text(encoding="utf-8"))
-            if not PARTS & found.keys() or "device_type" not in found["run"]:
-                ignored.append(file.name)
-            elif found["run"]["date"] >= parts.get(_place(found["run"]), found)["run"]["date"]:
-                parts[_place(found["run"])] = found
-            continue
-        files.setdefault(_place(record.read(file)["run"]), []).append(file)
-    devices = []
-    for gpu, name in sorted(files.keys() | parts.keys(), key=lambda found: (not found[0], found[1])):
-        of_device = files.get((gpu, name), [])
-        merged = record.merge(of_device) if of_device else {"rows": [], "earlier": [], "run": {}}
-        runs = [*merged["earlier"], merged["run"]]
-        devices.append(Device(name, gpu, fair(merged["rows"]), _ceilings(of_device), runs, parts.get((gpu, name), {})))
-    return devices, ignored
+        # the sweep's record has other rows
+        if not file.name.endswith("-tune.json"):
+            run = _read(file)["run"]
+            cpu = run["device_type"] != "cuda"
+            name = f"{run['device']}, {run['threads']} threads" if cpu else run["device"]
+            found.setdefault((cpu, name), []).append(file)
+    return [_device(name, not cpu, found[cpu, name]) for cpu, name in sorted(found)]
 
 
-def _place(run: Row) -> tuple[bool, str]:
-    gpu = run["device_type"] == "cuda"
-    return gpu, run["device"] if gpu else f"{run['device']}, {run['threads']} threads"
+def _read(file: Path) -> Row:
+    return json.loads(file.read_text(encoding="utf-8")) if _has_parts(file) else record.read(file)
 
 
-def _ceilings(files: Iterable[Path]) -> Row:
-    records = sorted((record.read(file) for file in files), key=lambda data: data["run"]["date"])
-    return next(({**data["ceilings"], "run": data["run"]} for data in reversed(records) if data["ceilings"]), {})
+def _has_parts(file: Path) -> bool:
+    """Whether it is of the CPU benchmark whose rows are of kinds of their own, patch, growth and gelu."""
+    return file.name.endswith("-parts.json")
 
 
-def _has_no_schema(file: Path) -> bool:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        return False
-    return isinstance(found, dict) and "schema" not in found
+def _device(name: str, gpu: bool, files: list[Path]) -> Device:
+    records = sorted((_read(file) for file in files if not _has_parts(file)), key=lambda data: data["run"]["date"])
+    ceilings = [data["ceilings"] | _stamp(data["run"]) for data in records if data["ceilings"]]
+    merged = record.merge(file for file in files if not _has_parts(file))["rows"] if records else []
+    runs = sorted((run for data in records for run in (*data["earlier"], data["run"])), key=lambda run: run["date"])
+    rows = []
+    for row in fair(merged):
+        began = [run for run in runs if run.get("commit") == row["commit"] and run["date"] <= row["date"]]
+        dtype = row["dtype"] + " autocast" * bool(row.get("autocast")) + " as TF32" * bool(row.get("tf32"))
+        more = {"model": _model(row)} if row["kind"] == "model" else {}
+        rows.append(row | more | {"dtype": dtype, "run": [{}, *began][-1]})
+    for data in map(_read, filter(_has_parts, files)):
+        for kind in ("patch", "growth", "gelu"):
+            rows += [_of_part(row, kind) | _stamp(data["run"]) for row in data[kind]]
+    return Device(name, gpu, rows, [{}, *ceilings][-1])
 
 
-def is_cnn(row: Row) -> bool:
-    return row["name"].startswith(CNNS)
+def _stamp(run: Row) -> Row:
+    return {"run": run, "date": run["date"], "commit": run.get("commit")}
 
 
-def model_of(row: Row) -> str:
-    """The model's name without the group of rivals that the row is about, with its image size."""
-    name, shape = (row.get("notes") or {}).get("model", row["name"]), row["shape"]
-    size = str(shape["size"]) if "size" in shape else f"{shape['height']}x{shape['width']}"
-    width = "" if _is_timms(row) else f", dim {shape['dim']}"
-    return name + width + ("" if size in name or is_cnn(row) and size == "224" else f" at {size}")
+def _of_part(row: Row, kind: str) -> Row:
+    """A row as those of records are. That of patches names the fastest way of timm, which it is compared with."""
+    variants, against = row["variants"], row.get("against", row["baseline"])
+    if kind == "patch":
+        given = {"vitfast": row.get("ratio"), "prepared": row.get("ratio of prepared")}
+        ratios = {name: {"ratio": quartiles and quartiles[1]} for name, quartiles in given.items()}
+        variants = {name: variant | ratios.get(name, {"ratio": None}) for name, variant in variants.items()}
+    noise = dict.fromkeys(("noise_25", "noise_75"), row.get("noise"))
+    return row | noise | {"kind": kind, "mode": kind, "name": kind, "variants": variants, "baseline": against}
 
 
-def _is_timms(row: Row) -> bool:
-    """Whether the name tells the architecture."""
-    return is_cnn(row) or (row.get("notes") or {}).get("model", row["name"]) in VARIANTS
+def fair(rows: list[Row]) -> list[Row]:
+    """The rows without times that may not be shown.
 
-
-def joined(rows: Iterable[Row]) -> list[Row]:
-    """One row of the rows that differ only in the group of rivals; of a variant in several the first time counts.
-
-    Ratios stay those to the baseline in the variant's own row. Sorted by model (of growing work), dtype and batch.
+    These are of ours what was not accepted, and the graphs of a variant that a graph once made slower than its calls.
     """
-    found: dict[Any, Row] = {}
-    for row in sorted(rows, key=lambda row: row["name"] != (row.get("notes") or {}).get("model", row["name"])):
-        same = (model_of(row), row["mode"], row["batch"], dtype(row))
-        if same in found:
-            variants = dict(found[same]["variants"])
-            for name, variant in row["variants"].items():
-                if name not in variants or (timed(variant) and not timed(variants[name])):
-                    variants[name] = variant
-            found[same] = found[same] | {"variants": variants, "parts": [*found[same]["parts"], row]}
-        else:
-            found[same] = row | {"name": model_of(row), "parts": [row]}
-    first = {"bf16": 0, "fp16": 1, "fp32": 3}
-    return sorted(
-        found.values(),
-        key=lambda row: (is_cnn(row), not _is_timms(row), row["work"]["flops"] / row["batch"], row["name"],
-                         first.get(row["dtype"], 2), bool(row.get("autocast")), row["batch"]),
-    )  # fmt: skip
-
-
-def dtype(row: Row) -> str:
-    return row["dtype"] + (" autocast" if row.get("autocast") else "") + (" as TF32" if row.get("tf32") else "")
-
-
-def main_dtype(rows: Iterable[Row]) -> list[Row]:
-    """The rows of the one dtype that pictures show: pure bf16 where there is any, else the first row's."""
-    rows = list(rows)
-    shown = "bf16" if any(dtype(row) == "bf16" for row in rows) else dtype(rows[0]) if rows else None
-    return [row for row in rows if dtype(row) == shown]
-
-
-def largest_batch(rows: Iterable[Row]) -> list[Row]:
-    """Of rows that differ in nothing else than the batch the one with the largest."""
-    best: dict[Any, Row] = {}
-    for row in rows:
-        same = (row["kind"], row["name"], row["mode"], tuple(row["shape"].items()), dtype(row))
-        if same not in best or row["batch"] > best[same]["batch"]:
-            best[same] = row
-    return list(best.values())
-
-
-def timed(variant: Row) -> bool:
-    """Whether a variant has a time that may be shown: ours only where it was accepted."""
-    return variant.get("ms") is not None and bool(variant.get("accepted") or not variant.get("ours"))
-
-
-# a replay that takes longer than its calls from the host ran other operators than these
-SLOWER_REPLAYED = 1.2
-OTHER_OPERATORS = "replayed from a graph it runs other operators than its calls do, and slower ones"
-
-
-def fair(rows: Iterable[Row]) -> list[Row]:
-    """The rows, without times of graphs of any variant that a graph once made slower than its calls."""
-    rows = list(rows)
-    unfair = {name for row in rows for name, variant in row["variants"].items() if _slower_replayed(variant)}
+    every = [(name, variant) for row in rows for name, variant in row["variants"].items()]
+    unfair = {name for name, variant in every if _slower_replayed(variant)}
 
     def shown(name: str, variant: Row) -> Row:
-        if name not in unfair or not variant.get("graph"):
-            return variant
-        return {key: value for key, value in variant.items() if key != "ms"} | {"not_timed": OTHER_OPERATORS}
+        why = None
+        if variant.get("ours") and not variant.get("accepted"):
+            why = variant.get("not_timed") or variant.get("why_not_accepted") or "its result was not accepted"
+        elif variant.get("graph") and name in unfair:
+            why = OTHER_OPERATORS
+        keep = why is None or "absent" in variant
+        return variant if keep else {"ours": bool(variant.get("ours")), "not_timed": why}
 
-    return [row | {"variants": {name: shown(name, v) for name, v in row["variants"].items()}} for row in rows]
+    return [row | {"variants": {name: shown(name, each) for name, each in row["variants"].items()}} for row in rows]
 
 
 def _slower_replayed(variant: Row) -> bool:
@@ -205,11 +129,98 @@ def _slower_replayed(variant: Row) -> bool:
     return bool(ms and wall_ms and variant.get("graph") and ms > SLOWER_REPLAYED * wall_ms)
 
 
+def is_cnn(row: Row) -> bool:
+    return row["name"].startswith(CNNS)
+
+
+def _is_timms(row: Row) -> bool:
+    """Whether the name tells the architecture."""
+    return is_cnn(row) or (row.get("notes") or {}).get("model", row["name"]) in VARIANTS
+
+
+def _model(row: Row) -> str:
+    name, shape = (row.get("notes") or {}).get("model", row["name"]), row["shape"]
+    size = "x".join(str(shape[side]) for side in ("size", "height", "width") if side in shape)
+    name += "" if _is_timms(row) else f", dim {shape['dim']}"
+    return name + ("" if size in name or (is_cnn(row) and size == "224") else f" at {size}")
+
+
+def models(device: Device, mode: str | None = None, main_dtype: bool = False) -> list[Row]:
+    """Rows of models, of `mode`: one of those that differ only in the group of rivals, with these as "parts".
+
+    Of a variant in several of them the first time counts. Ratios stay those to the baseline in the variant's own row.
+    Sorted by model (of growing work), dtype and batch; of dtypes all, or the one that pictures show.
+    """
+    rows = [row for row in device.rows if row["kind"] == "model" and mode in (None, row["mode"])]
+    found: dict[Any, Row] = {}
+    # what is named as the model itself is of no group, or of the first
+    for row in sorted(
+        _main_dtype(rows) if main_dtype else rows, key=lambda row: not row["model"].startswith(row["name"])
+    ):
+        same = found.setdefault((row["model"], row["mode"], row["batch"], row["dtype"]), row | {"parts": []})
+        same["parts"].append(row)
+        known = same["variants"]
+        new = {n: v for n, v in row["variants"].items() if n not in known or (timed(v) and not timed(known[n]))}
+        same["variants"] = known | new
+    dtypes = {"bf16": 0, "fp16": 1, "fp32": 3}
+    return sorted(
+        found.values(),
+        key=lambda row: (is_cnn(row), not _is_timms(row), row["work"]["flops"] / row["batch"], row["model"],
+                         dtypes.get(row["dtype"].split()[0], 2), row["dtype"], row["batch"]),
+    )  # fmt: skip
+
+
+def _main_dtype(rows: list[Row]) -> list[Row]:
+    """Pure bf16 where there is any, else the first row's."""
+    dtypes = [row["dtype"] for row in rows]
+    return [row for row in rows if row["dtype"] == ("bf16" if "bf16" in dtypes else dtypes[0])]
+
+
+def largest_batch(rows: Iterable[Row]) -> list[Row]:
+    """Of rows that differ in nothing else than the batch the one with the largest."""
+    best: dict[Any, Row] = {}
+    for row in rows:
+        same = (row.get("model", row["name"]), row["mode"], tuple(row["shape"].items()), row["dtype"])
+        if same not in best or row["batch"] > best[same]["batch"]:
+            best[same] = row
+    return list(best.values())
+
+
+def largest_models(device: Device) -> list[Row]:
+    return largest_batch(models(device, "inference", main_dtype=True))
+
+
+def summary_models(device: Device) -> list[Row]:
+    """Of these what the README shows, without rivals but timm."""
+    return [
+        row | {"variants": {name: v for name, v in row["variants"].items() if v.get("ours") or name == RIVAL}}
+        for row in largest_models(device)
+        if row["model"] in SUMMARY and row["baseline"] == RIVAL
+    ]
+
+
+def base_ops(device: Device, main_dtype: bool = False) -> list[Row]:
+    """Rows of ops in the shapes of a ViT-B, each at its largest batch."""
+    rows = [row for row in device.rows if row["kind"] == "op"]
+    base = {"width": 768, "head_dim": 64}.items()
+    rows = largest_batch(row for row in rows if all(row["shape"].get(name, size) == size for name, size in base))
+    return _main_dtype(rows) if main_dtype else rows
+
+
+def timed(variant: Row) -> bool:
+    return variant.get("ms") is not None
+
+
 def ratio_text(variant: Row) -> str:
     """How many times as fast as the baseline; ≈ where the difference is within noise."""
     if variant.get("ratio") is None:
         return ""
     return "≈" if variant.get("within_noise") else f"{variant['ratio']:.2f}×"
+
+
+def number(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:#.3g}"
 
 
 def ours(row: Row) -> str | None:
@@ -223,11 +234,8 @@ def rival(row: Row) -> str | None:
 
 
 def _fastest(row: Row, mine: bool) -> str | None:
-    found = {
-        name: v["ms"]
-        for name, v in row["variants"].items()
-        if timed(v) and bool(v.get("ours")) is mine and not v.get("part")
-    }
+    found = {name: v["ms"] for name, v in row["variants"].items()
+             if timed(v) and bool(v.get("ours")) is mine and not v.get("part")}  # fmt: skip
     return min(found, key=found.get) if found else None
 
 
@@ -239,5 +247,6 @@ def variant_names(rows: Iterable[Row]) -> list[str]:
     """Names of all variants: ours, then baselines, then the rest, each in the order in which they come."""
     rows = list(rows)
     mine = {name: None for row in rows for name, v in row["variants"].items() if v.get("ours")}
-    baselines = {row["baseline"]: None for row in rows}
-    return list(mine | baselines | {name: None for row in rows for name in row["variants"]})
+    return list(
+        mine | {row["baseline"]: None for row in rows} | {name: None for row in rows for name in row["variants"]}
+    )

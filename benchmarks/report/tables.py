@@ -1,136 +1,90 @@
-"""Tables of README and docs, as Markdown, from the rows of one device."""
+"""Tables of README and docs, as Markdown, from the rows of one device. A footnote stands in its cell as ⟦text⟧."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
-import report_rows as rows_of
-from report_rows import Device, Row, dtype, images_per_s, joined, largest_batch, ours, ratio_text, rival, timed
+from benchmarks.report import rows as of
+from benchmarks.report.rows import Device, Row, images_per_s, number, ours, rival, timed
 
-NOT_MEASURED = "not measured"
 PACKAGES = ("torch", "triton", "timm", "transformers", "cuda", "driver")
-# what the shorter table of ops shows: the shapes of a ViT-B
-BASE = {"width": 768, "head_dim": 64}
-# what the README shows of all that was measured: these models, and of the others the one that people have
-SUMMARY = tuple(f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large"))
-RIVAL = "timm"
+RATIOS = "in brackets how many times as fast as the baseline, pair by pair, ≈ within noise."
 GRAPHS = "Where the host is the limit, times are of replayed CUDA graphs; the last column is its clock without them."
+ROOFLINE = "The roofline is the time that the op's products or bytes need at this device's measured ceilings."
+PRODUCT = "Product alone: the time of `F.linear` without anything around it as a share of vitfast's."
+
+Line = Mapping[str, object]
 
 
-class Notes:
-    """Footnotes of a table: what is said in many cells stands below it once."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def __call__(self, text: str) -> str:
-        if text not in self.texts:
-            self.texts.append(text)
-        return f"[{self.texts.index(text) + 1}]"
-
-    def lines(self) -> list[str]:
-        return [f"\\[{i}\\] {text}  " for i, text in enumerate(self.texts, 1)]
+def table(lines: Iterable[Line]) -> str:
+    """Columns are the keys of the lines; one with nothing in it is left out."""
+    lines = [{name: "-" if cell is None else str(cell) for name, cell in line.items()} for line in lines]
+    every = dict.fromkeys(name for line in lines for name in line)
+    shown = [name for name in every if {line.get(name, "-") for line in lines} - {"-", "absent"}]
+    rows = [shown, ["---"] * len(shown), *([line.get(name, "-") for name in shown] for line in lines)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def number(value: float) -> str:
-    """Three digits, or all before the point."""
-    return f"{value:,.0f}" if value >= 99.95 else f"{value:#.3g}"
+def captioned(device: Device, rows: Iterable[Row], body: str, explained: str, noise: bool = True) -> str:
+    """A table with its caption above and its footnotes below."""
+    shown, notes, versions = [part for row in rows for part in row.get("parts", [row])], {}, []
+    for package in PACKAGES:
+        seen = sorted({row["run"][package] for row in shown if row["run"].get(package)})
+        versions += [f"{package.replace('cuda', 'CUDA')} {' and '.join(seen)}"] if seen else []
+    apart = [abs(row[q] - 1) for row in shown for q in ("noise_25", "noise_75") if noise and row.get(q) is not None]
+    explained += f" The baseline differs from itself by up to {max(apart):.1%}." if apart else ""
+    body = re.sub("⟦(.*?)⟧", lambda found: f"[{notes.setdefault(found[1], len(notes) + 1)}]", body)
+    below = [f"\\[{i}\\] {text}  " for text, i in notes.items()]
+    caption = f"**{device.where(shown)}** ({', '.join(versions)}). {explained}"
+    return "\n".join([caption, "", body, *([""] if below else []), *below])
 
 
-def cell(row: Row, name: str, value: Callable[[Row], str], notes: Notes, with_ratio: bool = True) -> str:
-    """One variant's cell: its value, and what has to be said about it; or why there is none."""
+def cell(value: Callable[[Row, str], str], row: Row, name: str | None, with_ratio: bool = True) -> str:
+    """One variant's value, and what has to be said about it; or why there is none."""
     variant = row["variants"].get(name)
-    if variant is None:
-        return "-"
-    if "absent" in variant:
-        return "absent"
+    if variant is None or "absent" in variant:
+        return "-" if variant is None else "absent"
     if not timed(variant):
-        why = variant.get("not_timed") or variant.get("why_not_accepted") or "its result was not accepted"
-        return f"not timed {notes(_one_line(why))}"
-    text = value(variant)
-    if with_ratio and name != row["baseline"] and ratio_text(variant):
-        text += f" ({ratio_text(variant)})"
+        # what says that it cannot do something says so well enough
+        why = " ".join(variant.get("not_timed", "no time came out").removeprefix("NotImplementedError: ").split())
+        why = why if len(why) <= 160 else why[:157] + "..."
+        return f"not timed ⟦{why.replace('|', '/').replace('<', '&lt;')}⟧"
+    text, error = value(row, name), variant.get("error_ratio")
+    if with_ratio and name != row["baseline"] and of.ratio_text(variant):
+        text += f" ({of.ratio_text(variant)})"
     if variant.get("accepted") is False:
-        error = variant.get("error_ratio")
-        size = f"{error:.1f} times the yardstick's error" if error is not None else "an error that is not finite"
-        text += " " + notes(f"outside the acceptance rule: {size}")
+        size = "an error that is not finite" if error is None else f"{error:.1f} times the yardstick's error"
+        text += f" ⟦outside the acceptance rule: {size}⟧"
     if variant.get("host_bound"):
-        text += " " + notes("bound by the host: issuing the work takes as long as the device needs for it")
+        text += " ⟦bound by the host: issuing the work takes as long as the device needs for it⟧"
     return text
 
 
-def _one_line(text: str) -> str:
-    # what says that it cannot do something says so well enough
-    text = " ".join(str(text).removeprefix("NotImplementedError: ").split()).replace("|", "/").replace("<", "&lt;")
-    return text if len(text) <= 160 else text[:157] + "..."
+rate = partial(cell, lambda row, name: f"{images_per_s(row, name):,.0f}")
+time = partial(cell, lambda row, name: number(row["variants"][name]["ms"]))
 
 
-def table(head: Iterable[str], lines: Iterable[Iterable[str]]) -> list[str]:
-    head, lines = list(head), [list(line) for line in lines]
-    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines)]
+def _of_an_image(row: Row, name: str) -> str:
+    variant, gflop = row["variants"][name], row["gflop"] * row["batch"]
+    memory = f", {variant['peak_mib']:,.0f} MiB" if "peak_mib" in variant else ""
+    return f"{number(variant['ms'] / row['batch'])} ms, {gflop / variant['ms']:.2f} TFLOP/s{memory}"
 
 
-def _complete(
-    device: Device, rows: Iterable[Row], body: list[str], notes: Notes, explained: str, noise: bool = True
-) -> str:
-    """A table with its caption above and its notes below."""
-    shown = [part for row in rows for part in row.get("parts", [row])]
-    apart = [abs(row[q] - 1) for row in shown for q in ("noise_25", "noise_75") if noise and row.get(q) is not None]
-    caption = [f"**{device.where(shown)}** ({device.versions(shown, PACKAGES)}).", explained]
-    caption += [f"The baseline differs from itself by up to {max(apart):.1%}."] if apart else []
-    below = ["", *notes.lines()] if notes.texts else []
-    return "\n".join([" ".join(caption), "", *body, *below])
+growth = partial(cell, _of_an_image)
 
 
-def _variants_table(device: Device, rows: list[Row], value: Callable[[Row, str], str], explained: str) -> str | None:
-    """One line a model, batch and dtype, one column a variant; a table for each kind of model with its own rivals."""
-    kinds: dict[tuple[bool, str], list[Row]] = {}
-    for row in rows:
-        kinds.setdefault((rows_of.is_cnn(row), row["baseline"]), []).append(row)
-    notes, body, absent = Notes(), [], {}
-    for found in kinds.values():
-        names = rows_of.variant_names(found)
-        shown = [n for n in names if not all("absent" in row["variants"].get(n, {"absent": ""}) for row in found)]
-        absent |= dict.fromkeys(name for name in names if name not in shown)
-        lines = [
-            [row["name"], str(row["batch"]), dtype(row),
-             *(cell(row, name, lambda variant, name=name, row=row: value(row, name), notes) for name in shown)]
-            for row in found
-        ]  # fmt: skip
-        body += [*([""] if body else []), *table(["model", "batch", "dtype", *shown], lines)]
-    if absent:
-        explained += f" Absent there: {', '.join(absent)}."
-    return _complete(device, rows, body, notes, explained) if rows else None
+def memory(row: Row, name: str) -> str:
+    peaks = (row["variants"].get(name, {}).get(f"peak_{kind}_mib") for kind in ("allocated", "reserved"))
+    return " / ".join(f"{mib:,.0f}" for mib in peaks if mib is not None) or "-"
 
 
-def summary(device: Device) -> str | None:
-    rows = summary_rows(device)
-    if not rows:
-        return None
-    notes, names = Notes(), rows_of.variant_names(rows)
-    replayed = any(map(is_replayed, rows))
-    head = ["model", "batch", "dtype", *names, *([f"without graphs: {' / '.join(names)}"] if replayed else [])]
-    lines = [
-        [row["name"], str(row["batch"]), dtype(row),
-         *(cell(row, name, lambda _, name=name, row=row: f"{images_per_s(row, name):,.0f}", notes) for name in names),
-         *([" / ".join(called(row, name, lambda ms, row=row: f"{row['batch'] * 1e3 / ms:,.0f}") for name in names)]
-           if replayed else [])]
-        for row in rows
-    ]  # fmt: skip
-    explained = f"Inference at the largest batch, images/s; in brackets the ratio to {RIVAL}, pair by pair, "
-    explained += "≈ within noise." + f" {GRAPHS}" * replayed
-    return _complete(device, rows, table(head, lines), notes, explained)
-
-
-def summary_rows(device: Device) -> list[Row]:
-    """Ours and timm's at the largest batch, of the models that the README shows."""
-    rows = [row for row in largest_models(device) if row["name"] in SUMMARY and row["baseline"] == RIVAL]
-
-    def shown(variants: Row) -> Row:
-        return {name: variant for name, variant in variants.items() if variant.get("ours") or name == RIVAL}
-
-    return [row | {"variants": shown(row["variants"])} for row in rows]
+def called(row: Row, name: str, per_s: bool = False) -> str:
+    """What the host's clock says of a variant, of ours or timm's, whose operators Python calls one after the other."""
+    variant = row["variants"].get(name, {})
+    ms = variant.get("wall_ms") if variant.get("ours") or name == of.RIVAL else None
+    return "-" if ms is None else f"{row['batch'] * 1e3 / ms:,.0f}" if per_s else number(ms)
 
 
 def is_replayed(row: Row) -> bool:
@@ -138,162 +92,78 @@ def is_replayed(row: Row) -> bool:
     return any(timed(v) and v.get("graph") and v.get("wall_ms") is not None for v in row["variants"].values())
 
 
-def called(row: Row, name: str, text: Callable[[float], str]) -> str:
-    """What the host's clock says of a variant whose operators Python calls one after the other."""
-    variant = row["variants"].get(name, {})
-    return text(variant["wall_ms"]) if timed(variant) and variant.get("wall_ms") is not None else "-"
-
-
-def host(device: Device) -> str | None:
-    """Milliseconds of a call by the host's clock, of the rows whose times are those of graphs."""
-    rows = [row for row in joined(r for r in device.rows if r["kind"] == "model") if is_replayed(row) and ours(row)]
-    if not rows:
-        return None
-    mine = {name for row in rows for name, variant in row["variants"].items() if variant.get("ours")}
-    names = [name for name in rows_of.variant_names(rows) if name == RIVAL or name in mine]
-    lines = [
-        [row["name"], row["mode"], str(row["batch"]), dtype(row), *(called(row, name, number) for name in names)]
-        for row in rows
-    ]
-    explained = "Milliseconds of a call from Python without a graph, by the host's clock."
-    body = table(["model", "mode", "batch", "dtype", *names], lines)
-    return _complete(device, rows, body, Notes(), explained, noise=False)
-
-
-def throughput(device: Device) -> str | None:
-    rows = joined(r for r in device.rows if r["mode"] == "inference" and r["batch"] > 1)
-    return _variants_table(
-        device, rows, lambda row, name: f"{images_per_s(row, name):,.0f}",
-        "Inference, images/s; in brackets the ratio to the baseline, pair by pair, ≈ within noise.",
-    )  # fmt: skip
-
-
-def latency(device: Device) -> str | None:
-    rows = joined(r for r in device.rows if r["mode"] == "inference" and r["batch"] == 1)
-    return _variants_table(
-        device, rows, lambda row, name: number(row["variants"][name]["ms"]),
-        "Inference of one image, ms; in brackets how many times as fast as the baseline, pair by pair, ≈ within noise.",
-    )  # fmt: skip
-
-
-def training(device: Device) -> str | None:
-    rows = joined(r for r in device.rows if r["mode"] == "training")
-    return _variants_table(
-        device, rows, lambda row, name: f"{images_per_s(row, name):,.0f}",
-        "Training without the optimizer (forward, loss, backward), images/s; in brackets the ratio to the baseline, "
-        "pair by pair, ≈ within noise.",
-    )  # fmt: skip
-
-
-def memory(device: Device) -> str | None:
-    rows = joined(r for r in device.rows if r["mode"] == "training" and has_memory(r))
-    if not rows:
-        return None
-    notes, names = Notes(), [n for n in rows_of.variant_names(rows) if any(n in peaks(row) for row in rows)]
-    lines = []
+def by_variant(
+    explained: str, cell: Callable[[Row, str], str], rows: Iterable[Row], device: Device, *,
+    named: tuple[str, ...] = ("model", "batch", "dtype"), more: Callable[[Row], Line] = lambda row: {},
+    noise: bool = True,
+) -> str | None:  # fmt: skip
+    """One line a row, one column a variant; a table for each kind of model with its own rivals."""
+    kinds: dict[tuple[bool, str], list[Row]] = {}
     for row in rows:
-        found = peaks(row)
-        cells = (" / ".join(f"{mib:,.0f}" for mib in found[name]) if name in found else "-" for name in names)
-        lines.append([row["name"], str(row["batch"]), dtype(row), *cells])
-    explained = "Memory of a training step at its peak beyond weights and images, MiB: allocated / reserved."
-    body = table(["model", "batch", "dtype", *names], lines)
-    return _complete(device, rows, body, notes, explained, noise=False)
+        kinds.setdefault((of.is_cnn(row), row["baseline"] if row["kind"] == "model" else ""), []).append(row)
+    bodies, absent = [], {}
+    for found in kinds.values():
+        columns = {name: [cell(row, name) for row in found] for name in of.variant_names(found)}
+        absent |= {name: None for name, texts in columns.items() if "absent" in texts and {*texts} <= {"-", "absent"}}
+        lines = []
+        for i, row in enumerate(found):
+            lines.append({each: row[each] for each in named} | {name: texts[i] for name, texts in columns.items()})
+            lines[-1] |= more(row)
+        bodies.append(table(lines))
+    explained += f" Absent there: {', '.join(absent)}." if absent else ""
+    return captioned(device, sum(kinds.values(), []), "\n\n".join(bodies), explained, noise) if bodies else None
 
 
-def has_memory(row: Row) -> bool:
-    return bool(peaks(row))
+def summary(device: Device) -> str | None:
+    rows = of.summary_models(device)
+    names, replayed = of.variant_names(rows), any(map(is_replayed, rows))
+
+    def without(row: Row) -> Line:
+        head = f"without graphs: {' / '.join(names)}"
+        return {head: " / ".join(called(row, name, per_s=True) for name in names)} if replayed else {}
+
+    explained = f"Inference at the largest batch, images/s; {RATIOS.replace('the baseline', of.RIVAL)}"
+    return by_variant(explained + f" {GRAPHS}" * replayed, rate, rows, device, more=without)
 
 
-def peaks(row: Row) -> dict[str, tuple[float, float]]:
-    """Peak memory of the variants, allocated and reserved, MiB."""
-    return {
-        name: (v["peak_allocated_mib"], v["peak_reserved_mib"])
-        for name, v in row["variants"].items()
-        if timed(v) and v.get("peak_allocated_mib") is not None
-    }
+def of_ops(rows: Callable[[Device], list[Row]], device: Device) -> str | None:
+    def percent(row: Row, name: str | None) -> str | None:
+        found = row["variants"].get(name, {}).get("percent")
+        return None if found is None else f"{found:.0f} %" if found >= 10 else f"{found:.1f} %"
 
-
-def ops(device: Device) -> str | None:
-    return _ops(device, base_ops(device))
-
-
-def all_ops(device: Device) -> str | None:
-    return _ops(device, [r for r in device.rows if r["kind"] == "op"])
-
-
-def base_ops(device: Device) -> list[Row]:
-    """Rows of ops in the shapes of a ViT-B, each at its largest batch."""
-    rows = [row for row in device.rows if row["kind"] == "op"]
-    return largest_batch(r for r in rows if all(r["shape"].get(name, size) == size for name, size in BASE.items()))
-
-
-def _ops(device: Device, rows: list[Row]) -> str | None:
-    if not rows:
-        return None
-    notes = Notes()
-
-    def ms(row: Row, name: str | None) -> str:
-        if name is None:
-            return "-"
-        return cell(row, name, lambda variant: number(variant["ms"]), notes)
-
-    def percent(row: Row, name: str | None) -> str:
-        found = None if name is None else row["variants"][name].get("percent")
-        return "-" if found is None else f"{found:.0f} %" if found >= 10 else f"{found:.1f} %"
-
-    def product(row: Row) -> str:
-        alone, mine = row["variants"].get("product", {}).get("ms"), ours(row)
-        return "-" if alone is None or mine is None else f"{100 * alone / row['variants'][mine]['ms']:.0f} %"
-
-    has_product, lines = any("product" in row["variants"] for row in rows), []
-    for row in rows:
-        mine, other = ours(row) or next((n for n, v in row["variants"].items() if v.get("ours")), None), rival(row)
-        limit = next((v["limit"] for v in row["variants"].values() if v.get("limit")), "-")
-        shape = ", ".join(f"{name} {value}" for name, value in row["shape"].items())
-        lines.append([
-            row["name"], row["mode"], shape, str(row["batch"]), dtype(row),
-            ms(row, row["baseline"] if row["baseline"] in row["variants"] else None), ms(row, mine),
-            other or "-", ms(row, other), percent(row, ours(row)), percent(row, other), limit,
-            *([product(row)] if has_product else []),
-        ])  # fmt: skip
-    head = (
-        "op", "mode", "shape", "batch", "dtype", "baseline ms", "vitfast ms", "fastest other", "ms",
-        "vitfast of roofline", "fastest other of roofline", "limit", *(["product alone"] if has_product else []),
-    )  # fmt: skip
-    explained = (
-        "In brackets how many times as fast as the baseline, pair by pair, ≈ within noise. The roofline is the time "
-        "that the op's products or bytes need at this device's measured ceilings."
-    )
-    if has_product:
-        explained += " Product alone: the time of `F.linear` without anything around it as a share of vitfast's."
-    return _complete(device, rows, table(head, lines), notes, explained)
+    lines, found = [], rows(device)
+    for row in found:
+        best, other, variants = ours(row), rival(row), row["variants"]
+        alone = variants.get("product", {}).get("ms")
+        lines.append({
+            "op": row["name"], "mode": row["mode"],
+            "shape": ", ".join(f"{name} {size}" for name, size in row["shape"].items()),
+            "batch": row["batch"], "dtype": row["dtype"], "baseline ms": time(row, row["baseline"]),
+            # one of ours without a time says why
+            "vitfast ms": time(row, best or next((name for name, v in variants.items() if v.get("ours")), None)),
+            "fastest other": other, "its ms": time(row, other), "vitfast of roofline": percent(row, best),
+            "fastest other of roofline": percent(row, other),
+            "limit": next((v["limit"] for v in variants.values() if v.get("limit")), None),
+            "product alone": f"{100 * alone / variants[best]['ms']:.0f} %" if alone and best else None,
+        })  # fmt: skip
+    more = f" {PRODUCT}" if any(line["product alone"] for line in lines) else ""
+    return captioned(device, found, table(lines), f"{RATIOS.capitalize()} {ROOFLINE}{more}") if found else None
 
 
 def flops(device: Device) -> str | None:
     """The fastest of ours and of the others for each model, at its largest batch, beside what a model computes."""
-    rows = [row for row in largest_models(device) if ours(row) or rival(row)]
-    if not rows:
-        return None
-    notes, lines = Notes(), []
-
-    def of(row: Row, name: str | None) -> list[str]:
-        if name is None:
-            return ["-", "-"]
-        tflops = row["variants"][name].get("tflops")
-        rate = cell(row, name, lambda variant: f"{images_per_s(row, name):,.0f}", notes, with_ratio=False)
-        return [rate, "-" if tflops is None else number(tflops)]
-
+    rows, lines = [row for row in of.largest_models(device) if ours(row) or rival(row)], []
     for row in rows:
-        gflop = row["work"]["flops"] / row["batch"] / 1e9
-        lines.append([
-            row["name"], number(gflop), str(row["batch"]), dtype(row), *of(row, ours(row)), rival(row) or "-",
-            *of(row, rival(row)),
-        ])  # fmt: skip
-    head = (
-        "model", "GFLOP an image", "batch", "dtype", "vitfast images/s", "TFLOP/s", "fastest other", "images/s",
-        "TFLOP/s",
-    )  # fmt: skip
-    return _complete(device, rows, table(head, lines), notes, "Inference at the largest batch; 1 multiply-add: 2 FLOP.")
+        best, other = ours(row), rival(row)
+        of_ours, of_other = (row["variants"].get(name, {}).get("tflops") for name in (best, other))
+        lines.append({
+            "model": row["model"], "GFLOP an image": number(row["work"]["flops"] / row["batch"] / 1e9),
+            "batch": row["batch"], "dtype": row["dtype"], "vitfast images/s": rate(row, best, False),
+            "vitfast TFLOP/s": of_ours and number(of_ours), "fastest other": other,
+            "its images/s": rate(row, other, False), "its TFLOP/s": of_other and number(of_other),
+        })  # fmt: skip
+    explained = "Inference at the largest batch; 1 multiply-add: 2 FLOP."
+    return captioned(device, rows, table(lines), explained) if rows else None
 
 
 def ceilings(device: Device) -> str | None:
@@ -301,32 +171,60 @@ def ceilings(device: Device) -> str | None:
     found = device.ceilings
     if not found:
         return None
-    run = found["run"]
-    products = {name: each for name, each in found.get("matmul", {}).items() if each.get("tflops")}
     copied = found.get("copy", {}).get("gbps")
-    head = ["copy GB/s", *(f"{name} TFLOP/s" for name in products)]
-    cells = ["absent" if copied is None else f"{copied:,.0f}"]
-    cells += [f"{number(each['tflops'])} ({number(each['first'])})" for each in products.values()]
-    body = table(head, [cells])
-    gemms = [each for each in found.get("gemm", []) if each.get("tflops")]
-    widths = sorted({each["width"] for each in gemms})
-    lines = {}
-    for each in gemms:
-        lines.setdefault((each["name"], each["dtype"]), {})[each["width"]] = number(each["tflops"])
-    if lines:
-        of_width = ([f"{name}, {dtype}", *(line.get(w, "-") for w in widths)] for (name, dtype), line in lines.items())
-        rows = f"{gemms[0]['m']:,} rows"
-        body += ["", *table([f"products of a block, {rows}: TFLOP/s", *(f"width {w}" for w in widths)], of_width)]
-    stamp = {"date": run["date"], "commit": run.get("commit")}
+    line = {"copy GB/s": copied and f"{copied:,.0f}"}
+    for name, each in found.get("matmul", {}).items():
+        if each.get("tflops"):
+            line[f"{name} TFLOP/s"] = f"{number(each['tflops'])} ({number(each['first'])})"
+    lines: dict[str, dict[str, str]] = {}
+    for each in sorted((each for each in found.get("gemm", []) if each.get("tflops")), key=lambda each: each["width"]):
+        name, head = f"{each['name']}, {each['dtype']}", f"products of a block, {each['m']:,} rows: TFLOP/s"
+        lines.setdefault(name, {head: name})[f"width {each['width']}"] = number(each["tflops"])
+    body = "\n\n".join(table(part) for part in ([line], lines.values()) if part)
     explained = "Large copies and matrix products, sustained, in brackets in the first tenth of a second."
-    return _complete(device, [stamp], body, Notes(), explained)
+    return captioned(device, [found], body, explained)
 
 
-def largest_models(device: Device) -> list[Row]:
-    """Inference rows of the pictures' dtype, each model at its largest batch."""
-    rows = joined(rows_of.main_dtype(r for r in device.rows if r["mode"] == "inference"))
-    best: dict[str, Any] = {}
-    for row in rows:
-        if row["name"] not in best or row["batch"] > best[row["name"]]["batch"]:
-            best[row["name"]] = row
-    return list(best.values())
+def _models(
+    explained: str, cell: Callable[[Row, str], str], mode: str | None = None,
+    keep: Callable[[Row], object] = lambda row: True, **how: object,
+) -> Callable[[Device], str | None]:  # fmt: skip
+    return lambda device: by_variant(explained, cell, filter(keep, of.models(device, mode)), device, **how)
+
+
+def _part(
+    kind: str, explained: str, cell: Callable[[Row, str], str], *named: str
+) -> Callable[[Device], str | None]:  # fmt: skip
+    def made(device: Device) -> str | None:
+        rows = [row for row in device.rows if row["kind"] == kind]
+        # these records do not say what is within noise
+        ratios = RATIOS.partition(", ≈")[0].capitalize()
+        return by_variant(f"{explained} {ratios}.", cell, rows, device, named=named)
+
+    return made
+
+
+TABLES = {
+    "summary": summary,
+    "host": _models("Milliseconds of a call from Python without a graph, by the host's clock.", called, noise=False,
+                    keep=lambda row: is_replayed(row) and ours(row), named=("model", "mode", "batch", "dtype")),
+    "throughput": _models(f"Inference, images/s; {RATIOS}", rate, "inference", lambda row: row["batch"] > 1),
+    "latency": _models(f"Inference of one image, ms; {RATIOS}", time, "inference", lambda row: row["batch"] == 1),
+    "training": _models(f"Training without the optimizer (forward, loss, backward), images/s; {RATIOS}", rate,
+                        "training"),
+    "memory": _models("Memory of a training step at its peak beyond weights and images, MiB: allocated / reserved.",
+                      memory, "training", lambda row: any(memory(row, name) != "-" for name in row["variants"]),
+                      noise=False),
+    "ops": partial(of_ops, of.base_ops),
+    "all ops": partial(of_ops, lambda device: [row for row in device.rows if row["kind"] == "op"]),
+    "flops": flops,
+    "ceilings": ceilings,
+    "patch": _part("patch", "From uint8 images, channels last, to tokens: normalise, cut, project, add positions and "
+                   "class token, ms; the baseline is the fastest of three ways to do it with timm's modules.", time,
+                   "model", "batch", "dtype"),
+    "growth": _part("growth", "Of an image; TFLOP/s count timm's operations, whatever a variant leaves out; MiB are "
+                    "what one forward adds at its peak, in a process of its own.", growth,
+                    "model", "dtype", "batch", "tokens"),
+    "gelu": _part("gelu", "Milliseconds; the MLP is of width 768, with its norm and residual.", time,
+                  "job", "shape", "dtype"),
+}  # fmt: skip
