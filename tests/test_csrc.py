@@ -4,9 +4,10 @@ import re
 import subprocess
 from pathlib import Path
 
-import aot
 import pytest
 import sweep
+
+from benchmarks.aot import __main__ as aot
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"

@@ -15,55 +15,55 @@ import subprocess
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import aot_machine
 import triton
-from aot_addresses import narrow_rows
-from aot_machine import TENSOR_MEMORY
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.aot import machine_code
+from benchmarks.aot.addresses import narrow_rows
 from vitfast.kernels.triton.compilation import Compilation
 
-CSRC = Path(__file__).resolve().parents[1] / "csrc"
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 ARCHS = (80, 89, 90, 100)
 # bytes that one block may have, by CUDA's programming guide
 SHARED_LIMITS = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 WIDE = 16
 # of setup.py's architectures, by ours; code for sm_80 runs on sm_89
 CUDA_ARCHS = {80: "80", 90: "90a", 100: "100"}
-NVCC_FLAGS = ("-O3", "-std=c++17", "-Xptxas", "-v", "-Werror", "all-warnings")
+NVCC_FLAGS = ("-O3", "-std=c++17", "-Xptxas", "-v", "-Werror", "all-warnings", f"-I{CSRC}", "-cubin", "--keep")
 # instructions of the machine that say where a kernel spends its time
 SASS = {
     "HGMMA": r"HGMMA", "HMMA": r"HMMA", "LDG 16": r"LDG\.E\S*\.128", "LDGSTS 16": r"LDGSTS\.E\S*\.128",
     "local": r"(?:LDL|STL)\b",
+}  # fmt: skip
+MMA = {
+    "wgmma": r"\bwgmma\.mma_async\.[\w.]*?(m\d+n\d+k\d+)", "mma.sync": r"(?<!\w)mma\.sync\.[\w.]*?(m\d+n\d+k\d+)",
+    "tcgen05": r"\btcgen05\.mma\.[\w.:]*?kind::(\w+)",
 }  # fmt: skip
 NO_NVCC = "nvcc was not found (NVCC names it, or put it on the PATH)"
 
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """What a compiled kernel is like.
 
     Attributes:
-        registers: of a thread.
-        stack: bytes of a thread; above 0 it spills.
+        registers, stack: of a thread, the stack in bytes; above 0 it spills.
         shared: bytes of a block.
         mma: how often which tensor core instruction stands in the code: "wgmma m64n128k16", "mma.sync m16n8k16".
         loads: how often which load from global memory, with its bytes: "ld 16", "cp.async 16"; "bulk" has no width.
         tf32: whether an operand is rounded to TF32.
         dots: how often which `tl.dot`: (m, n, k, type of the operands).
-        narrow_rows: 32-bit row arithmetic, see `aot_addresses`.
+        narrow_rows: 32-bit row arithmetic, see `addresses`.
         tensor_memory: columns, on sm_100.
         programs, epilogue, barriers: a multiprocessor; instructions behind the last one for tensor cores; barriers in
-            each innermost loop with such: see `aot_machine`.
-        serialised, unguarded: what is wrong with its wgmma, see `aot_machine`.
+            each innermost loop with such: see `machine_code`.
+        serialised, unguarded: what is wrong with its wgmma, see `machine_code`.
         seconds: compiling it.
     """
 
@@ -73,7 +73,7 @@ class Found:
     mma: dict[str, int]
     loads: dict[str, int]
     tf32: bool
-    dots: dict[tuple[int, int, int, str], int] = field(default_factory=dict)
+    dots: dict[tuple[int, int, int, str], int] = {}
     narrow_rows: tuple[str, ...] = ()
     tensor_memory: int = 0
     programs: int | None = None
@@ -82,6 +82,15 @@ class Found:
     serialised: tuple[str, ...] = ()
     unguarded: tuple[str, ...] = ()
     seconds: float = 0.0
+
+    def row(self, refused: list[str]) -> Row:
+        """As the record has it: of what most kernels do not have only what there is."""
+        row: Row = {name: getattr(self, name) for name in ("registers", "stack", "shared")}
+        row |= {"tensor_memory": self.tensor_memory or None, "programs": self.programs, "mma": _listed(self.mma)}
+        row |= {"loads": _listed(self.loads), "tf32": self.tf32, "epilogue": self.epilogue}
+        row |= {"barriers": ", ".join(map(str, self.barriers)) or None, "serialised": bool(self.serialised) or None}
+        row |= {"refused": refused or None, "seconds": self.seconds}
+        return {name: value for name, value in row.items() if value is not None}
 
 
 def compile_one(compilation: Compilation, arch: int) -> Found:
@@ -99,11 +108,11 @@ def compile_one(compilation: Compilation, arch: int) -> Found:
             " (TRITON_INTERPRET must not be set)"
         )
     names, described = kernel.arg_names, [*compilation.signature, *compilation.constants]
-    if sorted(names) != sorted(described):
-        wrong = ", ".join(sorted(set(names) ^ set(described))) or "an argument in both"
-        raise ValueError(f"{compilation.name}: signature and constants must be the kernel's arguments, got {wrong}")
-    if odd := set(compilation.divisible) - set(compilation.signature):
-        raise ValueError(f"{compilation.name}: divisible must be in the signature, got {', '.join(sorted(odd))}")
+    if sorted(names) != sorted(described) or not {*compilation.divisible} <= compilation.signature.keys():
+        raise ValueError(
+            f"{compilation.name}: signature and constants must be the kernel's arguments {', '.join(names)}, and what "
+            f"is divisible of the signature; got {', '.join(described)}, and {', '.join(compilation.divisible)}"
+        )
     source = ASTSource(
         kernel,
         signature={name: compilation.signature.get(name, "constexpr") for name in names},
@@ -118,55 +127,46 @@ def compile_one(compilation: Compilation, arch: int) -> Found:
         with contextlib.redirect_stdout(said):
             made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
         seconds = time.perf_counter() - began
-        file = Path(folder) / "kernel.cubin"
-        usage, sass = _usage(made.asm["cubin"], file), _disassembled(file)
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(made.asm["cubin"])
+        registers, stack, _ = map(max, zip(*_usage(cubin).values(), strict=True))
+        sass = _cuobjdump("--dump-sass", cubin)
     ttir, ptx, shared, warps = made.asm["ttir"], made.asm["ptx"], made.metadata.shared, made.metadata.num_warps
     tensor_memory = getattr(made.metadata, "tmem_size", None) or 0
     return Found(
-        **usage,
-        shared=shared,
-        **_instructions(ptx),
-        dots=_dots(ttir),
-        narrow_rows=tuple(narrow_rows(ttir)),
-        tensor_memory=tensor_memory,
-        programs=aot_machine.programs(arch, usage["registers"], shared, warps, tensor_memory),
-        epilogue=aot_machine.epilogue(sass),
-        barriers=tuple(aot_machine.barriers(sass)),
-        serialised=tuple(aot_machine.serialised(ptx, sass, said.getvalue())),
-        unguarded=tuple(aot_machine.unguarded(ptx)) if warps > aot_machine.WARPGROUP else (),
+        registers, stack, shared, *_instructions(ptx), _dots(ttir), tuple(narrow_rows(ttir)), tensor_memory,
+        programs=machine_code.programs(arch, registers, shared, warps, tensor_memory),
+        epilogue=machine_code.epilogue(sass),
+        barriers=tuple(machine_code.barriers(sass)),
+        serialised=tuple(machine_code.serialised(ptx, sass, said.getvalue())),
+        unguarded=tuple(machine_code.unguarded(ptx)) if warps > machine_code.WARPGROUP else (),
         seconds=seconds,
-    )
+    )  # fmt: skip
 
 
 def gate(compilation: Compilation, arch: int, found: Found) -> list[str]:
     """Why this configuration is refused; nothing where it is not."""
     reasons = _memory(found, arch, may_spill=not compilation.default)
-    if found.tensor_memory > TENSOR_MEMORY:
-        reasons.append(f"{found.tensor_memory} columns of tensor memory, sm_{arch} has {TENSOR_MEMORY}")
+    if found.tensor_memory > machine_code.TENSOR_MEMORY:
+        reasons.append(f"{found.tensor_memory} columns of tensor memory, sm_{arch} has {machine_code.TENSOR_MEMORY}")
     if compilation.ieee and found.tf32:
         reasons.append("TF32 where IEEE products are promised")
     if found.dots and not any(kind == "bulk" or int(kind.split()[1]) >= WIDE for kind in found.loads):
         reasons.append(f"no load from global memory is {WIDE} bytes wide: {_listed(found.loads)}")
     halves = [dot for dot in found.dots if dot[3] in ("bf16", "f16")]
+    # wgmma takes 64 rows
+    large, kinds = [dot for dot in halves if dot[0] >= 64], {kind.split()[0] for kind in found.mma}
     if halves and not found.mma:
         reasons.append("its products are not on tensor cores")
-    elif arch == 90:
-        # wgmma takes 64 rows
-        large = [dot for dot in halves if dot[0] >= 64]
-        kinds = {kind.split()[0] for kind in found.mma}
-        if large and "wgmma" not in kinds:
-            reasons.append(f"no wgmma for products of 64 rows or more: {_listed(found.mma)}")
-        elif large and len(large) == len(found.dots) and "mma.sync" in kinds:
-            reasons.append(f"some of its products are not wgmma: {_listed(found.mma)}")
-    if compilation.default:
-        reasons += found.serialised
-    return reasons + list(found.unguarded + found.narrow_rows)
+    elif arch == 90 and large and "wgmma" not in kinds:
+        reasons.append(f"no wgmma for products of 64 rows or more: {_listed(found.mma)}")
+    elif arch == 90 and large and len(large) == len(found.dots) and "mma.sync" in kinds:
+        reasons.append(f"some of its products are not wgmma: {_listed(found.mma)}")
+    return [*reasons, *(found.serialised if compilation.default else ()), *found.unguarded, *found.narrow_rows]
 
 
-def _memory(found: Found, arch: int, *, may_spill: bool = False) -> list[str]:
-    reasons = []
-    if found.stack and not may_spill:
-        reasons.append(f"spills: {found.stack} bytes of stack")
+def _memory(found: Found, arch: int, may_spill: bool = False) -> list[str]:
+    reasons = [f"spills: {found.stack} bytes of stack"] if found.stack and not may_spill else []
     if found.shared > SHARED_LIMITS[arch]:
         reasons.append(f"{found.shared} bytes of shared memory, sm_{arch} has {SHARED_LIMITS[arch]}")
     return reasons
@@ -182,23 +182,21 @@ def compilations(module: str, arch: int) -> dict[str, Compilation]:
         ImportError, AttributeError: there is no such module, or it lists no compilations.
         ValueError: two have one name.
     """
-    found = list(importlib.import_module(module).compilations(arch))
-    names = Counter(each.name for each in found)
-    if twice := [name for name, count in names.items() if count > 1]:
+    found = sorted(importlib.import_module(module).compilations(arch), key=lambda each: each.name)
+    if twice := [name for name, count in Counter(each.name for each in found).items() if count > 1]:
         raise ValueError(f"{module}: names of compilations must be unique, got twice: {', '.join(twice)}")
-    stem = module.rpartition(".")[2]
-    return {f"{stem}/{each.name} sm_{arch}": each for each in sorted(found, key=lambda each: each.name)}
+    return {f"{module.rpartition('.')[2]}/{each.name} sm_{arch}": each for each in found}
 
 
 def kernel_row(module: str, key: str, arch: int) -> dict[str, Row]:
     """Compile the configuration of that key; its row, by key. One that does not compile is refused with the error."""
     compilation = compilations(module, arch)[key]
-    row: Row = {"default": compilation.default}
     try:
         found = compile_one(compilation, arch)
+        row = found.row(gate(compilation, arch, found))
     except Exception as error:
-        return {key: row | _failed(f"{type(error).__name__}: {error}")}
-    return {key: row | _described(found, gate(compilation, arch, found))}
+        row = _failed(f"{type(error).__name__}: {error}")
+    return {key: {"default": compilation.default} | row}
 
 
 def cuda_rows(source: str, key: str, arch: int) -> dict[str, Row]:
@@ -210,33 +208,30 @@ def cuda_rows(source: str, key: str, arch: int) -> dict[str, Row]:
     if nvcc is None:
         return {key: {"skipped": NO_NVCC}}
     with tempfile.TemporaryDirectory() as folder:
-        command = [nvcc, *NVCC_FLAGS, f"-I{CSRC}", f"-arch=sm_{CUDA_ARCHS[arch]}", "-cubin", source]
-        command += ["-o", f"{folder}/kernels.cubin"]
-        done = subprocess.run([*command, "--keep", "--keep-dir", folder], capture_output=True, text=True)
+        cubin = Path(folder) / "kernels.cubin"
+        target = [f"-arch=sm_{CUDA_ARCHS[arch]}", source, "--keep-dir", folder, "-o", str(cubin)]
+        done = subprocess.run([nvcc, *NVCC_FLAGS, *target], capture_output=True, text=True)
         if done.returncode:
             said = done.stderr or done.stdout
             # below an error nvcc shows the source
             return {key: _failed("\n".join(re.findall(r".*\berror\b.*", said)[:1]) or said)}
         (ptx,) = Path(folder).glob("*.ptx")
-        # what comes before the first kernel is none
-        parts = re.split(r"\.entry (\w+)", ptx.read_text())[1:]
-        sass = _sass(Path(folder) / "kernels.cubin")
-    code = dict(zip(parts[::2], parts[1::2], strict=True))
+        codes = _by_kernel(r"\.entry (\w+)", ptx.read_text())
+        machine, usage = _by_kernel(r"Function : (\w+)", _cuobjdump("--dump-sass", cubin)), _usage(cubin)
     rows = {}
-    for kernel, memory in sorted(_said_by_ptxas(done.stderr).items()):
-        if STUB.search(code[kernel]):
+    for kernel, (registers, stack, shared) in sorted(usage.items()):
+        if re.search(r"\btrap;", codes[kernel]):  # one for another architecture
             continue
-        if dynamic := re.search(r"// dynamic shared memory: (\d+)", code[kernel]):
-            memory["shared"] += int(dynamic.group(1))
-        found = Found(**memory, **_instructions(code[kernel]))
-        slow = [f"ptxas: {line}" for line in re.findall(rf".*\bC75(?!19)\d\d\b.*\b{kernel}\b.*", done.stderr)]
-        row = _described(found, _memory(found, arch) + _refused_sass(sass[kernel]) + slow)
-        rows[f"{key} {readable(kernel)}"] = row | {"sass": _listed(sass[kernel])}
+        dynamic = re.search(r"// dynamic shared memory: (\d+)", codes[kernel])
+        # from sm_90 on the system's part is counted in
+        shared += int(dynamic.group(1)) if dynamic else 0
+        found = Found(registers, stack, shared - machine_code.RESERVED * (arch >= 90), *_instructions(codes[kernel]))
+        counts = {name: len(re.findall(pattern, machine[kernel])) for name, pattern in SASS.items()}
+        refused = _memory(found, arch)
+        refused += [f"{counts['local']} accesses to local memory"] if counts["local"] else []
+        refused += [f"ptxas: {line}" for line in re.findall(rf".*\bC75(?!19)\d\d\b.*\b{kernel}\b.*", done.stderr)]
+        rows[f"{key} {readable(kernel)}"] = found.row(refused) | {"sass": _listed(counts)}
     return rows or {key: {"kernels": 0}}
-
-
-# a kernel for another architecture
-STUB = re.compile(r"\btrap;")
 
 
 def readable(kernel: str) -> str:
@@ -248,48 +243,12 @@ def readable(kernel: str) -> str:
     return re.sub(r"\([^()]*\)$", "", name).replace(" >", ">").replace("unsigned char", "uint8_t")
 
 
-def _sass(cubin: Path) -> dict[str, dict[str, int]]:
-    """How often which of `SASS` stands in the machine code of each kernel."""
-    parts = re.split(r"Function : (\w+)", _disassembled(cubin))[1:]
-    return {
-        kernel: {name: n for name, pattern in SASS.items() if (n := len(re.findall(pattern, text)))}
-        for kernel, text in zip(parts[::2], parts[1::2], strict=True)
-    }
-
-
-def _disassembled(cubin: Path) -> str:
-    command = [knobs.nvidia.cuobjdump.path, "--dump-sass", str(cubin)]
-    return subprocess.run(command, capture_output=True, text=True).stdout
-
-
-def _refused_sass(counts: dict[str, int]) -> list[str]:
-    return [f"{counts['local']} accesses to local memory"] if "local" in counts else []
-
-
 def nvcc_release() -> str | None:
     """ "13.0"; None where there is no nvcc."""
     nvcc = shutil.which(os.environ.get("NVCC", "nvcc"))
-    if nvcc is None:
-        return None
-    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout if nvcc else ""
     release = re.search(r"release ([\d.]+)", said)
     return release.group(1) if release else None
-
-
-def _described(found: Found, refused: list[str]) -> Row:
-    row: Row = {"registers": found.registers, "stack": found.stack, "shared": found.shared}
-    if found.tensor_memory:
-        row["tensor_memory"] = found.tensor_memory
-    if found.programs is not None:
-        row["programs"] = found.programs
-    row |= {"mma": _listed(found.mma), "loads": _listed(found.loads), "tf32": found.tf32}
-    if found.epilogue is not None:
-        row["epilogue"] = found.epilogue
-    if found.barriers:
-        row["barriers"] = ", ".join(map(str, found.barriers))
-    if found.serialised:
-        row["serialised"] = True
-    return row | ({"refused": refused} if refused else {}) | {"seconds": found.seconds}
 
 
 def _failed(said: str) -> Row:
@@ -299,45 +258,34 @@ def _failed(said: str) -> Row:
 
 
 def _listed(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count} {kind}" for kind, count in counts.items()) or "none"
+    return ", ".join(f"{count} {kind}" for kind, count in counts.items() if count) or "none"
 
 
 # out of what compilers write
 
 
-def _usage(cubin: bytes, file: Path) -> dict[str, int]:
-    file.write_bytes(cubin)
-    command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(file)]
-    said = subprocess.run(command, capture_output=True, text=True)
-    used = re.findall(r"REG:(\d+) STACK:(\d+)", said.stdout)
-    if not used:
-        raise RuntimeError(f"cuobjdump did not tell registers and stack: {said.stdout[-200:]}{said.stderr[-200:]}")
-    return {"registers": max(int(each) for each, _ in used), "stack": max(int(each) for _, each in used)}
+def _by_kernel(name: str, text: str) -> dict[str, str]:
+    """What stands behind each kernel's name; what comes before the first is of none."""
+    parts = re.split(name, text)[1:]
+    return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
-def _said_by_ptxas(text: str) -> dict[str, dict[str, int]]:
-    """Registers, stack and static shared memory of each kernel, out of what `ptxas -v` prints."""
-    kernels = {}
-    for part in text.split("Compiling entry function '")[1:]:
-        frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part)
-        shared = re.search(r"(\d+) bytes smem", part)
-        kernels[part.partition("'")[0]] = {
-            "registers": int(re.search(r"Used (\d+) registers", part).group(1)),
-            "stack": max(int(number) for frame in frames for number in frame),
-            "shared": int(shared.group(1)) if shared else 0,
-        }
-    return kernels
+def _cuobjdump(what: str, cubin: Path) -> str:
+    return subprocess.run([knobs.nvidia.cuobjdump.path, what, str(cubin)], capture_output=True, text=True).stdout
 
 
-def _instructions(ptx: str) -> dict[str, Any]:
-    """The fields of `Found` that stand in PTX."""
-    mma: Counter[str] = Counter()
-    for kind, pattern in (
-        ("wgmma", r"\bwgmma\.mma_async\.[\w.]*?(m\d+n\d+k\d+)"),
-        ("mma.sync", r"(?<!\w)mma\.sync\.[\w.]*?(m\d+n\d+k\d+)"),
-        ("tcgen05", r"\btcgen05\.mma\.[\w.:]*?kind::(\w+)"),
-    ):
-        mma.update(f"{kind} {shape}" for shape in re.findall(pattern, ptx))
+def _usage(cubin: Path) -> dict[str, tuple[int, int, int]]:
+    """Registers, stack and static shared memory of each kernel."""
+    said = _cuobjdump("--dump-resource-usage", cubin)
+    if "Resource usage" not in said:
+        raise RuntimeError(f"cuobjdump did not tell registers and stack: {said[-400:]}")
+    used = re.findall(r"Function (\w+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)", said)
+    return {kernel: tuple(map(int, numbers)) for kernel, *numbers in used}
+
+
+def _instructions(ptx: str) -> tuple[dict[str, int], dict[str, int], bool]:
+    """`Found.mma`, `Found.loads` and `Found.tf32`."""
+    mma = Counter(f"{kind} {shape}" for kind, pattern in MMA.items() for shape in re.findall(pattern, ptx))
     loads: Counter[tuple[str, int]] = Counter()
     for load in re.findall(r"\bld\.[\w.:]*\bglobal[\w.:]*", ptx):
         lanes, bits = re.search(r"\.v(\d)\b", load), re.search(r"\.[bsuf](\d+)$", load)
@@ -345,18 +293,13 @@ def _instructions(ptx: str) -> dict[str, Any]:
     for size in re.findall(r"\bcp\.async\.c[ag]\.shared\S* *\[[^\]]*\], *\[[^\]]*\], *(\w+)", ptx):
         loads["cp.async", int(size, 0)] += 1
     bulk = len(re.findall(r"\bcp\.async\.bulk\.(?:tensor\.\dd\.)?shared", ptx))
-    return {
-        "mma": dict(sorted(mma.items())),
-        "loads": {f"{kind} {size}": count for (kind, size), count in sorted(loads.items())}
-        | ({"bulk": bulk} if bulk else {}),
-        # not as part of a name
-        "tf32": re.search(r"[.:]tf32\b", ptx) is not None,
-    }
+    listed = {f"{kind} {size}": count for (kind, size), count in sorted(loads.items())} | (
+        {"bulk": bulk} if bulk else {}
+    )
+    # not as part of a name
+    return dict(sorted(mma.items())), listed, re.search(r"[.:]tf32\b", ptx) is not None
 
 
 def _dots(ttir: str) -> dict[tuple[int, int, int, str], int]:
-    dots: Counter[tuple[int, int, int, str]] = Counter()
     shape = r"tt\.dot .*: tensor<(\d+)x(\d+)x(\w+)> \* tensor<\d+x(\d+)x\w+>"
-    for m, k, kind, n in re.findall(shape, ttir):
-        dots[int(m), int(n), int(k), kind] += 1
-    return dict(dots)
+    return dict(Counter((int(m), int(n), int(k), kind) for m, k, kind, n in re.findall(shape, ttir)))
