@@ -157,7 +157,7 @@ def test_command_in_a_sentence_does_not_exist_or_takes_other_arguments(page, par
 
 @pytest.mark.parametrize("wrong", [
     "make dem", "make test WRKERS=2", "vitfast inf", "vitfast tune --batsh 1 vit_tiny_patch16_224", "mkae demo",
-    "pip install '.[tets]'", "python benchmarks/rooflin.py", "python benchmarks/make_report.py --chek",
+    "pip install '.[tets]'", "python benchmarks/rooflin.py", "python benchmarks/roofline.py --chek",
     "python -m pytest tests/kernel", ".venv/bin/vitfast inf", "python -m pytest -mm slow",
 ])  # fmt: skip
 def test_wrong_command_passes_for_right(wrong, parse_only):

@@ -50,14 +50,15 @@ def names_imported(path):
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
-            found.add(node.module)
+            found |= {node.module, *(f"{node.module}.{each.name}" for each in node.names)}
         elif isinstance(node, ast.Import):
             found |= {each.name for each in node.names}
     return found
 
 
 GRAPH = {name: imports(path) for name, path in MODULES.items()}
-BENCHMARKS = {path.stem: path for path in (ROOT / "benchmarks").glob("*.py")}
+BENCHMARKS = {name_of(path).removeprefix("benchmarks.") if path.parent.name == "benchmarks" else name_of(path): path
+              for path in (ROOT / "benchmarks").rglob("*.py")}  # fmt: skip
 
 
 def room(module):
@@ -85,7 +86,7 @@ def test_runtime_imports_benchmarks():
         if module not in FACE and LAYERS.index(room(module)) < above:
             assert not {other for other in others if other != "vitfast" and LAYERS.index(room(other)) >= above}, module
     # where the folder is on the path its files are modules without it
-    benchmarks = {"benchmarks", *BENCHMARKS}
+    benchmarks = {name.split(".")[0] for name in BENCHMARKS}
     for path in MODULES.values():
         assert not {name.split(".")[0] for name in names_imported(path)} & benchmarks, path
     assert not {room(other) for other in GRAPH["vitfast"]} & {"bench", "commands"}

@@ -93,7 +93,8 @@ def _bars(ax: Axes, marks: list[Mark], compared: list[Mark], most: int) -> None:
         ax.plot(mark.ends, [y] * len(mark.ends), color=INK, linewidth=0.9)
         at = (max(mark.x + mark.ends), y)
         ax.annotate(mark.said, at, (5, 0), textcoords="offset points", va="center", annotation_clip=False)
-    ax.set(xlim=(0, max(max(mark.x + mark.ends) for mark in compared)), ylim=(most - 0.5, -0.5), xticks=[])
+    longest = max(max(mark.x + mark.ends) for mark in compared)
+    ax.set(xlim=(0, longest or 1), ylim=(most - 0.5, -0.5), xticks=[])
     ax.set_yticks(range(len(marks)), [mark.name for mark in marks])
     ax.spines["bottom"].set_visible(False)
 
@@ -156,9 +157,9 @@ def _of_bars(
                 marks.append(Mark(name, mine, found[:1], (), "  ".join(filter(None, words)), found[1:]))
             elif mine and not timed(variant):
                 marks.append(Mark(name, mine, said="not timed"))
-        tokens = f", {row['shape']['tokens']} tokens" if row["kind"] == "op" and "tokens" in row["shape"] else ""
-        heading = f"{row.get('model', row['name'])}{tokens}, batch {row['batch']}"
-        panels[heading if row["kind"] == "model" else f"{heading}, {row['mode']}"] = marks
+        size = next(f"{side} {row['shape'][side]}" for side in ("tokens", "size", "height") if side in row["shape"])
+        heading = row["model"] if row["kind"] == "model" else f"{row['name']}, {row['mode']}, {size}"
+        panels[f"{heading}, batch {row['batch']}"] = marks
     return _picture(device, kind, title, rows, panels, BARS if speed else "")
 
 

@@ -52,40 +52,35 @@ def load(folder: Path) -> list[Device]:
     Raises:
         ValueError: a file that is no record, or of an unknown schema; names it.
     """
-    found: dict[tuple[bool, str], list[Path]] = {}
+    found: dict[tuple[bool, str], dict[Path, Row]] = {}
     for file in sorted(folder.glob("*.json")):
         # the sweep's record has other rows
         if not file.name.endswith("-tune.json"):
-            run = _read(file)["run"]
+            is_parts = file.name.endswith("-parts.json")
+            data = json.loads(file.read_text(encoding="utf-8")) if is_parts else record.read(file)
+            run = data["run"]
             cpu = run["device_type"] != "cuda"
             name = f"{run['device']}, {run['threads']} threads" if cpu else run["device"]
-            found.setdefault((cpu, name), []).append(file)
-    return [_device(name, not cpu, found[cpu, name]) for cpu, name in sorted(found)]
+            found.setdefault((cpu, name), {})[file] = data
+    return [_device(name, not cpu, files) for (cpu, name), files in sorted(found.items(), key=lambda item: item[0])]
 
 
-def _read(file: Path) -> Row:
-    return json.loads(file.read_text(encoding="utf-8")) if _has_parts(file) else record.read(file)
-
-
-def _has_parts(file: Path) -> bool:
-    """Whether it is of the CPU benchmark whose rows are of kinds of their own, patch, growth and gelu."""
-    return file.name.endswith("-parts.json")
-
-
-def _device(name: str, gpu: bool, files: list[Path]) -> Device:
-    records = sorted((_read(file) for file in files if not _has_parts(file)), key=lambda data: data["run"]["date"])
-    ceilings = [data["ceilings"] | _stamp(data["run"]) for data in records if data["ceilings"]]
-    merged = record.merge(file for file in files if not _has_parts(file))["rows"] if records else []
-    runs = sorted((run for data in records for run in (*data["earlier"], data["run"])), key=lambda run: run["date"])
+def _device(name: str, gpu: bool, files: dict[Path, Row]) -> Device:
+    records = {file: data for file, data in files.items() if "schema" in data}
+    in_order = sorted(records.values(), key=lambda data: data["run"]["date"])
+    ceilings = [data["ceilings"] | _stamp(data["run"]) for data in in_order if data["ceilings"]]
+    runs = sorted((run for data in in_order for run in (*data["earlier"], data["run"])), key=lambda run: run["date"])
     rows = []
-    for row in fair(merged):
+    for row in fair(record.merge(records)["rows"] if records else []):
         began = [run for run in runs if run.get("commit") == row["commit"] and run["date"] <= row["date"]]
         dtype = row["dtype"] + " autocast" * bool(row.get("autocast")) + " as TF32" * bool(row.get("tf32"))
         more = {"model": _model(row)} if row["kind"] == "model" else {}
         rows.append(row | more | {"dtype": dtype, "run": [{}, *began][-1]})
-    for data in map(_read, filter(_has_parts, files)):
-        for kind in ("patch", "growth", "gelu"):
-            rows += [_of_part(row, kind) | _stamp(data["run"]) for row in data[kind]]
+    # of the CPU benchmark whose rows are of kinds of their own
+    for data in (data for data in files.values() if "schema" not in data):
+        rows += [
+            _of_part(row, kind) | _stamp(data["run"]) for kind in ("patch", "growth", "gelu") for row in data[kind]
+        ]
     return Device(name, gpu, rows, [{}, *ceilings][-1])
 
 
@@ -95,13 +90,13 @@ def _stamp(run: Row) -> Row:
 
 def _of_part(row: Row, kind: str) -> Row:
     """A row as those of records are. That of patches names the fastest way of timm, which it is compared with."""
-    variants, against = row["variants"], row.get("against", row["baseline"])
+    variants = row["variants"]
     if kind == "patch":
-        given = {"vitfast": row.get("ratio"), "prepared": row.get("ratio of prepared")}
-        ratios = {name: {"ratio": quartiles and quartiles[1]} for name, quartiles in given.items()}
-        variants = {name: variant | ratios.get(name, {"ratio": None}) for name, variant in variants.items()}
-    noise = dict.fromkeys(("noise_25", "noise_75"), row.get("noise"))
-    return row | noise | {"kind": kind, "mode": kind, "name": kind, "variants": variants, "baseline": against}
+        quartiles = {"vitfast": row.get("ratio"), "prepared": row.get("ratio of prepared")}
+        ratios = {name: found[1] for name, found in quartiles.items() if found}
+        variants = {name: variant | {"ratio": ratios.get(name)} for name, variant in variants.items()}
+    more = {"noise_25": row.get("noise"), "baseline": row.get("against", row["baseline"]), "variants": variants}
+    return row | more | {"kind": kind, "mode": kind, "name": kind}
 
 
 def fair(rows: list[Row]) -> list[Row]:
