@@ -22,7 +22,7 @@ BLUE, ORANGE, GREY, INK, QUIET = "#0072B2", "#C65200", "#AFB8C1", "#24292F", "#5
 COLOURS = (BLUE, "#4A9BD6", "#555555", ORANGE, "#00805E", "#A9507F", "#8A6D00", "#7A4B3A", "#222222", "#7F7F7F")
 STYLE = {
     "font.family": "DejaVu Sans", "font.size": 8.5, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": GREY,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9.5, "axes.titleweight": "bold",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9, "axes.titleweight": "bold",
     "axes.titlelocation": "left", "xtick.major.size": 0, "ytick.major.size": 0, "legend.frameon": False,
     "figure.constrained_layout.w_pad": 0.1, "figure.constrained_layout.h_pad": 0.07,
 }  # fmt: skip
@@ -158,8 +158,8 @@ def _of_bars(
             elif mine and not timed(variant):
                 marks.append(Mark(name, mine, said="not timed"))
         size = next(f"{side} {row['shape'][side]}" for side in ("tokens", "size", "height") if side in row["shape"])
-        heading = row["model"] if row["kind"] == "model" else f"{row['name']}, {row['mode']}, {size}"
-        panels[f"{heading}, batch {row['batch']}"] = marks
+        is_op = row["kind"] == "op"
+        panels[f"{row['name']}, {row['mode']}, {size}" if is_op else f"{row['model']}, batch {row['batch']}"] = marks
     return _picture(device, kind, title, rows, panels, BARS if speed else "")
 
 
@@ -174,11 +174,8 @@ def _ms(row: Row, name: str) -> tuple[float, ...] | None:
 
 
 def _gib(row: Row, name: str) -> tuple[float, ...] | None:
-    variant = row["variants"][name]
-    if variant.get("peak_allocated_mib") is None:
-        return None
-    allocated, reserved = (variant[f"peak_{each}_mib"] / 1024 for each in ("allocated", "reserved"))
-    return allocated, allocated, reserved
+    allocated, reserved = of.peaks(row).get(name, (None, None))
+    return None if allocated is None else (allocated / 1024, allocated / 1024, reserved / 1024)
 
 
 def _percent(row: Row, name: str) -> tuple[float, ...] | None:

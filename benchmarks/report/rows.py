@@ -140,13 +140,17 @@ def _model(row: Row) -> str:
     return name + ("" if size in name or (is_cnn(row) and size == "224") else f" at {size}")
 
 
+def of_kind(kind: str, device: Device) -> list[Row]:
+    return [row for row in device.rows if row["kind"] == kind]
+
+
 def models(device: Device, mode: str | None = None, main_dtype: bool = False) -> list[Row]:
     """Rows of models, of `mode`: one of those that differ only in the group of rivals, with these as "parts".
 
     Of a variant in several of them the first time counts. Ratios stay those to the baseline in the variant's own row.
     Sorted by model (of growing work), dtype and batch; of dtypes all, or the one that pictures show.
     """
-    rows = [row for row in device.rows if row["kind"] == "model" and mode in (None, row["mode"])]
+    rows = [row for row in of_kind("model", device) if mode in (None, row["mode"])]
     found: dict[Any, Row] = {}
     # what is named as the model itself is of no group, or of the first
     for row in sorted(
@@ -196,14 +200,21 @@ def summary_models(device: Device) -> list[Row]:
 
 def base_ops(device: Device, main_dtype: bool = False) -> list[Row]:
     """Rows of ops in the shapes of a ViT-B, each at its largest batch."""
-    rows = [row for row in device.rows if row["kind"] == "op"]
     base = {"width": 768, "head_dim": 64}.items()
-    rows = largest_batch(row for row in rows if all(row["shape"].get(name, size) == size for name, size in base))
+    rows = largest_batch(
+        row for row in of_kind("op", device) if all(row["shape"].get(name, size) == size for name, size in base)
+    )
     return _main_dtype(rows) if main_dtype else rows
 
 
 def timed(variant: Row) -> bool:
     return variant.get("ms") is not None
+
+
+def peaks(row: Row) -> dict[str, tuple[float, float]]:
+    """Peak memory of the variants, allocated and reserved, MiB."""
+    names = ("peak_allocated_mib", "peak_reserved_mib")
+    return {name: tuple(map(v.get, names)) for name, v in row["variants"].items() if v.get(names[0]) is not None}
 
 
 def ratio_text(variant: Row) -> str:

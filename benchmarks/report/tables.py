@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from typing import Any
 
 from benchmarks.report import rows as of
 from benchmarks.report.rows import Device, Row, images_per_s, number, ours, rival, timed
 
 PACKAGES = ("torch", "triton", "timm", "transformers", "cuda", "driver")
 RATIOS = "in brackets how many times as fast as the baseline, pair by pair, ≈ within noise."
+# of records that do not say what is within noise
+ALONE = f"{RATIOS.partition(', ≈')[0].capitalize()}."
 GRAPHS = "Where the host is the limit, times are of replayed CUDA graphs; the last column is its clock without them."
 ROOFLINE = "The roofline is the time that the op's products or bytes need at this device's measured ceilings."
 PRODUCT = "Product alone: the time of `F.linear` without anything around it as a share of vitfast's."
@@ -27,8 +30,10 @@ def table(lines: Iterable[Line]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def captioned(device: Device, rows: Iterable[Row], body: str, explained: str, noise: bool = True) -> str:
-    """A table with its caption above and its footnotes below."""
+def captioned(device: Device, rows: list[Row], body: str, explained: str, noise: bool = True) -> str | None:
+    """A table with its caption above and its footnotes below; None where it has no rows."""
+    if not rows:
+        return None
     shown, notes, versions = [part for row in rows for part in row.get("parts", [row])], {}, []
     for package in PACKAGES:
         seen = sorted({row["run"][package] for row in shown if row["run"].get(package)})
@@ -76,8 +81,7 @@ growth = partial(cell, _of_an_image)
 
 
 def memory(row: Row, name: str) -> str:
-    peaks = (row["variants"].get(name, {}).get(f"peak_{kind}_mib") for kind in ("allocated", "reserved"))
-    return " / ".join(f"{mib:,.0f}" for mib in peaks if mib is not None) or "-"
+    return " / ".join(f"{mib:,.0f}" for mib in of.peaks(row).get(name, ())) or "-"
 
 
 def called(row: Row, name: str, per_s: bool = False) -> str:
@@ -93,9 +97,8 @@ def is_replayed(row: Row) -> bool:
 
 
 def by_variant(
-    explained: str, cell: Callable[[Row, str], str], rows: Iterable[Row], device: Device, *,
+    device: Device, rows: list[Row], cell: Callable[[Row, str], str], explained: str,
     named: tuple[str, ...] = ("model", "batch", "dtype"), more: Callable[[Row], Line] = lambda row: {},
-    noise: bool = True,
 ) -> str | None:  # fmt: skip
     """One line a row, one column a variant; a table for each kind of model with its own rivals."""
     kinds: dict[tuple[bool, str], list[Row]] = {}
@@ -111,7 +114,9 @@ def by_variant(
             lines[-1] |= more(row)
         bodies.append(table(lines))
     explained += f" Absent there: {', '.join(absent)}." if absent else ""
-    return captioned(device, sum(kinds.values(), []), "\n\n".join(bodies), explained, noise) if bodies else None
+    return captioned(
+        device, sum(kinds.values(), []), "\n\n".join(bodies), explained, noise=cell in (rate, time, growth)
+    )
 
 
 def summary(device: Device) -> str | None:
@@ -123,7 +128,7 @@ def summary(device: Device) -> str | None:
         return {head: " / ".join(called(row, name, per_s=True) for name in names)} if replayed else {}
 
     explained = f"Inference at the largest batch, images/s; {RATIOS.replace('the baseline', of.RIVAL)}"
-    return by_variant(explained + f" {GRAPHS}" * replayed, rate, rows, device, more=without)
+    return by_variant(device, rows, rate, explained + f" {GRAPHS}" * replayed, more=without)
 
 
 def of_ops(rows: Callable[[Device], list[Row]], device: Device) -> str | None:
@@ -147,7 +152,7 @@ def of_ops(rows: Callable[[Device], list[Row]], device: Device) -> str | None:
             "product alone": f"{100 * alone / variants[best]['ms']:.0f} %" if alone and best else None,
         })  # fmt: skip
     more = f" {PRODUCT}" if any(line["product alone"] for line in lines) else ""
-    return captioned(device, found, table(lines), f"{RATIOS.capitalize()} {ROOFLINE}{more}") if found else None
+    return captioned(device, found, table(lines), f"{RATIOS.capitalize()} {ROOFLINE}{more}")
 
 
 def flops(device: Device) -> str | None:
@@ -163,7 +168,7 @@ def flops(device: Device) -> str | None:
             "its images/s": rate(row, other, False), "its TFLOP/s": of_other and number(of_other),
         })  # fmt: skip
     explained = "Inference at the largest batch; 1 multiply-add: 2 FLOP."
-    return captioned(device, rows, table(lines), explained) if rows else None
+    return captioned(device, rows, table(lines), explained)
 
 
 def ceilings(device: Device) -> str | None:
@@ -185,46 +190,38 @@ def ceilings(device: Device) -> str | None:
     return captioned(device, [found], body, explained)
 
 
-def _models(
-    explained: str, cell: Callable[[Row, str], str], mode: str | None = None,
-    keep: Callable[[Row], object] = lambda row: True, **how: object,
-) -> Callable[[Device], str | None]:  # fmt: skip
-    return lambda device: by_variant(explained, cell, filter(keep, of.models(device, mode)), device, **how)
-
-
-def _part(
-    kind: str, explained: str, cell: Callable[[Row, str], str], *named: str
-) -> Callable[[Device], str | None]:  # fmt: skip
-    def made(device: Device) -> str | None:
-        rows = [row for row in device.rows if row["kind"] == kind]
-        # these records do not say what is within noise
-        ratios = RATIOS.partition(", ≈")[0].capitalize()
-        return by_variant(f"{explained} {ratios}.", cell, rows, device, named=named)
-
-    return made
+def _by_variant(rows: Callable[[Device], list[Row]], *how: Any) -> Callable[[Device], str | None]:
+    return lambda device: by_variant(device, rows(device), *how)
 
 
 TABLES = {
-    "summary": summary,
-    "host": _models("Milliseconds of a call from Python without a graph, by the host's clock.", called, noise=False,
-                    keep=lambda row: is_replayed(row) and ours(row), named=("model", "mode", "batch", "dtype")),
-    "throughput": _models(f"Inference, images/s; {RATIOS}", rate, "inference", lambda row: row["batch"] > 1),
-    "latency": _models(f"Inference of one image, ms; {RATIOS}", time, "inference", lambda row: row["batch"] == 1),
-    "training": _models(f"Training without the optimizer (forward, loss, backward), images/s; {RATIOS}", rate,
-                        "training"),
-    "memory": _models("Memory of a training step at its peak beyond weights and images, MiB: allocated / reserved.",
-                      memory, "training", lambda row: any(memory(row, name) != "-" for name in row["variants"]),
-                      noise=False),
-    "ops": partial(of_ops, of.base_ops),
-    "all ops": partial(of_ops, lambda device: [row for row in device.rows if row["kind"] == "op"]),
-    "flops": flops,
-    "ceilings": ceilings,
-    "patch": _part("patch", "From uint8 images, channels last, to tokens: normalise, cut, project, add positions and "
-                   "class token, ms; the baseline is the fastest of three ways to do it with timm's modules.", time,
-                   "model", "batch", "dtype"),
-    "growth": _part("growth", "Of an image; TFLOP/s count timm's operations, whatever a variant leaves out; MiB are "
-                    "what one forward adds at its peak, in a process of its own.", growth,
-                    "model", "dtype", "batch", "tokens"),
-    "gelu": _part("gelu", "Milliseconds; the MLP is of width 768, with its norm and residual.", time,
-                  "job", "shape", "dtype"),
+    "summary": summary, "ops": partial(of_ops, of.base_ops), "all ops": partial(of_ops, partial(of.of_kind, "op")),
+    "flops": flops, "ceilings": ceilings,
+    "host": _by_variant(
+        lambda device: [row for row in of.models(device) if is_replayed(row) and ours(row)], called,
+        "Milliseconds of a call from Python without a graph, by the host's clock.",
+        ("model", "mode", "batch", "dtype")),
+    "throughput": _by_variant(
+        lambda device: [row for row in of.models(device, "inference") if row["batch"] > 1], rate,
+        f"Inference, images/s; {RATIOS}"),
+    "latency": _by_variant(
+        lambda device: [row for row in of.models(device, "inference") if row["batch"] == 1], time,
+        f"Inference of one image, ms; {RATIOS}"),
+    "training": _by_variant(
+        partial(of.models, mode="training"), rate,
+        f"Training without the optimizer (forward, loss, backward), images/s; {RATIOS}"),
+    "memory": _by_variant(
+        lambda device: [row for row in of.models(device, "training") if of.peaks(row)], memory,
+        "Memory of a training step at its peak beyond weights and images, MiB: allocated / reserved."),
+    "patch": _by_variant(
+        partial(of.of_kind, "patch"), time,
+        "From uint8 images, channels last, to tokens: normalise, cut, project, add positions and class token, ms; the "
+        f"baseline is the fastest of three ways to do it with timm's modules. {ALONE}"),
+    "growth": _by_variant(
+        partial(of.of_kind, "growth"), growth,
+        "Of an image; TFLOP/s count timm's operations, whatever a variant leaves out; MiB are what one forward adds at "
+        f"its peak, in a process of its own. {ALONE}", ("model", "dtype", "batch", "tokens")),
+    "gelu": _by_variant(
+        partial(of.of_kind, "gelu"), time,
+        f"Milliseconds; the MLP is of width 768, with its norm and residual. {ALONE}", ("job", "shape", "dtype")),
 }  # fmt: skip
