@@ -26,6 +26,7 @@ STYLE = {
     "axes.titlelocation": "left", "xtick.major.size": 0, "ytick.major.size": 0, "legend.frameon": False,
     "figure.constrained_layout.w_pad": 0.1, "figure.constrained_layout.h_pad": 0.07,
 }  # fmt: skip
+SPREAD = ("ms", "ms_20", "ms_80")
 BARS = "\n×: times as fast as the bar without one, pair by pair; ≈: within noise; lines: 20 to 80 % of the rounds"
 
 
@@ -138,23 +139,21 @@ def _picture(
     return Picture(kind, title, below, panels) if panels else None
 
 
-# of a row's variant the length of its bar, and the ends of the line in it; None where it has none
-Lengths = Callable[[Row, str], tuple[float, ...] | None]
-
-
 def _of_bars(
-    device: Device, title: str, rows: list[Row], lengths: Lengths, *, speed: bool = True, kind: str = "bars"
-) -> Picture | None:
-    """One panel a row, one bar a variant."""
+    device: Device, title: str, rows: list[Row], lengths: Callable[[Row, Row], list[float | None]], *,
+    speed: bool = True, kind: str = "bars",
+) -> Picture | None:  # fmt: skip
+    """One panel a row, one bar a variant; by row and variant its length, and the ends of the line in it."""
     panels: dict[str, list[Mark]] = {}
     for row in rows:
         marks = []
         for name in of.variant_names([row]):
-            variant, found = row["variants"][name], lengths(row, name)
+            variant = row["variants"].get(name, {})
             mine, ratio = bool(variant.get("ours")), of.ratio_text(variant) if speed and name != row["baseline"] else ""
-            if found is not None:
-                words = (number(found[0]), ratio, "not accepted" if variant.get("accepted") is False else "")
-                marks.append(Mark(name, mine, found[:1], (), "  ".join(filter(None, words)), found[1:]))
+            length, *ends = lengths(row, variant) if timed(variant) else [None]
+            if length is not None:
+                words = (number(length), ratio, "not accepted" if variant.get("accepted") is False else "")
+                marks.append(Mark(name, mine, (length,), (), "  ".join(filter(None, words)), tuple(ends)))
             elif mine and not timed(variant):
                 marks.append(Mark(name, mine, said="not timed"))
         size = next(f"{side} {row['shape'][side]}" for side in ("tokens", "size", "height") if side in row["shape"])
@@ -163,24 +162,8 @@ def _of_bars(
     return _picture(device, kind, title, rows, panels, BARS if speed else "")
 
 
-def _rate(row: Row, name: str) -> tuple[float, ...] | None:
-    variant, images = row["variants"][name], row["batch"] * 1e3
-    return tuple(images / variant[each] for each in ("ms", "ms_20", "ms_80")) if timed(variant) else None
-
-
-def _ms(row: Row, name: str) -> tuple[float, ...] | None:
-    variant = row["variants"][name]
-    return (variant["ms"], variant["ms_20"], variant["ms_80"]) if timed(variant) else None
-
-
-def _gib(row: Row, name: str) -> tuple[float, ...] | None:
-    allocated, reserved = of.peaks(row).get(name, (None, None))
-    return None if allocated is None else (allocated / 1024, allocated / 1024, reserved / 1024)
-
-
-def _percent(row: Row, name: str) -> tuple[float, ...] | None:
-    percent = row["variants"][name].get("percent") if name in (ours(row), rival(row)) else None
-    return None if percent is None else (percent,)
+def _rate(row: Row, variant: Row) -> list[float | None]:
+    return [row["batch"] * 1e3 / variant[each] for each in SPREAD]
 
 
 def summary(device: Device) -> Picture | None:
@@ -194,17 +177,26 @@ def rivals(device: Device) -> Picture | None:
 
 def latency(device: Device) -> Picture | None:
     rows = [row for row in of.models(device, "inference", True) if row["batch"] == 1 and not of.is_cnn(row)]
-    return _of_bars(device, "Inference of one image: milliseconds", rows, _ms)
+    title = "Inference of one image: milliseconds"
+    return _of_bars(device, title, rows, lambda row, variant: [variant[each] for each in SPREAD])
 
 
 def memory(device: Device) -> Picture | None:
+    def gib(row: Row, variant: Row) -> list[float | None]:
+        allocated, reserved = of.peaks(variant) or (None, None)
+        return [None] if allocated is None else [allocated / 1024, allocated / 1024, reserved / 1024]
+
     title = "Memory of a training step at its peak, GiB allocated; lines: reserved"
-    return _of_bars(device, title, of.largest_batch(of.models(device, "training", True)), _gib, speed=False)
+    return _of_bars(device, title, of.largest_batch(of.models(device, "training", True)), gib, speed=False)
 
 
 def ops(device: Device) -> Picture | None:
+    rows = []
+    for row in of.base_ops(device, True):
+        best = (ours(row) or next((name for name, v in row["variants"].items() if v.get("ours")), None), rival(row))
+        rows.append(row | {"variants": {name: row["variants"][name] for name in best if name}})
     title = "Percent of the roofline: vitfast and the fastest other"
-    return _of_bars(device, title, of.base_ops(device, True), _percent, speed=False, kind="percent")
+    return _of_bars(device, title, rows, lambda row, variant: [variant.get("percent")], speed=False, kind="percent")
 
 
 def throughput(device: Device) -> Picture | None:

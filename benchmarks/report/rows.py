@@ -211,10 +211,10 @@ def timed(variant: Row) -> bool:
     return variant.get("ms") is not None
 
 
-def peaks(row: Row) -> dict[str, tuple[float, float]]:
-    """Peak memory of the variants, allocated and reserved, MiB."""
-    names = ("peak_allocated_mib", "peak_reserved_mib")
-    return {name: tuple(map(v.get, names)) for name, v in row["variants"].items() if v.get(names[0]) is not None}
+def peaks(variant: Row) -> tuple[float, ...]:
+    """Peak memory, allocated and reserved, MiB; () where it was not measured."""
+    found = (variant.get("peak_allocated_mib"), variant.get("peak_reserved_mib"))
+    return found if timed(variant) and None not in found else ()
 
 
 def ratio_text(variant: Row) -> str:

@@ -81,7 +81,7 @@ growth = partial(cell, _of_an_image)
 
 
 def memory(row: Row, name: str) -> str:
-    return " / ".join(f"{mib:,.0f}" for mib in of.peaks(row).get(name, ())) or "-"
+    return " / ".join(f"{mib:,.0f}" for mib in of.peaks(row["variants"].get(name, {}))) or "-"
 
 
 def called(row: Row, name: str, per_s: bool = False) -> str:
@@ -211,7 +211,8 @@ TABLES = {
         partial(of.models, mode="training"), rate,
         f"Training without the optimizer (forward, loss, backward), images/s; {RATIOS}"),
     "memory": _by_variant(
-        lambda device: [row for row in of.models(device, "training") if of.peaks(row)], memory,
+        lambda device: [row for row in of.models(device, "training") if any(map(of.peaks, row["variants"].values()))],
+        memory,
         "Memory of a training step at its peak beyond weights and images, MiB: allocated / reserved."),
     "patch": _by_variant(
         partial(of.of_kind, "patch"), time,
