@@ -42,7 +42,8 @@ def report(site):
 
 
 def blocks(site):
-    text = (site / "docs/numbers.md").read_text()
+    """What the page would have in each block; no picture is drawn for it."""
+    text = make_report.filled(site, site / "results")[0][site / "docs/numbers.md"]
     return {name: body.strip() for _, name, body, _ in make_report.BLOCK.findall(text)}
 
 
@@ -62,7 +63,7 @@ def test_files_of_other_plans_cost_the_report(site):
     run = json.loads((site / "results" / "run.json").read_text())
     others = run | {"rows": [], "stages": {"kernels": {"done": True}}, "lost": {}}
     (site / "results" / "some-gpu-tests.json").write_text(json.dumps(others))
-    assert report(site) == 0 and blocks(site)["gpu throughput"] != NOT_MEASURED
+    assert blocks(site)["gpu throughput"] != NOT_MEASURED
 
 
 def test_what_ran_on_a_gpu_is_left_out_or_made_up(site):
@@ -96,8 +97,7 @@ def test_a_block_without_a_file_says_anything_but_that_it_was_not_measured(site)
 
 def test_a_table_or_picture_of_one_device_shows_another_or_does_not_say_which(site):
     fake_record.everything(site / "results")
-    assert report(site) == 0
-    found = blocks(site)
+    found, pictures = blocks(site), make_report.filled(site, site / "results")[1].keys()
     for name, body in found.items():
         if name in (
             "cpu ops", "cpu all ops", "cpu ceilings", "cpu host", "gpu host", "gpu patch", "gpu growth", "gpu gelu",
@@ -109,8 +109,7 @@ def test_a_table_or_picture_of_one_device_shows_another_or_does_not_say_which(si
             assert caption.startswith("NVIDIA H200" if gpu else "Some CPU (AVX-512), 2 threads")
             assert "commit abc1234, 2026-11-20" in caption
         assert "**" in body and ("Some CPU" in body) is not gpu and ("H200" in body) is gpu
-    pictures = {path.name for path in (site / "results").glob("*.png")}
-    named = set(re.findall(r"\(\.\./results/(report_\w+\.png)\)", (site / "docs/numbers.md").read_text()))
+    named = set(re.findall(r"\(\.\./results/(report_\w+\.png)\)", "".join(found.values())))
     # memory is measured on the GPU only in earnest, but these records have it for both
     assert named == pictures and len(named) == 13
 
@@ -118,7 +117,6 @@ def test_a_table_or_picture_of_one_device_shows_another_or_does_not_say_which(si
 def test_a_table_of_bench_cpu_shows_another_number(site):
     """A quartile for the median, the time of a batch for that of an image, or the rival's for ours."""
     fake_record.everything(site / "results")
-    report(site)
     found = blocks(site)
     lines = {name: found[f"cpu {name}"].splitlines()[-1] for name in ("patch", "growth", "gelu")}
     model = "vit_small_patch16_224"
@@ -133,14 +131,12 @@ def test_a_wrong_result_of_bench_cpu_passes_for_a_time(site):
     parts = fake_record.parts()
     parts["gelu"][0]["variants"]["vitfast"] = {"error": 9.0, "not_timed": "differs from timm's result"}
     (site / "results" / "cpu-parts.json").write_text(json.dumps(parts))
-    report(site)
     body = blocks(site)["cpu gelu"]
     assert "| 16.0 | not timed [1] |" in body and "\\[1\\] differs from timm's result" in body
 
 
 def test_a_table_of_gpu_rows_loses_a_model_a_rival_or_a_number(site):
     fake_record.everything(site / "results")
-    report(site)
     found = blocks(site)
     record = json.loads((site / "results" / "h200_b.json").read_text())
     for row in record["rows"]:
@@ -213,14 +209,12 @@ def test_an_unknown_schema_or_a_broken_file_is_read(site, capsys):
 def test_ours_that_was_not_accepted_shows_a_time_or_no_reason(site):
     red = {"ours": True, "accepted": False, "not_timed": "rms error | 9 times\nmore"}
     one_row(site, lambda v: v.update(vitfast=red))
-    report(site)
     body = blocks(site)["gpu throughput"]
     line = next(line for line in body.splitlines() if line.startswith("| vit_base"))
     assert line.split(" | ")[3] == "not timed [1]" and line.count("|") == 7
     assert "\\[1\\] rms error / 9 times more" in body
     # even if a file had a time
     one_row(site, lambda v: v["vitfast"].update(accepted=False, why_not_accepted="wrong"))
-    report(site)
     body = blocks(site)["gpu throughput"]
     assert "| not timed [1] |" in body and "\\[1\\] wrong" in body
     (gpu,) = report_rows.load(site / "results")
@@ -231,7 +225,6 @@ def test_ours_that_was_not_accepted_shows_a_time_or_no_reason(site):
 
 def test_a_rival_outside_the_rule_is_not_marked(site):
     one_row(site, lambda v: v["torchvision"].update(accepted=False, error_ratio=3.42))
-    report(site)
     body = blocks(site)["gpu throughput"]
     assert re.search(r"\d \(\S+\) \[1\] \|$", body, re.MULTILINE)
     assert "outside the acceptance rule: 3.4 times the yardstick's error" in body
@@ -240,7 +233,6 @@ def test_a_rival_outside_the_rule_is_not_marked(site):
 @pytest.mark.parametrize("within, shown", [(True, "(≈)"), (False, "(1.01×)")])
 def test_a_difference_within_noise_reads_as_one(within, shown, site):
     one_row(site, lambda v: v["vitfast"].update(within_noise=within, ratio=1.0123))
-    report(site)
     body = blocks(site)["gpu throughput"]
     assert shown in body and "differs from itself by up to 0.5%" in body
     assert ("1.01" in body) is not within
@@ -254,7 +246,6 @@ def test_the_product_alone_is_a_rival_or_not_set_against_ours(site):
         row["variants"][name]["ms"] = ms
     row["variants"]["product"]["part"] = True
     fake_record.write(site / "results" / "run.json", [row])
-    report(site)
     (line,) = [line for line in blocks(site)["gpu ops"].splitlines() if line.startswith("| linear proj")]
     cells = line.split(" | ")
     assert cells[7] == "F.linear" and cells[-1] == "80 % |"
@@ -278,7 +269,6 @@ def test_absent_and_failed_rivals_are_not_told_apart(site):
     row["variants"] |= {"torchvision": absent, "Hugging Face": absent, "timm compiled": failed}
     other["variants"]["Hugging Face"] = absent
     fake_record.write(site / "results" / "run.json", [row, other])
-    report(site)
     body = blocks(site)["gpu throughput"]
     lines = [line.split(" | ") for line in body.splitlines() if line.startswith("| vit_base")]
     # 8 images, then 64; the columns are those of what somebody has
@@ -293,7 +283,6 @@ def test_a_newer_row_does_not_replace_an_older_or_loses_its_commit(site):
     newer["variants"] = {**row["variants"], "vitfast": {**row["variants"]["vitfast"], "ms": 64e3 / 77_777}}
     run = fake_record.run(date="2026-12-01T08:00:00Z", commit="fff9999", dirty=True)
     fake_record.write(site / "results" / "a_newer_run.json", [newer], run)
-    report(site)
     body = blocks(site)["gpu throughput"]
     assert "77,777" in body and "commit fff9999 with local changes, 2026-12-01" in body and "abc1234" not in body
 
@@ -343,7 +332,6 @@ def test_the_summary_shows_another_model_a_rival_or_the_smaller_batch(site):
     small = row | {"key": "small", "batch": 8, "work": {"flops": DONE.flops // 8, "bytes": DONE.bytes // 8}}
     large = row | {"key": "large", "name": "vit_giant_patch14_224"}
     fake_record.write(site / "results" / "run.json", [row, other, small, large])
-    assert report(site) == 0
     body = blocks(site)["gpu summary"]
     (line,) = [line for line in body.splitlines() if line.startswith(("| vit", "| res"))]
     assert line.startswith("| vit_base_patch16_224 | 64 | bf16 |") and "torchvision" not in body
@@ -363,7 +351,6 @@ def test_time_of_a_graph_passes_for_that_of_calls(site):
             variants[name] |= {"ms": ms, "wall_ms": wall_ms, "graph": True}
 
     one_row(site, change)
-    assert report(site) == 0
     found = blocks(site)
     (line,) = [line for line in found["gpu summary"].splitlines() if line.startswith("| vit")]
     assert "| 8,000 (" in line and line.endswith("| 4,000 | 1,000 / 2,000 |")
@@ -371,7 +358,6 @@ def test_time_of_a_graph_passes_for_that_of_calls(site):
     (line,) = [line for line in found["gpu host"].splitlines() if line.startswith("| vit")]
     assert line.endswith("| inference | 64 | bf16 | 64.0 | 32.0 |") and "torchvision" not in found["gpu host"]
     one_row(site, lambda variants: [v.update(graph=False, wall_ms=v["ms"]) for v in variants.values()])
-    report(site)
     assert blocks(site)["gpu host"] == NOT_MEASURED and "without graphs" not in blocks(site)["gpu summary"]
 
 
