@@ -11,6 +11,7 @@ from typing import NamedTuple
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -59,7 +60,7 @@ class Picture(NamedTuple):
         with matplotlib.rc_context(STYLE):
             self.figure().savefig(drawn, format="png", dpi=150)
         info.add_text("Description", self.digest)
-        Image.open(drawn).convert("RGB").quantize(32).save(file, "png", optimize=True, pnginfo=info)
+        Image.open(drawn).convert("RGB").quantize(128).save(file, "png", optimize=True, pnginfo=info)
         return file.getvalue()
 
     def figure(self) -> Figure:
@@ -76,15 +77,19 @@ class Picture(NamedTuple):
         every = [mark for marks in self.panels.values() for mark in marks]
         names = dict.fromkeys(mark.name for mark in every)
         colours = dict(zip(names, COLOURS * len(names), strict=False))
+        handles: dict[str, Line2D] = {}
         for ax, (heading, marks) in zip(axes, self.panels.items(), strict=False):
             ax.set_title(heading)
             if self.kind == "lines":
                 _lines(ax, marks, colours)
+                handles |= {line.get_label(): line for line in ax.lines}
             elif self.kind == "points":
                 _points(ax, marks)
             else:
                 # percents have one scale
                 _bars(ax, marks, every if self.kind == "percent" else marks, most)
+        if handles:
+            figure.legend(handles=list(handles.values()), loc="outside right upper")
         return figure
 
 
@@ -110,16 +115,17 @@ def _lines(ax: Axes, marks: list[Mark], colours: dict[str, str]) -> None:
     ax.minorticks_off()
     ax.yaxis.set_major_formatter("{x:,.0f}")
     ax.yaxis.grid(True, color="#EAEEF2")
-    ax.legend(fontsize=7.5)
 
 
 def _points(ax: Axes, marks: list[Mark]) -> None:
-    for mark in marks:
+    for i, mark in enumerate(marks):
         colour, line = ORANGE if mark.said else BLUE, len(mark.x) > 1
         style = {"marker": "s" if mark.said else "o", "fillstyle": "full" if mark.mine or mark.said else "none"}
         ax.plot(mark.x, mark.y, color=GREY if line else colour, linewidth=0.9, **({} if line else style))
         at = (mark.x[0], mark.y[0])
-        ax.annotate(mark.name, at, (7, -2), textcoords="offset points", color=QUIET if line else colour)
+        # apart from that of the next, which may be near
+        offset = (7, 2 if i % 2 else -9)
+        ax.annotate(mark.name, at, offset, textcoords="offset points", color=QUIET if line else colour)
     xs, ys = ([number for mark in marks for number in each(mark)] for each in (lambda m: m.x, lambda m: m.y))
     # wide enough for two powers of ten
     ax.set(xscale="log", xlim=(min(xs) / 3, max(xs) * 3), xlabel="GFLOP an image")
