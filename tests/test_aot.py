@@ -59,10 +59,11 @@ def test_a_default_configuration_is_refused_or_not_the_recorded_one(module, arch
     """Another Triton than the record's allots other registers, so that only what is refused is compared there."""
     recorded = aot.read(aot.RECORD)
     rows, kernels = {}, set()
-    for job in aot.kernel_jobs([module], [arch], defaults=True):
+    listed = compilations(module, arch)
+    for job in aot.kernel_jobs([module], [arch]):
         # the first of each kernel in each dtype
         kernel = tuple(job.key.split()[:2])
-        if kernel not in kernels:
+        if listed[job.key].default and kernel not in kernels:
             kernels.add(kernel)
             rows |= job.work(*job.arguments)
     known = REFUSED.get(triton.__version__.rpartition(".")[0], {})
@@ -474,7 +475,7 @@ def test_the_record_changes_from_run_to_run(of_samples, monkeypatch, capsys):
     assert first.count("new      aot_samples/fine sm_") == 4 and "no difference" in second
     rows = json.loads(texts[0])["rows"]
     assert list(rows) == [f"aot_samples/fine sm_{arch}" for arch in ARCHS]
-    assert "wgmma" in rows["aot_samples/fine sm_90"]["mma"] and "seconds" not in rows["aot_samples/fine sm_90"]
+    assert "wgmma" in rows["aot_samples/fine sm_90"]["mma"]
 
 
 def test_a_part_of_the_configurations_takes_the_place_of_the_record(of_samples, capsys):
@@ -487,8 +488,8 @@ def test_a_jump_does_not_show():
     row = {"registers": 128, "stack": 0, "shared": 40960, "mma": "8 wgmma m64n64k16", "loads": "16 cp.async 16"}
     before = {"a sm_90": row, "b sm_90": row, "c sm_90": row}
     after = {
-        "a sm_90": row | {"registers": 168, "stack": 24, "mma": "64 mma.sync m16n8k16", "seconds": 2.0},
-        "b sm_90": row | {"seconds": 3.0},
+        "a sm_90": row | {"registers": 168, "stack": 24, "mma": "64 mma.sync m16n8k16"},
+        "b sm_90": row,
         "d sm_90": row | {"refused": ["spills: 8 bytes of stack"]},
     }
     new, gone, changed = aot.differences(before, after)
@@ -504,7 +505,7 @@ def test_a_jump_does_not_show():
 def test_rows_of_cuda_are_lost_where_there_is_no_nvcc(monkeypatch):
     monkeypatch.setenv("NVCC", "/nowhere/nvcc")
     before = {"schema": 1, "nvcc": "13.0", "rows": {"csrc/a.cu sm_80 k": {"registers": 8}, "gone sm_80": {}}}
-    after = aot.record_of({"k sm_80": {"seconds": 1.0}, "csrc/a.cu sm_80": {"skipped": NO_NVCC}}, before)
+    after = aot.record_of({"k sm_80": {}, "csrc/a.cu sm_80": {"skipped": NO_NVCC}}, before)
     assert after["rows"] == {"k sm_80": {}, "csrc/a.cu sm_80 k": {"registers": 8}} and after["nvcc"] == "13.0"
 
 

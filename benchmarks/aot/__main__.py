@@ -4,8 +4,8 @@
 
 Prints a line for each configuration of each Triton kernel and for each kernel of csrc/cuda: registers, stack, shared
 memory, programs a multiprocessor, tensor core instructions, widths of loads, instructions behind the last product,
-barriers in the loop around it, why it is refused; then what differs from the record. --write, which
-takes all configurations, renews the record: without times in it, so that the same versions write the same file.
+barriers in the loop around it, why it is refused; then what differs from the record. --write, which takes all
+configurations, renews the record; the same versions write the same file.
 
 A configuration is refused where it does not compile; spills and some shape runs it by default; needs more shared memory
 than the card has; has no wgmma on sm_90, or no wide load, for its products; has TF32 where it promises IEEE products;
@@ -53,14 +53,13 @@ class Job(NamedTuple):
     arguments: tuple[Any, ...]
 
 
-def kernel_jobs(modules: Iterable[str], archs: Iterable[int], *, defaults: bool = False) -> list[Job]:
-    """One for each configuration, or with `defaults` for those that some shape runs by default; by name and arch."""
+def kernel_jobs(modules: Iterable[str], archs: Iterable[int]) -> list[Job]:
+    """One for each configuration, by name and arch."""
     found = [
         (key.rpartition(" ")[0], arch, Job(key, kernel_row, (module, key, arch)))
         for module in modules
         for arch in archs
-        for key, each in compilations(module, arch).items()
-        if each.default or not defaults
+        for key in compilations(module, arch)
     ]
     return [job for *_, job in sorted(found)]
 
@@ -130,11 +129,7 @@ def record_of(rows: dict[str, Row], before: dict[str, Any]) -> dict[str, Any]:
         kept = {key: row for key, row in before["rows"].items() if key.startswith("csrc/")}
     versions = {"triton": machine.version("triton"), "torch": machine.version("torch"), "sources": sources()}
     versions["nvcc"] = release or before.get("nvcc")
-    return {"schema": SCHEMA, **versions, "rows": {key: _without_time(row) for key, row in rows.items()} | kept}
-
-
-def _without_time(row: Row) -> Row:
-    return {name: value for name, value in row.items() if name != "seconds"}
+    return {"schema": SCHEMA, **versions, "rows": rows | kept}
 
 
 def differences(before: dict[str, Row], after: dict[str, Row], *, gone: bool = True) -> list[str]:
@@ -146,7 +141,7 @@ def differences(before: dict[str, Row], after: dict[str, Row], *, gone: bool = T
     lines = [f"new      {line_of(key, row)}" for key, row in after.items() if key not in before]
     lines += [f"gone     {line_of(key, row)}" for key, row in before.items() if gone and key not in after]
     for key, row in after.items():
-        if key in before and (changes := _changes(before[key], _without_time(row))):
+        if key in before and (changes := _changes(before[key], row)):
             lines.append(f"changed  {key}: {'; '.join(changes)}")
     return lines
 
@@ -163,9 +158,8 @@ def _changes(before: Row, after: Row) -> list[str]:
 
 
 def line_of(key: str, row: Row) -> str:
-    numbers = ", ".join(f"{name} {value}" for name, value in row.items() if name not in ("refused", "seconds"))
-    seconds = f" ({row['seconds']:.1f} s)" if row.get("seconds") else ""
-    return f"{key:56} {numbers}{seconds}" + "".join(f"\n    REFUSED {why}" for why in row.get("refused", ()))
+    numbers = ", ".join(f"{name} {value}" for name, value in row.items() if name != "refused")
+    return f"{key:56} {numbers}" + "".join(f"\n    REFUSED {why}" for why in row.get("refused", ()))
 
 
 def main(argv: list[str] | None = None) -> int:

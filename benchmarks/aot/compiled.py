@@ -13,7 +13,6 @@ import re
 import shutil
 import subprocess
 import tempfile
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,7 +63,6 @@ class Found(NamedTuple):
         programs, epilogue, barriers: a multiprocessor; instructions behind the last one for tensor cores; barriers in
             each innermost loop with such: see `machine_code`.
         serialised, unguarded: what is wrong with its wgmma, see `machine_code`.
-        seconds: compiling it.
     """
 
     registers: int
@@ -81,7 +79,6 @@ class Found(NamedTuple):
     barriers: tuple[int, ...] = ()
     serialised: tuple[str, ...] = ()
     unguarded: tuple[str, ...] = ()
-    seconds: float = 0.0
 
     def row(self, refused: list[str]) -> Row:
         """As the record has it: of what most kernels do not have only what there is."""
@@ -89,7 +86,7 @@ class Found(NamedTuple):
         row |= {"tensor_memory": self.tensor_memory or None, "programs": self.programs, "mma": _listed(self.mma)}
         row |= {"loads": _listed(self.loads), "tf32": self.tf32, "epilogue": self.epilogue}
         row |= {"barriers": ", ".join(map(str, self.barriers)) or None, "serialised": bool(self.serialised) or None}
-        row |= {"refused": refused or None, "seconds": self.seconds}
+        row |= {"refused": refused or None}
         return {name: value for name, value in row.items() if value is not None}
 
 
@@ -121,12 +118,11 @@ def compile_one(compilation: Compilation, arch: int) -> Found:
     )
     options = {"num_warps": compilation.warps, "num_stages": compilation.stages}
     options |= {"maxnreg": compilation.registers} if compilation.registers else {}
-    began, said = time.perf_counter(), io.StringIO()
+    said = io.StringIO()
     with tempfile.TemporaryDirectory() as folder, knobs.cache.scope(), knobs.nvidia.scope():
         knobs.cache.dir, knobs.nvidia.dump_ptxas_log = folder, True
         with contextlib.redirect_stdout(said):
             made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-        seconds = time.perf_counter() - began
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(made.asm["cubin"])
         registers, stack, _ = map(max, zip(*_usage(cubin).values(), strict=True))
@@ -140,7 +136,6 @@ def compile_one(compilation: Compilation, arch: int) -> Found:
         barriers=tuple(machine_code.barriers(sass)),
         serialised=tuple(machine_code.serialised(ptx, sass, said.getvalue())),
         unguarded=tuple(machine_code.unguarded(ptx)) if warps > machine_code.WARPGROUP else (),
-        seconds=seconds,
     )  # fmt: skip
 
 
