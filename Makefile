@@ -57,7 +57,7 @@ format: $(VENV)/.test ## lay out every source as `make lint` wants it
 	$(BIN)/clang-format -i $(NATIVE)
 
 aot: $(VENV)/.test ## compile every kernel for four architectures with no GPU, compare with benchmarks/aot.json
-	$(BIN)/python benchmarks/aot.py --write
+	$(BIN)/python -m benchmarks.aot --write
 
 bench: $(VENV)/.bench ## time models and ops on this CPU against timm, torch.compile, ONNX Runtime and OpenVINO
 	$(BIN)/python -m benchmarks.gpu.run cpu $(if $(RESUME),--resume) $(if $(OUT),--out $(OUT))
@@ -67,7 +67,7 @@ gpu: ## RUN=check|tune|models|tests|profile|rest|next|all: test and time on a GP
 		$(if $(MINUTES),--minutes $(MINUTES)) $(if $(RESUME),--resume) $(if $(OUT),--out $(OUT))
 
 report: $(VENV)/.bench ## write the tables and pictures of README and docs from benchmarks/results
-	$(BIN)/python benchmarks/make_report.py
+	$(BIN)/python -m benchmarks.report
 
 clean: ## remove the environments and everything that was built
 	rm -rf $(VENV) .venv-newest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo_output benchmarks/state

@@ -24,20 +24,16 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import timm
 import torch
 
+import vitfast
+from vitfast import ops
+from vitfast.check import acceptance
+from vitfast.choose.exportable import stock_operators
+from vitfast.measure import timing
+
 ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__" and "VITFAST_HOST_OF" not in os.environ:
-    sys.path.insert(0, str(ROOT))
-
-import timm  # noqa: E402
-
-import vitfast  # noqa: E402
-from vitfast import ops  # noqa: E402
-from vitfast.check import acceptance  # noqa: E402
-from vitfast.choose.exportable import stock_operators  # noqa: E402
-from vitfast.measure import timing  # noqa: E402
-
 TOKENS, D, HEADS = 17, 64, 2
 SAMPLE_S = 0.01
 TINY = dict(img_size=32, patch_size=8, embed_dim=64, depth=6, num_heads=2, num_classes=10)
@@ -127,7 +123,7 @@ def processes(folders: list[Path]) -> list[subprocess.Popen]:
     """One for each checkout, which imports the vitfast there."""
     started = []
     for folder in folders:
-        path = {"PYTHONPATH": str(folder), "VITFAST_HOST_OF": str(folder), "PYTHONSAFEPATH": "1"}
+        path = {"PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}
         command = [sys.executable, __file__, "--answer"]
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         started.append(subprocess.Popen(command, env=os.environ | path, cwd=folder, **pipes))

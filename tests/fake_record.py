@@ -141,11 +141,17 @@ def parts():
         "run": run("Some CPU (AVX-512)", False),
         "patch": [
             common
-            | {"variants": variants("step by step", "vitfast", "prepared"), "against": "step by step"}
+            | {"variants": variants("step by step", "vitfast", "prepared"), "baseline": "step by step"}
+            | {"against": "step by step"}
             | {"ratio": [1.9, 2.1, 2.2], "ratio of prepared": [3.9, 4.1, 4.3]}
         ],
-        "growth": [common | {"variants": variants("timm", "prepared"), "tokens": 4097, "gflop": 9.2}],
-        "gelu": [common | {"variants": variants("torch", "vitfast"), "job": "MLP", "shape": [8, 729, 3072]}],
+        "growth": [
+            common | {"variants": variants("timm", "prepared"), "baseline": "timm", "tokens": 4097, "gflop": 9.2}
+        ],
+        "gelu": [
+            common
+            | {"variants": variants("torch", "vitfast"), "baseline": "torch", "job": "MLP", "shape": [8, 729, 3072]}
+        ],
     }
 
 

@@ -4,18 +4,27 @@ import functools
 import json
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
-import aot
-import aot_compile
-import aot_machine
 import aot_samples as samples
 import pytest
 import triton
-from aot_addresses import narrow_rows
-from aot_compile import ARCHS, CUDA_ARCHS, NO_NVCC, SHARED_LIMITS, compilations, compile_one, cuda_rows, gate
-from aot_machine import BARRIER, barriers, epilogue, programs, serialised, unguarded
+
+from benchmarks.aot import __main__ as aot
+from benchmarks.aot import compiled as aot_compile
+from benchmarks.aot import machine_code as aot_machine
+from benchmarks.aot.addresses import narrow_rows
+from benchmarks.aot.compiled import (
+    ARCHS,
+    CUDA_ARCHS,
+    NO_NVCC,
+    SHARED_LIMITS,
+    compilations,
+    compile_one,
+    cuda_rows,
+    gate,
+)
+from benchmarks.aot.machine_code import BARRIER, barriers, epilogue, programs, serialised, unguarded
 
 ROOT = Path(__file__).parent.parent
 NVCC = shutil.which("nvcc")
@@ -50,10 +59,11 @@ def test_a_default_configuration_is_refused_or_not_the_recorded_one(module, arch
     """Another Triton than the record's allots other registers, so that only what is refused is compared there."""
     recorded = aot.read(aot.RECORD)
     rows, kernels = {}, set()
-    for job in aot.kernel_jobs([module], [arch], defaults=True):
+    listed = compilations(module, arch)
+    for job in aot.kernel_jobs([module], [arch]):
         # the first of each kernel in each dtype
         kernel = tuple(job.key.split()[:2])
-        if kernel not in kernels:
+        if listed[job.key].default and kernel not in kernels:
             kernels.add(kernel)
             rows |= job.work(*job.arguments)
     known = REFUSED.get(triton.__version__.rpartition(".")[0], {})
@@ -135,10 +145,10 @@ def test_products_that_wgmma_does_not_take_pass_on_sm_90():
     (why,) = refused("TOO_FEW_WARPS")
     assert why.startswith("no wgmma for products of 64 rows or more") and "mma.sync" in why
     assert refused("SMALL_TILE") == []
-    half = replace(found_in("FINE"), mma={"wgmma m64n64k16": 4, "mma.sync m16n8k16": 64})
+    half = found_in("FINE")._replace(mma={"wgmma m64n64k16": 4, "mma.sync m16n8k16": 64})
     why = "some of its products are not wgmma: 4 wgmma m64n64k16, 64 mma.sync m16n8k16"
     assert gate(samples.FINE, 90, half) == [why]
-    assert gate(samples.FINE, 100, replace(half, mma={})) == ["its products are not on tensor cores"]
+    assert gate(samples.FINE, 100, half._replace(mma={})) == ["its products are not on tensor cores"]
 
 
 def test_more_shared_memory_than_the_card_has_passes():
@@ -146,7 +156,7 @@ def test_more_shared_memory_than_the_card_has_passes():
     assert SHARED_LIMITS[89] < needs <= SHARED_LIMITS[80]
     assert f"{needs} bytes of shared memory, sm_89 has 101376" in refused("TOO_MUCH_SHARED", 89)
     assert [why for why in refused("TOO_MUCH_SHARED", 80) if "shared" in why] == []
-    large = replace(found_in("FINE", 100), tensor_memory=1024)
+    large = found_in("FINE", 100)._replace(tensor_memory=1024)
     assert gate(samples.FINE, 100, large) == ["1024 columns of tensor memory, sm_100 has 512"]
 
 
@@ -193,7 +203,7 @@ def test_what_another_warpgroup_still_multiplies_is_overwritten(what, monkeypatc
     count = len(BARRIER.findall(kept[0]))
     found = [why for number in range(count) for why in unguarded(without_barrier(kept[0], number))]
     assert any(f"no barrier between a wait for wgmma and {what}" in why for why in found), found
-    late = replace(found_in("FINE"), unguarded=("no barrier between a wait for wgmma and stmatrix",))
+    late = found_in("FINE")._replace(unguarded=("no barrier between a wait for wgmma and stmatrix",))
     assert gate(samples.FINE._replace(default=False), 90, late) == list(late.unguarded)
 
 
@@ -384,10 +394,11 @@ def test_loads_and_products_are_counted_by_another_width():
         tcgen05.mma.cta_group::1.kind::f16 [ %r1 + 0 ], %rd1, %rd2, %r2, %p1;
         """
     )
-    loads = {"bulk": 1, "cp.async 4": 1, "cp.async 16": 1, "ld 2": 1, "ld 8": 1, "ld 16": 1, "ld 32": 1}
-    assert found["loads"] == loads and found["tf32"]
-    assert found["mma"] == {"wgmma m64n256k16": 1, "mma.sync m16n8k8": 1, "tcgen05 f16": 1}
-    assert not aot_compile._instructions(".visible .entry attention_tf32(")["tf32"]
+    mma, loads, tf32 = found
+    expected = {"bulk": 1, "cp.async 4": 1, "cp.async 16": 1, "ld 2": 1, "ld 8": 1, "ld 16": 1, "ld 32": 1}
+    assert loads == expected and tf32
+    assert mma == {"wgmma m64n256k16": 1, "mma.sync m16n8k8": 1, "tcgen05 f16": 1}
+    assert not aot_compile._instructions(".visible .entry attention_tf32(")[2]
 
 
 # CUDA
@@ -464,11 +475,11 @@ def test_the_record_changes_from_run_to_run(of_samples, monkeypatch, capsys):
     assert first.count("new      aot_samples/fine sm_") == 4 and "no difference" in second
     rows = json.loads(texts[0])["rows"]
     assert list(rows) == [f"aot_samples/fine sm_{arch}" for arch in ARCHS]
-    assert "wgmma" in rows["aot_samples/fine sm_90"]["mma"] and "seconds" not in rows["aot_samples/fine sm_90"]
+    assert "wgmma" in rows["aot_samples/fine sm_90"]["mma"]
 
 
 def test_a_part_of_the_configurations_takes_the_place_of_the_record(of_samples, capsys):
-    for part in (["--arch", "80"], ["--only", "fine"], ["--defaults"]):
+    for part in (["--arch", "80"], ["--only", "fine"]):
         assert of_samples([*part, "--write"]) == 2
     assert "--write takes all configurations" in capsys.readouterr().err and not aot.RECORD.exists()
 
@@ -477,12 +488,13 @@ def test_a_jump_does_not_show():
     row = {"registers": 128, "stack": 0, "shared": 40960, "mma": "8 wgmma m64n64k16", "loads": "16 cp.async 16"}
     before = {"a sm_90": row, "b sm_90": row, "c sm_90": row}
     after = {
-        "a sm_90": row | {"registers": 168, "stack": 24, "mma": "64 mma.sync m16n8k16", "seconds": 2.0},
-        "b sm_90": row | {"seconds": 3.0},
+        "a sm_90": row | {"registers": 168, "stack": 24, "mma": "64 mma.sync m16n8k16"},
+        "b sm_90": row,
         "d sm_90": row | {"refused": ["spills: 8 bytes of stack"]},
     }
     new, gone, changed = aot.differences(before, after)
-    assert new.startswith("new      d sm_90: 128 registers") and gone.startswith("gone     c sm_90: ")
+    assert new.startswith("new      d sm_90 ") and "registers 128" in new and "spills" in new
+    assert gone.startswith("gone     c sm_90 ")
     assert changed == (
         "changed  a sm_90: registers 128 -> 168 (+40); stack 0 -> 24 (+24); "
         "lost wgmma: mma 8 wgmma m64n64k16 -> 64 mma.sync m16n8k16"
@@ -493,7 +505,7 @@ def test_a_jump_does_not_show():
 def test_rows_of_cuda_are_lost_where_there_is_no_nvcc(monkeypatch):
     monkeypatch.setenv("NVCC", "/nowhere/nvcc")
     before = {"schema": 1, "nvcc": "13.0", "rows": {"csrc/a.cu sm_80 k": {"registers": 8}, "gone sm_80": {}}}
-    after = aot.record_of({"k sm_80": {"seconds": 1.0}, "csrc/a.cu sm_80": {"skipped": NO_NVCC}}, before)
+    after = aot.record_of({"k sm_80": {}, "csrc/a.cu sm_80": {"skipped": NO_NVCC}}, before)
     assert after["rows"] == {"k sm_80": {}, "csrc/a.cu sm_80 k": {"registers": 8}} and after["nvcc"] == "13.0"
 
 

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-import report_choices
 import torch
 
+from benchmarks.report.choices import choices
 from vitfast.check.measuring import Measurer
 from vitfast.choose import builtin, config_tables, dispatch
 from vitfast.choose.builtin import Builtin, Measured
@@ -431,7 +431,7 @@ def test_the_readme_has_other_choices_than_ops(tables):
         ("linear", product(8), True, config_tables.BLAS.as_dict()), ("linear", product(12), True, {"kernel": "tiles"}),
         ("attention", heads(9, 197), False, {"backend": "cudnn"}),
     )  # fmt: skip
-    text = report_choices.choices()
+    text = choices()
     assert "| `linear` | LayerNorm before | 2 | 2 | 1.00× | 0 | - | cuBLAS and kernels around it 1, one kern" in text
     assert "| `attention` | head dim 64 | 1 | 0 | - | 1 | 1.00× | cuDNN 1 |" in text
 
@@ -442,7 +442,7 @@ def test_the_readme_calls_other_dtypes_bf16(tables):
         ("mlp", product(9, dtype="float32"), True, None),
         ("added_linear", product(9, dtype="float16", words=""), True, None),
     )  # fmt: skip
-    text = report_choices.choices()
+    text = choices()
     assert "measured on Fake**; ratios" in text
     for form in ("head dim 64 |", "head dim 64, fp16 |", "LayerNorm before, fp32 |", "residual after, fp16 |"):
         assert form in text

@@ -4,9 +4,9 @@ import re
 import subprocess
 from pathlib import Path
 
-import aot
 import pytest
 
+from benchmarks.aot import __main__ as aot
 from benchmarks.gpu import sweep
 
 ROOT = Path(__file__).parent.parent

@@ -22,8 +22,8 @@ class Limit(NamedTuple):
 ALWAYS = sys.maxsize
 # An op costs a call through torch's dispatcher, and its gradient a Python function and its calls; what it saves grows
 # with its input. `python -m benchmarks.host --crossover` measures these. Above, training keeps the op where the times
-# are alike: it holds less memory between forward and backward. Not attention: the C++ kernel is faster for any number of
-# tokens, and torch's operator, faster in training up to some thousand numbers, has no second derivative.
+# are alike: it holds less memory between forward and backward. Not attention: the C++ kernel is faster for any number
+# of tokens, and torch's operator, faster in training up to some thousand numbers, has no second derivative.
 LIMITS = {
     # on a CPU the op is the stock operator and a call around it
     "layer_norm": Limit(ALWAYS, ALWAYS),

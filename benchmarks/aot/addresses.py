@@ -11,7 +11,10 @@ functions that are not inlined.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from functools import reduce
+from itertools import zip_longest
+from operator import or_
+from typing import NamedTuple
 
 # rows of the largest tile: a program id times more than that counts elements
 TILE_ROWS = 256
@@ -30,12 +33,11 @@ LOCATION = re.compile(r" loc\((.*)\)$")
 # what they give says nothing about offsets: a truth value, data, or a pointer whose offset was looked at
 OPAQUE = ("arith.cmpi", "arith.cmpf", "tt.load", "tt.descriptor_load", "tt.addptr")
 
-# of a value: the line that defines it, in which part, and the place there
-Key = tuple[int, str, int]
+# of a value: the line that defines it, and its name there
+Key = tuple[int, str]
 
 
-@dataclass(frozen=True)
-class Facts:
+class Facts(NamedTuple):
     """About an integer.
 
     Attributes:
@@ -54,12 +56,9 @@ class Facts:
     narrow: frozenset[str] = frozenset()
 
     def __or__(self, other: Facts) -> Facts:
-        return Facts(
-            self.moves or other.moves,
-            self.sized or other.sized,
-            max(self.steps, other.steps),
-            narrow=self.narrow | other.narrow,
-        )
+        constant = self.constant if self == other else 1
+        steps, narrow = max(self.steps, other.steps), self.narrow | other.narrow
+        return Facts(self.moves or other.moves, self.sized or other.sized, steps, constant, narrow)
 
 
 NOTHING = Facts()
@@ -74,8 +73,7 @@ def narrow_rows(ttir: str) -> list[str]:
     """
     places = dict(re.findall(r"^(#loc\d*) = loc\((.*)\)$", ttir, re.MULTILINE))
     lines = []
-    for line in ttir.splitlines():
-        text = line.strip()
+    for text in map(str.strip, ttir.splitlines()):
         place = LOCATION.search(text)
         lines.append((LOCATION.sub("", text), _source_line(place.group(1), places) if place else "?"))
     facts: dict[Key, Facts] = {}
@@ -88,13 +86,12 @@ def narrow_rows(ttir: str) -> list[str]:
 
 def _source_line(place: str, places: dict[str, str]) -> str:
     """`file.py:17` out of a location, which may be a name for another one."""
-    for _ in range(20):
-        if named := re.search(r'([^/"]+)":(\d+):\d+', place):
-            return f"{named.group(1)}:{named.group(2)}"
-        if (other := re.search(r"#loc\d*", place)) is None or other.group() not in places:
-            break
+    while not (named := re.search(r'([^/"]+)":(\d+):\d+', place)):
+        other = re.search(r"#loc\d*", place)
+        if other is None or other.group() not in places:
+            return "?"
         place = places[other.group()]
-    return "?"
+    return f"{named.group(1)}:{named.group(2)}"
 
 
 def _walk(lines: list[tuple[str, str]], facts: dict[Key, Facts]) -> set[str]:
@@ -105,90 +102,72 @@ def _walk(lines: list[tuple[str, str]], facts: dict[Key, Facts]) -> set[str]:
     # of each open region: the values that each one it yields becomes
     regions: list[list[list[Key]]] = [[]]
 
-    def add(key: Key, known: Facts) -> None:
-        facts[key] = facts[key] | known if key in facts and facts[key] != known else known
+    def of(name: str) -> Facts:
+        return facts.get(names.get(name), NOTHING)
 
-    def define(name: str, key: Key, known: Facts) -> None:
-        names[name] = key
-        add(key, known)
+    def define(number: int, name: str, known: Facts) -> Key:
+        key = names[name] = (number, name)
+        facts[key] = facts.get(key, known) | known
+        return key
 
     for number, (text, place) in enumerate(lines):
-        closed = regions.pop() if text.startswith("}") else None
-        opens = text.endswith("{")
-        if closed is not None and opens:  # else, do
+        closed, becomes = regions.pop() if text.startswith("}") else None, []
+        if closed is not None and text.endswith("{"):  # else, do
             regions.append(closed)
-        if text.startswith("^"):
-            for index, name in enumerate(re.findall(rf"({NAME}):", text)):
-                define(name, (number, "argument", index), MOVES)
+        for name in re.findall(rf"({NAME}):", text) if text.startswith("^") else ():
+            define(number, name, MOVES)
         operation = OPERATION.match(text)
         if operation is None:
             continue
         result, count, kind, rest = operation.groups()
-        given = [facts.get(names.get(name), NOTHING) for name in OPERAND.findall(rest)]
+        given = [of(name) for name in OPERAND.findall(rest)]
         if kind in ("scf.yield", "scf.condition"):
             # the first operand of a condition is whether the loop goes on
-            passed = given[1:] if kind == "scf.condition" else given
-            for keys, known in zip(regions[-1], passed, strict=False):
+            for keys, known in zip(regions[-1], given[kind == "scf.condition" :], strict=False):
                 for key in keys:
-                    add(key, known)
+                    facts[key] |= known
             continue
         if kind == "tt.addptr":
             found |= given[1].narrow
-        if kind == "tt.func":
-            for index, name in enumerate(ARGUMENT.findall(text)):
-                define(name, (number, "argument", index), Facts(sized=True))
-        becomes: list[list[Key]] = []
+        for name in ARGUMENT.findall(text) if kind == "tt.func" else ():
+            define(number, name, Facts(sized=True))
         if kind in ("scf.for", "scf.while"):
-            header = text
-            if loop := FOR.search(text):
-                header = text[loop.end() :]
-                define(loop.group(1), (number, "counter", 0), MOVES | facts.get(names.get(loop.group(2)), NOTHING))
-            for index, (name, first) in enumerate(CARRIED.findall(header)):
-                known = facts.get(names.get(first), NOTHING)
-                key = (number, "argument", index)
-                define(name, key, known | MOVES if kind == "scf.while" else known)
-                becomes.append([key])
-        for index in range(int(count or 1) if result else 0):
-            key = (number, "result", index)
-            define(f"{result}#{index}" if count else result, key, _result(kind, text, given, place))
-            if kind.startswith("scf."):
-                becomes[index : index + 1] = [[*(becomes[index] if index < len(becomes) else []), key]]
-        if opens:
+            counter = FOR.search(text)
+            if counter:
+                define(number, counter.group(1), MOVES | of(counter.group(2)))
+            for name, first in CARRIED.findall(text, counter.end() if counter else 0):
+                becomes.append([define(number, name, of(first) if counter else of(first) | MOVES)])
+        results = [f"{result}#{i}" for i in range(int(count))] if count else [result] if result else []
+        keys = [define(number, name, _result(kind, text, given, place)) for name in results]
+        if kind.startswith("scf."):
+            becomes = [known + more for known, more in zip_longest(becomes, ([key] for key in keys), fillvalue=[])]
+        if text.endswith("{"):
             regions.append(becomes)
     return found
 
 
 def _result(kind: str, text: str, given: list[Facts], place: str) -> Facts:
-    if kind.startswith("scf."):
-        return NOTHING  # what its regions yield
+    if kind.startswith("scf.") or kind in OPAQUE:
+        return NOTHING  # of regions what they yield
     if kind in ("tt.get_program_id", "tt.get_num_programs"):
         return Facts(moves=True, steps=1)
     if constant := CONSTANT.search(text):
         return Facts(constant=max(1, abs(int(constant.group(1)))))
-    if kind in OPAQUE:
-        return NOTHING
     if kind == "arith.select":
         given = given[1:]
     if kind == "arith.muli":
         return _product(*given[:2], place, narrow=bool(IN_32_BITS.search(text)))
-    if len(given) == 1:
-        return given[0]
-    known = NOTHING
-    for each in given:
-        known |= each
-    return replace(known, steps=known.steps / GROUP) if kind in ("arith.divsi", "arith.divui") else known
+    known = given[0] if len(given) == 1 else reduce(or_, given, NOTHING)
+    return known._replace(steps=known.steps / GROUP) if kind in ("arith.divsi", "arith.divui") else known
 
 
 def _product(a: Facts, b: Facts, place: str, *, narrow: bool) -> Facts:
-    known = a | b
-    if not narrow:
-        return known
-    if (a.moves and b.sized) or (b.moves and a.sized):
+    known, why = a | b, None
+    if narrow and ((a.moves and b.sized) or (b.moves and a.sized)):
         why = f"{place}: a program id or loop counter times an argument in 32 bits reaches an address"
-        return replace(known, narrow=known.narrow | {why})
-    # bounded, or a loop that carries a product would never come to an end
-    known = replace(known, steps=min(known.steps * a.constant * b.constant, 1 << 31))
-    if known.steps > TILE_ROWS:
-        why = f"{place}: a program id times a large constant in 32 bits reaches an address"
-        return replace(known, narrow=known.narrow | {why})
-    return known
+    elif narrow:
+        # bounded, or a loop that carries a product would never come to an end
+        known = known._replace(steps=min(known.steps * a.constant * b.constant, 1 << 31))
+        if known.steps > TILE_ROWS:
+            why = f"{place}: a program id times a large constant in 32 bits reaches an address"
+    return known._replace(narrow=known.narrow | {why}) if why else known

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from report_tables import table
+from benchmarks.report.tables import table
 
 NOTHING = "No kernel of this release has run on a GPU."
 
@@ -18,15 +18,13 @@ def records(folder: Path) -> str:
     for path in sorted(folder.glob("*.json")):
         data = json.loads(path.read_text(encoding="utf-8"))
         # a sweep calls its facts otherwise than the plans
-        facts = data.get("run", data.get("machine", {})) if isinstance(data, dict) else {}
-        if facts.get("device_type") == "cuda" and (what := _what(data)):
-            dirty = " with local changes" if facts["dirty"] else ""
-            stands = [facts["device"], facts["date"][:10], f"{facts['commit']}{dirty}", facts["torch"], facts["driver"]]
-            lines.append([facts["date"], [*map(str, stands), what, f"`{path.name}`"]])
-    if not lines:
-        return NOTHING
-    head = ("card", "date", "commit", "torch", "driver", "what", "record")
-    return "\n".join(table(head, [cells for _, cells in sorted(lines)]))
+        run = data.get("run", data.get("machine", {}))
+        if run.get("device_type") == "cuda" and (what := _what(data)):
+            commit = f"{run['commit']}{' with local changes' if run['dirty'] else ''}"
+            line = {"card": run["device"], "date": run["date"][:10], "commit": commit, "torch": run["torch"]}
+            line |= {"driver": run["driver"], "what": what, "record": f"`{path.name}`"}
+            lines.append((run["date"], path.name, line))
+    return table(line for *_, line in sorted(lines, key=lambda each: each[:2])) if lines else NOTHING
 
 
 def _what(data: Mapping[str, Any]) -> str:
@@ -35,7 +33,7 @@ def _what(data: Mapping[str, Any]) -> str:
     if tests:
         passed, failed = (sum(len(each[became]) for each in tests) for became in ("passed", "failed"))
         left = sum(each["not_run"] for each in tests)
-        parts.append(f"tests: {passed:,} passed, {failed:,} failed" + (f", {left:,} not run" if left else ""))
+        parts.append(f"tests: {passed:,} passed, {failed:,} failed" + f", {left:,} not run" * bool(left))
     rows = data.get("rows", ())
     if isinstance(rows, Mapping):
         variants = sum(len(row["variants"]) for row in rows.values())

@@ -56,13 +56,10 @@ def barriers(sass: str) -> list[int]:
     """How many barriers for all threads stand in each of the innermost loops with tensor cores, in their order."""
     found = _instructions(sass)
     place = {at: i for i, (at, _) in enumerate(found)}
-    ends = [i for i, (_, text) in enumerate(found) if text == "EXIT"]
-    loops = []
     # behind the last exit there are only detours
-    for i, (_, text) in enumerate(found[: ends[-1]] if ends else found):
-        target = re.search(r"\bBRA\b.*?\b0x([0-9a-f]+)$", text)
-        if target and place.get(int(target.group(1), 16), i + 1) <= i:
-            loops.append((place[int(target.group(1), 16)], i))
+    end = max((i for i, (_, text) in enumerate(found) if text == "EXIT"), default=len(found))
+    jumps = ((re.search(r"\bBRA\b.*?\b0x([0-9a-f]+)$", text), i) for i, (_, text) in enumerate(found[:end]))
+    loops = [(place.get(int(jump.group(1), 16), i + 1), i) for jump, i in jumps if jump]
     innermost = set()
     for i, (_, text) in enumerate(found):
         around = [(last - first, first, last) for first, last in loops if first <= i <= last]
@@ -95,52 +92,51 @@ BARRIER = re.compile(r"\b(?:bar|barrier)(?:\.cta)?\.sync(?:\.aligned)?\s+0\s*;")
 REFILL = re.compile(r"\bcp\.async\.(?:c[ag]|bulk(?:\.tensor\.\dd)?)\.shared\b|\bmbarrier\.(?:arrive|inval|init)\b")
 STORE = re.compile(r"\bst\.shared\b|\bstmatrix\b")
 
+Edges = dict[str, list[str]]
 
-class _Flow:
-    """The basic blocks of a kernel in PTX: `code` by label, `after` each the blocks that follow, `back` edges."""
 
-    def __init__(self, ptx: str):
-        label, self.code, self.after = "entry", {"entry": []}, {"entry": []}
-        falls = True
-        for line in ptx[ptx.index("\n{") :].splitlines():
-            line = line.partition("//")[0].strip()
-            if start := LABEL.match(line):
-                if falls:
-                    self.after[label].append(start.group(1))
-                label, falls = start.group(1), True
-                self.code[label], self.after[label] = [], []
-            elif falls:
-                self.code[label].append(line)
-                if jump := BRANCH.match(line):
-                    self.after[label].append(jump.group(2))
-                    falls = jump.group(1) is not None
-                falls &= line != "ret;"
-        self.back = set(self._back_edges())
+def _blocks(ptx: str) -> tuple[dict[str, list[str]], Edges]:
+    """The basic blocks of a kernel by label, and those that follow each."""
+    label, code, after, falls = "entry", {"entry": []}, {"entry": []}, True
+    for line in ptx[ptx.index("\n{") :].splitlines():
+        line = line.partition("//")[0].strip()
+        if start := LABEL.match(line):
+            after[label] += [start.group(1)] if falls else []
+            label, falls = start.group(1), True
+            code[label], after[label] = [], []
+        elif falls:
+            code[label].append(line)
+            if jump := BRANCH.match(line):
+                after[label].append(jump.group(2))
+                falls = jump.group(1) is not None
+            falls &= line != "ret;"
+    return code, after
 
-    def _back_edges(self) -> Iterator[tuple[str, str]]:
-        seen, path, todo = {"entry"}, ["entry"], [iter(self.after["entry"])]
-        while path:
-            following = next(todo[-1], None)
-            if following is None:
-                path.pop(), todo.pop()
-            elif following in path:
-                yield path[-1], following
-            elif following not in seen:
-                seen.add(following), path.append(following), todo.append(iter(self.after[following]))
 
-    def ends_without_wait(self) -> set[str]:
-        """Blocks from whose end a round of a loop, or the kernel, may end without another wait."""
-        found: set[str] = set()
-        free = {label for label, code in self.code.items() if not any(map(WAIT.search, code))}
-        while True:
-            more = {
-                label
-                for label, after in self.after.items()
-                if not after or any((label, each) in self.back or each in found & free for each in after)
-            }
-            if more <= found:
-                return found
-            found |= more
+def _back_edges(after: Edges) -> Iterator[tuple[str, str]]:
+    seen, path, todo = {"entry"}, ["entry"], [iter(after["entry"])]
+    while path:
+        following = next(todo[-1], None)
+        if following is None:
+            path.pop(), todo.pop()
+        elif following in path:
+            yield path[-1], following
+        elif following not in seen:
+            seen.add(following), path.append(following), todo.append(iter(after[following]))
+
+
+def _ends_without_wait(code: dict[str, list[str]], after: Edges) -> set[str]:
+    """Blocks from whose end a round of a loop, or the kernel, may end without another wait."""
+    back, free = set(_back_edges(after)), {label for label, lines in code.items() if not any(map(WAIT.search, lines))}
+    found: set[str] = set()
+    while True:
+        more = {
+            label for label, nexts in after.items()
+            if not nexts or any((label, each) in back or each in found & free for each in nexts)
+        }  # fmt: skip
+        if more <= found:
+            return found
+        found |= more
 
 
 def unguarded(ptx: str) -> list[str]:
@@ -149,29 +145,22 @@ def unguarded(ptx: str) -> list[str]:
     Copies and arrivals behind any wait, stores behind the last one of a loop's round: between the others what is stored
     is no operand. Addresses are not looked at.
     """
-    flow = _Flow(ptx)
-    last = flow.ends_without_wait()
+    code, after = _blocks(ptx)
+    last = _ends_without_wait(code, after)
     # at a block's beginning: 0: a barrier stands behind each wait; 1: none behind some wait, 2: some last one
-    begins = dict.fromkeys(flow.code, 0)
+    begins, todo = dict.fromkeys(code, 0), list(code)
     found: dict[str, None] = {}
-
-    def run(label: str, state: int) -> int:
-        code = flow.code[label]
-        waits = [i for i, line in enumerate(code) if WAIT.search(line)]
-        for i, line in enumerate(code):
-            if WAIT.search(line):
+    while todo:
+        label = todo.pop()
+        state, waits = begins[label], [i for i, line in enumerate(code[label]) if WAIT.search(line)]
+        for i, line in enumerate(code[label]):
+            if i in waits:
                 state = 2 if i == waits[-1] and label in last else max(state, 1)
             elif BARRIER.search(line):
                 state = 0
             elif (state and REFILL.search(line)) or (state == 2 and STORE.search(line)):
                 found[re.sub(r"^@\S+\s+", "", line).split()[0]] = None
-        return state
-
-    todo = list(flow.code)
-    while todo:
-        label = todo.pop()
-        state = run(label, begins[label])
-        for each in flow.after[label]:
+        for each in after[label]:
             if state > begins[each]:
                 begins[each] = state
                 todo.append(each)
