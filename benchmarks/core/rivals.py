@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import vitfast
 from vitfast.config import ViTConfig
 from vitfast.weights import vit_pytorch as vit_pytorch_names
 
@@ -91,17 +90,10 @@ def is_plain(config: ViTConfig, **allowed: Any) -> bool:
     return config == ViTConfig(**{size: getattr(config, size) for size in sizes}, **allowed)
 
 
-def of_vitfast(name: str, options: Mapping[str, Any], weights: Weights) -> Network:
-    module = filled(partial(vitfast.create_model, name, **options), weights)
-    return Network(module, watched(module.config))
-
-
-def of_timm(name: str, options: Mapping[str, Any], weights: Weights) -> Network:
+def of_timm(name: str, options: Mapping[str, Any], config: ViTConfig, weights: Weights) -> Network:
     import timm
 
-    return Network(
-        filled(partial(timm.create_model, name, **options), weights), watched(vitfast.config_for(name, **options))
-    )
+    return Network(filled(partial(timm.create_model, name, **options), weights), watched(config))
 
 
 def of_torchvision(config: ViTConfig, weights: Weights) -> Network:
