@@ -336,9 +336,7 @@ def test_the_ninth_shape_of_a_function_is_no_longer_compiled(monkeypatch):
 
 def test_a_shape_is_not_among_the_rows_that_were_asked_for():
     tokens, widths = (197, 1370), (384, 768)
-    cases = [
-        make() for make in ops.listed(device="cuda", dtypes=["bf16"], batches=[64], tokens=tokens, widths=widths)
-    ]
+    cases = [make() for make in ops.listed(device="cuda", dtypes=["bf16"], batches=[64], tokens=tokens, widths=widths)]
     shapes = {(case.name, case.mode, *case.shape.values()) for case in cases}
     assert len(shapes) == len(cases)
     for n, mode in itertools.product(tokens, ops.MODES):

@@ -1,4 +1,4 @@
-"""What a device does at its best: large copies, large matrix products, and the plain products that ViTs are made of.
+"""What a device does at its best: large copies, large matrix products, and in bf16 the plain products of ViTs.
 
 Measured in the same run as the rows that are compared with them. Nothing here fails a run: what cannot be measured is
 {"absent": why}.
@@ -59,9 +59,9 @@ def measure(
             found["matmul"][name] = _tried(matmul, place, name, size, seconds)
             progress(f"ceilings: {name} {_text(found['matmul'][name], 'tflops', 'TFLOP/s')}")
         found["gemm"] = []
-        for width, dtype, name in itertools.product(widths, ("bf16",), PRODUCTS):
+        for width, name in itertools.product(widths, PRODUCTS):
             k, n = (width * factor for factor in PRODUCTS[name])
-            row = {"name": name, "width": width, "m": batch * TOKENS, "n": n, "k": k, "dtype": dtype}
+            row = {"name": name, "width": width, "m": batch * TOKENS, "n": n, "k": k, "dtype": "bf16"}
             found["gemm"].append(row | _tried(gemm, place, row, seconds / 20))
         progress(f"ceilings: {len(found['gemm'])} products of models")
         place.release()

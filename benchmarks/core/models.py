@@ -85,7 +85,9 @@ def vit(
         "vitfast": Variant(lambda: setting.eager(ours()), ours=True),
     }
     if not setting.training and not autocast:
-        variants["vitfast prepared"] = Variant(lambda: _prepared(setting, ours()), ours=True)
+        variants["vitfast prepared"] = Variant(
+            lambda: vitfast.prepare(setting.place(ours()).module, dtype=DTYPES[dtype], threads=None), ours=True
+        )
     if group in ("all", "compiled") and not cpu:
         variants["vitfast compiled"] = Variant(lambda: setting.compiled(ours()), ours=True)
     if group in ("all", "eager") and model != VIT_PYTORCH:
@@ -177,11 +179,6 @@ def _case(
         yardstick=baseline, work=count,
         notes={"model": model, "group": group, "param_count": sum(p.numel() for p in meta.parameters())},
     )  # fmt: skip
-
-
-def _prepared(setting: Setting, network: Network) -> Function:
-    fast = vitfast.prepare(setting.place(network).module, dtype=DTYPES[setting.dtype], threads=None)
-    return lambda images: fast(images)
 
 
 def _compiled(setting: Setting, name: str, make: Make, image_size: tuple[int, int]) -> dict[str, Variant]:

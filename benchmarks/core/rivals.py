@@ -20,8 +20,6 @@ from vitfast.weights import vit_pytorch as vit_pytorch_names
 Weights = Mapping[str, Tensor]
 Patterns = tuple[tuple[str, str], ...]
 
-QKV, LAST_NORM, PATCHES = "blocks.0.attn.qkv.weight", "blocks.{last}.norm2.weight", "patch_embed.proj.weight"
-
 
 @dataclass(frozen=True)
 class Network:
@@ -77,7 +75,7 @@ def filled(make: Callable[[], nn.Module], weights: Weights) -> nn.Module:
 
 def watched(config: ViTConfig) -> tuple[tuple[str, ...], ...]:
     """Under timm's names: where the gradient comes from last, in the last block, and the projection of patches."""
-    return (QKV,), (LAST_NORM.format(last=config.depth - 1),), (PATCHES,)
+    return ("blocks.0.attn.qkv.weight",), (f"blocks.{config.depth - 1}.norm2.weight",), ("patch_embed.proj.weight",)
 
 
 def renamed(names: Mapping[str, list[str]], config: ViTConfig) -> tuple[tuple[str, ...], ...]:

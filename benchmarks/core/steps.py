@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,20 +55,18 @@ class Setting:
         network.module.requires_grad_(self.training)
         return network
 
-    def eager(self, network: Network, dtype: torch.dtype | None = None) -> Function:
-        self.place(network, dtype)
-        return self._function(network, lambda images: network.logits(network.module(images)))
+    def eager(self, network: Network) -> Function:
+        return self._function(network)
+
+    def exact(self, network: Network) -> Function:
+        """In fp64, outside autocast."""
+        return replace(self, autocast=False)._function(network, dtype=torch.float64)
 
     def compiled(self, network: Network, mode: str | None = None) -> Function:
         """By torch.compile. With a mode, which means graphs of its own, results are copied, since the next call writes
         over them.
         """
-        self.place(network)
-
-        def forward(images: Tensor) -> Tensor:
-            return network.logits(network.module(images))
-
-        run = self._function(network, compilers.compiled(forward, mode))
+        run = self._function(network, partial(compilers.compiled, mode=mode))
         if mode is None:
             return run
 
@@ -84,11 +83,13 @@ class Setting:
             return compilers.frozen(self.place(network).module, example())
         return self.compiled(network)
 
-    def exact(self, network: Network) -> Function:
-        """In fp64, outside autocast."""
-        return replace(self, autocast=False).eager(network, torch.float64)
+    def _function(
+        self, network: Network, by: Callable[[Function], Function] = lambda forward: forward,
+        dtype: torch.dtype | None = None,
+    ) -> Function:  # fmt: skip
+        self.place(network, dtype)
+        forward = by(lambda images: network.logits(network.module(images)))
 
-    def _function(self, network: Network, forward: Callable[[Tensor], Tensor]) -> Function:
         def cast() -> Any:
             if not self.autocast:
                 return contextlib.nullcontext()
