@@ -13,23 +13,22 @@ import torch
 from textbook import Textbook
 
 import vitfast
-from benchmarks.core import case as factory
-from benchmarks.core import compilers, models, ops, rivals, steps
+from benchmarks.core import apart, compilers, models, ops, rivals, steps
 from benchmarks.core.steps import MODES as MODEL_MODES
 from vitfast.check import acceptance
 from vitfast.check.case import DTYPES, Case
 
-TINY_VIT = {"model": "vit_tiny_patch16_224", "options": {"img_size": 32, "depth": 2, "num_classes": 10}}
-TINY_DINO = {"model": "vit_small_patch14_dinov2", "options": {"img_size": 28, "depth": 2}}
+TINY_VIT = {"model": "vit_tiny_patch16_224", "size": 32, "depth": 2}
+TINY_DINO = {"model": "vit_small_patch14_dinov2", "size": 28, "depth": 2}
 MODELS = {
     "vit": partial(models.vit, batch=2, **TINY_VIT),
     "dinov2": partial(models.vit, batch=2, **TINY_DINO),
-    "vit-pytorch": partial(models.vit_pytorch, batch=2, size=32, dim=64, heads=1, depth=2, classes=10),
+    "vit-pytorch": partial(models.vit, batch=2, model=models.VIT_PYTORCH, size=32, depth=2),
     "cnn": partial(models.cnn, model="mobilenetv3_large_100", size=32, batch=4),
 }
 PRECISIONS = [("fp32", False), ("bf16", False), ("bf16", True)]
-# elsewhere a CPU has none of these
-ON_A_GPU = {"SDPA cuDNN", "SDPA efficient", "SDPA packed cuDNN", "compiled max-autotune"}
+# a CPU has none of these
+ON_A_GPU = {"SDPA cuDNN", "SDPA efficient", "SDPA packed cuDNN", "Liger", "add, Liger"}
 
 
 TORCH_COMPILE = torch.compile
@@ -74,10 +73,11 @@ def results_of(case, given):
             continue
         try:
             function = variant.build()
-        except NotImplementedError as problem:
+            results = function(*given)
+        except (NotImplementedError, RuntimeError) as problem:
             why_not[name] = str(problem)
             continue
-        found[name] = as_tuple(function(*given))
+        found[name] = as_tuple(results)
         # again: nothing is left over from the first call
         again = as_tuple(function(*given))
         assert all(torch.equal(a, b) for a, b in zip(found[name], again, strict=True)), name
@@ -205,7 +205,7 @@ def all_cases():
 
 def test_a_case_made_from_its_notes_is_another():
     for case in all_cases():
-        again = factory.rebuild(json.loads(json.dumps(case.notes)))
+        again = apart.rebuild(json.loads(json.dumps(case.notes)))
         assert (again.key, again.work, list(again.variants)) == (case.key, case.work, list(case.variants))
         assert (again.baseline, again.yardstick, again.per_image) == (case.baseline, case.yardstick, case.per_image)
         assert json.loads(json.dumps(again.notes)) == json.loads(json.dumps(case.notes))
@@ -247,13 +247,14 @@ def test_the_reference_is_computed_again_for_each_row_or_kept_for_other_images(m
     real = rivals.of_timm
     monkeypatch.setattr(rivals, "of_timm", lambda *a: made.append(a) or real(*a))
     make = MODELS["vit"]
-    large = truth_of(make(batch=8, dtype="fp32"), draw(make(batch=8, dtype="fp32")))
-    for case in (make(batch=8, dtype="bf16"), make(batch=2, dtype="bf16", autocast=True), make(batch=1)):
+    (first,) = truth_of(make(batch=8, dtype="fp32"), draw(make(batch=8, dtype="fp32")))
+    # the first eight of more are the same
+    for case in (make(batch=8, dtype="bf16"), make(batch=9, dtype="bf16", autocast=True)):
         (ref,) = truth_of(case, draw(case))
-        assert torch.equal(ref, large[0][: case.batch])
+        assert torch.equal(ref, first)
     assert len(made) == 1
     (other,) = truth_of(make(batch=8), draw(make(batch=8), seed=1))
-    assert len(made) == 2 and not torch.equal(other, large[0])
+    assert len(made) == 2 and not torch.equal(other, first)
     # a gradient is that of all images together
     for batch in (4, 2):
         truth_of(make(batch=batch, mode="training"), draw(make(batch=batch, mode="training")))
@@ -280,20 +281,11 @@ def test_a_rival_that_is_not_installed_is_not_listed(monkeypatch):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("mode", ["inference", "training"])
-def test_without_timm_or_vit_pytorch_nothing_is_timed(mode, monkeypatch):
-    without(monkeypatch, "timm", "vit_pytorch")
-    models._TRUTHS.clear()
-    for name, theirs in (("vit", "timm"), ("vit-pytorch", "vit-pytorch")):
-        case = MODELS[name](mode=mode, dtype="fp32", group="eager")
-        assert case.baseline == case.yardstick == models.STOCK
-        assert case.variants[theirs].missing()
-        given = draw(case)
-        found, _ = results_of(case, given)
-        for variant in (models.STOCK, "vitfast"):
-            pairs = zip(found[variant], truth_of(case, given), strict=True)
-            assert all(relative(out, ref) < 1e-5 for out, ref in pairs), variant
-    models._TRUTHS.clear()
+def test_without_timm_or_vit_pytorch_ours_is_timed_unjudged(monkeypatch):
+    for name, package in (("vit", "timm"), ("vit-pytorch", "vit_pytorch"), ("cnn", "timm")):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(ModuleNotFoundError, match=package):
+            MODELS[name]()
 
 
 def test_hugging_faces_names_before_release_5_are_not_known():
@@ -342,40 +334,21 @@ def test_the_ninth_shape_of_a_function_is_no_longer_compiled(monkeypatch):
     assert len(compilations) == 12
 
 
-WRONG = [
-    (models.vit, {"mode": "forward"}, "mode must be one of inference, training, got 'forward'"),
-    (models.vit, {"dtype": "fp8"}, "dtype must be one of fp32, fp16, bf16, got 'fp8'"),
-    (models.vit, {"dtype": "fp32", "autocast": True}, "dtype must be bf16 or fp16 with autocast"),
-    (models.vit, {"batch": 0}, "batch must be an int of at least 1, got 0"),
-    (models.vit, {"group": "fast"}, "group must be one of all, eager, compiled, autotuned, got 'fast'"),
-]
-
-
-@pytest.mark.parametrize("make, changes, message", WRONG, ids=lambda value: getattr(value, "__name__", str(value)[:40]))
-def test_a_wrong_argument_is_taken(make, changes, message):
-    with pytest.raises(ValueError, match=message):
-        make(**({"batch": 1} | TINY_VIT | changes))
-    with pytest.raises(ValueError, match="kind must be one of qkv"):
-        ops.linear(batch=1, tokens=2, width=8, kind="out")
-    with pytest.raises(ValueError, match="size must be a multiple of patch=16, got 30"):
-        ops.patch_embed(batch=1, size=30, patch=16, width=8)
-
-
 def test_a_shape_is_not_among_the_rows_that_were_asked_for():
-    makers = list(ops.listed(device="cuda", dtypes=["bf16"], batches=[64]))
-    cases = [make() for make in makers]
-    shapes = [(case.name, case.mode, *case.shape.values()) for case in cases]
-    assert len(set(shapes)) == len(shapes)
-    for n, mode in itertools.product((197, 257, 577, 1025, 1370), ops.MODES):
-        assert {("attention", mode, n, heads, dim) for dim, heads in ((64, 12), (72, 16), (80, 16))} <= set(shapes)
-        widths = (192, 384, 768, 1024, 1280) if n <= 257 else (768,)
+    tokens, widths = (197, 1370), (384, 768)
+    cases = [make() for make in ops.listed(device="cuda", dtypes=["bf16"], batches=[64], tokens=tokens, widths=widths)]
+    shapes = {(case.name, case.mode, *case.shape.values()) for case in cases}
+    assert len(shapes) == len(cases)
+    for n, mode in itertools.product(tokens, ops.MODES):
+        assert {("attention", mode, n, heads, dim) for dim, heads in ((64, 12), (72, 16), (80, 16))} <= shapes
         linears = ("linear norm qkv", "linear proj", "linear norm fc1", "linear fc2")
         names = ("layer_norm", "add_layer_norm", *linears, "mlp")
-        assert {(name, mode, n, width) for name in names for width in widths} <= set(shapes)
+        assert {(name, mode, n, width) for name in names for width in widths} <= shapes
         for width, images in itertools.product(widths, ("float", "uint8")):
             assert (f"patch_embed {images}", mode, *ops.IMAGES[n], width) in shapes
-    # a call a row costs nothing yet, and what matters most comes first
+    # what matters most comes first
     assert [case.shape["tokens"] for case in cases if case.name == "mlp"][:3] == [197, 197, 197]
+    assert ops.mlp(batch=1, tokens=2, width=8, act="gelu_tanh").name == "mlp gelu_tanh"
 
 
 def test_a_gpu_lacks_a_compiler_or_replays_what_has_graphs_of_its_own():
@@ -396,13 +369,14 @@ def test_results_of_graphs_are_written_over_by_the_next_call(monkeypatch):
     case = MODELS["vit"](dtype="fp32")
     given = draw(case)
     setting = steps.Setting("inference", "fp32", False, torch.device("cpu"), 2)
-    options = TINY_VIT["options"]
-    weights = models._weights(("test",), partial(vitfast.create_model, TINY_VIT["model"], **options))
-    memory = torch.empty(2, 10)
+    name, options = TINY_VIT["model"], {"img_size": 32, "depth": 2}
+    config = vitfast.config_for(name, **options)
+    weights = rivals.random_weights(vitfast.create_model(name, **options).state_dict())
+    memory = torch.empty(2, 1000)
     # as a graph does: the same memory at every call
     monkeypatch.setattr(torch, "compile", lambda f, dynamic, mode: lambda images: memory.copy_(f(images)))
-    network = rivals.of_timm(TINY_VIT["model"], options, weights)
-    function = setting.compiled(network, "reduce-overhead", own_graphs=True)
+    network = rivals.of_timm(name, options, config, weights)
+    function = setting.compiled(network, "reduce-overhead")
     first = function(*given)
     kept = first.clone()
     assert not torch.equal(function(*draw(case, seed=1)), kept)
@@ -425,4 +399,4 @@ def test_flash_attention_gets_another_layout_or_its_logsumexp_counts_as_a_result
         monkeypatch.setitem(sys.modules, module.__name__, module)
     qkv = torch.randn(2, 5, 3, 3, 8)
     out = ops.packed_flash_attn(version)(qkv)
-    torch.testing.assert_close(out, attend(*qkv.unbind(2)))
+    torch.testing.assert_close(out, attend(*qkv.unbind(2)).flatten(2))

@@ -16,7 +16,7 @@ from benchmarks import roofline
 from benchmarks.core import work
 from benchmarks.roofline import H200, MODELS, Ceilings
 from vitfast import ViT, ViTConfig, ops
-from vitfast.check.case import Work
+from vitfast.check.case import DTYPES, Work
 from vitfast.timm_names.variants import config_for
 
 # one of each part that changes the count: prefix tokens, pooling, gates, widths, norms, a second classifier
@@ -96,15 +96,10 @@ def test_class_token_only_is_counted_for_a_model_that_reads_all_tokens():
         work.model(ViTConfig(pool="mean"), 1, "bf16", class_token_only_last_block=True)
 
 
-def test_unknown_dtype_counts_as_something():
-    with pytest.raises(ValueError, match="fp32.*got 'int3'"):
-        work.layer_norm(4, 8, "int3")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_attention_is_counted_wrongly(dtype):
     B, N, Nk, H, D = 2, 5, 9, 3, 16
-    q, k, v = (tensor(B, n, H, D, dtype=dtype) for n in (N, Nk, Nk))
+    q, k, v = (tensor(B, n, H, D, dtype=DTYPES[dtype]) for n in (N, Nk, Nk))
     run = lambda: F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))  # noqa: E731
     forward, both = (work.attention(B, N, H, D, dtype, Nk=Nk, backward=backward) for backward in (False, True))
     assert (forward.flops, both.flops) == (counted(run), counted(lambda: run().sum().backward()))
@@ -114,18 +109,18 @@ def test_attention_is_counted_wrongly(dtype):
     assert both.bytes - forward.bytes == size(lse) + size(out, out, lse, q, k, v) + size(q.grad, k.grad, v.grad)
 
 
-@pytest.mark.parametrize("act, residual, input_grad", [(False, True, True), (True, False, True), (False, False, False)])
-def test_linear_is_counted_wrongly(act, residual, input_grad):
-    x, w, b = tensor(6, 8, grad=input_grad), tensor(12, 8), tensor(12)
+@pytest.mark.parametrize("act, residual", [(False, True), (True, False)])
+def test_linear_is_counted_wrongly(act, residual):
+    x, w, b = tensor(6, 8), tensor(12, 8), tensor(12)
     out = F.linear(x, w, b)
-    options = dict(act=act, residual=residual, input_grad=input_grad)
+    options = dict(act=act, residual=residual)
     forward, both = (work.linear(6, 8, 12, "fp32", backward=backward, **options) for backward in (False, True))
     assert forward.flops == counted(lambda: F.linear(x, w, b))
     assert both.flops == counted(lambda: F.linear(x, w, b).sum().backward())
     assert forward.bytes == size(x, w, b, out) + residual * size(out)
     preact = act * size(out)
-    written = preact + size(w, b) + input_grad * size(x)
-    read = size(out, x) + preact + input_grad * size(w, b)
+    written = preact + size(w, b) + size(x)
+    read = size(out, x) + preact + size(w, b)
     assert both.bytes - forward.bytes == written + read
 
 
@@ -145,24 +140,19 @@ def test_norms_are_counted_wrongly():
     assert work.add_layer_norm(6, 32, "bf16", backward=True) == Work(0, both)
 
 
-@pytest.mark.parametrize("kind", ["mlp", "swiglu_packed", "swiglu"])
-def test_mlp_is_counted_wrongly(kind):
-    x = tensor(1, 6, 8)
-    model = timm.layers.Mlp(8, 24) if kind == "mlp" else None
-    if kind == "swiglu_packed":
-        model = timm.layers.GluMlp(8, 24)
-    elif kind == "swiglu":
-        model = timm.layers.SwiGLU(8, 24)
-    forward, both = (work.mlp(6, 8, 24, "fp32", kind=kind, norm=False, backward=backward) for backward in (False, True))
+def test_mlp_is_counted_wrongly():
+    x, model = tensor(1, 6, 8), torch.nn.Sequential(torch.nn.LayerNorm(8), timm.layers.Mlp(8, 24))
+    forward, both = (work.mlp(6, 8, 24, "fp32", backward=backward) for backward in (False, True))
     assert forward == Work(counted(lambda: model(x)), size(x, x, *model.parameters()))
     assert both.flops == counted(lambda: model(x).sum().backward())
-    kept = 6 * work.mlp_widths(24, kind)[0] * 4
+    kept = 6 * 24 * 4 + 6 * 2 * 4
     assert both.bytes == forward.bytes + 2 * kept + size(x, x, x) + 2 * size(*model.parameters())
 
 
-@pytest.mark.parametrize("image_dtype", [torch.uint8, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("image_dtype", ["uint8", "bf16", "fp32"])
 def test_patch_embed_is_counted_wrongly(image_dtype):
-    images, conv = tensor(2, 3, 8, 12, dtype=image_dtype, grad=False), torch.nn.Conv2d(3, 16, 4, 4).bfloat16()
+    to = DTYPES.get(image_dtype, torch.uint8)
+    images, conv = tensor(2, 3, 8, 12, dtype=to, grad=False), torch.nn.Conv2d(3, 16, 4, 4).bfloat16()
     positions, prefix = tensor(7, 16, dtype=torch.bfloat16), tensor(1, 16, dtype=torch.bfloat16)
     tokens = ops.patch_embed(images.bfloat16(), conv.weight, conv.bias, pos_embed=positions, prefix=prefix)
     call = lambda: conv(images.bfloat16())  # noqa: E731

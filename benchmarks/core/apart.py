@@ -1,13 +1,14 @@
 """Run one variant of a case in a process of its own, with a limit on its time: for compilers that may take minutes.
 
-The process makes the case again from what `Case.notes` says: `factory`, the dotted name of a function, and `arguments`,
-a dict of plain values that it is called with.
+The process makes the case again from what `recorded` wrote into its notes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import importlib
 import json
 import os
 import signal
@@ -16,16 +17,34 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.core.case import rebuild
 from vitfast.check.case import Case
 from vitfast.check.compare import compare
 from vitfast.measure.files import write_json
 from vitfast.measure.machine import ROOT
+
+
+def recorded(make: Callable[..., Case]) -> Callable[..., Case]:
+    """Write into the case's notes the dotted name of the function that made it, and the arguments, fit for JSON."""
+
+    @functools.wraps(make)
+    def factory(**given: Any) -> Case:
+        case = make(**given)
+        origin = {"factory": f"{make.__module__}.{make.__qualname__}", "arguments": given}
+        return dataclasses.replace(case, notes={**case.notes, **origin})
+
+    return factory
+
+
+def rebuild(notes: Mapping[str, Any]) -> Case:
+    """The case whose notes these are."""
+    module, _, name = notes["factory"].rpartition(".")
+    return getattr(importlib.import_module(module), name)(**notes["arguments"])
 
 
 def run(case: Case, name: str, seconds: float, limit_s: float) -> dict[str, Any]:

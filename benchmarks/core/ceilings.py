@@ -1,4 +1,4 @@
-"""What a device does at its best: large copies, large matrix products, and the plain products that ViTs are made of.
+"""What a device does at its best: large copies, large matrix products, and in bf16 the plain products of ViTs.
 
 Measured in the same run as the rows that are compared with them. Nothing here fails a run: what cannot be measured is
 {"absent": why}.
@@ -31,7 +31,7 @@ STRETCH_S = 0.1
 
 def measure(
     device: torch.device | str, *, seconds: float = 2.0, size: int | None = None, widths: Sequence[int] = WIDTHS,
-    batch: int | None = None, dtypes: Sequence[str] = ("bf16",), place: devices.Place | None = None,
+    batch: int | None = None, place: devices.Place | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure the ceilings of `device`.
@@ -41,7 +41,6 @@ def measure(
             products a twentieth.
         size: rows and columns of the large products; by default 8192, on a CPU 2048.
         widths: of the models; batch: of their 197 tokens, by default 64, on a CPU 8.
-        dtypes: of the models' products.
 
     Returns:
         {"copy": {"gbps", "bytes", "seconds"}, "matmul": {dtype: {"tflops", "first", "shape", "seconds", "state"}},
@@ -60,9 +59,9 @@ def measure(
             found["matmul"][name] = _tried(matmul, place, name, size, seconds)
             progress(f"ceilings: {name} {_text(found['matmul'][name], 'tflops', 'TFLOP/s')}")
         found["gemm"] = []
-        for width, dtype, name in itertools.product(widths, dtypes, PRODUCTS):
+        for width, name in itertools.product(widths, PRODUCTS):
             k, n = (width * factor for factor in PRODUCTS[name])
-            row = {"name": name, "width": width, "m": batch * TOKENS, "n": n, "k": k, "dtype": dtype}
+            row = {"name": name, "width": width, "m": batch * TOKENS, "n": n, "k": k, "dtype": "bf16"}
             found["gemm"].append(row | _tried(gemm, place, row, seconds / 20))
         progress(f"ceilings: {len(found['gemm'])} products of models")
         place.release()

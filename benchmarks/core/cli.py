@@ -49,20 +49,26 @@ def _parser() -> argparse.ArgumentParser:
         add("names", nargs="*", help=f"{what}{'' if kind == 'ops' else ', ' + models.VIT_PYTORCH}; none: the usual")
         add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
         add("--dtypes", nargs="+", choices=DTYPES, help="(default: bf16, on a CPU fp32)")
-        add("--batches", nargs="+", type=int, metavar="N", help="images (default: ops 64, on a CPU 8; models 1 8)")
+        add("--batches", nargs="+", type=_positive, metavar="N", help="images (default: 64, on a CPU 8; models 1 8)")
         add("--modes", nargs="+", choices=modes, default=list(modes if kind == "ops" else modes[:1]))
         add("--seconds", type=float, default=2.0, help="how long to time a row (default: %(default)s)")
         add("--budget", type=float, default=3600.0, metavar="SECONDS", help="for all; then it stops")
         add("--ceilings", type=float, default=0.5, metavar="SECONDS", help="to measure each of them, 0: not")
         add("--out", type=Path, metavar="FILE", help="write all numbers here, row by row; goes on with what is there")
         if kind == "ops":
-            add("--tokens", nargs="+", type=int, metavar="N", default=[197, 257], help="tokens an image")
+            add("--tokens", nargs="+", type=_positive, metavar="N", default=[197, 257], help="tokens an image")
             add("--tiny", action="store_true", help="one tiny shape each, to see whether all runs")
         else:
-            add("--image-size", type=int, metavar="PIXELS", help="another size than their own")
+            add("--image-size", type=_positive, metavar="PIXELS", help="another size than their own")
             add("--rivals", choices=models.GROUPS, default="all", help="which (default: %(default)s)")
             add("--autocast", action="store_true", help="also fp32 weights under autocast")
     return parser
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
 
 
 def _makers(told: argparse.Namespace, device: Any) -> Iterator[harness.Maker]:
@@ -84,8 +90,7 @@ def _run(told: argparse.Namespace, kept: record.Record, cases: Sequence[Any], de
         print(text, file=sys.stderr, flush=True)
 
     if told.ceilings and not kept.data["ceilings"]:
-        dtypes = tuple({case.dtype for case in cases})
-        kept.data["ceilings"] = ceilings.measure(device, seconds=told.ceilings, widths=(), dtypes=dtypes, progress=say)
+        kept.data["ceilings"] = ceilings.measure(device, seconds=told.ceilings, widths=(), progress=say)
     try:
         red = harness.run_cases(
             cases, kept, budget_s=told.budget, stage=told.kind, seconds=told.seconds, progress=say

@@ -15,8 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from vitfast.check.case import Function
-
 
 def compiled(function: Callable[..., Any], mode: str | None = None) -> Callable[..., Any]:
     """`torch.compile` for the one shape of a row; `mode` as there.
@@ -100,10 +98,3 @@ def openvino(model: nn.Module, example: Tensor, dtype: str) -> Callable[[Tensor]
         return torch.from_numpy(request.get_output_tensor().data).clone()
 
     return run
-
-
-def autotuned(function: Function, device: str) -> Function:
-    """torch.compile's best; without graphs of its own, since every variant here is replayed from one."""
-    if torch.device(device).type != "cuda":
-        raise NotImplementedError("on a GPU only")
-    return compiled(function, "max-autotune-no-cudagraphs")

@@ -7,8 +7,7 @@ backward's way. The loss itself is one number, which is as exact as luck has it.
 
 from __future__ import annotations
 
-import copy
-import importlib.util
+import importlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -20,9 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vitfast
 from benchmarks.core import compilers, rivals, work
-from benchmarks.core.case import one_of, positive, recorded
+from benchmarks.core.apart import recorded
 from benchmarks.core.rivals import Network
-from benchmarks.core.steps import Setting, in_stock_operators
+from benchmarks.core.steps import Setting
 from vitfast.check.case import DTYPES, Case, Function, Tensors, Variant, Work
 
 GROUPS = ("all", "eager", "compiled", "autotuned")
@@ -30,7 +29,6 @@ VITS = ("vit_base_patch16_224", "vit_small_patch16_224", "vit_large_patch16_224"
 CNNS = ("resnet50", "mobilenetv3_large_100")
 VIT_PYTORCH = "vit-pytorch"
 BATCHES = (1, 8, 64, 256)
-STOCK = "stock PyTorch"
 
 Make = Callable[[], Network]
 
@@ -38,100 +36,82 @@ Make = Callable[[], Network]
 @recorded
 def vit(
     *, model: str, batch: int, mode: str = "inference", dtype: str = "bf16", autocast: bool = False,
-    device: str = "cpu", group: str = "all", options: Mapping[str, Any] | None = None, autotune_s: float = 300.0,
+    device: str = "cpu", group: str = "all", size: int | None = None, depth: int | None = None,
+    autotune_s: float = 300.0,
 ) -> Case:  # fmt: skip
-    """One of timm's ViTs. The baseline is timm's eager model; where timm is not installed, ours in stock operators.
+    """One of timm's ViTs, or vit-pytorch's, whose results are not timm's: it has norms around the patch projection and
+    no bias in attention. The baseline is the eager model of that package.
 
     Args:
-        model: a name of `vitfast.list_models`.
+        model: a name of `vitfast.list_models`, or 'vit-pytorch' for a ViT-B/16. To be trained, a model without
+            classifier gets one of 1000 classes.
         dtype: of everything, or with `autocast` what autocast computes in, with weights and images in fp32.
-        group: which rivals besides timm: 'eager', 'compiled', 'autotuned' (max-autotune) or 'all'.
-        options: timm's keywords, such as img_size. To be trained, a model without classifier gets one of 1000 classes.
+        group: which rivals besides the baseline: 'eager', 'compiled', 'autotuned' (max-autotune) or 'all'.
+        size, depth: of images in pixels and of blocks, where they are not the model's own.
         autotune_s: how long max-autotune may take, in a process of its own.
 
     Raises:
-        ValueError: an argument is not among what is possible.
+        ModuleNotFoundError: the package is not installed.
     """
     setting = Setting(mode, dtype, autocast, torch.device(device), batch)
-    # a pair that came through JSON is a list
-    options = {name: tuple(v) if isinstance(v, list) else v for name, v in (options or {}).items()}
-    config = vitfast.config_for(model, **options)
-    if setting.training and not config.num_classes:
-        options["num_classes"] = 1000
-        config = vitfast.config_for(model, **options)
-    key = ("vit", model, tuple(sorted(options.items())))
-    weights = partial(_weights, key, partial(vitfast.create_model, model, **options))
-    others = {
-        "torchvision": (lambda: rivals.of_torchvision(config, weights()), "torchvision"),
-        "Hugging Face": (lambda: rivals.of_hugging_face(config, weights()), "transformers"),
-    }
-    return _vit(
-        model, setting, group, config, key, lambda: rivals.of_vitfast(model, options, weights()), "timm", "timm",
-        lambda: rivals.of_timm(model, options, weights()), others, autotune_s,
-    )  # fmt: skip
-
-
-@recorded
-def vit_pytorch(
-    *, batch: int, size: int = 224, patch: int = 16, dim: int = 768, depth: int = 12, heads: int = 12,
-    classes: int = 1000, mode: str = "inference", dtype: str = "bf16", autocast: bool = False, device: str = "cpu",
-    group: str = "all", autotune_s: float = 300.0,
-) -> Case:  # fmt: skip
-    """vit-pytorch's ViT in a row of its own, for its results are not timm's: it has norms around the patch projection
-    and no bias in attention. Arguments otherwise as in `vit`.
-    """
-    setting = Setting(mode, dtype, autocast, torch.device(device), batch)
-    positive(size=size, patch=patch, dim=dim, depth=depth, heads=heads, classes=classes)
-    sizes = dict(image_size=size, patch_size=patch, num_classes=classes, dim=dim, depth=depth, heads=heads)
-    make = partial(vitfast.ViT, **sizes, mlp_dim=4 * dim)
+    if model == VIT_PYTORCH:
+        name, package = VIT_PYTORCH, "vit_pytorch"
+        sizes = dict(dim=768, depth=depth or 12, heads=12, mlp_dim=3072)
+        make = partial(vitfast.ViT, image_size=size or 224, patch_size=16, num_classes=1000, **sizes)
+    else:
+        name = package = "timm"
+        options = {what: n for what, n in (("img_size", size), ("depth", depth)) if n is not None}
+        if setting.training and not vitfast.config_for(model, **options).num_classes:
+            options["num_classes"] = 1000
+        make = partial(vitfast.create_model, model, **options)
+    importlib.import_module(package)
     with torch.device("meta"):
-        config = make().config
-    key = (VIT_PYTORCH, tuple(sizes.items()))
-    weights = partial(_weights, key, make)
-    return _vit(
-        VIT_PYTORCH, setting, group, config, key,
-        lambda: Network(rivals.filled(make, weights()), rivals.watched(config)), VIT_PYTORCH, "vit_pytorch",
-        lambda: rivals.of_vit_pytorch(config, weights()), {}, autotune_s,
-    )  # fmt: skip
+        meta = make()
+    config = meta.config
+    key = (model, *make.keywords.items())
+    weights = partial(_remembered, _WEIGHTS, key, lambda: rivals.random_weights(meta.state_dict()))
 
+    def ours() -> Network:
+        return Network(rivals.filled(make, weights()), rivals.watched(config))
 
-def _vit(
-    model: str, setting: Setting, group: str, config: vitfast.ViTConfig, key: tuple, ours: Make, their_name: str,
-    package: str, theirs: Make, others: Mapping[str, tuple[Make, str]], autotune_s: float,
-) -> Case:  # fmt: skip
-    """Ours against the model that it stands for, whose package may be absent, and `others` by package."""
-    one_of("group", group, GROUPS)
-    cpu, installed = setting.device.type == "cpu", importlib.util.find_spec(package) is not None
-    variants = {} if installed else {STOCK: Variant(lambda: in_stock_operators(setting.eager(ours())))}
-    variants[their_name] = Variant(lambda: setting.eager(theirs()), needs=(package,))
-    variants["vitfast"] = Variant(lambda: setting.eager(ours()), ours=True)
-    if not setting.training and not setting.autocast:
-        variants["vitfast prepared"] = Variant(lambda: _prepared(setting, ours()), ours=True)
+    def theirs() -> Network:
+        if model == VIT_PYTORCH:
+            return rivals.of_vit_pytorch(config, weights())
+        return rivals.of_timm(model, options, config, weights())
+
+    cpu = setting.device.type == "cpu"
+    variants = {
+        name: Variant(lambda: setting.eager(theirs())),
+        "vitfast": Variant(lambda: setting.eager(ours()), ours=True),
+    }
+    if not setting.training and not autocast:
+        variants["vitfast prepared"] = Variant(
+            lambda: vitfast.prepare(setting.place(ours()).module, dtype=DTYPES[dtype], threads=None), ours=True
+        )
     if group in ("all", "compiled") and not cpu:
         variants["vitfast compiled"] = Variant(lambda: setting.compiled(ours()), ours=True)
-    if group in ("all", "eager"):
-        for name, (make, needs) in others.items():
-            variants[name] = Variant(lambda make=make: setting.eager(make()), needs=(needs,))
+    if group in ("all", "eager") and model != VIT_PYTORCH:
+        for other, needs, of in (
+            ("torchvision", "torchvision", rivals.of_torchvision),
+            ("Hugging Face", "transformers", rivals.of_hugging_face),
+        ):
+            variants[other] = Variant(lambda of=of: setting.eager(of(config, weights())), needs=(needs,))
     if group in ("all", "compiled"):
-        variants |= _compiled(setting, their_name, theirs, config.image_size, package)
+        variants |= _compiled(setting, name, theirs, config.image_size)
     if group in ("all", "autotuned") and not cpu:
-        variants[f"{their_name} max-autotune"] = Variant(
-            lambda: setting.compiled(theirs(), "max-autotune", own_graphs=True), needs=(package,), graph=False,
-            apart=autotune_s,
-        )  # fmt: skip
-    exact = _truth(setting, key, theirs if installed else ours)
+        variants[f"{name} max-autotune"] = Variant(
+            lambda: setting.compiled(theirs(), "max-autotune"), graph=False, apart=autotune_s
+        )
     shape = {
         "tokens": config.num_patches + config.num_prefix_tokens, "dim": config.dim, "depth": config.depth,
         "heads": config.heads,
     }  # fmt: skip
     count = work.model(
-        config, setting.batch, setting.dtype, training=setting.training, image_dtype=setting.kept_in,
-        weight_dtype=setting.kept_in,
-    )  # fmt: skip
+        config, batch, dtype, training=setting.training, image_dtype=setting.kept_in, weight_dtype=setting.kept_in
+    )
     return _case(
         model, setting, group, config.image_size, config.num_classes or config.dim, variants,
-        exact if installed else in_stock_operators(exact), shape=shape, count=count, gradients=3,
-        param_count=work.parameters(config),
+        _truth(setting, key, theirs), meta, count, gradients=3, shape=shape,
     )  # fmt: skip
 
 
@@ -148,52 +128,36 @@ def cnn(
     import timm
 
     setting = Setting(mode, dtype, autocast, torch.device(device), batch)
-    one_of("group", group, GROUPS)
-    positive(size=size)
     make = partial(timm.create_model, model)
     with torch.device("meta"):
-        meta = make()
-    shapes = meta.state_dict()
+        meta = make().eval()
     matrices = [name for name, p in meta.named_parameters() if p.dim() > 1]
 
-    def network() -> Network:
-        module = rivals.filled(make, rivals.random_weights(shapes, gain=2**0.5))
-        return Network(module, ((matrices[0],), (matrices[-1],)))
+    def network(**layout: Any) -> Network:
+        module = rivals.filled(make, rivals.random_weights(meta.state_dict(), gain=2**0.5))
+        return Network(module.to(**layout), ((matrices[0],), (matrices[-1],)))
 
-    def last(run: Callable[[Network], Function]) -> Function:
-        made = network()
-        made.module.to(memory_format=torch.channels_last)
-        function = run(made)
-        # their images are the second input
-        return lambda images, images_last, *labels: function(images_last, *labels)
-
-    def first(function: Function) -> Function:
-        return lambda images, images_last, *labels: function(images, *labels)
-
-    def compiled(made: Network) -> Function:
-        if not setting.plain_on_cpu:
-            return setting.compiled(made)
-        example = torch.zeros(batch, 3, size, size, dtype=DTYPES[dtype])
-        return compilers.frozen(setting.place(made).module, example.contiguous(memory_format=torch.channels_last))
-
-    variants = {"timm": Variant(lambda: first(setting.eager(network())))}
+    # by its weights a convolution knows in which layout to compute
+    last = partial(network, memory_format=torch.channels_last)
+    variants = {"timm": Variant(lambda: setting.eager(network()))}
     if group in ("all", "eager"):
-        variants["timm channels_last"] = Variant(lambda: last(setting.eager))
+        variants["timm channels_last"] = Variant(lambda: setting.eager(last()))
     if group in ("all", "compiled"):
-        variants["timm compiled"] = Variant(lambda: last(compiled))
+        example = partial(torch.zeros, batch, 3, size, size, dtype=DTYPES[dtype])
+        variants["timm compiled"] = Variant(lambda: setting.compiled_best(last(), example))
     return _case(
-        model, setting, group, (size, size), meta.num_classes, variants,
-        first(_truth(setting, ("cnn", model), network)), shape={}, count=_counted(meta, setting, size), gradients=2,
-        both_layouts=True, param_count=parameter_count(meta),
-        left_out="timm channels_last and compiled: images and weights are channels last from the start",
+        model, setting, group, (size, size), meta.num_classes, variants, _truth(setting, (model, size), network), meta,
+        _counted(meta, setting, size), gradients=2, by_image=not setting.training,
     )  # fmt: skip
 
 
 def _case(
     model: str, setting: Setting, group: str, image_size: tuple[int, int], classes: int,
-    variants: Mapping[str, Variant], truth: Function, *, shape: Mapping[str, int], count: Work, gradients: int,
-    both_layouts: bool = False, **notes: Any,
+    variants: Mapping[str, Variant], truth: Function, meta: nn.Module, count: Work, *, gradients: int,
+    shape: Mapping[str, int] | None = None, by_image: bool = True,
 ) -> Case:  # fmt: skip
+    """`by_image`: whether an image's logits are its own, as they are not where batch norm is trained."""
+
     def inputs(generator: torch.Generator) -> Tensors:
         # image by image, so that a larger batch begins with the images of a smaller one
         images, labels = [], []
@@ -201,8 +165,7 @@ def _case(
             images.append(torch.randn(3, *image_size, generator=generator, device=generator.device))
             labels.append(torch.randint(classes, (), generator=generator, device=generator.device))
         stacked = rivals.exact(torch.stack(images)).to(DTYPES[setting.kept_in])
-        given = (stacked, stacked.contiguous(memory_format=torch.channels_last)) if both_layouts else (stacked,)
-        return (*given, torch.stack(labels)) if setting.training else given
+        return (stacked, torch.stack(labels)) if setting.training else (stacked,)
 
     height, width = image_size
     size = {"size": height} if height == width else {"height": height, "width": width}
@@ -210,25 +173,17 @@ def _case(
     return Case(
         # an own name for rows of other rivals, so that files of several runs keep both
         kind="model", name=model if group in ("all", "eager") else f"{model} {group}", mode=setting.mode,
-        shape=size | shape, batch=setting.batch, dtype=setting.dtype, autocast=setting.autocast, device=setting.device,
-        inputs=inputs, reference=truth, cut=lambda given, n: tuple(t[:n] for t in given),
-        # with batch norm no image's logits are its own in training
-        per_image=(not (both_layouts and setting.training),) + (False,) * (gradients * setting.training),
-        variants=variants, baseline=baseline, yardstick=baseline, work=count,
-        notes={"model": model, "group": group, **notes},
+        shape=size | (shape or {}), batch=setting.batch, dtype=setting.dtype, autocast=setting.autocast,
+        device=setting.device, inputs=inputs, reference=truth, cut=lambda given, n: tuple(t[:n] for t in given),
+        per_image=(by_image,) + (False,) * (gradients * setting.training), variants=variants, baseline=baseline,
+        yardstick=baseline, work=count,
+        notes={"model": model, "group": group, "param_count": sum(p.numel() for p in meta.parameters())},
     )  # fmt: skip
 
 
-def _prepared(setting: Setting, network: Network) -> Function:
-    fast = vitfast.prepare(setting.place(network).module, dtype=DTYPES[setting.dtype], threads=None)
-    return lambda images: fast(images)
-
-
-def _compiled(setting: Setting, name: str, make: Make, image_size: tuple[int, int], package: str) -> dict[str, Variant]:
+def _compiled(setting: Setting, name: str, make: Make, image_size: tuple[int, int]) -> dict[str, Variant]:
     """The compilers of that model which are of use on the device."""
-
-    def example(dtype: str) -> Tensor:
-        return torch.zeros(setting.batch, 3, *image_size, dtype=DTYPES[dtype])
+    example = partial(torch.zeros, setting.batch, 3, *image_size)
 
     def wide() -> nn.Module:
         # both compile for a dtype from a model in fp32
@@ -237,53 +192,43 @@ def _compiled(setting: Setting, name: str, make: Make, image_size: tuple[int, in
     def onnx_runtime() -> Function:
         if setting.dtype != "fp32":
             raise NotImplementedError("fp32 only")
-        return compilers.onnx_runtime(wide(), example("fp32"))
+        return compilers.onnx_runtime(wide(), example())
 
+    best = partial(example, dtype=DTYPES[setting.dtype])
+    found = {f"{name} compiled": Variant(lambda: setting.compiled_best(make(), best))}
     if setting.plain_on_cpu:
-        return {
-            f"{name} compiled": Variant(
-                lambda: compilers.frozen(setting.place(make()).module, example(setting.dtype)), needs=(package,)
-            ),
-            "ONNX Runtime": Variant(onnx_runtime, needs=(package, "onnx", "onnxscript", "onnxruntime")),
-            "OpenVINO": Variant(
-                lambda: compilers.openvino(wide(), example("fp32"), setting.dtype), needs=(package, "openvino")
-            ),
-        }
-    found = {f"{name} compiled": Variant(lambda: setting.compiled(make()), needs=(package,))}
-    if setting.device.type != "cpu":
-        found[f"{name} reduce-overhead"] = Variant(
-            lambda: setting.compiled(make(), "reduce-overhead", own_graphs=True), needs=(package,), graph=False
-        )
+        needed = ("onnx", "onnxscript", "onnxruntime")
+        found["ONNX Runtime"] = Variant(onnx_runtime, needs=needed)
+        found["OpenVINO"] = Variant(lambda: compilers.openvino(wide(), example(), setting.dtype), needs=("openvino",))
+    elif setting.device.type != "cpu":
+        found[f"{name} reduce-overhead"] = Variant(lambda: setting.compiled(make(), "reduce-overhead"), graph=False)
     return found
 
 
+# of one key at a time
 _WEIGHTS: dict[tuple, dict[str, Tensor]] = {}
-_TRUTHS: dict[tuple, tuple[Tensors, Tensors]] = {}
+_TRUTHS: dict[tuple, tuple[Tensors, Tensor | Tensors]] = {}
 
 
-def _weights(key: tuple, make: Callable[[], nn.Module]) -> dict[str, Tensor]:
-    """Weights for what `make` makes, kept until those of another key are wanted."""
-    if key not in _WEIGHTS:
-        with torch.device("meta"):
-            shapes = make().state_dict()
-        _WEIGHTS.clear()
-        _WEIGHTS[key] = rivals.random_weights(shapes)
-    return _WEIGHTS[key]
+def _remembered(memory: dict[tuple, Any], key: tuple, make: Callable[[], Any]) -> Any:
+    if key not in memory:
+        memory.clear()
+        memory[key] = make()
+    return memory[key]
 
 
 def _truth(setting: Setting, key: tuple, make: Make) -> Function:
-    """The results in fp64, remembered, since rows of other batches and dtypes begin with the same images."""
+    """The results in fp64, remembered: what is judged of rows of other batches and dtypes are the same images."""
     key = (*key, setting.mode, str(setting.device))
 
     def run(*given: Tensor) -> Tensor | Tensors:
-        n = len(given[0])
-        known, results = _TRUTHS.get(key, ((), ()))
-        enough = known and (len(known[0]) == n or (not setting.training and len(known[0]) > n))
-        if not enough or not all(torch.equal(a[:n], b) for a, b in zip(known, given, strict=True)):
-            out = setting.exact(make())(*given)
-            results = out if isinstance(out, tuple) else (out,)
-            _TRUTHS[key] = given, results
-        return results if setting.training else results[0][:n]
+        def computed() -> tuple[Tensors, Tensor | Tensors]:
+            return given, setting.exact(make())(*given)
+
+        before, results = _remembered(_TRUTHS, key, computed)
+        if not all(map(torch.equal, before, given)):
+            before, results = _TRUTHS[key] = computed()
+        return results
 
     return run
 
@@ -292,19 +237,14 @@ def _counted(meta: nn.Module, setting: Setting, size: int) -> Work:
     """Of any model, by running it without data: products as torch counts them; images, weights, logits and gradients
     as bytes. A backward is twice a forward, because torch counts a grouped convolution's as if it had no groups.
     """
-    model = copy.deepcopy(meta).eval()
     image = torch.empty(1, 3, size, size, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        logits = model(image)
-    wide = DTYPES[setting.kept_in].itemsize
-    per_image, weights = (image.numel() + logits.numel()) * wide, parameter_count(model) * wide
+        logits = meta(image)
+    wide, parameters = DTYPES[setting.kept_in].itemsize, sum(p.numel() for p in meta.parameters())
+    per_image, weights = (image.numel() + logits.numel()) * wide, parameters * wide
     times = 3 if setting.training else 1
     moved = setting.batch * per_image * (1 + setting.training) + weights * times
     return Work(times * counter.get_total_flops() * setting.batch, moved)
-
-
-def parameter_count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
 
 
 def listed(
@@ -318,20 +258,12 @@ def listed(
         names: ViTs, `CNNS`, or 'vit-pytorch'. By default the usual ViTs at 224 pixels.
         image_size: in pixels, where it is not the model's own.
         depth: blocks of a ViT, where they are not as many as its own.
-
-    Raises:
-        ValueError: a name that is none of these.
     """
     size = {} if image_size is None else {"size": image_size}
-    blocks = {} if depth is None else {"depth": depth}
     for name in names or VITS:
-        if name in CNNS:
-            factory = partial(cnn, model=name, **size)
-        elif name == VIT_PYTORCH:
-            factory = partial(vit_pytorch, autotune_s=autotune_s, **size, **blocks)
-        else:
-            options = blocks | ({} if image_size is None else {"img_size": image_size})
-            factory = partial(vit, model=name, options=options, autotune_s=autotune_s)
+        factory = partial(cnn, **size) if name in CNNS else partial(vit, depth=depth, autotune_s=autotune_s, **size)
         for group, mode, batch, dtype, cast in itertools.product(groups, modes, batches, dtypes, autocast):
             if not (cast and dtype == "fp32"):
-                yield partial(factory, batch=batch, mode=mode, dtype=dtype, autocast=cast, device=device, group=group)
+                yield partial(
+                    factory, model=name, batch=batch, mode=mode, dtype=dtype, autocast=cast, device=device, group=group
+                )

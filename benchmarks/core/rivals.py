@@ -14,14 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import vitfast
 from vitfast.config import ViTConfig
 from vitfast.weights import vit_pytorch as vit_pytorch_names
 
 Weights = Mapping[str, Tensor]
 Patterns = tuple[tuple[str, str], ...]
-
-QKV, LAST_NORM, PATCHES = "blocks.0.attn.qkv.weight", "blocks.{last}.norm2.weight", "patch_embed.proj.weight"
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,7 @@ def filled(make: Callable[[], nn.Module], weights: Weights) -> nn.Module:
 
 def watched(config: ViTConfig) -> tuple[tuple[str, ...], ...]:
     """Under timm's names: where the gradient comes from last, in the last block, and the projection of patches."""
-    return (QKV,), (LAST_NORM.format(last=config.depth - 1),), (PATCHES,)
+    return ("blocks.0.attn.qkv.weight",), (f"blocks.{config.depth - 1}.norm2.weight",), ("patch_embed.proj.weight",)
 
 
 def renamed(names: Mapping[str, list[str]], config: ViTConfig) -> tuple[tuple[str, ...], ...]:
@@ -91,17 +88,10 @@ def is_plain(config: ViTConfig, **allowed: Any) -> bool:
     return config == ViTConfig(**{size: getattr(config, size) for size in sizes}, **allowed)
 
 
-def of_vitfast(name: str, options: Mapping[str, Any], weights: Weights) -> Network:
-    module = filled(partial(vitfast.create_model, name, **options), weights)
-    return Network(module, watched(module.config))
-
-
-def of_timm(name: str, options: Mapping[str, Any], weights: Weights) -> Network:
+def of_timm(name: str, options: Mapping[str, Any], config: ViTConfig, weights: Weights) -> Network:
     import timm
 
-    return Network(
-        filled(partial(timm.create_model, name, **options), weights), watched(vitfast.config_for(name, **options))
-    )
+    return Network(filled(partial(timm.create_model, name, **options), weights), watched(config))
 
 
 def of_torchvision(config: ViTConfig, weights: Weights) -> Network:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import vitfast
 from benchmarks.core import compilers
-from benchmarks.core.case import dtype_of, one_of, positive
 from benchmarks.core.rivals import Network
-from vitfast.check.case import Function, Tensors
+from vitfast.check.case import DTYPES, Function, Tensors
 
 MODES = ("inference", "training")
 
@@ -29,9 +28,6 @@ class Setting:
 
     Attributes:
         dtype: of everything, or with `autocast` what autocast computes in, with weights and images in fp32.
-
-    Raises:
-        ValueError: an unknown mode or dtype, fp32 with autocast, or a batch below 1.
     """
 
     mode: str
@@ -39,13 +35,6 @@ class Setting:
     autocast: bool
     device: torch.device
     batch: int
-
-    def __post_init__(self) -> None:
-        positive(batch=self.batch)
-        one_of("mode", self.mode, MODES)
-        dtype_of(self.dtype)
-        if self.autocast and self.dtype == "fp32":
-            raise ValueError("dtype must be bf16 or fp16 with autocast, got 'fp32'")
 
     @property
     def training(self) -> bool:
@@ -62,23 +51,23 @@ class Setting:
         return "fp32" if self.autocast else self.dtype
 
     def place(self, network: Network, dtype: torch.dtype | None = None) -> Network:
-        network.module.to(self.device, dtype or dtype_of(self.kept_in)).train(self.training)
+        network.module.to(self.device, dtype or DTYPES[self.kept_in]).train(self.training)
         network.module.requires_grad_(self.training)
         return network
 
-    def eager(self, network: Network, dtype: torch.dtype | None = None) -> Function:
-        self.place(network, dtype)
-        return self._function(network, lambda images: network.logits(network.module(images)))
+    def eager(self, network: Network) -> Function:
+        return self._function(network)
 
-    def compiled(self, network: Network, mode: str | None = None, own_graphs: bool = False) -> Function:
-        """By torch.compile. With graphs of its own the results are copied, since the next call writes over them."""
-        self.place(network)
+    def exact(self, network: Network) -> Function:
+        """In fp64, outside autocast."""
+        return replace(self, autocast=False)._function(network, dtype=torch.float64)
 
-        def forward(images: Tensor) -> Tensor:
-            return network.logits(network.module(images))
-
-        run = self._function(network, compilers.compiled(forward, mode))
-        if not own_graphs:
+    def compiled(self, network: Network, mode: str | None = None) -> Function:
+        """By torch.compile. With a mode, which means graphs of its own, results are copied, since the next call writes
+        over them.
+        """
+        run = self._function(network, partial(compilers.compiled, mode=mode))
+        if mode is None:
             return run
 
         def run_anew(*given: Tensor) -> Tensor | Tensors:
@@ -88,15 +77,23 @@ class Setting:
 
         return run_anew
 
-    def exact(self, network: Network) -> Function:
-        """In fp64, outside autocast."""
-        return replace(self, autocast=False).eager(network, torch.float64)
+    def compiled_best(self, network: Network, example: Callable[[], Tensor]) -> Function:
+        """By torch.compile, on a CPU with the weights as constants where they are: `example` makes images for that."""
+        if self.plain_on_cpu:
+            return compilers.frozen(self.place(network).module, example())
+        return self.compiled(network)
 
-    def _function(self, network: Network, forward: Callable[[Tensor], Tensor]) -> Function:
+    def _function(
+        self, network: Network, by: Callable[[Function], Function] = lambda forward: forward,
+        dtype: torch.dtype | None = None,
+    ) -> Function:  # fmt: skip
+        self.place(network, dtype)
+        forward = by(lambda images: network.logits(network.module(images)))
+
         def cast() -> Any:
             if not self.autocast:
                 return contextlib.nullcontext()
-            return torch.autocast(self.device.type, dtype=dtype_of(self.dtype))
+            return torch.autocast(self.device.type, dtype=DTYPES[self.dtype])
 
         def infer(images: Tensor) -> Tensor:
             with torch.inference_mode(), cast():
@@ -117,16 +114,3 @@ class Setting:
             return logits.detach(), *found
 
         return train if self.training else infer
-
-
-def in_stock_operators(function: Function) -> Function:
-    """`function` with every op of vitfast as stock PyTorch operators."""
-
-    def run(*given: Tensor) -> Tensor | Tensors:
-        vitfast.set_exportable(True)
-        try:
-            return function(*given)
-        finally:
-            vitfast.set_exportable(False)
-
-    return run

@@ -6,12 +6,12 @@ given read once, each that it returns written once. Shapes: B images, N tokens, 
 
 Sources of the factors, with the forward as 1:
 
-- a linear layer's backward has two products of the forward's size (gradients of input and weight): 3 in all, 2 where
-  the input needs no gradient, as for patches of images.
+- a linear layer's backward has two products of the forward's size (gradients of input and weight): 3 in all, 2 for
+  patches of images, which need no gradient.
 - attention's backward has four of the forward's two products' size, and computes q k^T again because nobody keeps
   N x N probabilities: 7 products for 2, so 3.5 in all (Dao et al., FlashAttention, arXiv 2205.14135, section 3.1).
 
-A dtype is 'fp32', 'fp16', 'bf16', 'fp8' or 'uint8', or, for ops, a torch dtype.
+A dtype is 'fp32', 'fp16', 'bf16', 'fp8' or 'uint8'.
 """
 
 from __future__ import annotations
@@ -27,8 +27,6 @@ from vitfast.model.vit import ViT
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1, "uint8": 1}
 STATISTIC = 4  # bytes of a logsumexp, mean or reciprocal deviation, always fp32
-
-DType = str | torch.dtype
 
 
 @dataclass(frozen=True)
@@ -46,30 +44,17 @@ class Part:
     work: Work
 
 
-def size_of(dtype: DType) -> int:
-    """Bytes of one element.
-
-    Raises:
-        ValueError: a name that is not in `BYTES`.
-    """
-    if isinstance(dtype, torch.dtype):
-        return dtype.itemsize
-    if dtype not in BYTES:
-        raise ValueError(f"work: dtype must be one of {', '.join(BYTES)} or a torch dtype, got {dtype!r}")
-    return BYTES[dtype]
-
-
 def attention(
-    B: int, N: int, H: int, D: int, dtype: DType, *, Nk: int | None = None, backward: bool = False,
-    out_dtype: DType | None = None,
+    B: int, N: int, H: int, D: int, dtype: str, *, Nk: int | None = None, backward: bool = False,
+    out_dtype: str | None = None,
 ) -> Work:  # fmt: skip
     """softmax(q k^T) v; q [B, N, H, D], k and v [B, Nk, H, D], in tensors of their own or packed in one.
 
     The backward reads q, k, v, the output, its gradient and the logsumexp, and writes three gradients.
     """
     Nk = N if Nk is None else Nk
-    queries, keys, size = B * N * H * D, B * Nk * H * D, size_of(dtype)
-    out = queries * size_of(out_dtype or dtype)
+    queries, keys, size = B * N * H * D, B * Nk * H * D, BYTES[dtype]
+    out = queries * BYTES[out_dtype or dtype]
     read = (queries + 2 * keys) * size
     flops = 4 * B * H * N * Nk * D
     if not backward:
@@ -78,9 +63,9 @@ def attention(
 
 
 def linear(
-    rows: int, K: int, N: int, dtype: DType, *, bias: bool = True, norm: bool = False, act: bool = False,
-    gated: bool = False, gamma: bool = False, residual: bool = False, backward: bool = False, input_grad: bool = True,
-    x_dtype: DType | None = None, out_dtype: DType | None = None,
+    rows: int, K: int, N: int, dtype: str, *, bias: bool = True, norm: bool = False, act: bool = False,
+    gated: bool = False, gamma: bool = False, residual: bool = False, backward: bool = False,
+    x_dtype: str | None = None, out_dtype: str | None = None,
 ) -> Work:  # fmt: skip
     """residual + gamma * act(norm(x) W^T + bias); x [rows, K], W [N, K], out [rows, N] or, gated, [rows, N / 2].
 
@@ -91,10 +76,9 @@ def linear(
         dtype: of the product: the weight, and x where nothing else is said.
         x_dtype: of x in memory, where it is converted on the way in.
         out_dtype: of output and residual, x's by default.
-        input_grad: whether the backward computes x's gradient.
     """
-    size, x_size = size_of(dtype), size_of(x_dtype or dtype)
-    out_size = size_of(out_dtype or x_dtype or dtype)
+    size, x_size = BYTES[dtype], BYTES[x_dtype or dtype]
+    out_size = BYTES[out_dtype or x_dtype or dtype]
     columns = N // 2 if gated else N
     weights = (N * K + N * bias + 2 * K * norm + columns * gamma) * size
     x, out, flops = rows * K * x_size, rows * columns * out_size, 2 * rows * K * N
@@ -102,58 +86,43 @@ def linear(
     if not backward:
         return Work(flops, forward)
     kept = rows * N * out_size * (act or gated) + 2 * STATISTIC * rows * norm
-    back = out + x + kept + weights + (weights + x) * input_grad
-    return Work(flops * (3 if input_grad else 2), forward + kept + back)
+    return Work(3 * flops, forward + kept + (out + x + kept + weights) + (weights + x))
 
 
-def layer_norm(rows: int, C: int, dtype: DType, *, backward: bool = False, out_dtype: DType | None = None) -> Work:
+def layer_norm(rows: int, C: int, dtype: str, *, backward: bool = False) -> Work:
     """norm(x) with weight and bias; x [rows, C]. The backward reads x, its statistics and the gradient."""
-    x, out = rows * C * size_of(dtype), rows * C * size_of(out_dtype or dtype)
-    weights = 2 * C * size_of(dtype)
-    forward = x + out + weights
+    x, weights = rows * C * BYTES[dtype], 2 * C * BYTES[dtype]
     if not backward:
-        return Work(0, forward)
-    return Work(0, forward + (x + out + weights) + (x + weights) + 4 * STATISTIC * rows)
+        return Work(0, 2 * x + weights)
+    return Work(0, 2 * (2 * x + weights) + (x + weights) + 4 * STATISTIC * rows)
 
 
-def add_layer_norm(
-    rows: int, C: int, dtype: DType, *, gamma: bool = False, backward: bool = False, residual_dtype: DType | None = None
-) -> Work:
-    """total = residual + gamma * branch and norm(total), both returned; [rows, C] each.
+def add_layer_norm(rows: int, C: int, dtype: str, *, backward: bool = False, residual_dtype: str | None = None) -> Work:
+    """total = residual + branch and norm(total), both returned; [rows, C] each.
 
     The backward reads the gradients of both results and the total, and writes one gradient, which is residual's and
-    branch's alike; with gamma they differ, and gamma's needs the branch.
+    branch's alike.
     """
-    branch, total = rows * C * size_of(dtype), rows * C * size_of(residual_dtype or dtype)
-    weights = (2 + gamma) * C * size_of(dtype)
+    branch, total = rows * C * BYTES[dtype], rows * C * BYTES[residual_dtype or dtype]
+    weights = 2 * C * BYTES[dtype]
     forward = branch + total + total + branch + weights
     if not backward:
         return Work(0, forward)
-    back = branch + 2 * total + weights + weights + total + 2 * branch * gamma
-    return Work(0, forward + back + 4 * STATISTIC * rows)
+    return Work(0, forward + (branch + 2 * total + weights) + (weights + total) + 4 * STATISTIC * rows)
 
 
-def mlp(
-    rows: int, C: int, mlp_dim: int, dtype: DType, *, kind: str = "mlp", bias: bool = True, norm: bool = True,
-    residual: bool = True, gamma: bool = False, backward: bool = False,
-) -> Work:  # fmt: skip
-    """x + gamma * fc2(act(fc1(norm(x)))) as one kernel, so that the hidden rows stay inside; x [rows, C].
+def mlp(rows: int, C: int, hidden: int, dtype: str, *, backward: bool = False) -> Work:
+    """x + fc2(act(fc1(norm(x)))) as one kernel, so that the hidden rows stay inside; x [rows, C].
 
     For a backward fc1's output is written and read once, which saves its product.
-
-    Args:
-        mlp_dim, kind: `ViTConfig.mlp_dim` and `.mlp`, which say how wide fc1 and fc2 are.
-        residual: whether x is added to the result; it is read once all the same.
     """
-    first, second = mlp_widths(mlp_dim, kind)
-    size = size_of(dtype)
-    x = rows * C * size
-    weights = ((first + second) * C + (first + C) * bias + 2 * C * norm + C * gamma) * size
-    flops = 2 * rows * C * (first + second)
+    size = BYTES[dtype]
+    x, weights = rows * C * size, (2 * hidden * C + hidden + 3 * C) * size
+    flops = 4 * rows * C * hidden
     if not backward:
         return Work(flops, 2 * x + weights)
-    kept = rows * first * size + 2 * STATISTIC * rows * norm
-    return Work(3 * flops, (2 * x + weights + kept) + (2 * x + weights + kept) + (x + weights))
+    kept = rows * hidden * size + 2 * STATISTIC * rows
+    return Work(3 * flops, 2 * (2 * x + weights + kept) + (x + weights))
 
 
 def mlp_widths(mlp_dim: int, kind: str = "mlp") -> tuple[int, int]:
@@ -164,8 +133,8 @@ def mlp_widths(mlp_dim: int, kind: str = "mlp") -> tuple[int, int]:
 
 
 def patch_embed(
-    B: int, image_size: tuple[int, int], patch_size: tuple[int, int], channels: int, C: int, dtype: DType, *,
-    image_dtype: DType | None = None, prefix: int = 0, positions: bool = True, bias: bool = True,
+    B: int, image_size: tuple[int, int], patch_size: tuple[int, int], channels: int, C: int, dtype: str, *,
+    image_dtype: str | None = None, prefix: int = 0, positions: bool = True, bias: bool = True,
     backward: bool = False, patch_grad: bool = False,
 ) -> Work:  # fmt: skip
     """Images [B, channels, height, width] -> tokens [B, prefix + N, C], with positions and prefix tokens added.
@@ -174,9 +143,9 @@ def patch_embed(
         image_dtype: of the images where it is another than that of weights and tokens.
         patch_grad: whether the backward goes on through the projection, to the images or to a norm of the patches.
     """
-    size, image = size_of(dtype), channels * patch_size[0] * patch_size[1]
+    size, image = BYTES[dtype], channels * patch_size[0] * patch_size[1]
     N = (image_size[0] // patch_size[0]) * (image_size[1] // patch_size[1])
-    images = B * channels * image_size[0] * image_size[1] * size_of(image_dtype or dtype)
+    images = B * channels * image_size[0] * image_size[1] * BYTES[image_dtype or dtype]
     tokens = B * (prefix + N) * C * size
     weights = (image * C + C * bias + (prefix + N) * C * positions + prefix * C) * size
     flops = 2 * B * N * image * C
@@ -189,7 +158,7 @@ def patch_embed(
 
 def parts(
     config: ViTConfig, batch: int, dtype: str, *, training: bool = False, class_token_only_last_block: bool = False,
-    image_dtype: DType | None = None, linear_dtype: str | None = None, fused: bool = True,
+    image_dtype: str | None = None, linear_dtype: str | None = None, fused: bool = True,
 ) -> list[Part]:  # fmt: skip
     """The kernels of a model in the order an image travels, norms, activations and residuals inside the products.
 
@@ -263,7 +232,7 @@ def _block(config, B, N, keep, dtype, *, count, training, linear_dtype, fused):
 
 
 def _activation(rows, width, out_width, dtype, backward):
-    x, out = rows * width * size_of(dtype), rows * out_width * size_of(dtype)
+    x, out = rows * width * BYTES[dtype], rows * out_width * BYTES[dtype]
     return Work(0, x + out + (x + out + x) * backward)
 
 
@@ -298,7 +267,7 @@ def parameters(config: ViTConfig) -> int:
 
 def model(
     config: ViTConfig, batch: int, dtype: str, training: bool = False, class_token_only_last_block: bool = False, *,
-    image_dtype: DType | None = None, weight_dtype: DType | None = None,
+    image_dtype: str | None = None, weight_dtype: str | None = None,
 ) -> Work:  # fmt: skip
     """A whole model's forward, or its forward and backward (no loss, no optimizer).
 
@@ -320,19 +289,19 @@ def model(
     )  # fmt: skip
     flops = sum(part.count * part.work.flops for part in found)
     N, C = config.num_patches + config.num_prefix_tokens, config.dim
-    images = batch * config.channels * config.image_size[0] * config.image_size[1] * size_of(image_dtype or dtype)
-    weights = parameters(config) * size_of(weight_dtype or dtype)
+    images = batch * config.channels * config.image_size[0] * config.image_size[1] * BYTES[image_dtype or dtype]
+    weights = parameters(config) * BYTES[weight_dtype or dtype]
     results = (config.num_classes or C) * (1 + config.distillation_token) * (N if config.pool == "none" else 1)
-    forward = images + weights + batch * results * size_of(dtype)
+    forward = images + weights + batch * results * BYTES[dtype]
     if not training:
         return Work(flops, forward)
     keep = 1 + config.distillation_token if class_token_only_last_block else N
     kept = (config.depth - 1) * _kept(config, N, N, dtype) + _kept(config, N, keep, dtype) if config.depth else 0
-    return Work(flops, forward + images + 2 * weights + 2 * batch * kept + batch * results * size_of(dtype))
+    return Work(flops, forward + images + 2 * weights + 2 * batch * kept + batch * results * BYTES[dtype])
 
 
 def _kept(config, N, keep, dtype):
     """Bytes for the backward that a block of one image keeps."""
     inner, width = config.heads * config.head_dim, mlp_widths(config.mlp_dim, config.mlp)[0]
     elements = N * config.dim + 2 * N * inner + keep * (2 * inner + config.dim + width)
-    return elements * size_of(dtype) + STATISTIC * keep * config.heads
+    return elements * BYTES[dtype] + STATISTIC * keep * config.heads
