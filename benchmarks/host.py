@@ -80,7 +80,7 @@ def by_op() -> Iterator[None]:
         yield
         return
     before = _on_cpu.LIMITS, _on_cpu.HOST_BOUND
-    _on_cpu.LIMITS, _on_cpu.HOST_BOUND = dict.fromkeys(_on_cpu.LIMITS, _on_cpu.Limit(0, 0)), 0
+    _on_cpu.LIMITS, _on_cpu.HOST_BOUND = dict.fromkeys(_on_cpu.LIMITS, 0), 0
     try:
         yield
     finally:

@@ -42,7 +42,7 @@ def ops_whatever_the_size(request, monkeypatch):
     """
     if request.node.get_closest_marker("as_users") is None:
         monkeypatch.setattr(_on_cpu, "HOST_BOUND", 0)
-        monkeypatch.setattr(_on_cpu, "LIMITS", dict.fromkeys(_on_cpu.LIMITS, _on_cpu.Limit(0, 0)))
+        monkeypatch.setattr(_on_cpu, "LIMITS", dict.fromkeys(_on_cpu.LIMITS, 0))
 
 
 DEVICES = ["cpu"] + [pytest.param("cuda", marks=pytest.mark.gpu)] * torch.cuda.is_available()

@@ -49,9 +49,9 @@ def case_of(op, tokens, training, dtype=torch.float32):
     return x, lambda: CASES[op](x, weights)
 
 
-def tokens_at(op, training):
+def tokens_at(op):
     """The most tokens at which stock operators run, None for any number."""
-    limit = _on_cpu.LIMITS.get(op, _on_cpu.Limit(0, 0))[training]
+    limit = _on_cpu.LIMITS.get(op, 0)
     return None if limit == _on_cpu.ALWAYS else limit // D
 
 
@@ -59,7 +59,7 @@ def tokens_at(op, training):
 @pytest.mark.parametrize("op", CASES)
 def test_op_runs_where_stock_operators_are_faster(op, training):
     """And the other way round, one token above the limit."""
-    most = tokens_at(op, training)
+    most = tokens_at(op)
     if most != 0:
         assert not ops_called(case_of(op, most or 5, training)[1])
     if most is not None:
@@ -102,7 +102,7 @@ def test_stock_operators_give_other_numbers(op, dtype, monkeypatch):
         return [out.detach(), x.grad]
 
     stock = results()
-    monkeypatch.setattr(_on_cpu, "LIMITS", dict.fromkeys(_on_cpu.LIMITS, _on_cpu.Limit(0, 0)))
+    monkeypatch.setattr(_on_cpu, "LIMITS", dict.fromkeys(_on_cpu.LIMITS, 0))
     for one, other in zip(stock, results(), strict=True):
         assert one.dtype is other.dtype and one.is_contiguous() == other.is_contiguous()
         atol = 16 * torch.finfo(dtype).eps * other.abs().max().item()
@@ -171,7 +171,7 @@ def test_small_model_is_another_than_by_ops(small, how, dtype, monkeypatch):
 
     out, grads = results()
     monkeypatch.setattr(_on_cpu, "HOST_BOUND", 0)
-    monkeypatch.setattr(_on_cpu, "LIMITS", dict.fromkeys(_on_cpu.LIMITS, _on_cpu.Limit(0, 0)))
+    monkeypatch.setattr(_on_cpu, "LIMITS", dict.fromkeys(_on_cpu.LIMITS, 0))
     expected, expected_grads = results()
     relative = 1e-4 if dtype is torch.float32 else 5e-2
     for one, other in zip([out, *grads], [expected, *expected_grads], strict=True):
@@ -208,7 +208,7 @@ def test_first_tokens_are_not_all_of_them(small):
 def test_explain_is_silent_about_sizes():
     model = vitfast.create_model("vit_tiny_patch16_224", img_size=32, depth=1)
     notes = " ".join(vitfast.explain(model).notes)
-    assert "16,384" in notes and "65,536" in notes
+    assert "blocks of up to 16,384" in notes and "linear up to 65,536" in notes
 
 
 @pytest.mark.parametrize("op", CASES)
@@ -255,3 +255,40 @@ def test_tangent_of_a_small_model_is_another(small, monkeypatch):
     found = second()
     monkeypatch.setattr(_on_cpu, "HOST_BOUND", 0)
     torch.testing.assert_close(found, second(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("op", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_strides_of_a_small_call_change_its_result(op, dtype):
+    """To the bit; and the result has its own memory, in one piece."""
+    weights = {name: torch.randn(shape, dtype=dtype) for name, shape in WEIGHTS.items()}
+    x = torch.randn(3, 5, D, dtype=dtype)
+    for strided in (x.transpose(0, 1).contiguous().transpose(0, 1), torch.stack([x, x], -1)[..., 0]):
+        expected, found = CASES[op](x, weights), CASES[op](strided, weights)
+        assert torch.equal(found, expected) and found.is_contiguous()
+        assert found.untyped_storage().data_ptr() != strided.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("pool", ["token", "mean"])
+def test_strides_of_a_small_image_change_the_result(pool):
+    sizes = dict(image_size=32, patch_size=8, dim=64, depth=2, heads=2, mlp_dim=128, num_classes=5)
+    model = vitfast.ViT.from_config(vitfast.ViTConfig(pool=pool, **sizes)).eval()
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model(images.to(memory_format=torch.channels_last)), model(images))
+
+
+def test_small_images_of_another_dtype_or_device_fail_somewhere_inside(small):
+    _, ours, image = small
+    for wrong in (image.double(), image.bfloat16(), image.to("meta")):
+        with pytest.raises(ValueError, match="dtype|device"):
+            ours(wrong)
+
+
+def test_gradients_change_the_result(small):
+    """What a mode forbids is recorded or not, and computed alike: between the limits too."""
+    _, ours, image = small
+    for images in (image, image.repeat(16, 1, 1, 1), image.repeat(50, 1, 1, 1)):
+        out = ours.eval()(images)
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                assert torch.equal(ours(images), out)

@@ -149,13 +149,21 @@ class PatchEmbed(OnOps, nn.Module):
         (H, W), (ph, pw) = images.shape[2:], self.patch_size
         return F.pad(images, (0, -W % pw, 0, -H % ph)) if self.dynamic_img_pad and (H % ph or W % pw) else images
 
+    def _host_bound(self, images: Tensor) -> bool:
+        # what does not fit is the op's, which says so
+        weight = getattr(self.proj, "weight", images)
+        return images.dtype is weight.dtype and images.device == weight.device and host_bound(images)
+
     def forward(self, images: Tensor) -> Tensor:
         if self.input_norm is None:
-            if not host_bound(images) and self.cuts_patches() and not any_global_hook():
+            small = self._host_bound(images)
+            if not small and self.cuts_patches() and not any_global_hook():
                 self.check(images)
                 x = self.ops.patch_embed(images, self.proj.weight, self.proj.bias, pad=self.dynamic_img_pad)
             else:
-                x = self.proj(self.prepare(images)).flatten(2).transpose(1, 2)
+                images = self.prepare(images)
+                # the same to the bit whatever the strides, as by the op
+                x = self.proj(images.contiguous() if small else images).flatten(2).transpose(1, 2)
             if not self.flatten:
                 x = self._laid_out(x, images)
         elif plain(self.input_norm, nn.LayerNorm) and plain(self.proj, nn.Linear) and not any_global_hook():

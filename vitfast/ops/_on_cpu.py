@@ -3,57 +3,42 @@
 from __future__ import annotations
 
 import sys
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vitfast.choose.exportable import forward_mode, stock_only
+from vitfast.choose.exportable import forward_mode
 from vitfast.ops._launch import INTERPRETED
 
-
-class Limit(NamedTuple):
-    """Numbers in an op's first input up to which stock operators are faster."""
-
-    inference: int
-    training: int
-
-
 ALWAYS = sys.maxsize
-# An op costs a call through torch's dispatcher, and its gradient a Python function and its calls; what it saves grows
-# with its input. `python -m benchmarks.host --crossover` measures these. Above, training keeps the op where the times
-# are alike: it holds less memory between forward and backward. Not attention: the C++ kernel is faster for any number
-# of tokens, and torch's operator, faster in training up to some thousand numbers, has no second derivative.
+# Numbers in an op's first input up to which stock operators are faster on a CPU. An op costs a call through torch's
+# dispatcher, and its gradient a Python function and its calls; what it saves grows with its input. Where the times are
+# alike the op stays: it holds less memory between forward and backward. One number for inference and training, so that
+# both compute the same. Not attention: the C++ kernel is faster for any number of tokens, and torch's operator, faster
+# in training up to some thousand numbers, has no second derivative. `python -m benchmarks.host --crossover` measures.
 LIMITS = {
     # on a CPU the op is the stock operator and a call around it
-    "layer_norm": Limit(ALWAYS, ALWAYS),
-    "linear": Limit(1 << 16, 1 << 16),
-    "mlp": Limit(1 << 14, 1 << 16),
+    "layer_norm": ALWAYS,
+    "linear": 1 << 16,
+    "mlp": 1 << 14,
 }
-
-
 # Numbers in the input of a block or a model up to which its modules run as they are: there is less to do than to ask.
 HOST_BOUND = 1 << 14
 
 
 def host_bound(x: Tensor) -> bool:
     """Whether a call on x takes as long as Python does on a CPU, so that looking for ops costs more than they save."""
-    # a graph serves other sizes too, and costs no Python; tangents of torch's own norm have a wrong gradient
-    if type(x) is not Tensor or INTERPRETED or torch.compiler.is_compiling() or forward_mode():
-        return False
-    return x.is_cpu and 0 < x.numel() <= HOST_BOUND
+    # tangents of torch's own norm have a wrong gradient
+    return _up_to(x, HOST_BOUND) and not forward_mode()
 
 
-def by_stock(op: str, x: Tensor, saves: bool) -> bool:
-    """Whether stock operators are to run this call of `op` and to differentiate it: where they must, or are faster.
+def faster_as_stock(op: str, x: Tensor) -> bool:
+    """Whether stock operators are to run this call of `op`, of which x is the first input, and to differentiate it."""
+    return _up_to(x, LIMITS[op])
 
-    Args:
-        x: the op's first input.
-        saves: whether a backward may follow.
-    """
-    if stock_only():
-        return True
-    limit = LIMITS[op].training if saves else LIMITS[op].inference
+
+def _up_to(x: Tensor, limit: int) -> bool:
+    # a graph serves other sizes too, and has no calls to save
     if type(x) is not Tensor or INTERPRETED or torch.compiler.is_compiling():
         return False
     return x.is_cpu and 0 < x.numel() <= limit
@@ -61,11 +46,7 @@ def by_stock(op: str, x: Tensor, saves: bool) -> bool:
 
 def notes() -> list[str]:
     """`LIMITS` and `HOST_BOUND` in words, for `vitfast.explain`."""
-    words = []
-    for op, limit in LIMITS.items():
-        most = [("inference", limit.inference), ("training", limit.training)]
-        words += [f"{op} in {when} up to {n:,}" for when, n in most if n < ALWAYS]
-        words += [f"{op} always"] * (limit == (ALWAYS, ALWAYS))
+    words = [f"{op} " + ("always" if most == ALWAYS else f"up to {most:,}") for op, most in LIMITS.items()]
     return [
         f"on cpu, blocks of up to {HOST_BOUND:,} numbers run their own modules: looking for ops costs more",
         f"on cpu, stock operators are faster by numbers in the input: {', '.join(words)}",

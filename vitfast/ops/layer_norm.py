@@ -10,7 +10,7 @@ from vitfast.choose.exportable import refuse_proxy, stock_only
 from vitfast.kernels.operands import Norm, Saved, Tail, new
 from vitfast.ops import _higher, _launch, _register, _stock
 from vitfast.ops._check import Reasons
-from vitfast.ops._on_cpu import by_stock
+from vitfast.ops._on_cpu import faster_as_stock
 from vitfast.ops._register import call, wants_gradient
 
 KINDS = ("layer", "rms")
@@ -46,12 +46,13 @@ def layer_norm(
     check.tensors(x=x, weight=weight, bias=bias)
     check.raise_if_any()
     out_dtype = out_dtype or x.dtype
-    saves = wants_gradient(x, weight, bias)
-    if by_stock("layer_norm", x, saves):
+    if stock_only():
         return reference.layer_norm(x, weight, bias, eps, kind, out_dtype)
+    if faster_as_stock("layer_norm", x):
+        return reference.layer_norm(x.contiguous(), weight, bias, eps, kind, out_dtype)
     # by name: AOTInductor hands a ScalarType on as another one (torch 2.11)
     name = str(out_dtype).removeprefix("torch.")
-    return call(_layer_norm, saves, x, weight, bias, eps, kind, name)[0]
+    return call(_layer_norm, wants_gradient(x, weight, bias), x, weight, bias, eps, kind, name)[0]
 
 
 def add_layer_norm(
