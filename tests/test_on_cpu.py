@@ -282,6 +282,9 @@ def test_small_images_of_another_dtype_or_device_fail_somewhere_inside(small):
     for wrong in (image.double(), image.bfloat16(), image.to("meta")):
         with pytest.raises(ValueError, match="dtype|device"):
             ours(wrong)
+    for wrong in (image.tolist(), None, image.long()):
+        with pytest.raises(TypeError, match="images must be a floating point tensor"):
+            ours(wrong)
 
 
 def test_gradients_change_the_result(small):

@@ -150,9 +150,11 @@ class PatchEmbed(OnOps, nn.Module):
         return F.pad(images, (0, -W % pw, 0, -H % ph)) if self.dynamic_img_pad and (H % ph or W % pw) else images
 
     def _host_bound(self, images: Tensor) -> bool:
+        if not host_bound(images):
+            return False
         # what does not fit is the op's, which says so
         weight = getattr(self.proj, "weight", images)
-        return images.dtype is weight.dtype and images.device == weight.device and host_bound(images)
+        return images.dtype is weight.dtype and images.device == weight.device
 
     def forward(self, images: Tensor) -> Tensor:
         if self.input_norm is None:
