@@ -137,7 +137,7 @@ class BuildWhatIsPossible(build_ext):
             report["why_no_cuda"] = str(reason)
             return [], []
         report["nvcc"], report["archs"] = release, [option.rpartition("code=")[2] for option in options]
-        flags = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC", "-Xcompiler", "-fvisibility=hidden", "--threads", "0"]
+        flags = ["-O3", "-std=c++20", "-Xcompiler", "-fPIC", "-Xcompiler", "-fvisibility=hidden", "--threads", "0"]
         objects = [
             pool.submit(self.compile, [nvcc], source, f"{source}.o", [*flags, *options]) for source in CUDA_SOURCES
         ]
@@ -156,7 +156,7 @@ class BuildWhatIsPossible(build_ext):
         includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
         if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
             raise Missing("Python's headers are not installed (Debian: python3-dev)")
-        flags = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall"]
+        flags = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall"]
         # gcc's own header of AVX-512 warns of itself
         flags += ["-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
         flags += self.openmp(compiler, report)

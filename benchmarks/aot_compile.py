@@ -36,7 +36,7 @@ SHARED_LIMITS = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 WIDE = 16
 # of setup.py's architectures, by ours; code for sm_80 runs on sm_89
 CUDA_ARCHS = {80: "80", 90: "90a", 100: "100"}
-NVCC_FLAGS = ("-O3", "-std=c++17", "-Xptxas", "-v", "-Werror", "all-warnings")
+NVCC_FLAGS = ("-O3", "-std=c++20", "-Xptxas", "-v", "-Werror", "all-warnings")
 # instructions of the machine that say where a kernel spends its time
 SASS = {
     "HGMMA": r"HGMMA", "HMMA": r"HMMA", "LDG 16": r"LDG\.E\S*\.128", "LDGSTS 16": r"LDGSTS\.E\S*\.128",

@@ -23,14 +23,25 @@ using View = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;  // address, stri
 
 HeadsView heads_view(const View& view) {
   const auto& [data, image, token, head] = view;
-  return {reinterpret_cast<const void*>(data), image, token, head};
+  return {.data = reinterpret_cast<const void*>(data), .image = image, .token = token, .head = head};
 }
 
 void attention(const CpuKernels& kernels, const View& q, const View& k, const View& v, uintptr_t out, uintptr_t lse,
                int64_t B, int64_t H, int64_t Nq, int64_t Nk, int64_t D, float scale, int dtype, int threads) {
   py::gil_scoped_release release;
-  kernels.attention({heads_view(q), heads_view(k), heads_view(v), reinterpret_cast<void*>(out),
-                     reinterpret_cast<float*>(lse), B, H, Nq, Nk, D, scale, static_cast<DType>(dtype), threads});
+  kernels.attention({.q = heads_view(q),
+                     .k = heads_view(k),
+                     .v = heads_view(v),
+                     .out = reinterpret_cast<void*>(out),
+                     .lse = reinterpret_cast<float*>(lse),
+                     .B = B,
+                     .H = H,
+                     .Nq = Nq,
+                     .Nk = Nk,
+                     .D = D,
+                     .scale = scale,
+                     .dtype = static_cast<DType>(dtype),
+                     .threads = threads});
 }
 
 void activation(const CpuKernels& kernels, uintptr_t x, uintptr_t y, int64_t n, int dtype, int act, int threads) {
@@ -44,18 +55,25 @@ PatchRowsArgs patch_rows_args(uintptr_t images, const std::array<int64_t, 4>& sh
                               const std::array<int64_t, 4>& strides, const std::array<int64_t, 2>& patch, int64_t P,
                               int order, uintptr_t rows, uintptr_t scale, uintptr_t shift, int from, int to,
                               int threads) {
-  const auto [B, C, H, W] = shape;
-  const PatchGeometry geometry{
-      C, H, W, patch[0], patch[1], P, static_cast<PatchOrder>(order), strides[0], strides[1], strides[2], strides[3]};
-  return {geometry,
-          reinterpret_cast<const void*>(images),
-          reinterpret_cast<void*>(rows),
-          reinterpret_cast<const float*>(scale),
-          reinterpret_cast<const float*>(shift),
-          B,
-          static_cast<DType>(from),
-          static_cast<DType>(to),
-          threads};
+  return {.geometry = {.C = shape[1],
+                       .H = shape[2],
+                       .W = shape[3],
+                       .ph = patch[0],
+                       .pw = patch[1],
+                       .P = P,
+                       .order = static_cast<PatchOrder>(order),
+                       .image = strides[0],
+                       .channel = strides[1],
+                       .y = strides[2],
+                       .x = strides[3]},
+          .images = reinterpret_cast<const void*>(images),
+          .rows = reinterpret_cast<void*>(rows),
+          .scale = reinterpret_cast<const float*>(scale),
+          .shift = reinterpret_cast<const float*>(shift),
+          .B = shape[0],
+          .from = static_cast<DType>(from),
+          .to = static_cast<DType>(to),
+          .threads = threads};
 }
 
 void patch_rows(const CpuKernels& kernels, uintptr_t images, const std::array<int64_t, 4>& shape,
@@ -68,9 +86,15 @@ void patch_rows(const CpuKernels& kernels, uintptr_t images, const std::array<in
 void layer_norm(const CpuKernels& kernels, uintptr_t x, uintptr_t y, uintptr_t weight, uintptr_t bias, int64_t rows,
                 int64_t D, float eps, int dtype, int threads) {
   py::gil_scoped_release release;
-  kernels.layer_norm({reinterpret_cast<const void*>(x), reinterpret_cast<void*>(y),
-                      reinterpret_cast<const void*>(weight), reinterpret_cast<const void*>(bias), rows, D, eps,
-                      static_cast<DType>(dtype), threads});
+  kernels.layer_norm({.x = reinterpret_cast<const void*>(x),
+                      .y = reinterpret_cast<void*>(y),
+                      .weight = reinterpret_cast<const void*>(weight),
+                      .bias = reinterpret_cast<const void*>(bias),
+                      .rows = rows,
+                      .D = D,
+                      .eps = eps,
+                      .dtype = static_cast<DType>(dtype),
+                      .threads = threads});
 }
 
 using Norm = std::tuple<uintptr_t, uintptr_t, float>;               // weight, bias, eps
@@ -78,15 +102,17 @@ using Packed = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t>;  // cells, bi
 
 LayerNormArgs layer_norm_of(const Norm& norm, int64_t D, DType dtype) {
   const auto& [weight, bias, eps] = norm;
-  LayerNormArgs args{};
-  args.weight = reinterpret_cast<const void*>(weight), args.bias = reinterpret_cast<const void*>(bias);
-  args.D = D, args.eps = eps, args.dtype = dtype, args.threads = 1;
-  return args;
+  return {.weight = reinterpret_cast<const void*>(weight),
+          .bias = reinterpret_cast<const void*>(bias),
+          .D = D,
+          .eps = eps,
+          .dtype = dtype,
+          .threads = 1};
 }
 
 PackedWeight packed_weight(const Packed& weight) {
   const auto& [cells, bias, K, D] = weight;
-  return {reinterpret_cast<const void*>(cells), reinterpret_cast<const float*>(bias), K, D};
+  return {.cells = reinterpret_cast<const void*>(cells), .bias = reinterpret_cast<const float*>(bias), .K = K, .D = D};
 }
 
 void linear(const CpuKernels& kernels, uintptr_t x, const std::optional<Norm>& norm, const Packed& weight,
@@ -94,9 +120,17 @@ void linear(const CpuKernels& kernels, uintptr_t x, const std::optional<Norm>& n
   py::gil_scoped_release release;
   const PackedWeight packed = packed_weight(weight);
   const DType dtype = static_cast<DType>(dtype_number);
-  kernels.linear({reinterpret_cast<const void*>(x), layer_norm_of(norm.value_or(Norm{}), packed.K, dtype),
-                  norm.has_value(), packed, reinterpret_cast<const void*>(residual), rows, reinterpret_cast<void*>(out),
-                  rows, dtype, act, threads});
+  kernels.linear({.x = reinterpret_cast<const void*>(x),
+                  .norm = layer_norm_of(norm.value_or(Norm{}), packed.K, dtype),
+                  .normalises = norm.has_value(),
+                  .weight = packed,
+                  .residual = reinterpret_cast<const void*>(residual),
+                  .residual_rows = rows,
+                  .out = reinterpret_cast<void*>(out),
+                  .rows = rows,
+                  .dtype = dtype,
+                  .act = act,
+                  .threads = threads});
 }
 
 void mlp(const CpuKernels& kernels, uintptr_t x, const Norm& norm, const Packed& fc1, const Packed& fc2, uintptr_t out,
@@ -104,8 +138,15 @@ void mlp(const CpuKernels& kernels, uintptr_t x, const Norm& norm, const Packed&
   py::gil_scoped_release release;
   const PackedWeight first = packed_weight(fc1);
   const DType dtype = static_cast<DType>(dtype_number);
-  kernels.mlp({reinterpret_cast<const void*>(x), layer_norm_of(norm, first.K, dtype), first, packed_weight(fc2),
-               reinterpret_cast<void*>(out), rows, dtype, act, threads});
+  kernels.mlp({.x = reinterpret_cast<const void*>(x),
+               .norm = layer_norm_of(norm, first.K, dtype),
+               .fc1 = first,
+               .fc2 = packed_weight(fc2),
+               .out = reinterpret_cast<void*>(out),
+               .rows = rows,
+               .dtype = dtype,
+               .act = act,
+               .threads = threads});
 }
 
 // norm1, qkv, proj, norm2, fc1, fc2, act
@@ -115,11 +156,24 @@ void block(const CpuKernels& kernels, uintptr_t x, const BlockWeights& weights, 
            int64_t H, int64_t D, float scale, int dtype_number, int threads) {
   py::gil_scoped_release release;
   const auto& [norm1, qkv, proj, norm2, fc1, fc2, act] = weights;
-  const int64_t C = std::get<2>(qkv);
+  const int64_t C = packed_weight(qkv).K;
   const DType dtype = static_cast<DType>(dtype_number);
-  kernels.block({reinterpret_cast<const void*>(x), layer_norm_of(norm1, C, dtype), layer_norm_of(norm2, C, dtype),
-                 packed_weight(qkv), packed_weight(proj), packed_weight(fc1), packed_weight(fc2),
-                 reinterpret_cast<void*>(out), B, N, H, D, scale, dtype, act, threads});
+  kernels.block({.x = reinterpret_cast<const void*>(x),
+                 .norm1 = layer_norm_of(norm1, C, dtype),
+                 .norm2 = layer_norm_of(norm2, C, dtype),
+                 .qkv = packed_weight(qkv),
+                 .proj = packed_weight(proj),
+                 .fc1 = packed_weight(fc1),
+                 .fc2 = packed_weight(fc2),
+                 .out = reinterpret_cast<void*>(out),
+                 .B = B,
+                 .N = N,
+                 .H = H,
+                 .D = D,
+                 .scale = scale,
+                 .dtype = dtype,
+                 .act = act,
+                 .threads = threads});
 }
 
 void embed(const CpuKernels& kernels, uintptr_t images, const std::array<int64_t, 4>& shape,
@@ -127,15 +181,21 @@ void embed(const CpuKernels& kernels, uintptr_t images, const std::array<int64_t
            uintptr_t scale, uintptr_t shift, int from, int to, int threads, const Packed& weight, uintptr_t positions,
            uintptr_t prefix, uintptr_t tokens) {
   py::gil_scoped_release release;
-  kernels.embed({patch_rows_args(images, shape, strides, patch, P, order, 0, scale, shift, from, to, threads),
-                 packed_weight(weight), reinterpret_cast<const void*>(positions), reinterpret_cast<const void*>(prefix),
-                 reinterpret_cast<void*>(tokens)});
+  kernels.embed(
+      {.patches = patch_rows_args(images, shape, strides, patch, P, order, 0, scale, shift, from, to, threads),
+       .weight = packed_weight(weight),
+       .positions = reinterpret_cast<const void*>(positions),
+       .prefix = reinterpret_cast<const void*>(prefix),
+       .tokens = reinterpret_cast<void*>(tokens)});
 }
 
 void pack_weight(const CpuKernels& kernels, uintptr_t weight, uintptr_t packed, int64_t D, int64_t K, int dtype) {
   py::gil_scoped_release release;
-  kernels.pack_weight(
-      {reinterpret_cast<const void*>(weight), reinterpret_cast<void*>(packed), D, K, static_cast<DType>(dtype)});
+  kernels.pack_weight({.weight = reinterpret_cast<const void*>(weight),
+                       .packed = reinterpret_cast<void*>(packed),
+                       .D = D,
+                       .K = K,
+                       .dtype = static_cast<DType>(dtype)});
 }
 
 // The tables that were built and that this CPU can run, best last.

@@ -34,7 +34,7 @@ def library(tmp_path_factory):
     with open(folder / "guarded_memory.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
-            flags = ["-std=c++17", "-O1", "-Wall", "-Werror", "-fPIC", "-shared"]
+            flags = ["-std=c++20", "-O1", "-Wall", "-Werror", "-fPIC", "-shared"]
             command = [*find_compiler().split(), *flags, PROGRAMS / "guarded_memory.cpp", "-o", target, "-ldl"]
             built = subprocess.run(command, capture_output=True, text=True)
             assert built.returncode == 0, built.stderr

@@ -48,7 +48,7 @@ def run_sanitized(program, folder, isa="portable", sources=()):
     files = [PROGRAMS / program, *(CSRC / name for name in sources)]
     # kept scratch memory would hide what is written beside it; optimising takes four times as long, and may drop a read
     # that has no use
-    flags = ["-std=c++17", "-O0", "-g", "-Wall", "-DVITFAST_KEPT_BYTES=0"]
+    flags = ["-std=c++20", "-O0", "-g", "-Wall", "-DVITFAST_KEPT_BYTES=0"]
     flags += [*SANITIZE, *flags_of(isa)]
     command = [*compiler.split(), *flags, f"-DVITFAST_ISA={isa}", f"-I{CSRC}"]
     empty = folder / "empty.cpp"
@@ -78,7 +78,7 @@ def run_kernels_on_host(folder, sanitizers, trials, csrc=CSRC):
 
 
 # _Float16 and the compilers' own pragmas for loops
-HOST_FLAGS = ["-std=c++17", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function"]
+HOST_FLAGS = ["-std=c++20", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function"]
 
 
 def kernels_on_host(folder):

@@ -259,6 +259,7 @@ def builtin_choice(kernel, config):
 )
 def test_a_residual_in_fp32_as_of_autocast_runs_what_was_measured_of_narrow_ones(monkeypatch, residual, gamma, words):
     """Whose tiles leave a multiprocessor room for two programs, and those of a wide residual for one."""
+    from vitfast.kernels.operands import Norm, Tail
     from vitfast.ops import _launch
     from vitfast.ops.linear import _linear_kernel
 
@@ -268,7 +269,7 @@ def test_a_residual_in_fp32_as_of_autocast_runs_what_was_measured_of_narrow_ones
     x, weight = torch.randn(2, 3, 16).bfloat16(), torch.randn(8, 16).bfloat16()
     residual = None if residual is None else torch.randn(2, 3, 8, dtype=residual)
     gamma = None if gamma is None else torch.randn(8, dtype=gamma)
-    _linear_kernel(x, weight, None, None, None, 1e-6, "none", "none", gamma, None, residual, False)
+    _linear_kernel(x, weight, None, Norm(None, None, 1e-6, "none"), "none", Tail(gamma, None, residual), False)
     assert asked[0][-1] == words
 
 

@@ -34,7 +34,7 @@ def test_warm_up_checks_another_configuration_than_runs(direction):
     configs = getattr(attention, f"{direction}_configs")
     for B, dtype, N in itertools.product((1, 600), (torch.bfloat16, torch.float32), (197, 577)):
         q, k, v = torch.empty(B, N, 3, 12, 64, dtype=dtype, device="meta").unbind(2)
-        call = attention._Call(q, k, v, 0.125, None, 0.0, None, None)
+        call = attention._Call(q, k, v, 0.125, attention.NOTHING, None)
         runs = getattr(attention, f"{direction}_config")(call)
         assert configs(q.device, dtype, 12 * B, 64, N, N)[0] == runs
 

@@ -109,7 +109,7 @@ MUTANTS = {
         "test_residual_and_scales_are_forgotten",
     ),
     "residual of the MLP without a gradient": (
-        "linear_grads.py", "total_grad=residual_grad,", "total_grad=None,", "test_gradient_of_an_mlp_is_wrong",
+        "linear_grads.py", "total_grad=residual_grad\n", "total_grad=None\n", "test_gradient_of_an_mlp_is_wrong",
     ),
     "drop path forgotten in the backward": (
         "layer_norm_rows.py", "                d = d * load_row_scale(row_scale, first, left, tokens, BM)[:, None]\n",

@@ -15,11 +15,46 @@ inline void block_of(const BlockArgs& a) {
   const Workspaces memory(1, rows * inner * 4 * sizeof(T));
   T* const qkv = (T*)memory.of(0);
   T* const attended = qkv + rows * inner * 3;
-  linear({a.x, a.norm1, true, a.qkv, nullptr, 0, qkv, rows, a.dtype, vitfast::NO_ACT, a.threads});
-  const auto part = [&](int64_t i) { return HeadsView{qkv + i * inner, a.N * inner * 3, inner * 3, a.D}; };
-  attention({part(0), part(1), part(2), attended, nullptr, a.B, a.H, a.N, a.N, a.D, a.scale, a.dtype, a.threads});
-  linear({attended, {}, false, a.proj, a.x, rows, a.out, rows, a.dtype, vitfast::NO_ACT, a.threads});
-  mlp({a.out, a.norm2, a.fc1, a.fc2, a.out, rows, a.dtype, a.act, a.threads});
+  linear({.x = a.x,
+          .norm = a.norm1,
+          .normalises = true,
+          .weight = a.qkv,
+          .out = qkv,
+          .rows = rows,
+          .dtype = a.dtype,
+          .threads = a.threads});
+  const auto part = [&](int64_t i) {
+    return HeadsView{.data = qkv + i * inner, .image = a.N * inner * 3, .token = inner * 3, .head = a.D};
+  };
+  attention({.q = part(0),
+             .k = part(1),
+             .v = part(2),
+             .out = attended,
+             .B = a.B,
+             .H = a.H,
+             .Nq = a.N,
+             .Nk = a.N,
+             .D = a.D,
+             .scale = a.scale,
+             .dtype = a.dtype,
+             .threads = a.threads});
+  linear({.x = attended,
+          .weight = a.proj,
+          .residual = a.x,
+          .residual_rows = rows,
+          .out = a.out,
+          .rows = rows,
+          .dtype = a.dtype,
+          .threads = a.threads});
+  mlp({.x = a.out,
+       .norm = a.norm2,
+       .fc1 = a.fc1,
+       .fc2 = a.fc2,
+       .out = a.out,
+       .rows = rows,
+       .dtype = a.dtype,
+       .act = a.act,
+       .threads = a.threads});
 }
 
 inline void block(const BlockArgs& args) {

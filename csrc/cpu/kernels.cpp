@@ -16,16 +16,16 @@
 
 namespace vitfast {
 
-const CpuKernels VITFAST_TABLE(VITFAST_ISA) = {VITFAST_NAME(VITFAST_ISA),
-                                               attention,
-                                               activation,
-                                               layer_norm,
-                                               linear,
-                                               mlp,
-                                               pack_weight,
-                                               block,
-                                               embed,
-                                               multiplies,
-                                               patch_rows};
+const CpuKernels VITFAST_TABLE(VITFAST_ISA) = {.name = VITFAST_NAME(VITFAST_ISA),
+                                               .attention = attention,
+                                               .activation = activation,
+                                               .layer_norm = layer_norm,
+                                               .linear = linear,
+                                               .mlp = mlp,
+                                               .pack_weight = pack_weight,
+                                               .block = block,
+                                               .embed = embed,
+                                               .multiplies = multiplies,
+                                               .patch_rows = patch_rows};
 
 }  // namespace vitfast

@@ -64,8 +64,8 @@ struct LinearArgs {
   int64_t residual_rows;
   void* out;  // [rows, D], contiguous; may be the residual
   int64_t rows;
-  DType dtype;  // fp32 or bf16, of all but the bias
-  int act;      // an Act or NO_ACT
+  DType dtype;       // fp32 or bf16, of all but the bias
+  int act = NO_ACT;  // an Act or NO_ACT
   int threads;
 };
 

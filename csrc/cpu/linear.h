@@ -179,8 +179,24 @@ inline void mlp_of(const MlpArgs& a, const Activation& activate) {
   if (few_rows(a.rows, a.threads)) {
     const Workspaces memory(1, a.rows * hidden * sizeof(T));
     void* const h = memory.of(0);
-    linear_of<Cells, T>({a.x, a.norm, true, a.fc1, nullptr, 0, h, a.rows, a.dtype, a.act, a.threads}, activate);
-    linear_of<Cells, T>({h, {}, false, a.fc2, a.x, a.rows, a.out, a.rows, a.dtype, vitfast::NO_ACT, a.threads},
+    linear_of<Cells, T>({.x = a.x,
+                         .norm = a.norm,
+                         .normalises = true,
+                         .weight = a.fc1,
+                         .out = h,
+                         .rows = a.rows,
+                         .dtype = a.dtype,
+                         .act = a.act,
+                         .threads = a.threads},
+                        activate);
+    linear_of<Cells, T>({.x = h,
+                         .weight = a.fc2,
+                         .residual = a.x,
+                         .residual_rows = a.rows,
+                         .out = a.out,
+                         .rows = a.rows,
+                         .dtype = a.dtype,
+                         .threads = a.threads},
                         Activation{vitfast::NO_ACT});
     return;
   }

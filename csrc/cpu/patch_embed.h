@@ -18,17 +18,14 @@ inline void embed(const EmbedArgs& a) {
   PatchRowsArgs patches = a.patches;
   patches.rows = memory.of(0);
   patch_rows(patches);
-  linear({memory.of(0),
-          {},
-          false,
-          a.weight,
-          a.positions,
-          tokens,
-          a.tokens,
-          rows,
-          a.patches.to,
-          vitfast::NO_ACT,
-          a.patches.threads});
+  linear({.x = memory.of(0),
+          .weight = a.weight,
+          .residual = a.positions,
+          .residual_rows = tokens,
+          .out = a.tokens,
+          .rows = rows,
+          .dtype = a.patches.to,
+          .threads = a.patches.threads});
   for (int64_t b = 0; prefix && b < a.patches.B; ++b)
     memcpy((char*)a.tokens + b * tokens * D * size, a.prefix, prefix * D * size);
 }

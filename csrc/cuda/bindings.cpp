@@ -22,67 +22,87 @@ using ImagesGiven =
 using Tensor = std::tuple<uintptr_t, int>;  // address, dtype
 using Place = std::tuple<int, uintptr_t>;   // device, stream
 
-const void* pointer(uintptr_t address) { return reinterpret_cast<const void*>(address); }
+void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
 ImagesArgs images_of(const ImagesGiven& given) {
   const auto& [data, shape, strides, patch, P, order, dtype, mean, std, patches, packed, on_device] = given;
-  ImagesArgs args{{shape[1], shape[2], shape[3], patch[0], patch[1], P, static_cast<PatchOrder>(order), strides[0],
-                   strides[1], strides[2], strides[3]},
-                  pointer(data),
-                  shape[0],
-                  static_cast<DType>(dtype),
-                  static_cast<const float*>(pointer(mean)),
-                  static_cast<const float*>(pointer(std)),
-                  {},
-                  static_cast<const PackedImage*>(pointer(on_device)),
-                  patches};
+  ImagesArgs args{.geometry = {.C = shape[1],
+                               .H = shape[2],
+                               .W = shape[3],
+                               .ph = patch[0],
+                               .pw = patch[1],
+                               .P = P,
+                               .order = static_cast<PatchOrder>(order),
+                               .image = strides[0],
+                               .channel = strides[1],
+                               .y = strides[2],
+                               .x = strides[3]},
+                  .data = pointer(data),
+                  .B = shape[0],
+                  .dtype = static_cast<DType>(dtype),
+                  .mean = static_cast<const float*>(pointer(mean)),
+                  .std = static_cast<const float*>(pointer(std)),
+                  .packed = {},
+                  .packed_on_device = static_cast<const PackedImage*>(pointer(on_device)),
+                  .patches = patches};
   for (const auto& [image, first, H, W, channel, y, x] : packed)
-    args.packed.push_back({pointer(image), first, H, W, channel, y, x});
+    args.packed.push_back({.data = pointer(image), .first = first, .H = H, .W = W, .channel = channel, .y = y, .x = x});
   return args;
 }
 
 int embed(const ImagesGiven& images, const Tensor& weight, uintptr_t bias, int64_t D, const Tensor& positions,
           const Tensor& prefix, int64_t prefix_image, uintptr_t prefix_positions, const Tensor& tokens, int tile,
           const Place& place) {
-  const PatchEmbedArgs args{images_of(images),
-                            pointer(std::get<0>(weight)),
-                            pointer(bias),
-                            D,
-                            static_cast<DType>(std::get<1>(weight)),
-                            pointer(std::get<0>(positions)),
-                            static_cast<DType>(std::get<1>(positions)),
-                            pointer(std::get<0>(prefix)),
-                            prefix_image,
-                            pointer(prefix_positions),
-                            static_cast<DType>(std::get<1>(prefix)),
-                            const_cast<void*>(pointer(std::get<0>(tokens))),
-                            static_cast<DType>(std::get<1>(tokens)),
-                            tile,
-                            std::get<0>(place),
-                            const_cast<void*>(pointer(std::get<1>(place)))};
+  const auto& [weight_data, weight_dtype] = weight;
+  const auto& [positions_data, positions_dtype] = positions;
+  const auto& [prefix_data, prefix_dtype] = prefix;
+  const auto& [tokens_data, tokens_dtype] = tokens;
+  const auto& [device, stream] = place;
+  const PatchEmbedArgs args{.images = images_of(images),
+                            .weight = pointer(weight_data),
+                            .bias = pointer(bias),
+                            .D = D,
+                            .dtype = static_cast<DType>(weight_dtype),
+                            .positions = pointer(positions_data),
+                            .positions_dtype = static_cast<DType>(positions_dtype),
+                            .prefix = pointer(prefix_data),
+                            .prefix_image = prefix_image,
+                            .prefix_positions = pointer(prefix_positions),
+                            .prefix_dtype = static_cast<DType>(prefix_dtype),
+                            .tokens = pointer(tokens_data),
+                            .tokens_dtype = static_cast<DType>(tokens_dtype),
+                            .tile = tile,
+                            .device = device,
+                            .stream = pointer(stream)};
   py::gil_scoped_release release;
   return patch_embed(args);
 }
 
 int rows(const ImagesGiven& images, const Tensor& out, const Place& place) {
-  const PatchRowsOnGpuArgs args{images_of(images), const_cast<void*>(pointer(std::get<0>(out))),
-                                static_cast<DType>(std::get<1>(out)), std::get<0>(place),
-                                const_cast<void*>(pointer(std::get<1>(place)))};
+  const auto& [data, dtype] = out;
+  const auto& [device, stream] = place;
+  const PatchRowsOnGpuArgs args{.images = images_of(images),
+                                .rows = pointer(data),
+                                .dtype = static_cast<DType>(dtype),
+                                .device = device,
+                                .stream = pointer(stream)};
   py::gil_scoped_release release;
   return patch_rows_on_gpu(args);
 }
 
 int gradient(const ImagesGiven& images, const Tensor& grad, int64_t D, uintptr_t parts, int64_t splits,
              uintptr_t weight_grad, const Place& place) {
-  const WeightGradientArgs args{images_of(images),
-                                pointer(std::get<0>(grad)),
-                                D,
-                                static_cast<DType>(std::get<1>(grad)),
-                                static_cast<float*>(const_cast<void*>(pointer(parts))),
-                                splits,
-                                const_cast<void*>(pointer(weight_grad)),
-                                std::get<0>(place),
-                                const_cast<void*>(pointer(std::get<1>(place)))};
+  const auto& [data, dtype] = grad;
+  const auto& [device, stream] = place;
+  const WeightGradientArgs args{.images = images_of(images),
+                                .grad = pointer(data),
+                                .D = D,
+                                .dtype = static_cast<DType>(dtype),
+                                .parts = static_cast<float*>(pointer(parts)),
+                                .splits = splits,
+                                .weight_grad = pointer(weight_grad),
+                                .device = device,
+                                .stream = pointer(stream)};
   py::gil_scoped_release release;
   return weight_gradient(args);
 }

@@ -63,11 +63,11 @@ cudaError_t gradient_by(const WeightGradientArgs& args) {
 }  // namespace
 
 std::vector<Tile> tiles() {
-  return {{128, 128, false, false},
-          {64, 64, false, false},
-          {32, 64, false, false},
-          {128, 256, true, false},
-          {64, 64, false, true}};
+  return {{.rows = 128, .columns = 128, .wgmma = false, .fp32 = false},
+          {.rows = 64, .columns = 64, .wgmma = false, .fp32 = false},
+          {.rows = 32, .columns = 64, .wgmma = false, .fp32 = false},
+          {.rows = 128, .columns = 256, .wgmma = true, .fp32 = false},
+          {.rows = 64, .columns = 64, .wgmma = false, .fp32 = true}};
 }
 
 int patch_embed(const PatchEmbedArgs& args) {

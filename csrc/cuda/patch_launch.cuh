@@ -84,39 +84,42 @@ inline bool reads_wide(const PatchEmbedArgs& args) {
 }
 
 inline Embedding embedding_of(const PatchEmbedArgs& args) {
-  return {images_of(args.images),
-          static_cast<const char*>(args.weight),
-          copied_bytes(args),
-          args.bias,
-          args.D,
-          args.dtype,
-          args.positions,
-          args.positions_dtype,
-          args.prefix,
-          args.prefix_image,
-          args.prefix_positions,
-          args.prefix_dtype,
-          args.tokens,
-          args.tokens_dtype,
-          0,
-          reads_wide(args)};
+  return {.images = images_of(args.images),
+          .weight = static_cast<const char*>(args.weight),
+          .copied = copied_bytes(args),
+          .bias = args.bias,
+          .D = args.D,
+          .dtype = args.dtype,
+          .positions = args.positions,
+          .positions_dtype = args.positions_dtype,
+          .prefix = args.prefix,
+          .prefix_image = args.prefix_image,
+          .prefix_positions = args.prefix_positions,
+          .prefix_dtype = args.prefix_dtype,
+          .tokens = args.tokens,
+          .tokens_dtype = args.tokens_dtype,
+          .tiles_across = 0,
+          .wide = reads_wide(args)};
 }
 
 inline Rows rows_of(const PatchRowsOnGpuArgs& args) {
   const int64_t K = columns(args.images.geometry);
-  return {images_of(args.images), args.rows, K % CHUNK == 0 && aligned(args.rows, 16), (K + CHUNK - 1) / CHUNK};
+  return {.images = images_of(args.images),
+          .rows = args.rows,
+          .wide = K % CHUNK == 0 && aligned(args.rows, 16),
+          .chunks = (K + CHUNK - 1) / CHUNK};
 }
 
 inline Gradient gradient_of(const WeightGradientArgs& args) {
-  Gradient a{};
-  a.images = images_of(args.images);
-  a.grad = static_cast<const char*>(args.grad);
-  a.D = args.D;
-  a.wide = args.D % CHUNK == 0 && aligned(args.grad, 16);
-  a.parts = args.parts;
   const int64_t steps = (args.images.patches + PATCHES_OF_STEP - 1) / PATCHES_OF_STEP;
-  a.steps = (steps + args.splits - 1) / args.splits;
-  return a;
+  return {.images = images_of(args.images),
+          .grad = static_cast<const char*>(args.grad),
+          .D = args.D,
+          .wide = args.D % CHUNK == 0 && aligned(args.grad, 16),
+          .parts = args.parts,
+          .steps = (steps + args.splits - 1) / args.splits,
+          .tiles_down = 0,
+          .tiles_across = 0};
 }
 
 template <class T, class Pixels>
@@ -131,7 +134,7 @@ cudaError_t gradient_with(const WeightGradientArgs& args, Gradient a) {
   const cudaError_t error = start(sum_weight_gradient<T, Pixels>, programs, GRADIENT_THREADS, shared, args.stream, a);
   if (error != cudaSuccess) return error;
   return start(add_parts<T>, blocks, SUM_THREADS, 0, args.stream,
-               Parts{args.parts, args.splits, count, args.weight_grad});
+               Parts{.parts = args.parts, .splits = args.splits, .count = count, .sum = args.weight_grad});
 }
 
 template <class Product, class Pixels>

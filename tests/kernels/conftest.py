@@ -17,6 +17,7 @@ from textbook import Textbook
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vitfast.choose import builtin
+from vitfast.kernels.operands import Norm
 from vitfast.kernels.triton import launch
 from vitfast.ops import _stock
 
@@ -111,12 +112,13 @@ def stock_norms_of_a_gpu(monkeypatch):
     def wide(t):
         return t.float() if isinstance(t, torch.Tensor) and t.dtype == torch.float16 else t
 
-    def norm_forward(x, weight, bias, *rest):
-        return forward(wide(x), wide(weight), wide(bias), *rest)
+    def norm_forward(x, norm, *rest):
+        return forward(wide(x), Norm(*map(wide, norm)), *rest)
 
-    def norm_backward(grad, x, mean, rstd, weight, bias, *rest):
-        found = backward(*map(wide, (grad, x, mean, rstd, weight, bias)), *rest)
-        return tuple(None if t is None else t.to(like.dtype) for t, like in zip(found, (x, weight, bias), strict=True))
+    def norm_backward(grad, x, norm, mean, rstd, *rest):
+        found = backward(wide(grad), wide(x), Norm(*map(wide, norm)), wide(mean), wide(rstd), *rest)
+        likes = (x, norm.weight, norm.bias)
+        return tuple(None if t is None else t.to(like.dtype) for t, like in zip(found, likes, strict=True))
 
     monkeypatch.setattr(_stock, "norm_forward", norm_forward)
     monkeypatch.setattr(_stock, "norm_backward", norm_backward)

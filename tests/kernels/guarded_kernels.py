@@ -23,8 +23,9 @@ import vitfast
 from vitfast import ops
 from vitfast.choose import config_tables, dispatch
 from vitfast.choose.config_tables import BLAS, WHOLE
+from vitfast.kernels.operands import Norm, Projections, Tail
 from vitfast.kernels.triton import attention, layer_norm, linear, mlp, mlp_gated
-from vitfast.kernels.triton.linear import After
+from vitfast.kernels.triton.linear import After, Folded
 
 WIDTHS = (64, 192, 384, 768, 1152)
 every_place = {"place": tuple(PLACES)}
@@ -143,8 +144,9 @@ def test_statistics(product, rows, N, form, K, placement):
             return
         out, pieces = linear.forward_with_pieces(x, w1, b1, residual, config)
         finite(out=out, pieces=pieces)
-        folded = (w2, w2.float().sum(1), torch.zeros(136), "rms" if form == "rms" else "layer", 1e-6, "gelu")
-        finite(next=linear.folded_forward(out, *folded, pieces if form == "pieces" else None, config))
+        kind, pieces = "rms" if form == "rms" else "layer", pieces if form == "pieces" else None
+        folded = Folded(w2, w2.float().sum(1), torch.zeros(136), kind, pieces=pieces, eps=1e-6)
+        finite(next=linear.folded_forward(out, folded, "gelu", config))
 
 
 # MLPs
@@ -314,9 +316,9 @@ def test_far(kernel, placement, last_programs, monkeypatch):
     """
     C = {"norm": 4096, "gated": 1024, "whole": 192, "split": 256}.get(kernel, 64)
     M = (1 << 31) // C + 100
-    x, weight, nothing = one_row(M, C), draw(64, C, dtype=torch.float16), (None, None)
+    x, weight, norm = one_row(M, C), draw(64, C, dtype=torch.float16), Norm(None, None, 1e-6, "layer")
     if kernel == "norm":
-        out = layer_norm.forward(x, *nothing, 1e-6, "layer", x.dtype, statistics=False)[1]
+        out = layer_norm.forward(x, norm, x.dtype, statistics=False)[1]
     elif kernel in ("linear", "slope"):
         after = After(x.dtype, act="gelu", slope=kernel == "slope", beside=x)
         out = linear.product(x, weight, after, MECHANISMS["pointers"])[0]
@@ -334,9 +336,8 @@ def test_far(kernel, placement, last_programs, monkeypatch):
     elif kernel == "gated":
         out = mlp_gated.forward(one_row(M, 2 * C), "silu")
     elif kernel == "whole":
-        out = mlp.whole(
-            x, *nothing, 1e-6, "layer", weight, None, weight.t(), None, "gelu", *nothing, WHOLE[80][192]
-        )  # fmt: skip
+        fc = Projections(weight, None, weight.t(), None, "gelu", False)
+        out = mlp.whole(x, norm, fc, Tail(residual=x), WHOLE[80][192])
     else:
         qkv = one_row(M // 16, 16, 3, 1, C)
         out = attention.forward(*qkv.unbind(2), 0.1, config=FORWARD["online small"])[0].flatten(0, 1)

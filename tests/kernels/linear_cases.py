@@ -15,6 +15,7 @@ from textbook import Textbook
 from vitfast import ops, reference
 from vitfast.check.acceptance import YARDSTICK_EPS, accept, rms_ratio_of_few
 from vitfast.choose.config_tables import BLAS, Product
+from vitfast.kernels.operands import Norm, Projections, Saved, Tail
 from vitfast.kernels.triton import layer_norm, linear, mlp
 
 # one of each way to share a product's work, with tiles that a small test fills more than once
@@ -206,6 +207,12 @@ def layer(
     }  # fmt: skip
 
 
+def grouped(given):
+    """All that `linear.forward` takes before `saves`."""
+    x, weight, bias, norm_weight, norm_bias, eps, norm, act, *tail = given.values()
+    return x, weight, bias, Norm(norm_weight, norm_bias, eps, norm), act, Tail(*tail)
+
+
 def by_the_book(**given):
     """`reference.linear` by products that do not depend on how few the rows are, see `Textbook`."""
     with contextlib.nullcontext() if INTERPRETED else Textbook("cuda"):
@@ -226,9 +233,9 @@ def check_forward(config, given, saves=False, what="", as_it_is=False):
     as_it_is: on the device as it is, and not on one where the work is shared as `config` says.
     """
     if as_it_is:
-        found = linear.forward(*given.values(), saves, config=config)
+        found = linear.forward(*grouped(given), saves, config=config)
     else:
-        found = shared(config, linear.forward, *given.values(), saves)
+        found = shared(config, linear.forward, *grouped(given), saves)
     out, mean, rstd, pre, branch = found
     dtype = given["weight"].dtype
     judge(out, reference.linear(**as_double(given)), by_the_book(**given), dtype=dtype, what=f"{what} out")
@@ -305,21 +312,17 @@ def mlp_layer(
 
 def mlp_by_kernels(config, tensors, others, recompute):
     """(out, a function from the gradient and who needs one to gradients in the order of the tensors)."""
-    x, norm_weight, norm_bias, w1, b1, w2, b2, gamma = tensors.values()
+    x, norm_weight, norm_bias, *weights, gamma = tensors.values()
     eps, norm, act, gated, row_scale = others.values()
-    out, _, _, pre, branch, hidden = shared(
-        config, mlp.forward, x, norm_weight, norm_bias, eps, norm, w1, b1, w2, b2, act, gated, gamma, row_scale,
-        recompute,
-    )  # fmt: skip
-    assert (pre is None) == (recompute == "fc1") and (hidden is not None) == (recompute == "none")
+    given = Norm(norm_weight, norm_bias, eps, norm), Projections(*weights, act, gated)
+    out, *kept = shared(config, mlp.forward, x, *given, Tail(gamma, row_scale, x), recompute)
+    saved = Saved(*kept)
+    assert (saved.pre is None) == (recompute == "fc1") and (saved.hidden is not None) == (recompute == "none")
 
     def backward(grad, mask=(True,) * 8):
         mask = [m and t is not None for m, t in zip(mask, tensors.values(), strict=True)]
         with few_programs():
-            return shared(
-                config, mlp.backward, grad, x, norm_weight, norm_bias, w1, b1, w2, b2, pre, branch, hidden, gamma,
-                row_scale, eps, norm, act, gated, mask,
-            )  # fmt: skip
+            return shared(config, mlp.backward, grad, x, *given, saved, Tail(gamma, row_scale), mask)
 
     return out, backward
 

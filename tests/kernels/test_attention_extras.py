@@ -9,6 +9,7 @@ from launches import Launches
 from torch.utils.checkpoint import checkpoint
 
 from vitfast import ops, reference
+from vitfast.kernels.operands import Extras, Starts
 from vitfast.kernels.triton import attention
 from vitfast.ops._attention_stock import attention_formula, attention_formula_backward, key_is_there
 
@@ -39,16 +40,15 @@ def rounded(q, k, v, grad, scale, lengths, dropout_p, seed):
 def against_formula(q, k, v, grad, forward, backward, **extras):
     """Both directions against the formula in fp64, with stock attention's error as the yardstick."""
     dtype, scale = q.dtype, q.shape[-1] ** -0.5
-    given = tuple(extras.get(name) for name in ("lengths", "dropout_p", "seed"))
-    given = (given[0], given[1] or 0.0, given[2])
+    extras = Extras(**extras)
     clean = [t.nan_to_num(0.0) for t in (q, k, v)]
-    ref, ref_lse = attention_formula(*(t.double() for t in clean), scale, *given)
+    ref, ref_lse = attention_formula(*(t.double() for t in clean), scale, extras)
     ref_grads = attention_formula_backward(
-        *(t.double() for t in (grad, *clean, ref)), ref_lse, scale, *given
+        *(t.double() for t in (grad, *clean, ref)), ref_lse, scale, extras
     )  # fmt: skip
-    low, *low_grads = rounded(*clean, grad, scale, *given)
-    out, lse = attention.forward(q, k, v, scale, config=FORWARD[forward], **extras)
-    grads = attention.backward(grad, q, k, v, out, lse, scale, config=BACKWARD[backward], **extras)
+    low, *low_grads = rounded(*clean, grad, scale, *extras)
+    out, lse = attention.forward(q, k, v, scale, extras, config=FORWARD[forward])
+    grads = attention.backward(grad, q, k, v, out, lse, scale, extras, config=BACKWARD[backward])
     judge(out, ref, low, what="out")
     torch.testing.assert_close(lse.double(), ref_lse, rtol=2e-6, atol=2e-3 if dtype is torch.float16 else 2e-6)
     for name, *three in zip(("dq", "dk", "dv"), grads, ref_grads, low_grads, strict=True):
@@ -143,11 +143,11 @@ def test_rows_behind_the_last_packed_image_are_garbage(device):
     """A sequence padded to a fixed length: zeros there, in the gradients too, and an lse that is none."""
     starts = torch.tensor([0, 5, 17], dtype=torch.int32, device=device)
     q, k, v = (draw(1, 23, 2, 16, device=device, seed=i) for i in range(3))
-    out, lse = attention.forward(q, k, v, 0.25, starts=(starts, starts, 12, 12))
+    out, lse = attention.forward(q, k, v, 0.25, starts=Starts(starts, starts, 12, 12))
     grad = draw(1, 23, 32, device=device, seed=4)
-    grads = attention.backward(grad, q, k, v, out, lse, 0.25, starts=(starts, starts, 12, 12))
+    grads = attention.backward(grad, q, k, v, out, lse, 0.25, starts=Starts(starts, starts, 12, 12))
     short = [t[:, :17] for t in (q, k, v)]
-    near = attention.forward(*short, 0.25, starts=(starts, starts, 12, 12))
+    near = attention.forward(*short, 0.25, starts=Starts(starts, starts, 12, 12))
     assert torch.equal(out[:, :17], near[0]) and torch.equal(lse[..., :17], near[1])
     assert not out[:, 17:].any() and (lse[..., 17:] == float("-inf")).all()
     assert not any(g[:, 17:].any() for g in grads)
@@ -365,19 +365,19 @@ def test_key_of_weight_zero_gets_gradients_of_nan(D, form, backward, dtype, devi
     if form == "dropout":
         extras["seed"] = seed
     scale = D**-0.5
-    given = (extras.get("lengths"), extras.get("dropout_p", 0.0), seed)
+    extras = Extras(**extras)
     if form == "packed":
         starts = [torch.tensor([0, n, 2 * n], dtype=torch.int32, device=device) for n in (37, 53)]
         rows = [t.flatten(0, 1)[None] for t in (q, k, v)]
-        out, lse = attention.forward(*rows, scale, starts=(*starts, 37, 53))
-        grads = attention.backward(grad.flatten(0, 1)[None], *rows, out, lse, scale, starts=(*starts, 37, 53))
+        out, lse = attention.forward(*rows, scale, starts=Starts(*starts, 37, 53))
+        grads = attention.backward(grad.flatten(0, 1)[None], *rows, out, lse, scale, starts=Starts(*starts, 37, 53))
         grads = [g.unflatten(1, (2, -1))[0] for g in grads]
     else:
-        out, lse = attention.forward(q, k, v, scale, config=FORWARD["online"], **extras)
-        grads = attention.backward(grad, q, k, v, out, lse, scale, config=BACKWARD[backward], **extras)
+        out, lse = attention.forward(q, k, v, scale, extras, config=FORWARD["online"])
+        grads = attention.backward(grad, q, k, v, out, lse, scale, extras, config=BACKWARD[backward])
     wide = [t.double() for t in (q, k, v)]
-    ref, ref_lse = attention_formula(*wide, scale, *given)
-    refs = attention_formula_backward(grad.double(), *wide, ref, ref_lse, scale, *given)
+    ref, ref_lse = attention_formula(*wide, scale, extras)
+    refs = attention_formula_backward(grad.double(), *wide, ref, ref_lse, scale, extras)
     assert out.isfinite().all() and lse.isfinite().all() and refs[1].isfinite().all() and refs[2].isfinite().all()
     for name, got, true in zip(("dq", "dk", "dv"), grads, refs, strict=True):
         assert torch.equal(got.isnan(), true.isnan()) and not got.isinf().any(), name

@@ -16,6 +16,7 @@ from vitfast.choose import dispatch
 from vitfast.choose.config_tables import Product
 from vitfast.commands import info
 from vitfast.kernels.triton import attention, layer_norm, linear
+from vitfast.kernels.triton.linear import Folded
 from vitfast.measure import device as devices
 
 CONFIGS = {
@@ -94,7 +95,8 @@ def test_statistics_that_travel_are_those_of_other_rows(device):
     torch.testing.assert_close(pieces[:, 1].double().T, squares, rtol=1e-4, atol=1e-4)
     sums, bias = w2.float().sum(1), torch.zeros(64, device=device)
     with_pieces, without = (
-        linear.folded_forward(out, w2, sums, bias, "layer", 1e-6, "none", each) for each in (pieces, None)
+        linear.folded_forward(out, Folded(w2, sums, bias, "layer", pieces=each, eps=1e-6), "none")
+        for each in (pieces, None)
     )
     ref = torch.nn.functional.layer_norm(out.double(), (64,)) @ w2.double().T
     for found in (with_pieces, without):

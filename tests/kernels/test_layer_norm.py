@@ -18,11 +18,14 @@ from linear_cases import (
 
 from vitfast import ops, reference
 from vitfast.choose import dispatch
+from vitfast.kernels.operands import Norm, Tail
 from vitfast.kernels.triton import layer_norm
 
 WIDTHS = (64, 72, 192, 197, 384, 768, 1000, 1024, 1280, 8192)
 KINDS = ("layer", "rms")
 EPS = 1e-6
+# gradients of x, weight and bias, where these are there
+ALL = (True, True, True)
 every_kind = pytest.mark.parametrize("kind", KINDS)
 NAMES = ("x", "branch", "gamma", "weight", "bias")
 
@@ -66,17 +69,16 @@ def normed(x, branch, gamma, weight, bias, *, kind, row_scale=None, steps=None):
 def by_kernels(given, kind, cotangents, row_scale=None):
     """(results, gradients) in the order of `differentiated`."""
     x, branch, gamma, weight, bias = given.values()
-    more = {"branch": branch, "gamma": gamma, "row_scale": row_scale}
+    norm, more = Norm(weight, bias, EPS, kind), {"branch": branch, "tail": Tail(gamma, row_scale)}
     out_dtype = x.dtype if branch is None else branch.dtype
-    total, out, *_ = layer_norm.forward(x, weight, bias, EPS, kind, out_dtype, **more)
-    need = {"need_weight": weight is not None, "need_bias": bias is not None}
+    total, out, *_ = layer_norm.forward(x, norm, out_dtype, **more)
     with few_programs():
         if branch is None:
-            dx, dweight, dbias, *_ = layer_norm.backward(*cotangents, x, weight, bias, EPS, kind, need_x=True, **need)
+            dx, dweight, dbias, *_ = layer_norm.backward(*cotangents, x, norm, ALL)
             return [out], [dx, None, None, dweight, dbias]
         dx, dweight, dbias, dbranch, dgamma = layer_norm.backward_of_sum(
-            cotangents[1], total, weight, bias, EPS, kind, need_x=True, total_grad=cotangents[0],
-            branch_dtype=branch.dtype, need_gamma=gamma is not None, **need, **more,
+            cotangents[1], total, norm, ALL, total_grad=cotangents[0], branch_dtype=branch.dtype,
+            need_gamma=gamma is not None, **more,
         )  # fmt: skip
     return [total, out], [dx, dbranch, dgamma, dweight, dbias]
 
@@ -157,8 +159,8 @@ def test_one_number_for_all_rows_is_read_once(device):
             grad = grad.expand(rows.shape)
 
             def call(t, g):
-                grads = layer_norm.backward(g, t, weight, bias, EPS, "layer", need_weight=True, need_bias=True)
-                return layer_norm.forward(t, weight, bias, EPS, "layer", torch.float32)[1], *grads[:3]
+                norm = Norm(weight, bias, EPS, "layer")
+                return layer_norm.forward(t, norm, torch.float32)[1], *layer_norm.backward(g, t, norm, ALL)[:3]
 
             assert all(map(torch.equal, call(rows, grad), call(rows.contiguous(), grad.contiguous())))
 
@@ -167,9 +169,9 @@ def test_one_number_for_all_rows_is_read_once(device):
 def test_class_token_of_each_image_is_another_row(dtype, device):
     x, weight = draw(5, 7, 72, dtype=dtype, device=device), draw(72, dtype=dtype, device=device)
     for part in (x[:, :1], x[:, 0], x[:, -1:], x[::2, 1:6:2]):
-        found = layer_norm.forward(part, weight, None, EPS, "layer", dtype)
+        found = layer_norm.forward(part, Norm(weight, None, EPS, "layer"), dtype)
         assert found[1].is_contiguous() and found[1].shape == part.shape
-        plain = layer_norm.forward(part.contiguous(), weight, None, EPS, "layer", dtype)
+        plain = layer_norm.forward(part.contiguous(), Norm(weight, None, EPS, "layer"), dtype)
         assert all(map(torch.equal, found[1:], plain[1:]))
 
 
@@ -215,10 +217,10 @@ def test_rows_past_the_end_are_divided_by_nothing(kind, dtype, device):
     given = parts(768, dtype, device, kind, of_sum=True, shape=(1, 5))
     x, branch, gamma, weight, bias = given.values()
     grads = [draw(1, 5, 768, dtype=dtype, device=device, seed=seed) for seed in (6, 7)]
-    need = {"need_weight": True, "need_bias": bias is not None, "need_gamma": True, "branch_dtype": dtype}
     found = layer_norm.backward(
-        grads[0], x, weight, bias, 0.0, kind, total_grad=grads[1], branch=branch, gamma=gamma, **need
-    )
+        grads[0], x, Norm(weight, bias, 0.0, kind), ALL, total_grad=grads[1], branch=branch, branch_dtype=dtype,
+        tail=Tail(gamma), need_gamma=True,
+    )  # fmt: skip
     leaves = [t.double().requires_grad_() for t in (x, weight)]
     out = reference.layer_norm(leaves[0], leaves[1], None, 0.0, kind)
     (dweight,) = torch.autograd.grad(out, leaves[1:], grads[0].double())
@@ -232,12 +234,13 @@ def test_constant_row_is_divided_by_nothing(value, dtype, device):
     """Sums that every order has exactly: the normed row is the bias, and no gradient is infinite."""
     x = torch.full((2, 3, 768), value, dtype=dtype, device=device)
     weight, bias, grad = (draw(*s, dtype=dtype, device=device, seed=i) for i, s in enumerate(((768,), (768,), x.shape)))
-    _, out, mean, rstd = layer_norm.forward(x, weight, bias, EPS, "layer", dtype)
+    norm = Norm(weight, bias, EPS, "layer")
+    _, out, mean, rstd = layer_norm.forward(x, norm, dtype)
     # a GPU divides by 768 to within two units in the last place
     near = {"rtol": 0, "atol": 0 if INTERPRETED else 1e-2}
     torch.testing.assert_close(out, bias.expand_as(out), **near)
     torch.testing.assert_close(mean, torch.full_like(mean, value), rtol=0 if INTERPRETED else 3e-7, atol=0)
-    grads = layer_norm.backward(grad, x, weight, bias, EPS, "layer", need_weight=True, need_bias=True)
+    grads = layer_norm.backward(grad, x, norm, ALL)
     assert all(g.isfinite().all() for g in grads[:3])
 
 
@@ -276,12 +279,12 @@ def test_empty_batch_is_refused_or_leaves_garbage(shape, device):
 def test_row_past_two_to_the_31_is_read_elsewhere(device):
     C = 64
     far = far_apart(C, torch.float16, device)
-    near, weight = far.contiguous(), draw(C, dtype=torch.float16, device=device)
-    assert torch.equal(*(layer_norm.forward(t, weight, None, EPS, "layer", torch.float16)[1] for t in (far, near)))
+    near, norm = far.contiguous(), Norm(draw(C, dtype=torch.float16, device=device), None, EPS, "layer")
+    assert torch.equal(*(layer_norm.forward(t, norm, torch.float16)[1] for t in (far, near)))
     with few_programs():
         for grad, x in ((far, near), (near, far), (far, far)):
-            found = layer_norm.backward(grad, x, weight, None, EPS, "layer", need_weight=True)
-            plain = layer_norm.backward(near, near, weight, None, EPS, "layer", need_weight=True)
+            found = layer_norm.backward(grad, x, norm, ALL)
+            plain = layer_norm.backward(near, near, norm, ALL)
             assert torch.equal(found[0], plain[0]) and torch.equal(found[1], plain[1])
 
 
@@ -308,9 +311,9 @@ def test_gradient_that_nobody_needs_is_made_or_one_that_is_needed_is_not(kind, d
             need[2] = False
         with few_programs():
             found = layer_norm.backward_of_sum(
-                cotangents[1], total, weight, bias, EPS, kind, need_x=need[0], need_weight=need[1], need_bias=need[2],
-                total_grad=cotangents[0], branch=branch if need[4] else None,
-                branch_dtype=branch.dtype if need[3] else None, gamma=gamma, row_scale=None, need_gamma=need[4],
+                cotangents[1], total, Norm(weight, bias, EPS, kind), need[:3], total_grad=cotangents[0],
+                branch=branch if need[4] else None, branch_dtype=branch.dtype if need[3] else None, tail=Tail(gamma),
+                need_gamma=need[4],
             )  # fmt: skip
         for got, needed, whole in zip(found, need, (dx, dweight, dbias, dbranch, dgamma), strict=True):
             assert (got is not None) == needed

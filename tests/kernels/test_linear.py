@@ -12,6 +12,7 @@ from linear_cases import (
     as_double,
     check_forward,
     far_apart,
+    grouped,
     judge,
     last_rows_alone,
     layer,
@@ -217,7 +218,7 @@ def test_folded_norm_is_further_off_than_one_before_the_product(mechanism, rows,
             check_forward(MECHANISMS[mechanism], given, saves=True)
             continue
         # the mean, and with it all of a row, is uncertain by some 1e-7 * 30 / 0.05, in stock operators as well
-        out, *_ = shared(MECHANISMS[mechanism], linear.forward, *given.values(), False)
+        out, *_ = shared(MECHANISMS[mechanism], linear.forward, *grouped(given), False)
         ref = reference.linear(**as_double(given))
         error, stock = ((t - ref).norm() / ref.norm() for t in (out, reference.linear(**given)))
         assert error <= max(2 * stock, 3e-5 if rows == "mean 30" else 1e-6)
@@ -302,11 +303,11 @@ def test_one_bad_row_spoils_another(bad, dtype, mechanism, device):
     """And is not lost itself: in rows, weight and residual, with tails in all directions."""
     config = MECHANISMS[mechanism]
     given = layer(1, 37, 72, 40, dtype, device, norm="layer", act="gelu", residual="same")
-    clean, *_ = shared(config, linear.forward, *given.values(), False)
+    clean, *_ = shared(config, linear.forward, *grouped(given), False)
     for name, at in (("x", (0, 0, 5)), ("x", (0, 36, 71)), ("residual", (0, 0, 39)), ("weight", (0, 3))):
         spoilt = given | {name: given[name].clone()}
         spoilt[name][at] = bad
-        out, *_ = shared(config, linear.forward, *spoilt.values(), False)
+        out, *_ = shared(config, linear.forward, *grouped(spoilt), False)
         ref = reference.linear(**as_double(spoilt)).to(dtype)
         assert torch.equal(out.isfinite(), ref.isfinite()), name
         same = ref.isfinite() if name != "weight" else torch.arange(40, device=device).expand_as(ref) > 0
@@ -316,9 +317,9 @@ def test_one_bad_row_spoils_another(bad, dtype, mechanism, device):
 def test_two_runs_differ(device):
     for config in MECHANISMS.values():
         given = layer(2, 23, 192, 72, torch.float16, device, norm="layer", act="gelu", residual="same")
-        first = shared(config, linear.forward, *given.values(), True)
+        first = shared(config, linear.forward, *grouped(given), True)
         for _ in range(1 if INTERPRETED else 20):
-            again = shared(config, linear.forward, *given.values(), True)
+            again = shared(config, linear.forward, *grouped(given), True)
             assert torch.equal(again[0], first[0]) and torch.equal(again[3], first[3])
 
 

@@ -9,6 +9,7 @@ from linear_cases import (
     all_of_a_block,
     check_forward,
     check_mlp,
+    grouped,
     judge,
     last_rows_alone,
     layer,
@@ -64,9 +65,9 @@ def test_runs_differ(mechanism, device):
     config = MECHANISMS[mechanism]
     for B in (1, 30):
         given = layer(B, 197, 768, 384, torch.float16, device, norm="layer", act="gelu", residual="same")
-        first = linear.forward(*given.values(), True, config=config)
+        first = linear.forward(*grouped(given), True, config=config)
         for _ in range(250):
-            again = linear.forward(*given.values(), True, config=config)
+            again = linear.forward(*grouped(given), True, config=config)
             assert torch.equal(again[0], first[0]) and torch.equal(again[3], first[3])
 
 

@@ -10,6 +10,7 @@ from linear_cases import (
     Steps,
     check_mlp,
     few_programs,
+    grouped,
     judge_all,
     layer,
     mlp_by_kernels,
@@ -18,6 +19,7 @@ from linear_cases import (
 )
 
 from vitfast import reference
+from vitfast.kernels.operands import Saved
 from vitfast.kernels.triton import linear, linear_grads
 
 every_mechanism = pytest.mark.parametrize("mechanism", MECHANISMS)
@@ -36,14 +38,11 @@ LINEAR_CASES = {
 
 
 def linear_gradients(given, grad, mask=(True,) * 6):
-    _, _, _, pre, branch = linear.forward(*given.values(), True, config=MECHANISMS["pointers"])
-    how = (given["norm_eps"], given["norm"], given["act"])
+    _, _, _, pre, branch = linear.forward(*grouped(given), True, config=MECHANISMS["pointers"])
     mask = [m and given[name] is not None for m, name in zip(mask, LINEAR_NAMES, strict=True)]
-    x, weight, bias, norm_weight, norm_bias, gamma = (given[name] for name in LINEAR_NAMES)
+    *before, tail = grouped(given)
     with few_programs():
-        return linear_grads.backward(
-            grad, x, weight, bias, norm_weight, norm_bias, pre, branch, gamma, given["row_scale"], *how, mask
-        )
+        return linear_grads.backward(grad, *before, Saved(None, None, pre, branch), tail, mask)
 
 
 @every_dtype

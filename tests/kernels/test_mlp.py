@@ -8,6 +8,7 @@ from vitfast import ops, reference
 from vitfast.check.acceptance import accept, rms_ratio_of_few
 from vitfast.choose import dispatch
 from vitfast.choose.config_tables import Product
+from vitfast.kernels.operands import Norm, Projections, Tail
 from vitfast.kernels.triton import mlp
 
 CONFIGS = {
@@ -21,7 +22,7 @@ every_half = pytest.mark.parametrize(
 
 
 def arguments(B, N, C, F, dtype, device, *, norm="layer", act="gelu", scaled=False, biases=True):
-    """All that `mlp.forward` takes before `saves`."""
+    """All that the op takes before `saves`."""
     vector = lambda n, seed: draw(n, dtype=dtype, device=device, seed=seed)  # noqa: E731
     x = draw(B, N, C, dtype=dtype, device=device) + 2
     w1 = draw(F, C, dtype=dtype, device=device, scale=C**-0.5, seed=1)
@@ -31,6 +32,13 @@ def arguments(B, N, C, F, dtype, device, *, norm="layer", act="gelu", scaled=Fal
     return (
         x, vector(C, 3) / 8 + 1, vector(C, 4) if norm == "layer" else None, 1e-6, norm, w1,
         vector(F, 5) if biases else None, w2, vector(C, 6) if biases else None, act, False, gamma, row_scale,
+    )  # fmt: skip
+
+
+def grouped(x, norm_weight, norm_bias, eps, norm, w1, b1, w2, b2, act, gated, gamma, row_scale):
+    """The same for `mlp.forward`."""
+    return (
+        x, Norm(norm_weight, norm_bias, eps, norm), Projections(w1, b1, w2, b2, act, gated), Tail(gamma, row_scale, x),
     )  # fmt: skip
 
 
@@ -46,7 +54,7 @@ def check(args, out):
 @pytest.mark.parametrize("C, F", [(192, 768), (64, 96), (96, 192), (384, 64), (128, 512)])
 def test_part_of_a_row_or_of_the_hidden_numbers_is_lost(C, F, config, dtype, device):
     args = arguments(2, 37, C, F, dtype, device)
-    check(args, mlp.forward(*args, "", config=CONFIGS[config])[0])
+    check(args, mlp.forward(*grouped(*args), "", config=CONFIGS[config])[0])
 
 
 @every_half
@@ -58,18 +66,18 @@ def test_part_of_a_row_or_of_the_hidden_numbers_is_lost(C, F, config, dtype, dev
 )
 def test_norm_activation_or_scale_is_another(how, config, dtype, device):
     args = arguments(3, 23, 192, 64, dtype, device, **how)
-    check(args, mlp.forward(*args, "", config=CONFIGS[config])[0])
+    check(args, mlp.forward(*grouped(*args), "", config=CONFIGS[config])[0])
 
 
 @every_config
 def test_rows_of_another_stride_or_past_the_end_are_read(config, device):
     """The class tokens of images, in memory that holds NaN elsewhere; and rows that fill no tile."""
     args = list(arguments(3, 1, 192, 64, torch.float16, device))
-    expected = mlp.forward(*args, "", config=CONFIGS[config])[0]
+    expected = mlp.forward(*grouped(*args), "", config=CONFIGS[config])[0]
     around = torch.full((3, 5, 192), float("nan"), dtype=torch.float16, device=device)
     around[:, :1] = args[0]
     args[0] = around[:, :1]
-    assert torch.equal(mlp.forward(*args, "", config=CONFIGS[config])[0], expected)
+    assert torch.equal(mlp.forward(*grouped(*args), "", config=CONFIGS[config])[0], expected)
 
 
 @pytest.mark.parametrize("rows", ("one row for all", "windows", "odd start"))
@@ -82,16 +90,16 @@ def test_tuned_choice_gets_rows_that_it_does_not_take(which, rows, described, de
     memory = torch.cat([t.flatten(), t.flatten()])
     step, first = {"one row for all": (0, 0), "windows": (8, 0), "odd start": (64, 1)}[rows]
     args[at] = memory.as_strided(t.shape, (step, 1), first).view(args[at].shape)
-    check(args, mlp.forward(*args, "", config=CONFIGS["descriptors"])[0])
+    check(args, mlp.forward(*grouped(*args), "", config=CONFIGS["descriptors"])[0])
     assert (described == []) is (which == "x")
 
 
 @every_config
 def test_bad_row_spoils_another(config, device):
     args = arguments(2, 33, 192, 64, torch.float16, device)
-    expected = mlp.forward(*args, "", config=CONFIGS[config])[0]
+    expected = mlp.forward(*grouped(*args), "", config=CONFIGS[config])[0]
     args[0][1, 7, 5] = float("nan")
-    out = mlp.forward(*args, "", config=CONFIGS[config])[0]
+    out = mlp.forward(*grouped(*args), "", config=CONFIGS[config])[0]
     assert out[1, 7].isnan().all()
     out[1, 7] = expected[1, 7]
     assert torch.equal(out, expected)
@@ -128,4 +136,4 @@ def test_call_that_it_cannot_run_gets_wrong_numbers(device):
         ((1, 5, 192, 64), torch.float16, "act", "what its backward keeps"),
     ):
         with pytest.raises(NotImplementedError, match=reason):
-            mlp.forward(*arguments(*shape, dtype, device), saves, config=config)
+            mlp.forward(*grouped(*arguments(*shape, dtype, device)), saves, config=config)

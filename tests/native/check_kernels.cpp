@@ -58,7 +58,7 @@ struct Heads {
         for (int64_t h = 0; h < H; ++h)
           for (int64_t d = 0; d < D; ++d)
             write(bytes.data(), b * strides[0] + n * strides[1] + h * strides[2] + d, dtype, rounded(normal(), dtype));
-    view = {bytes.data(), strides[0], strides[1], strides[2]};
+    view = {.data = bytes.data(), .image = strides[0], .token = strides[1], .head = strides[2]};
   }
   double at(int64_t b, int64_t n, int64_t h, int64_t d) const {
     return read(bytes.data(), b * strides[0] + n * strides[1] + h * strides[2] + d, dtype);
@@ -75,8 +75,19 @@ static void check_attention() {
     std::vector<float> lse(B * H * Nq);
     const float scale = trial % 9 ? 1 / std::sqrt(float(D)) : draw(-1, 0) * 0.1f;
     JOIN(kernels_, VITFAST_ISA)
-        .attention({q.view, k.view, v.view, out.data(), with_lse ? lse.data() : nullptr, B, H, Nq, Nk, D, scale, dtype,
-                    int(draw(1, 3))});
+        .attention({.q = q.view,
+                    .k = k.view,
+                    .v = v.view,
+                    .out = out.data(),
+                    .lse = with_lse ? lse.data() : nullptr,
+                    .B = B,
+                    .H = H,
+                    .Nq = Nq,
+                    .Nk = Nk,
+                    .D = D,
+                    .scale = scale,
+                    .dtype = dtype,
+                    .threads = int(draw(1, 3))});
     for (int64_t b = 0; b < B; ++b)
       for (int64_t h = 0; h < H; ++h)
         for (int64_t i = 0; i < Nq; ++i) {
@@ -146,8 +157,15 @@ static void check_layer_norm() {
     }
     const bool affine = draw(0, 2);
     JOIN(kernels_, VITFAST_ISA)
-        .layer_norm({x.data(), y.data(), affine ? weight.data() : nullptr, affine ? bias.data() : nullptr, rows, D,
-                     1e-6f, dtype, int(draw(1, 3))});
+        .layer_norm({.x = x.data(),
+                     .y = y.data(),
+                     .weight = affine ? weight.data() : nullptr,
+                     .bias = affine ? bias.data() : nullptr,
+                     .rows = rows,
+                     .D = D,
+                     .eps = 1e-6f,
+                     .dtype = dtype,
+                     .threads = int(draw(1, 3))});
     for (int64_t r = 0; r < rows; ++r) {
       double mean = 0, variance = 1e-6;
       for (int64_t i = 0; i < D; ++i) mean += read(x.data(), r * D + i, dtype) / D;
@@ -182,8 +200,9 @@ struct Packed {
       : weight(D * K, dtype, 1 / std::sqrt(float(K))),
         bias(D, DType::fp32, 1, (MAX_LANES - D % MAX_LANES) % MAX_LANES),
         cells((D + MAX_LANES - 1) / MAX_LANES * MAX_LANES * K * (dtype == DType::fp32 ? 4 : 2)) {
-    JOIN(kernels_, VITFAST_ISA).pack_weight({weight.bytes.data(), cells.data(), D, K, dtype});
-    view = {cells.data(), (const float*)bias.bytes.data(), K, D};
+    JOIN(kernels_, VITFAST_ISA)
+        .pack_weight({.weight = weight.bytes.data(), .packed = cells.data(), .D = D, .K = K, .dtype = dtype});
+    view = {.cells = cells.data(), .bias = (const float*)bias.bytes.data(), .K = K, .D = D};
   }
   std::vector<double> apply(const std::vector<double>& x, int64_t rows) const {
     std::vector<double> y(rows * view.D);
@@ -208,15 +227,12 @@ static void check_linear_and_mlp() {
     const Numbers x(rows * K, dtype, 2), residual(rows * D, dtype, 1), norm_weight(K, dtype, 1), norm_bias(K, dtype, 1);
     const Packed fc1(D, K, dtype), fc2(K, D, dtype);
     const bool affine = draw(0, 2);
-    const LayerNormArgs norm{nullptr,
-                             nullptr,
-                             affine ? norm_weight.bytes.data() : nullptr,
-                             affine ? norm_bias.bytes.data() : nullptr,
-                             0,
-                             K,
-                             1e-6f,
-                             dtype,
-                             1};
+    const LayerNormArgs norm{.weight = affine ? norm_weight.bytes.data() : nullptr,
+                             .bias = affine ? norm_bias.bytes.data() : nullptr,
+                             .D = K,
+                             .eps = 1e-6f,
+                             .dtype = dtype,
+                             .threads = 1};
     std::vector<double> in(rows * K), normed(rows * K);
     for (int64_t r = 0; r < rows; ++r) {
       double mean = 0, variance = 1e-6;
@@ -241,8 +257,17 @@ static void check_linear_and_mlp() {
     PackedWeight weight = fc1.view;
     if (!biased) weight.bias = nullptr;
     const void* const added = over ? out.data() : residual.bytes.data();
-    kernels.linear({x.bytes.data(), norm, normalises, weight, adds ? added : nullptr, rows, out.data(), rows, dtype,
-                    acts ? int(Act::gelu) : NO_ACT, threads});
+    kernels.linear({.x = x.bytes.data(),
+                    .norm = norm,
+                    .normalises = normalises,
+                    .weight = weight,
+                    .residual = adds ? added : nullptr,
+                    .residual_rows = rows,
+                    .out = out.data(),
+                    .rows = rows,
+                    .dtype = dtype,
+                    .act = acts ? int(Act::gelu) : NO_ACT,
+                    .threads = threads});
     std::vector<double> expected = fc1.apply(normalises ? normed : in, rows);
     for (size_t i = 0; i < expected.size(); ++i) {
       if (!biased) expected[i] -= fc1.bias.at(i % D);
@@ -255,7 +280,15 @@ static void check_linear_and_mlp() {
     expected = fc2.apply(hidden, rows);
     for (size_t i = 0; i < expected.size(); ++i) expected[i] += in[i];
     std::vector<uint8_t> in_place = x.bytes;  // the block's kernel writes over its input
-    kernels.mlp({in_place.data(), norm, fc1.view, fc2.view, in_place.data(), rows, dtype, int(Act::gelu), threads});
+    kernels.mlp({.x = in_place.data(),
+                 .norm = norm,
+                 .fc1 = fc1.view,
+                 .fc2 = fc2.view,
+                 .out = in_place.data(),
+                 .rows = rows,
+                 .dtype = dtype,
+                 .act = int(Act::gelu),
+                 .threads = threads});
     compare(in_place, expected, "mlp");
   }
 }
@@ -270,18 +303,65 @@ static void check_block() {
     const int threads = int(draw(1, 3)), act = int(Act::gelu);
     const Numbers x(rows * C, dtype, 1), weight(C, dtype, 1);
     const Packed qkv(3 * inner, C, dtype), proj(C, inner, dtype), fc1(2 * C, C, dtype), fc2(C, 2 * C, dtype);
-    const LayerNormArgs norm{nullptr, nullptr, weight.bytes.data(), nullptr, 0, C, 1e-6f, dtype, 1};
+    const LayerNormArgs norm{.weight = weight.bytes.data(), .D = C, .eps = 1e-6f, .dtype = dtype, .threads = 1};
     std::vector<uint8_t> projected(rows * inner * 3 * size), attended(rows * inner * size), y(rows * C * size), out(y);
-    kernels.linear({x.bytes.data(), norm, true, qkv.view, nullptr, 0, projected.data(), rows, dtype, NO_ACT, threads});
+    kernels.linear({.x = x.bytes.data(),
+                    .norm = norm,
+                    .normalises = true,
+                    .weight = qkv.view,
+                    .out = projected.data(),
+                    .rows = rows,
+                    .dtype = dtype,
+                    .threads = threads});
     const auto part = [&](int64_t i) {
-      return HeadsView{projected.data() + i * inner * size, N * inner * 3, inner * 3, D};
+      return HeadsView{
+          .data = projected.data() + i * inner * size, .image = N * inner * 3, .token = inner * 3, .head = D};
     };
-    kernels.attention({part(0), part(1), part(2), attended.data(), nullptr, B, H, N, N, D, 0.3f, dtype, threads});
-    kernels.linear(
-        {attended.data(), {}, false, proj.view, x.bytes.data(), rows, y.data(), rows, dtype, NO_ACT, threads});
-    kernels.mlp({y.data(), norm, fc1.view, fc2.view, y.data(), rows, dtype, act, threads});
-    kernels.block({x.bytes.data(), norm, norm, qkv.view, proj.view, fc1.view, fc2.view, out.data(), B, N, H, D, 0.3f,
-                   dtype, act, threads});
+    kernels.attention({.q = part(0),
+                       .k = part(1),
+                       .v = part(2),
+                       .out = attended.data(),
+                       .B = B,
+                       .H = H,
+                       .Nq = N,
+                       .Nk = N,
+                       .D = D,
+                       .scale = 0.3f,
+                       .dtype = dtype,
+                       .threads = threads});
+    kernels.linear({.x = attended.data(),
+                    .weight = proj.view,
+                    .residual = x.bytes.data(),
+                    .residual_rows = rows,
+                    .out = y.data(),
+                    .rows = rows,
+                    .dtype = dtype,
+                    .threads = threads});
+    kernels.mlp({.x = y.data(),
+                 .norm = norm,
+                 .fc1 = fc1.view,
+                 .fc2 = fc2.view,
+                 .out = y.data(),
+                 .rows = rows,
+                 .dtype = dtype,
+                 .act = act,
+                 .threads = threads});
+    kernels.block({.x = x.bytes.data(),
+                   .norm1 = norm,
+                   .norm2 = norm,
+                   .qkv = qkv.view,
+                   .proj = proj.view,
+                   .fc1 = fc1.view,
+                   .fc2 = fc2.view,
+                   .out = out.data(),
+                   .B = B,
+                   .N = N,
+                   .H = H,
+                   .D = D,
+                   .scale = 0.3f,
+                   .dtype = dtype,
+                   .act = act,
+                   .threads = threads});
     REQUIRE(out == y, "block B %ld N %ld H %ld D %ld C %ld differs", (long)B, (long)N, (long)H, (long)D, (long)C);
   }
 }
@@ -297,13 +377,33 @@ static void check_embed() {
     const int threads = int(draw(1, 3));
     const Numbers images(B * C * H * W, DType::fp32, 1), positions(tokens * D, dtype, 1), prefix(P * D, dtype, 1);
     const Packed weight(D, K, dtype);
-    const PatchGeometry geometry{C, H, W, p, p, P, PatchOrder::chw, C * H * W, H * W, W, 1};
+    const PatchGeometry geometry{.C = C,
+                                 .H = H,
+                                 .W = W,
+                                 .ph = p,
+                                 .pw = p,
+                                 .P = P,
+                                 .order = PatchOrder::chw,
+                                 .image = C * H * W,
+                                 .channel = H * W,
+                                 .y = W,
+                                 .x = 1};
     std::vector<uint8_t> rows(B * tokens * K * size), out(B * tokens * D * size);
     const bool adds = draw(0, 2);
-    PatchRowsArgs patches{geometry, images.bytes.data(), rows.data(), nullptr, nullptr, B, DType::fp32, dtype, threads};
+    PatchRowsArgs patches{.geometry = geometry,
+                          .images = images.bytes.data(),
+                          .rows = rows.data(),
+                          .B = B,
+                          .from = DType::fp32,
+                          .to = dtype,
+                          .threads = threads};
     kernels.patch_rows(patches);
     patches.rows = nullptr;
-    kernels.embed({patches, weight.view, adds ? positions.bytes.data() : nullptr, prefix.bytes.data(), out.data()});
+    kernels.embed({.patches = patches,
+                   .weight = weight.view,
+                   .positions = adds ? positions.bytes.data() : nullptr,
+                   .prefix = prefix.bytes.data(),
+                   .tokens = out.data()});
     std::vector<double> x(B * tokens * K);
     for (size_t i = 0; i < x.size(); ++i) x[i] = read(rows.data(), i, dtype);
     const std::vector<double> projected = weight.apply(x, B * tokens);

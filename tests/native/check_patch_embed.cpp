@@ -66,7 +66,17 @@ Case drawn(DType from, int64_t side, bool interleaved, bool any_layout) {
     c.span = lay_out(sizes, interleaved ? std::vector<int>{1, 3, 2, 0} : std::vector<int>{3, 2, 1, 0}, false, strides);
   }
   const int64_t P = draw(0, 2);
-  c.g = {sizes[1], sizes[2], sizes[3], ph, pw, P, PatchOrder::chw, strides[0], strides[1], strides[2], strides[3]};
+  c.g = {.C = sizes[1],
+         .H = sizes[2],
+         .W = sizes[3],
+         .ph = ph,
+         .pw = pw,
+         .P = P,
+         .order = PatchOrder::chw,
+         .image = strides[0],
+         .channel = strides[1],
+         .y = strides[2],
+         .x = strides[3]};
   return c;
 }
 
@@ -82,12 +92,31 @@ void check(const Case& c, DType dtype, DType to) {
   const bool normalises = c.from == DType::uint8;
   const float* const m = normalises ? reinterpret_cast<float*>(mean.memory) : nullptr;
   const float* const s = normalises ? reinterpret_cast<float*>(std.memory) : nullptr;
-  PatchEmbedArgs args{};
-  args.images = {g, images.memory, c.B, c.from, m, s, {}, nullptr, c.B * N};
-  args.weight = weight.memory, args.bias = bias.memory, args.D = c.D, args.dtype = dtype;
-  args.positions = positions.memory, args.positions_dtype = DType::fp32;
-  args.prefix = P ? prefix.memory : nullptr, args.prefix_dtype = dtype;
-  args.tokens = tokens.memory, args.tokens_dtype = to;
+  const ImagesArgs given{.geometry = g,
+                         .data = images.memory,
+                         .B = c.B,
+                         .dtype = c.from,
+                         .mean = m,
+                         .std = s,
+                         .packed = {},
+                         .packed_on_device = nullptr,
+                         .patches = c.B * N};
+  const PatchEmbedArgs args{.images = given,
+                            .weight = weight.memory,
+                            .bias = bias.memory,
+                            .D = c.D,
+                            .dtype = dtype,
+                            .positions = positions.memory,
+                            .positions_dtype = DType::fp32,
+                            .prefix = P ? prefix.memory : nullptr,
+                            .prefix_image = 0,
+                            .prefix_positions = nullptr,
+                            .prefix_dtype = dtype,
+                            .tokens = tokens.memory,
+                            .tokens_dtype = to,
+                            .tile = 0,
+                            .device = 0,
+                            .stream = nullptr};
   REQUIRE((embed_with<Product, Pixels>(args, embedding_of(args)) == cudaSuccess), "it did not start");
 
   const double eps = to == DType::fp32 && dtype == DType::fp32 ? 1e-5 : dtype == DType::bf16 ? 2e-2 : 3e-3;
@@ -115,9 +144,25 @@ void check_gradient(const Case& c, DType dtype) {
   Numbers images(c.from, c.span), grad(dtype, c.B * (g.P + N) * c.D), parts(DType::fp32, splits * c.D * K),
       sum(dtype, c.D * K);
   images.fill(1), grad.fill(0.2);
-  const ImagesArgs given{g, images.memory, c.B, c.from, nullptr, nullptr, {}, nullptr, c.B * N};
+  const ImagesArgs given{.geometry = g,
+                         .data = images.memory,
+                         .B = c.B,
+                         .dtype = c.from,
+                         .mean = nullptr,
+                         .std = nullptr,
+                         .packed = {},
+                         .packed_on_device = nullptr,
+                         .patches = c.B * N};
   float* const partial = reinterpret_cast<float*>(parts.memory);
-  const WeightGradientArgs args{given, grad.memory, c.D, dtype, partial, splits, sum.memory, 0, nullptr};
+  const WeightGradientArgs args{.images = given,
+                                .grad = grad.memory,
+                                .D = c.D,
+                                .dtype = dtype,
+                                .parts = partial,
+                                .splits = splits,
+                                .weight_grad = sum.memory,
+                                .device = 0,
+                                .stream = nullptr};
   REQUIRE((gradient_with<T, Pixels>(args, gradient_of(args)) == cudaSuccess), "it did not start");
   for (int64_t d = 0; d < c.D; ++d)
     for (int64_t k = 0; k < K; ++k) {

@@ -49,7 +49,17 @@ void check_loads(const PatchGeometry& g, int64_t B, int64_t bytes, int64_t side,
 void check_interleaved_chunks() {
   for (int trial = 0; trial < 300; ++trial) {
     const int32_t side = CHUNK * static_cast<int32_t>(draw(1, 2)), pw = side * static_cast<int32_t>(draw(1, 3));
-    const PatchGeometry g{draw(1, 4), 1, 1, draw(1, 4), pw, 0, PatchOrder::chw, 0, 0, 0, 0};
+    const PatchGeometry g{.C = draw(1, 4),
+                          .H = 1,
+                          .W = 1,
+                          .ph = draw(1, 4),
+                          .pw = pw,
+                          .P = 0,
+                          .order = PatchOrder::chw,
+                          .image = 0,
+                          .channel = 0,
+                          .y = 0,
+                          .x = 0};
     std::vector<char> taken(columns(g));
     for (int32_t q = 0; q < columns(g) / CHUNK; ++q) {
       const int32_t column = column_of_interleaved_chunk<int32_t>(g, q, side);
@@ -69,7 +79,17 @@ void check_packed_images() {
       images.push_back({nullptr, patches, draw(1, 30), draw(1, 30), 900, 30, 1});
       patches += ((images.back().H + 3) / 4) * ((images.back().W + 4) / 5);
     }
-    const PatchGeometry common{3, 0, 0, 4, 5, 2, PatchOrder::chw, 0, 0, 0, 0};
+    const PatchGeometry common{.C = 3,
+                               .H = 0,
+                               .W = 0,
+                               .ph = 4,
+                               .pw = 5,
+                               .P = 2,
+                               .order = PatchOrder::chw,
+                               .image = 0,
+                               .channel = 0,
+                               .y = 0,
+                               .x = 0};
     for (int64_t m = 0, b = 0; m < patches; ++m) {
       while (b + 1 < static_cast<int64_t>(images.size()) && images[b + 1].first <= m) ++b;
       REQUIRE(image_of(images.data(), images.size(), m) == b, "patch %ld", (long)m);
@@ -90,7 +110,17 @@ int main() {
     const int64_t W = draw(0, 3) ? side * draw(1, 4) : draw(1, 40);
     const int64_t gap = draw(0, 3) ? 0 : 16 * draw(0, 2) + draw(0, 1), line = W * step + gap, plane = H * line;
     const int64_t image = plane * (step == 3 ? 1 : C), channel = step == 3 ? 1 : plane;
-    const PatchGeometry g{C, H, W, ph, pw, 0, PatchOrder::chw, image, channel, line, step};
+    const PatchGeometry g{.C = C,
+                          .H = H,
+                          .W = W,
+                          .ph = ph,
+                          .pw = pw,
+                          .P = 0,
+                          .order = PatchOrder::chw,
+                          .image = image,
+                          .channel = channel,
+                          .y = line,
+                          .x = step};
     loads += loads_together(g, 0, bytes, side, step);
     check_loads(g, 2, bytes, side, step);
   }
@@ -100,17 +130,17 @@ int main() {
     const std::vector<int64_t> sizes{B, draw(1, 5), draw(1, 12), draw(1, 12)};
     std::vector<int64_t> strides;
     const int64_t span = lay_out(sizes, random_order(4), draw(0, 1), strides);
-    const PatchGeometry g{sizes[1],
-                          sizes[2],
-                          sizes[3],
-                          draw(1, 6),
-                          draw(1, 6),
-                          draw(0, 3),
-                          draw(0, 1) ? PatchOrder::chw : PatchOrder::hwc,
-                          strides[0],
-                          strides[1],
-                          strides[2],
-                          strides[3]};
+    const PatchGeometry g{.C = sizes[1],
+                          .H = sizes[2],
+                          .W = sizes[3],
+                          .ph = draw(1, 6),
+                          .pw = draw(1, 6),
+                          .P = draw(0, 3),
+                          .order = draw(0, 1) ? PatchOrder::chw : PatchOrder::hwc,
+                          .image = strides[0],
+                          .channel = strides[1],
+                          .y = strides[2],
+                          .x = strides[3]};
     const int64_t H = grid_height(g) * g.ph, W = grid_width(g) * g.pw, N = grid_height(g) * grid_width(g);
     REQUIRE(H >= g.H && H < g.H + g.ph && W >= g.W && W < g.W + g.pw, "padded %ld x %ld", (long)H, (long)W);
     REQUIRE(rows_per_image(g) == g.P + N, "%ld rows", (long)rows_per_image(g));
@@ -151,7 +181,17 @@ int main() {
   const Pixel far{1, 2, huge.H - 1, huge.W - 1}, back = pixel_at(huge, place_of(huge, far));
   REQUIRE(back.b == far.b && back.c == far.c && back.y == far.y && back.x == far.x, "huge image");
   for (int64_t m : {int64_t{INT32_MAX} - 1, int64_t{INT32_MAX}, int64_t{1} << 40}) {
-    const PatchGeometry g{3, 64, 80, 16, 16, 1, PatchOrder::chw, 0, 0, 0, 0};
+    const PatchGeometry g{.C = 3,
+                          .H = 64,
+                          .W = 80,
+                          .ph = 16,
+                          .pw = 16,
+                          .P = 1,
+                          .order = PatchOrder::chw,
+                          .image = 0,
+                          .channel = 0,
+                          .y = 0,
+                          .x = 0};
     const Patch patch = patch_at(g, m);
     REQUIRE(patch.b == m / 20 && patch.number == m % 20 && patch.y == m % 20 / 5 * 16 && patch.x == m % 5 * 16,
             "patch %ld", (long)m);

@@ -39,7 +39,17 @@ int main() {
     PatchRowsArgs args{};
     const int64_t P = draw(0, 2);
     const PatchOrder order = draw(0, 1) ? PatchOrder::chw : PatchOrder::hwc;
-    const PatchGeometry g{C, sizes[2], sizes[3], ph, pw, P, order, strides[0], strides[1], strides[2], strides[3]};
+    const PatchGeometry g{.C = C,
+                          .H = sizes[2],
+                          .W = sizes[3],
+                          .ph = ph,
+                          .pw = pw,
+                          .P = P,
+                          .order = order,
+                          .image = strides[0],
+                          .channel = strides[1],
+                          .y = strides[2],
+                          .x = strides[3]};
     args.geometry = g;
     args.B = B;
     args.from = dtypes[draw(0, 3)];

@@ -11,8 +11,10 @@ from torch.backends.cuda import cudnn_sdp_enabled
 from vitfast import reference
 from vitfast.choose import dispatch
 from vitfast.kernels import cpu as cpu_kernels
+from vitfast.kernels.operands import Extras
 
 aten = torch.ops.aten
+NOTHING = Extras()
 
 
 def lse_dtype(dtype):
@@ -183,35 +185,35 @@ def _outside_autocast(formula):
 
 
 @_outside_autocast
-def attention_formula(q, k, v, scale, lengths=None, dropout_p=0.0, seed=None, image=0):
+def attention_formula(q, k, v, scale, extras=NOTHING, image=0):
     """Attention as written, for what no stock kernel takes; the N x N weights live only inside this call.
 
     `image`: the number of the first image, by which dropout draws.
     """
     dtype = lse_dtype(q.dtype)
-    k, v = _without_padding(lengths, k, v)
+    k, v = _without_padding(extras.lengths, k, v)
     logits = torch.einsum("bqhd,bkhd->bhqk", q.to(dtype), k.to(dtype)).mul_(scale)
-    _mask_padding(logits, lengths)
+    _mask_padding(logits, extras.lengths)
     lse = torch.logsumexp(logits, dim=-1)
-    weights = _mask_empty(logits.sub_(lse.unsqueeze(-1)).exp_(), lengths)
-    if dropout_p:
-        weights.mul_(_dropout(weights, dropout_p, seed, image))
+    weights = _mask_empty(logits.sub_(lse.unsqueeze(-1)).exp_(), extras.lengths)
+    if extras.dropout_p:
+        weights.mul_(_dropout(weights, extras, image))
     return torch.einsum("bhqk,bkhd->bqhd", weights, v.to(dtype)).to(q.dtype).flatten(2).contiguous(), lse
 
 
 @_outside_autocast
-def attention_formula_backward(grad, q, k, v, out, lse, scale, lengths=None, dropout_p=0.0, seed=None, image=0):
+def attention_formula_backward(grad, q, k, v, out, lse, scale, extras=NOTHING, image=0):
     """Gradients from q, k, v, out and lse. With P the weights, Z their dropout (1 without) and dP = Z * grad v^T:
     dS = P * (dP - rowsum(grad * out)), dq = scale dS k, dk = scale dS^T q, dv = (Z * P)^T grad.
     """
     B, N, H, D = q.shape
     dtype = lse_dtype(q.dtype)
-    k, v = _without_padding(lengths, k, v)
+    k, v = _without_padding(extras.lengths, k, v)
     qd, kd, vd, gd, od = (t.to(dtype) for t in (q, k, v, grad.reshape(B, N, H, D), out.view(B, N, H, D)))
     logits = torch.einsum("bqhd,bkhd->bhqk", qd, kd).mul_(scale)
-    _mask_padding(logits, lengths)
-    weights = _mask_empty(logits.sub_(lse.unsqueeze(-1)).exp_(), lengths)
-    z = _dropout(weights, dropout_p, seed, image) if dropout_p else None
+    _mask_padding(logits, extras.lengths)
+    weights = _mask_empty(logits.sub_(lse.unsqueeze(-1)).exp_(), extras.lengths)
+    z = _dropout(weights, extras, image) if extras.dropout_p else None
     dv = torch.einsum("bhqk,bqhd->bkhd", weights if z is None else weights * z, gd)
     dp = torch.einsum("bqhd,bkhd->bhqk", gd, vd)
     if z is not None:
@@ -222,12 +224,12 @@ def attention_formula_backward(grad, q, k, v, out, lse, scale, lengths=None, dro
     return tuple(t.to(q.dtype).contiguous() for t in (dq, dk, dv))
 
 
-def attention_plainly(q, k, v, scale, lengths=None, dropout_p=0.0, seed=None, image=0):
+def attention_plainly(q, k, v, scale, extras=NOTHING, image=0):
     """Out of `attention_formula` as a graph that can be differentiated any number of times."""
     dtype = lse_dtype(q.dtype)
-    k, v = _without_padding(lengths, k, v)
-    mask = None if lengths is None else key_is_there(lengths, k.shape[1])[:, None, None]
-    drop = lambda weights: weights * _dropout(weights, dropout_p, seed, image) if dropout_p else weights  # noqa: E731
+    k, v = _without_padding(extras.lengths, k, v)
+    mask = None if extras.lengths is None else key_is_there(extras.lengths, k.shape[1])[:, None, None]
+    drop = lambda weights: weights * _dropout(weights, extras, image) if extras.dropout_p else weights  # noqa: E731
     return reference.attention_visibly(q.to(dtype), k.to(dtype), v.to(dtype), scale, mask, drop).to(q.dtype)
 
 
@@ -254,5 +256,6 @@ def _mask_empty(weights, lengths):
     return weights if lengths is None else weights.masked_fill_((lengths <= 0)[:, None, None, None], 0.0)
 
 
-def _dropout(weights, p, seed, image):
-    return reference.attention_kept(seed, weights.shape, p, image).to(weights.dtype).mul_(1.0 / (1.0 - p))
+def _dropout(weights, extras, image):
+    kept = reference.attention_kept(extras.seed, weights.shape, extras.dropout_p, image)
+    return kept.to(weights.dtype).mul_(1.0 / (1.0 - extras.dropout_p))

@@ -10,29 +10,29 @@ from torch import Tensor
 
 from vitfast import reference
 from vitfast.kernels import cpu as cpu_kernels
+from vitfast.kernels.operands import Norm, Tail
+from vitfast.ops._check import cast
 
 aten = torch.ops.aten
 
 
-def norm_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kind: str, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def norm_forward(x: Tensor, norm: Norm, out_dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The normed rows in `out_dtype`, and mean and rstd as torch keeps them (None for kind 'rms')."""
     # contiguous first, here and below: the same result to the bit whatever the strides
     x = x.contiguous()
-    if kind == "rms":
-        return reference.layer_norm(x, weight, None, eps, "rms").to(out_dtype), None, None
-    x = _in_dtype_of(weight, x)
-    h, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
-    return h.to(out_dtype), mean, rstd
+    if norm.kind == "rms":
+        return reference.layer_norm(x, *norm).to(out_dtype), None, None
+    x = _in_dtype_of(norm.weight, x)
+    h, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+    return cast(h, out_dtype), mean, rstd
 
 
-def stats_fake(x: Tensor, weight: Tensor | None, kind: str) -> tuple[Tensor | None, Tensor | None]:
+def stats_fake(x: Tensor, norm: Norm) -> tuple[Tensor | None, Tensor | None]:
     """Mean and rstd of `norm_forward`, shapes and dtypes only."""
-    if kind != "layer":
+    if norm.kind != "layer":
         return None, None
-    x = _in_dtype_of(weight, x.contiguous())
-    _, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, weight, 1e-6)
+    x = _in_dtype_of(norm.weight, x.contiguous())
+    _, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], norm.weight, norm.weight, 1e-6)
     return mean, rstd
 
 
@@ -42,22 +42,16 @@ def _in_dtype_of(weight: Tensor | None, x: Tensor) -> Tensor:
 
 
 def norm_backward(
-    grad: Tensor,
-    x: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    kind: str,
-    mask: list[bool],
+    grad: Tensor, x: Tensor, norm: Norm, mean: Tensor | None, rstd: Tensor | None, mask: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of input, weight and bias, each only where `mask` asks for it."""
     grad, x = grad.contiguous(), x.contiguous()
+    weight, bias, eps, kind = norm
     if kind == "layer":
         wide = _in_dtype_of(weight, x)
-        grads = aten.native_layer_norm_backward(grad.to(wide.dtype), wide, x.shape[-1:], mean, rstd, weight, bias, mask)
-        return grads[0].to(x.dtype) if mask[0] else None, grads[1], grads[2]
+        grad = cast(grad, wide.dtype)
+        grads = aten.native_layer_norm_backward(grad, wide, x.shape[-1:], mean, rstd, weight, bias, mask)
+        return cast(grads[0], x.dtype), grads[1], grads[2]
     dtype = torch.promote_types(x.dtype, torch.float32)
     x_hat = x.to(dtype)
     scale = torch.rsqrt(x_hat.square().mean(-1, keepdim=True) + eps)
@@ -104,11 +98,12 @@ def activation_backward(grad: Tensor, x: Tensor, name: str) -> Tensor:
     return (grad * (s + 1.702 * wide * s * (1 - s))).to(grad.dtype)
 
 
-def add_branch(residual: Tensor | None, branch: Tensor, gamma: Tensor | None, row_scale: Tensor | None) -> Tensor:
+def add_branch(branch: Tensor, tail: Tail) -> Tensor:
     """residual + row_scale * gamma * branch, contiguous; a fresh tensor unless all three are None.
 
     Rounds where the stock chain of operators rounds. `branch` may be overwritten when gamma is None.
     """
+    gamma, row_scale, residual = tail
     if gamma is not None:
         branch = branch * gamma
     if row_scale is not None:
@@ -121,18 +116,18 @@ def add_branch(residual: Tensor | None, branch: Tensor, gamma: Tensor | None, ro
 
 
 def branch_grads(
-    grad: Tensor, branch: Tensor, gamma: Tensor | None, row_scale: Tensor | None, dtype: torch.dtype, need_gamma: bool
+    grad: Tensor, branch: Tensor | None, tail: Tail, dtype: torch.dtype, need_gamma: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Gradient of the branch in `dtype`, and of gamma where needed. `grad` is the gradient of the sum."""
     grad = grad.contiguous()
-    if row_scale is not None:
-        grad = grad * row_scale.view(-1, *[1] * (grad.dim() - 1))
+    if tail.row_scale is not None:
+        grad = grad * tail.row_scale.view(-1, *[1] * (grad.dim() - 1))
     grad_gamma = None
-    if gamma is not None:
+    if tail.gamma is not None:
         if need_gamma:
-            grad_gamma = (grad * branch).flatten(0, -2).sum(0).to(gamma.dtype)
-        grad = grad * gamma
-    return grad.to(dtype), grad_gamma
+            grad_gamma = (grad * branch).flatten(0, -2).sum(0).to(tail.gamma.dtype)
+        grad = grad * tail.gamma
+    return cast(grad, dtype), grad_gamma
 
 
 def matmul_grads(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Hashable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from vitfast import reference
 from vitfast.choose import dispatch
 from vitfast.choose.config_tables import Config
 from vitfast.choose.exportable import stock_only
+from vitfast.kernels.operands import Extras, Starts
 from vitfast.ops import _attention_stock as stock
 from vitfast.ops import _higher, _register
 from vitfast.ops._attention_check import check_extras, check_heads
@@ -229,13 +229,9 @@ def shape_key(q: Tensor, k: Tensor) -> tuple[Hashable, ...]:
 
 
 def attempt_forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, extras: bool = False, **more: Any
+    q: Tensor, k: Tensor, v: Tensor, scale: float, extras: Extras, starts: Starts | None = None
 ) -> tuple[Tensor, Tensor] | None:
     """Out and lse by the kernels, None where they do not compute this.
-
-    Args:
-        extras: with dropout, lengths or packed sequences, which nobody tunes.
-        more: for the launcher.
 
     Raises:
         NotImplementedError: the user forced them where they cannot run; says all the reasons.
@@ -245,29 +241,35 @@ def attempt_forward(
     from vitfast.kernels.triton import attention as launcher
 
     return attempt(
-        "attention", q, _why_not(q, scale), () if extras else shape_key(q, k),
+        "attention", q, _why_not(q, scale), _key(q, k, extras, starts),
         lambda config: launcher.forward(
-            _rows_in_place(q), _rows_in_place(k), _rows_in_place(v), scale, **more, config=_config(config)
+            _rows_in_place(q), _rows_in_place(k), _rows_in_place(v), scale, extras, starts, config=_config(config)
         ),
     )  # fmt: skip
 
 
 def attempt_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, extras: bool = False,
-    **more: Any,
+    grad: Tensor, heads: tuple[Tensor, Tensor, Tensor], out: Tensor, lse: Tensor, scale: float, extras: Extras,
+    starts: Starts | None = None, into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor] | None:  # fmt: skip
-    """dq, dk and dv by the kernels, None where they do not compute this; the rest as in `attempt_forward`."""
+    """dq, dk and dv by the kernels, None where they do not compute this; `into` as the launcher has it."""
+    q, k, _ = heads
     if not ready("attention_backward", q):
         return None
     from vitfast.kernels.triton import attention as launcher
 
     return attempt(
-        "attention_backward", q, _why_not(q, scale), () if extras else shape_key(q, k),
+        "attention_backward", q, _why_not(q, scale), _key(q, k, extras, starts),
         lambda config: launcher.backward(
-            grad.contiguous(), _rows_in_place(q), _rows_in_place(k), _rows_in_place(v), out, lse, scale, **more,
-            config=_config(config),
+            grad.contiguous(), *map(_rows_in_place, heads), out, lse, scale, extras, starts, config=_config(config),
+            into=into,
         ),
     )  # fmt: skip
+
+
+def _key(q, k, extras, starts):
+    """What choices are kept under; nobody tunes dropout, lengths and packed sequences."""
+    return () if extras.wanted or starts is not None else shape_key(q, k)
 
 
 def _config(config):
@@ -279,91 +281,86 @@ def _rows_in_place(t):
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def _forward(q, k, v, scale, lengths, dropout_p, seed):
+def _forward(q, k, v, scale, extras):
     """Out and lse by the kernels or the formula; None where a stock kernel may do it."""
-    extras = bool(dropout_p) or lengths is not None
-    found = attempt_forward(q, k, v, scale, extras, lengths=lengths, dropout_p=dropout_p, seed=seed)
-    if found is None and extras:
-        return stock.attention_formula(q, k, v, scale, lengths, dropout_p, seed)
+    found = attempt_forward(q, k, v, scale, extras)
+    if found is None and extras.wanted:
+        return stock.attention_formula(q, k, v, scale, extras)
     return found
 
 
-def _backward(grad, q, k, v, out, lse, scale, lengths, dropout_p, seed, into=None):
-    extras, given = bool(dropout_p) or lengths is not None, (grad, q, k, v, out, lse, scale)
-    grads = attempt_backward(*given, extras, lengths=lengths, dropout_p=dropout_p, seed=seed, into=into)
-    if grads is None and extras:
-        return stock.attention_formula_backward(*given, lengths, dropout_p, seed)
-    return grads
-
-
-def _attention_cpu(q, k, v, scale, lengths=None, dropout_p=0.0, seed=None):
+def _attention_cpu(q, k, v, scale, *given):
     if q.numel() and k.numel():
-        found = _forward(q, k, v, scale, lengths, dropout_p, seed)
+        found = _forward(q, k, v, scale, Extras(*given))
         if found is not None:
             return found
     return stock.attention_cpu(q, k, v, scale)
 
 
-def _attention_cuda(q, k, v, scale, lengths=None, dropout_p=0.0, seed=None):
+def _attention_cuda(q, k, v, scale, *given):
     if not q.numel() or not k.numel():
         return stock.nothing(q)
-    found = _forward(q, k, v, scale, lengths, dropout_p, seed)
+    found = _forward(q, k, v, scale, Extras(*given))
     if found is None:
         which = dispatch.stock_config("attention", shape_key(q, k), q.device.index)
         found = stock.attention_cuda(q, k, v, scale, **(which or {}))
     return found
 
 
-def _attention_qkv_cpu(qkv, scale, lengths=None, dropout_p=0.0, seed=None):
-    if INTERPRETED or lengths is not None or dropout_p:
-        return _attention_cpu(*qkv.unbind(2), scale, lengths, dropout_p, seed)
+def _attention_qkv_cpu(qkv, scale, *given):
+    if INTERPRETED or (given and Extras(*given).wanted):
+        return _attention_cpu(*qkv.unbind(2), scale, *given)
     return stock.attention_qkv_cpu(qkv, scale)
 
 
-def _attention_qkv_cuda(qkv, scale, lengths=None, dropout_p=0.0, seed=None):
-    return _attention_cuda(*qkv.unbind(2), scale, lengths, dropout_p, seed)
+def _attention_qkv_cuda(qkv, scale, *given):
+    return _attention_cuda(*qkv.unbind(2), scale, *given)
 
 
-def _attention_backward_cpu(grad, q, k, v, out, lse, scale, lengths=None, dropout_p=0.0, seed=None, into=None):
-    if q.numel() and k.numel():
-        found = _backward(grad, q, k, v, out, lse, scale, lengths, dropout_p, seed, into)
-        if found is not None:
-            return found
-    return stock.attention_backward_cpu(grad, q, k, v, out, lse, scale)
+def _backward(plainly):
+    """By the kernels, the formula or stock operators."""
+
+    def run(grad, heads, out, lse, scale, extras, into=None):
+        q, k, v = heads
+        if not q.numel() or not k.numel():
+            return tuple(map(torch.zeros_like, heads))
+        grads = attempt_backward(grad, heads, out, lse, scale, extras, into=into)
+        if grads is None and extras.wanted:
+            return stock.attention_formula_backward(grad, q, k, v, out, lse, scale, extras)
+        return plainly(grad, q, k, v, out, lse, scale) if grads is None else grads
+
+    return run
 
 
-def _attention_backward_cuda(grad, q, k, v, out, lse, scale, lengths=None, dropout_p=0.0, seed=None, into=None):
-    if not q.numel() or not k.numel():
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    found = _backward(grad, q, k, v, out, lse, scale, lengths, dropout_p, seed, into)
-    return found or stock.attention_backward_cuda(grad, q, k, v, out, lse, scale)
+def _flat_backward(run):
+    """`run` of the flat schema."""
+    return lambda grad, q, k, v, out, lse, scale, *given: run(grad, (q, k, v), out, lse, scale, Extras(*given))
 
 
 def _packed_backward(backward):
     """`backward` of the packed projection, whose gradient is written where it belongs or stacked."""
 
-    def run(grad, qkv, out, lse, scale, lengths=None, dropout_p=0.0, seed=None):
-        q, k, v = qkv.unbind(2)
+    def run(grad, qkv, out, lse, scale, *given):
+        heads, extras = qkv.unbind(2), Extras(*given)
         if not may_be_kernels(qkv):
-            return torch.stack(backward(grad, q, k, v, out, lse, scale, lengths, dropout_p, seed), dim=2)
+            return torch.stack(backward(grad, heads, out, lse, scale, extras), dim=2)
         packed = torch.empty_like(qkv, memory_format=torch.contiguous_format)
         parts = packed.unbind(2)
-        grads = backward(grad, q, k, v, out, lse, scale, lengths, dropout_p, seed, parts)
+        grads = backward(grad, heads, out, lse, scale, extras, parts)
         return packed if grads is parts else torch.stack(grads, dim=2)
 
     return run
 
 
-_attention_qkv_backward_cpu = _packed_backward(_attention_backward_cpu)
-_attention_qkv_backward_cuda = _packed_backward(_attention_backward_cuda)
+_backward_cpu, _backward_cuda = _backward(stock.attention_backward_cpu), _backward(stock.attention_backward_cuda)
 
 
-def _attention_fake(q, k, v, scale, lengths=None, dropout_p=0.0, seed=None):
+def _attention_fake(q, k, v, scale, *given):
     B, N, H, D = q.shape
     return q.new_empty(B, N, H * D), q.new_empty(B, H, N, dtype=lse_dtype(q.dtype))
 
 
-def _attention_backward_fake(grad, q, k, v, out, lse, scale, lengths=None, dropout_p=0.0, seed=None):
+def _attention_backward_fake(grad, q, k, v, *given):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
 
 
@@ -392,11 +389,11 @@ def _attention_grad(ctx, grad, _):
     grads = (None,) * 3
     if grad is not None:
         *saved, lengths, seed = ctx.saved_tensors
-        how = ctx.scale, lengths, ctx.dropout_p, seed
         if _higher.wanted(grad):
+            how = ctx.scale, Extras(lengths, ctx.dropout_p, seed)
             grads = _higher.grads(lambda *qkv: attention_plainly(*qkv, *how), saved[:3], ctx.needed[:3], grad)
         else:
-            grads = _attention_backward(grad, *saved, *how)
+            grads = _attention_backward(grad, *saved, ctx.scale, lengths, ctx.dropout_p, seed)
             grads = tuple(g if n else None for g, n in zip(grads, ctx.needed, strict=False))
     return *grads, *(None,) * (ctx.given - 3)
 
@@ -404,12 +401,12 @@ def _attention_grad(ctx, grad, _):
 def _attention_qkv_grad(ctx, grad, _):
     if grad is not None:
         *saved, lengths, seed = ctx.saved_tensors
-        how = ctx.scale, lengths, ctx.dropout_p, seed
         if _higher.wanted(grad):
+            how = ctx.scale, Extras(lengths, ctx.dropout_p, seed)
             formula = lambda qkv: attention_plainly(*qkv.unbind(2), *how)  # noqa: E731
             (grad,) = _higher.grads(formula, saved[:1], [True], grad)
         else:
-            grad = _attention_qkv_backward(grad, *saved, *how)
+            grad = _attention_qkv_backward(grad, *saved, ctx.scale, lengths, ctx.dropout_p, seed)
     return grad, *(None,) * (ctx.given - 1)
 
 
@@ -423,7 +420,7 @@ _attention = _register.op(
 _attention_backward = _register.op(
     f"attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_EXTRAS})"
     " -> (Tensor, Tensor, Tensor)",
-    cpu=_attention_backward_cpu, cuda=_attention_backward_cuda, fake=_attention_backward_fake,
+    cpu=_flat_backward(_backward_cpu), cuda=_flat_backward(_backward_cuda), fake=_attention_backward_fake,
     cuda_kernel="attention_backward",
 )  # fmt: skip
 _register.autograd("attention", setup_context=_setup_attention, backward=_attention_grad)
@@ -435,7 +432,7 @@ _attention_qkv = _register.op(
 )  # fmt: skip
 _attention_qkv_backward = _register.op(
     f"attention_qkv_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, {_EXTRAS}) -> Tensor",
-    cpu=_attention_qkv_backward_cpu, cuda=_attention_qkv_backward_cuda,
+    cpu=_packed_backward(_backward_cpu), cuda=_packed_backward(_backward_cuda),
     cuda_kernel="attention_backward",
     fake=lambda grad, qkv, *others: torch.empty_like(qkv, memory_format=torch.contiguous_format),
 )  # fmt: skip

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vitfast import reference
 from vitfast.choose.exportable import stock_only
+from vitfast.kernels.operands import Extras, Starts
 from vitfast.ops import _attention_stock as stock
 from vitfast.ops import _higher, _register
 from vitfast.ops._check import Reasons, autocast_dtype, cast
@@ -116,29 +117,34 @@ def _by_image(q, k, v, q_starts, k_starts, scale, dropout_p):
     return torch.cat(parts) if parts else q.flatten(1)
 
 
-def _plainly(q, k, v, q_starts, k_starts, scale, dropout_p, seed):
+def _plainly(q, k, v, q_starts, k_starts, scale, extras):
     images = enumerate(_images(q, k, v, q_starts, k_starts))
-    parts = [stock.attention_plainly(*qkv, scale, None, dropout_p, seed, i)[0] for i, (_, _, *qkv) in images]
+    parts = [stock.attention_plainly(*qkv, scale, extras, i)[0] for i, (_, _, *qkv) in images]
     return torch.cat(parts) if parts else q.flatten(1)
+
+
+def _grouped(given):
+    """starts, scale and extras of what the flat schema has behind the tensors."""
+    return Starts(*given[:4]), given[4], Extras(None, *given[5:])
 
 
 def _forward(plain, formula):
     """One call of `plain` an image; of the formula where there is dropout, in which every image has its own numbers."""
 
-    def run_images(q, k, v, q_starts, k_starts, max_q, max_k, scale, dropout_p=0.0, seed=None):
+    def run_images(q, k, v, *given):
+        starts, scale, extras = _grouped(given)
         there = q.numel() and k.numel()
         if there:
-            extras = {"dropout_p": dropout_p, "seed": seed, "starts": (q_starts, k_starts, max_q, max_k)}
-            results = attempt_forward(q[None], k[None], v[None], scale, True, **extras)
+            results = attempt_forward(q[None], k[None], v[None], scale, extras, starts)
             if results is not None:
                 return tuple(t[0] for t in results)
         out = q.new_zeros(q.shape[0], q.shape[1] * q.shape[2])
         lse = q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=stock.lse_dtype(q.dtype))
         if not there:
             return out, lse
-        for i, (rows, _, *qkv) in enumerate(_images(q, k, v, q_starts, k_starts)):
+        for i, (rows, _, *qkv) in enumerate(_images(q, k, v, starts.q, starts.k)):
             if qkv[0].numel() and qkv[1].numel():
-                one = formula(*qkv, scale, None, dropout_p, seed, i) if dropout_p else plain(*qkv, scale)
+                one = formula(*qkv, scale, extras, i) if extras.wanted else plain(*qkv, scale)
                 out[rows], lse[:, rows] = one[0][0], one[1][0]
         return out, lse
 
@@ -146,20 +152,20 @@ def _forward(plain, formula):
 
 
 def _backward(plain, formula):
-    def run_images(grad, q, k, v, out, lse, q_starts, k_starts, max_q, max_k, scale, dropout_p=0.0, seed=None):
+    def run_images(grad, q, k, v, out, lse, *given):
+        starts, scale, extras = _grouped(given)
         there = q.numel() and k.numel()
         if there:
-            extras = {"dropout_p": dropout_p, "seed": seed, "starts": (q_starts, k_starts, max_q, max_k)}
-            results = attempt_backward(grad, q[None], k[None], v[None], out, lse, scale, True, **extras)
+            results = attempt_backward(grad, (q[None], k[None], v[None]), out, lse, scale, extras, starts)
             if results is not None:
                 return tuple(g[0] for g in results)
         grads = tuple(torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
         if not there:
             return grads
-        for i, (rows, keys, *qkv) in enumerate(_images(q, k, v, q_starts, k_starts)):
+        for i, (rows, keys, *qkv) in enumerate(_images(q, k, v, starts.q, starts.k)):
             if qkv[0].numel() and qkv[1].numel():
                 given = (grad[None, rows], *qkv, out[None, rows].contiguous(), lse[None, :, rows].contiguous(), scale)
-                own = formula(*given, None, dropout_p, seed, i) if dropout_p else plain(*given)
+                own = formula(*given, extras, i) if extras.wanted else plain(*given)
                 for t, part, g in zip(grads, (rows, keys, keys), own, strict=True):
                     t[part] = g[0]
         return grads
@@ -167,7 +173,7 @@ def _backward(plain, formula):
     return run_images
 
 
-def _fake(q, k, v, q_starts, k_starts, max_q, max_k, scale, dropout_p=0.0, seed=None):
+def _fake(q, k, v, *others):
     N, H, D = q.shape
     return q.new_empty(N, H * D), q.new_empty(H, N, dtype=stock.lse_dtype(q.dtype))
 
@@ -191,8 +197,8 @@ def _grad(ctx, grad, _):
     if grad is not None:
         *saved, seed = ctx.saved_tensors
         if _higher.wanted(grad):
-            q_starts, k_starts = saved[5:]
-            formula = lambda *qkv: _plainly(*qkv, q_starts, k_starts, ctx.scale, ctx.dropout_p, seed)  # noqa: E731
+            how = *saved[5:], ctx.scale, Extras(None, ctx.dropout_p, seed)
+            formula = lambda *qkv: _plainly(*qkv, *how)  # noqa: E731
             grads = _higher.grads(formula, saved[:3], ctx.needed[:3], grad)
         else:
             grads = _varlen_backward(grad, *saved, ctx.max_q, ctx.max_k, ctx.scale, ctx.dropout_p, seed)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vitfast import reference
 from vitfast.choose.exportable import refuse_proxy, stock_only
+from vitfast.kernels.operands import Norm, Saved, Tail, new
 from vitfast.ops import _higher, _launch, _register, _stock
 from vitfast.ops._check import Reasons
 from vitfast.ops._on_cpu import by_stock
@@ -105,8 +106,11 @@ def _check(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, kind:
     return check
 
 
-def _layer_norm_stock(x, weight, bias, eps, kind, out_dtype):
-    return _stock.norm_forward(x, weight, bias, eps, kind, getattr(torch, out_dtype))
+def _flat(run):
+    """`run` of the flat schema."""
+    return lambda x, weight, bias, eps, kind, out_dtype: run(
+        x, new(Norm, (weight, bias, eps, kind)), getattr(torch, out_dtype)
+    )
 
 
 def _shape_of(x, extra):
@@ -114,116 +118,131 @@ def _shape_of(x, extra):
     return str(x.dtype)[6:], (x.numel() // x.shape[-1]).bit_length(), x.shape[-1], extra
 
 
-def _layer_norm_kernel(x, weight, bias, eps, kind, out_dtype):
+def _layer_norm_kernel(x, norm, out_dtype):
     found = None
     if x.numel() and _launch.ready("layer_norm", x):
         from vitfast.kernels.triton import layer_norm as launcher
 
         found = _launch.attempt(
-            "layer_norm", x, launcher.why_not(x, weight, bias), _shape_of(x, kind),
-            lambda config: launcher.forward(
-                x, weight, bias, eps, kind, getattr(torch, out_dtype), statistics=kind == "layer"
-            )[1:],
+            "layer_norm", x, launcher.why_not(x, norm.weight, norm.bias), _shape_of(x, norm.kind),
+            lambda config: launcher.forward(x, norm, out_dtype, statistics=norm.kind == "layer")[1:],
         )  # fmt: skip
-    return found or _layer_norm_stock(x, weight, bias, eps, kind, out_dtype)
+    return found or _stock.norm_forward(x, norm, out_dtype)
 
 
-def _layer_norm_backward_kernel(grad, x, mean, rstd, weight, bias, eps, kind, mask):
-    need_x, need_weight, need_bias = mask
+def _layer_norm_fake(x, norm, out_dtype):
+    normed = torch.empty_like(x, dtype=out_dtype, memory_format=torch.contiguous_format)
+    return normed, *_stock.stats_fake(x, norm)
+
+
+def _flat_backward(run):
+    return lambda grad, x, mean, rstd, weight, bias, eps, kind, mask: run(
+        grad, x, new(Norm, (weight, bias, eps, kind)), mean, rstd, mask
+    )
+
+
+def _layer_norm_backward_kernel(grad, x, norm, mean, rstd, mask):
     found = None
     if x.numel() and _launch.ready("layer_norm_backward", x):
         from vitfast.kernels.triton import layer_norm as launcher
 
         found = _launch.attempt(
-            "layer_norm_backward", x, launcher.why_not(x, grad, weight, bias), _shape_of(x, kind),
-            lambda config: launcher.backward(
-                grad, x, weight, bias, eps, kind, need_x=need_x, need_weight=need_weight and weight is not None,
-                need_bias=need_bias and bias is not None,
-            )[:3],
+            "layer_norm_backward", x, launcher.why_not(x, grad, norm.weight, norm.bias), _shape_of(x, norm.kind),
+            lambda config: launcher.backward(grad, x, norm, mask)[:3],
         )  # fmt: skip
-    return found or _layer_norm_backward_stock(grad, x, mean, rstd, weight, bias, eps, kind, mask)
+    return found or _stock.norm_backward(grad, x, norm, mean, rstd, mask)
 
 
-def _layer_norm_fake(x, weight, bias, eps, kind, out_dtype):
-    normed = torch.empty_like(x, dtype=getattr(torch, out_dtype), memory_format=torch.contiguous_format)
-    return normed, *_stock.stats_fake(x, weight, kind)
-
-
-def _layer_norm_backward_stock(grad, x, mean, rstd, weight, bias, eps, kind, mask):
-    return _stock.norm_backward(grad, x, mean, rstd, weight, bias, eps, kind, mask)
-
-
-def _layer_norm_backward_fake(grad, x, mean, rstd, weight, bias, eps, kind, mask):
+def _layer_norm_backward_fake(grad, x, norm, mean, rstd, mask):
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format) if mask[0] else None,
-        torch.empty_like(weight) if mask[1] and weight is not None else None,
-        torch.empty_like(bias) if mask[2] and bias is not None else None,
+        torch.empty_like(norm.weight) if mask[1] and norm.weight is not None else None,
+        torch.empty_like(norm.bias) if mask[2] and norm.bias is not None else None,
     )
 
 
 def _layer_norm_setup(ctx, inputs, output):
-    x, weight, bias, eps, kind, _ = inputs
+    x, weight, bias, *ctx.how, _ = inputs
     _, mean, rstd = output
-    ctx.mark_non_differentiable(*(t for t in (mean, rstd) if t is not None))
+    if mean is not None:
+        ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, bias, mean, rstd)
-    ctx.eps, ctx.kind = eps, kind
+    ctx.save_for_backward(x, mean, rstd, weight, bias)
 
 
 def _layer_norm_grad(ctx, grad, *_):
     if grad is None:
         return (None,) * 6
-    x, weight, bias, mean, rstd = ctx.saved_tensors
     need = list(ctx.needed[:3])
     if _higher.wanted(grad):
-        grads = _grads_as_graph(ctx, grad, x, weight, bias, need)
+        x, _, _, *norm = ctx.saved_tensors
+        grads = _grads_as_graph(grad, x, Norm(*norm, *ctx.how), need)
     else:
-        grads = _layer_norm_backward(grad, x, mean, rstd, weight, bias, ctx.eps, ctx.kind, need)
+        grads = _layer_norm_backward(grad, *ctx.saved_tensors, *ctx.how, need)
     return *grads, None, None, None
 
 
-def _grads_as_graph(ctx, grad, x, weight, bias, need):
-    formula = lambda *given: reference.layer_norm(*given, ctx.eps, ctx.kind, grad.dtype)  # noqa: E731
-    return _higher.grads(formula, (x, weight, bias), need, grad)
+def _grads_as_graph(grad, x, norm, need):
+    formula = lambda *given: reference.layer_norm(*given, norm.eps, norm.kind, grad.dtype)  # noqa: E731
+    return _higher.grads(formula, (x, norm.weight, norm.bias), need, grad)
 
 
-def _add_layer_norm_stock(residual, branch, weight, bias, eps, kind, gamma, row_scale):
-    scaled = reference.scale_branch(branch, gamma, row_scale)
-    total = (residual + scaled).to(residual.dtype).contiguous()
-    return total, *_stock.norm_forward(total, weight, bias, eps, kind, branch.dtype)
+def _flat_sum(run):
+    return lambda residual, branch, weight, bias, eps, kind, gamma, row_scale: run(
+        branch, new(Tail, (gamma, row_scale, residual)), new(Norm, (weight, bias, eps, kind))
+    )
 
 
-def _add_layer_norm_kernel(residual, branch, weight, bias, eps, kind, gamma, row_scale):
-    found = None
+def _add_layer_norm_stock(branch, tail, norm):
+    scaled = reference.scale_branch(branch, tail.gamma, tail.row_scale)
+    total = (tail.residual + scaled).to(tail.residual.dtype).contiguous()
+    return total, *_stock.norm_forward(total, norm, branch.dtype)
+
+
+def _add_layer_norm_kernel(branch, tail, norm):
+    residual, found = tail.residual, None
     if residual.numel() and _launch.ready("layer_norm", residual):
         from vitfast.kernels.triton import layer_norm as launcher
 
         found = _launch.attempt(
-            "layer_norm", residual, launcher.why_not(residual, branch, weight, bias, gamma, row_scale),
-            _shape_of(residual, f"{kind} of a sum"),
+            "layer_norm", residual, launcher.why_not(residual, branch, norm.weight, norm.bias, *tail[:2]),
+            _shape_of(residual, f"{norm.kind} of a sum"),
             lambda config: launcher.forward(
-                residual, weight, bias, eps, kind, branch.dtype, branch=branch, gamma=gamma, row_scale=row_scale,
-                statistics=kind == "layer",
+                residual, norm, branch.dtype, branch=branch, tail=tail, statistics=norm.kind == "layer"
             ),
         )  # fmt: skip
-    return found or _add_layer_norm_stock(residual, branch, weight, bias, eps, kind, gamma, row_scale)
+    return found or _add_layer_norm_stock(branch, tail, norm)
 
 
-def _add_layer_norm_backward_stock(
-    grad_total, grad_normed, total, branch, mean, rstd, weight, bias, gamma, row_scale, eps, kind, branch_dtype, mask
-):
+def _add_layer_norm_fake(branch, tail, norm):
+    total = torch.empty_like(tail.residual, memory_format=torch.contiguous_format)
+    return total, torch.empty_like(total, dtype=branch.dtype), *_stock.stats_fake(total, norm)
+
+
+def _flat_sum_backward(run):
+    def by_schema(
+        grad_total, grad_normed, total, branch, mean, rstd, weight, bias, gamma, row_scale, eps, kind, branch_dtype,
+        mask,
+    ):  # fmt: skip
+        norm, tail = new(Norm, (weight, bias, eps, kind)), new(Tail, (gamma, row_scale, None))
+        saved = new(Saved, (mean, rstd, None, branch, None))
+        return run(grad_total, grad_normed, total, norm, saved, tail, getattr(torch, branch_dtype), mask)
+
+    return by_schema
+
+
+def _add_layer_norm_backward_stock(grad_total, grad_normed, total, norm, saved, tail, branch_dtype, mask):
     need_residual, need_branch, need_weight, need_bias, need_gamma = mask
     grad, grad_weight, grad_bias, grad_branch, grad_gamma = grad_total, None, None, None, None
     if grad_normed is not None:
         needs_total = need_residual or need_branch or need_gamma
         grad, grad_weight, grad_bias = _stock.norm_backward(
-            grad_normed, total, mean, rstd, weight, bias, eps, kind, [needs_total, need_weight, need_bias]
+            grad_normed, total, norm, saved.mean, saved.rstd, [needs_total, need_weight, need_bias]
         )
         if grad_total is not None and grad is not None:
             grad = grad + grad_total
     if grad is not None and (need_branch or need_gamma):
-        dtype = getattr(torch, branch_dtype)
-        grad_branch, grad_gamma = _stock.branch_grads(grad, branch, gamma, row_scale, dtype, need_gamma)
+        grad_branch, grad_gamma = _stock.branch_grads(grad, saved.branch, tail, branch_dtype, need_gamma)
         if grad_branch is grad or grad_branch is grad_total:
             grad_branch = grad_branch.clone()
     grad = grad.clone() if grad is grad_total and need_residual else grad
@@ -232,9 +251,7 @@ def _add_layer_norm_backward_stock(
     )  # fmt: skip
 
 
-def _add_layer_norm_backward_kernel(
-    grad_total, grad_normed, total, branch, mean, rstd, weight, bias, gamma, row_scale, eps, kind, branch_dtype, mask
-):
+def _add_layer_norm_backward_kernel(grad_total, grad_normed, total, norm, saved, tail, branch_dtype, mask):
     need_residual, need_branch, need_weight, need_bias, need_gamma = mask
     found = None
     if total.numel() and _launch.ready("layer_norm_backward", total):
@@ -242,50 +259,41 @@ def _add_layer_norm_backward_kernel(
 
         found = _launch.attempt(
             "layer_norm_backward", total,
-            launcher.why_not(total, grad_total, grad_normed, weight, bias, gamma, row_scale),
-            _shape_of(total, f"{kind} of a sum"),
+            launcher.why_not(total, grad_total, grad_normed, norm.weight, norm.bias, *tail[:2]),
+            _shape_of(total, f"{norm.kind} of a sum"),
             lambda config: launcher.backward_of_sum(
-                grad_normed, total, weight, bias, eps, kind, need_x=need_residual,
-                need_weight=need_weight and weight is not None and grad_normed is not None,
-                need_bias=need_bias and bias is not None and grad_normed is not None, total_grad=grad_total,
-                branch=branch, branch_dtype=getattr(torch, branch_dtype) if need_branch else None, gamma=gamma,
-                row_scale=row_scale, need_gamma=need_gamma,
+                grad_normed, total, norm, [need_residual, need_weight, need_bias], total_grad=grad_total,
+                branch=saved.branch, branch_dtype=branch_dtype if need_branch else None, tail=tail,
+                need_gamma=need_gamma,
             ),
         )  # fmt: skip
     return found or _add_layer_norm_backward_stock(
-        grad_total, grad_normed, total, branch, mean, rstd, weight, bias, gamma, row_scale, eps, kind, branch_dtype,
-        mask,
+        grad_total, grad_normed, total, norm, saved, tail, branch_dtype, mask
     )  # fmt: skip
 
 
-def _add_layer_norm_backward_fake(
-    grad_total, grad_normed, total, branch, mean, rstd, weight, bias, gamma, row_scale, eps, kind, branch_dtype, mask
-):
+def _add_layer_norm_backward_fake(grad_total, grad_normed, total, norm, saved, tail, branch_dtype, mask):
     need_residual, need_branch, need_weight, need_bias, need_gamma = mask
     like = lambda t, need: torch.empty_like(t) if need and t is not None else None  # noqa: E731
     contiguous = {"memory_format": torch.contiguous_format}
     normed = grad_normed is not None
     return (
         torch.empty_like(total, **contiguous) if need_residual else None,
-        like(weight, need_weight and normed), like(bias, need_bias and normed),
-        torch.empty_like(total, dtype=getattr(torch, branch_dtype), **contiguous) if need_branch else None,
-        like(gamma, need_gamma),
+        like(norm.weight, need_weight and normed), like(norm.bias, need_bias and normed),
+        torch.empty_like(total, dtype=branch_dtype, **contiguous) if need_branch else None,
+        like(tail.gamma, need_gamma),
     )  # fmt: skip
-
-
-def _add_layer_norm_fake(residual, branch, weight, bias, eps, kind, gamma, row_scale):
-    total = torch.empty_like(residual, memory_format=torch.contiguous_format)
-    return total, torch.empty_like(total, dtype=branch.dtype), *_stock.stats_fake(total, weight, kind)
 
 
 def _add_layer_norm_setup(ctx, inputs, output):
     _, branch, weight, bias, eps, kind, gamma, row_scale = inputs
     total, _, mean, rstd = output
-    ctx.mark_non_differentiable(*(t for t in (mean, rstd) if t is not None))
+    if mean is not None:
+        ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
     kept = branch if ctx.needed[6] else None
-    ctx.save_for_backward(total, weight, bias, mean, rstd, kept, gamma, row_scale)
-    ctx.eps, ctx.kind, ctx.branch_dtype = eps, kind, branch.dtype
+    ctx.save_for_backward(total, kept, mean, rstd, weight, bias, gamma, row_scale)
+    ctx.how, ctx.branch_dtype = (eps, kind), branch.dtype
 
 
 def _add_layer_norm_grad(ctx, grad_total, grad_normed, *_):
@@ -294,21 +302,19 @@ def _add_layer_norm_grad(ctx, grad_total, grad_normed, *_):
     need = ctx.needed
     if _higher.wanted(grad_total, grad_normed):
         return _add_layer_norm_grads_as_graph(ctx, grad_total, grad_normed)
-    total, weight, bias, mean, rstd, branch, gamma, row_scale = ctx.saved_tensors
-    mask = [*need[:4], need[6]]
     grad, grad_weight, grad_bias, grad_branch, grad_gamma = _add_layer_norm_backward(
-        grad_total, grad_normed, total, branch, mean, rstd, weight, bias, gamma, row_scale, ctx.eps, ctx.kind,
-        str(ctx.branch_dtype)[6:], mask,
-    )  # fmt: skip
+        grad_total, grad_normed, *ctx.saved_tensors, *ctx.how, str(ctx.branch_dtype)[6:], [*need[:4], need[6]]
+    )
     return grad, grad_branch, grad_weight, grad_bias, None, None, grad_gamma, None
 
 
 def _add_layer_norm_grads_as_graph(ctx, grad_total, grad_normed):
     # in terms of the sum: its own graph leads on to what was added up
-    total, weight, bias, _, _, branch, gamma, row_scale = ctx.saved_tensors
+    total, branch, _, _, weight, bias, gamma, row_scale = ctx.saved_tensors
     grad, grad_weight, grad_bias, grad_gamma = grad_total, None, None, None
     if grad_normed is not None:
-        grad, grad_weight, grad_bias = _grads_as_graph(ctx, grad_normed, total, weight, bias, [True, *ctx.needed[2:4]])
+        norm = Norm(weight, bias, *ctx.how)
+        grad, grad_weight, grad_bias = _grads_as_graph(grad_normed, total, norm, [True, *ctx.needed[2:4]])
         grad = grad if grad_total is None else grad + grad_total
     if ctx.needed[6]:
         scaled = reference.scale_branch(grad * branch, None, row_scale)
@@ -320,27 +326,29 @@ def _add_layer_norm_grads_as_graph(ctx, grad_total, grad_normed):
 _layer_norm = _register.op(
     "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, str kind, str out_dtype)"
     " -> (Tensor, Tensor?, Tensor?)",
-    cpu=_layer_norm_kernel if _launch.INTERPRETED else _layer_norm_stock, cuda=_layer_norm_kernel,
-    fake=_layer_norm_fake, cuda_kernel="layer_norm",
+    cpu=_flat(_layer_norm_kernel if _launch.INTERPRETED else _stock.norm_forward), cuda=_flat(_layer_norm_kernel),
+    fake=_flat(_layer_norm_fake), cuda_kernel="layer_norm",
 )  # fmt: skip
 _layer_norm_backward = _register.op(
     "layer_norm_backward(Tensor grad, Tensor x, Tensor? mean, Tensor? rstd, Tensor? weight, Tensor? bias, float eps,"
     " str kind, bool[] mask) -> (Tensor?, Tensor?, Tensor?)",
-    cpu=_layer_norm_backward_kernel if _launch.INTERPRETED else _layer_norm_backward_stock,
-    cuda=_layer_norm_backward_kernel, fake=_layer_norm_backward_fake, cuda_kernel="layer_norm_backward",
+    cpu=_flat_backward(_layer_norm_backward_kernel if _launch.INTERPRETED else _stock.norm_backward),
+    cuda=_flat_backward(_layer_norm_backward_kernel), fake=_flat_backward(_layer_norm_backward_fake),
+    cuda_kernel="layer_norm_backward",
 )  # fmt: skip
 _register.autograd("layer_norm", setup_context=_layer_norm_setup, backward=_layer_norm_grad)
 _add_layer_norm = _register.op(
     "add_layer_norm(Tensor residual, Tensor branch, Tensor? weight, Tensor? bias, float eps, str kind,"
     " Tensor? gamma, Tensor? row_scale) -> (Tensor, Tensor, Tensor?, Tensor?)",
-    cpu=_add_layer_norm_kernel if _launch.INTERPRETED else _add_layer_norm_stock, cuda=_add_layer_norm_kernel,
-    fake=_add_layer_norm_fake, cuda_kernel="layer_norm",
+    cpu=_flat_sum(_add_layer_norm_kernel if _launch.INTERPRETED else _add_layer_norm_stock),
+    cuda=_flat_sum(_add_layer_norm_kernel), fake=_flat_sum(_add_layer_norm_fake), cuda_kernel="layer_norm",
 )  # fmt: skip
 _add_layer_norm_backward = _register.op(
     "add_layer_norm_backward(Tensor? grad_total, Tensor? grad_normed, Tensor total, Tensor? branch, Tensor? mean,"
     " Tensor? rstd, Tensor? weight, Tensor? bias, Tensor? gamma, Tensor? row_scale, float eps, str kind,"
     " str branch_dtype, bool[] mask) -> (Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)",
-    cpu=_add_layer_norm_backward_kernel if _launch.INTERPRETED else _add_layer_norm_backward_stock,
-    cuda=_add_layer_norm_backward_kernel, fake=_add_layer_norm_backward_fake, cuda_kernel="layer_norm_backward",
+    cpu=_flat_sum_backward(_add_layer_norm_backward_kernel if _launch.INTERPRETED else _add_layer_norm_backward_stock),
+    cuda=_flat_sum_backward(_add_layer_norm_backward_kernel), fake=_flat_sum_backward(_add_layer_norm_backward_fake),
+    cuda_kernel="layer_norm_backward",
 )  # fmt: skip
 _register.autograd("add_layer_norm", setup_context=_add_layer_norm_setup, backward=_add_layer_norm_grad)

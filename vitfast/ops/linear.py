@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vitfast import reference
 from vitfast.choose.config_tables import Product
+from vitfast.kernels.operands import Norm, Saved, Tail, new
 from vitfast.ops import _higher, _launch, _register, _stock
 from vitfast.ops._check import Reasons, alike, autocast_dtype, cast
 from vitfast.ops._on_cpu import by_stock
@@ -123,19 +124,28 @@ def _check(x, weight, bias, norm, norm_weight, norm_bias, act, gamma, row_scale,
     check.raise_if_any()
 
 
-def _linear_stock(x, weight, bias, norm_weight, norm_bias, norm_eps, norm, act, gamma, row_scale, residual, saves):
+def _flat(run):
+    """`run` of the flat schema."""
+
+    def by_schema(x, weight, bias, norm_weight, norm_bias, norm_eps, norm, act, gamma, row_scale, residual, saves):
+        norm, tail = new(Norm, (norm_weight, norm_bias, norm_eps, norm)), new(Tail, (gamma, row_scale, residual))
+        return run(x, weight, bias, norm, act, tail, saves)
+
+    return by_schema
+
+
+def _linear_stock(x, weight, bias, norm, act, tail, saves):
     mean = rstd = pre = branch = None
-    x = x.contiguous()
-    if norm == "none":
-        h = x
+    if norm.kind == "none":
+        h = x.contiguous()
     else:
-        h, mean, rstd = _stock.norm_forward(x, norm_weight, norm_bias, norm_eps, norm, weight.dtype)
+        h, mean, rstd = _stock.norm_forward(x, norm, weight.dtype)
     y = F.linear(h, weight, bias)
     if act != "none":
         y, pre = (_stock.activation(y, act), y) if saves else (_stock.activation_in_place(y, act), None)
-    if gamma is not None:
+    if tail.gamma is not None:
         branch = y
-    out = _stock.add_branch(residual, y, gamma, row_scale)
+    out = _stock.add_branch(y, tail)
     return (out, mean, rstd, pre, branch) if saves else (out, None, None, None, None)
 
 
@@ -145,81 +155,82 @@ def shape_of(x, weight, *words):
     return str(x.dtype)[6:], str(weight.dtype)[6:], rows, *weight.shape, " ".join(filter(None, words))
 
 
-def _linear_kernel(x, weight, bias, norm_weight, norm_bias, norm_eps, norm, act, gamma, row_scale, residual, saves):
-    args = (x, weight, bias, norm_weight, norm_bias, norm_eps, norm, act, gamma, row_scale, residual, saves)
+def _linear_kernel(x, weight, bias, norm, act, tail, saves):
     found = None
     if x.numel() and weight.numel() and _launch.ready("linear", x):
         from vitfast.kernels.triton import linear as launcher
 
-        around = [t.dtype for t in (gamma, row_scale, residual) if t is not None]
+        around = [t.dtype for t in tail if t is not None]
         # a result wider than the weights, as of the residual under autocast, takes more room beside a tile
         wide = any(torch.promote_types(dtype, weight.dtype) != weight.dtype for dtype in around)
-        words = norm, act, "around" * bool(around), "wide" * wide
+        words = norm.kind, act, "around" * bool(around), "wide" * wide
         found = _launch.attempt(
-            "linear", x, launcher.why_not(x, weight, norm, gamma, act, saves), shape_of(x, weight, *words),
-            lambda config: launcher.forward(*args, config=Product(**config) if config else None),
+            "linear", x, launcher.why_not(x, weight, norm.kind, tail.gamma, act, saves), shape_of(x, weight, *words),
+            lambda config: launcher.forward(
+                x, weight, bias, norm, act, tail, saves, config=Product(**config) if config else None
+            ),
         )  # fmt: skip
-    return found or _linear_stock(*args)
+    return found or _linear_stock(x, weight, bias, norm, act, tail, saves)
 
 
-def _linear_fake(x, weight, bias, norm_weight, norm_bias, norm_eps, norm, act, gamma, row_scale, residual, saves):
+def _linear_fake(x, weight, bias, norm, act, tail, saves):
     y = x.new_empty(*x.shape[:-1], weight.shape[0], dtype=weight.dtype)
     mean = rstd = pre = branch = None
-    if norm != "none":
-        mean, rstd = _stock.stats_fake(x, norm_weight, norm)
+    if norm.kind != "none":
+        mean, rstd = _stock.stats_fake(x, norm)
     if act != "none":
         pre = torch.empty_like(y)
-    if gamma is not None:
+    if tail.gamma is not None:
         branch = torch.empty_like(y)
-    out = _stock.add_branch(residual, y, gamma, row_scale)
+    out = _stock.add_branch(y, tail)
     return (out, mean, rstd, pre, branch) if saves else (out, None, None, None, None)
 
 
-def _linear_backward_stock(
-    grad, x, weight, bias, norm_weight, norm_bias, mean, rstd, pre, branch, gamma, row_scale, norm_eps, norm, act, mask
-):
+def _flat_backward(run):
+    def by_schema(
+        grad, x, weight, bias, norm_weight, norm_bias, mean, rstd, pre, branch, gamma, row_scale, norm_eps, norm, act,
+        mask,
+    ):  # fmt: skip
+        norm, tail = new(Norm, (norm_weight, norm_bias, norm_eps, norm)), new(Tail, (gamma, row_scale, None))
+        return run(grad, x, weight, bias, norm, act, new(Saved, (mean, rstd, pre, branch, None)), tail, mask)
+
+    return by_schema
+
+
+def _linear_backward_stock(grad, x, weight, bias, norm, act, saved, tail, mask):
     need_x, need_weight, need_bias, need_norm_weight, need_norm_bias, need_gamma = mask
     x = x.contiguous()
-    grad, grad_gamma = _stock.branch_grads(grad, branch, gamma, row_scale, weight.dtype, need_gamma)
-    grad = _stock.activation_backward(grad, pre, act)
+    grad, grad_gamma = _stock.branch_grads(grad, saved.branch, tail, weight.dtype, need_gamma)
+    grad = _stock.activation_backward(grad, saved.pre, act)
     need_h = need_x or need_norm_weight or need_norm_bias
     h = None
     if need_weight:
         # normed again rather than kept: one light pass against M * K numbers of memory
-        h = x if norm == "none" else _stock.norm_forward(
-            x, norm_weight, norm_bias, norm_eps, norm, weight.dtype)[0]  # fmt: skip
+        h = x if norm.kind == "none" else _stock.norm_forward(x, norm, weight.dtype)[0]
     grad_x, grad_weight, grad_bias = _stock.matmul_grads(grad, h, weight, (need_h, need_weight, need_bias))
     grad_norm_weight = grad_norm_bias = None
-    if norm != "none" and need_h:
+    if norm.kind != "none" and need_h:
         grad_x, grad_norm_weight, grad_norm_bias = _stock.norm_backward(
-            grad_x, x, mean, rstd, norm_weight, norm_bias, norm_eps, norm, [need_x, need_norm_weight, need_norm_bias]
+            grad_x, x, norm, saved.mean, saved.rstd, [need_x, need_norm_weight, need_norm_bias]
         )
     return grad_x, grad_weight, grad_bias, grad_norm_weight, grad_norm_bias, grad_gamma
 
 
-def _linear_backward_kernel(
-    grad, x, weight, bias, norm_weight, norm_bias, mean, rstd, pre, branch, gamma, row_scale, norm_eps, norm, act, mask
-):
+def _linear_backward_kernel(grad, x, weight, bias, norm, act, saved, tail, mask):
     found = None
     if x.numel() and weight.numel() and _launch.ready("linear_backward", x):
         from vitfast.kernels.triton import linear_grads as launcher
 
-        args = (grad, x, weight, bias, norm_weight, norm_bias, pre, branch, gamma, row_scale, norm_eps, norm, act, mask)
+        around = "around" if tail.gamma is not None or tail.row_scale is not None else ""
         found = _launch.attempt(
-            "linear_backward", x, launcher.why_not(x, weight, norm),
-            shape_of(x, weight, norm, act, "around" if gamma is not None or row_scale is not None else ""),
-            lambda config: launcher.backward(*args),
+            "linear_backward", x, launcher.why_not(x, weight, norm.kind), shape_of(x, weight, norm.kind, act, around),
+            lambda config: launcher.backward(grad, x, weight, bias, norm, act, saved, tail, mask),
         )  # fmt: skip
-    return found or _linear_backward_stock(
-        grad, x, weight, bias, norm_weight, norm_bias, mean, rstd, pre, branch, gamma, row_scale, norm_eps, norm, act,
-        mask,
-    )  # fmt: skip
+    return found or _linear_backward_stock(grad, x, weight, bias, norm, act, saved, tail, mask)
 
 
-def _linear_backward_fake(
-    grad, x, weight, bias, norm_weight, norm_bias, mean, rstd, pre, branch, gamma, row_scale, norm_eps, norm, act, mask
-):
-    wanted = zip((x, weight, bias, norm_weight, norm_bias, gamma), mask, strict=True)
+def _linear_backward_fake(grad, x, weight, bias, norm, act, saved, tail, mask):
+    wanted = zip((x, weight, bias, norm.weight, norm.bias, tail.gamma), mask, strict=True)
     return tuple(
         torch.empty_like(t, memory_format=torch.contiguous_format) if t is not None and need else None
         for t, need in wanted
@@ -227,35 +238,27 @@ def _linear_backward_fake(
 
 
 def _linear_setup(ctx, inputs, output):
-    x, weight, bias, norm_weight, norm_bias, norm_eps, norm, act, gamma, row_scale, _, ctx.saves = inputs
-    _, mean, rstd, pre, branch = output
-    ctx.mark_non_differentiable(*(t for t in output[1:] if t is not None))
+    *given, eps, kind, act, gamma, row_scale, _, ctx.saves = inputs
+    *kept, branch = output[1:]
+    ctx.mark_non_differentiable(*[t for t in output[1:] if t is not None])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(
-        x, weight, bias, norm_weight, norm_bias, mean, rstd, pre,
-        branch if ctx.needed[8] else None, gamma, row_scale,
-    )  # fmt: skip
-    ctx.how = (norm_eps, norm, act)
+    ctx.save_for_backward(*given, *kept, branch if ctx.needed[8] else None, gamma, row_scale)
+    ctx.how = (eps, kind, act)
 
 
 def _linear_grad(ctx, grad, *_):
     must_have_saved("linear", ctx.saves)
     if grad is None:
         return (None,) * 12
-    x, weight, bias, norm_weight, norm_bias, mean, rstd, pre, branch, gamma, row_scale = ctx.saved_tensors
     need = ctx.needed
     mask = [*need[:5], need[8]]
     grads = (None,) * 6
     if _higher.wanted(grad):
-        eps, norm, act = ctx.how
-        grads = _higher.grads(
-            lambda *given: reference.linear(*given[:5], eps, norm, act, given[5], row_scale),
-            (x, weight, bias, norm_weight, norm_bias, gamma), mask, grad,
-        )  # fmt: skip
+        *given, _, _, _, _, gamma, row_scale = ctx.saved_tensors
+        formula = lambda *given: reference.linear(*given[:5], *ctx.how, given[5], row_scale)  # noqa: E731
+        grads = _higher.grads(formula, (*given, gamma), mask, grad)
     elif any(mask):
-        grads = _linear_backward(
-            grad, x, weight, bias, norm_weight, norm_bias, mean, rstd, pre, branch, gamma, row_scale, *ctx.how, mask
-        )
+        grads = _linear_backward(grad, *ctx.saved_tensors, *ctx.how, mask)
     return *grads[:5], None, None, None, grads[5], None, grad if need[10] else None, None
 
 
@@ -263,14 +266,15 @@ _linear = _register.op(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, str norm,"
     " str act, Tensor? gamma, Tensor? row_scale, Tensor? residual, bool saves)"
     " -> (Tensor, Tensor?, Tensor?, Tensor?, Tensor?)",
-    cpu=_linear_kernel if _launch.INTERPRETED else _linear_stock, cuda=_linear_kernel, fake=_linear_fake,
-    cuda_kernel="linear",
+    cpu=_flat(_linear_kernel if _launch.INTERPRETED else _linear_stock), cuda=_flat(_linear_kernel),
+    fake=_flat(_linear_fake), cuda_kernel="linear",
 )  # fmt: skip
 _linear_backward = _register.op(
     "linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias,"
     " Tensor? mean, Tensor? rstd, Tensor? pre, Tensor? branch, Tensor? gamma, Tensor? row_scale, float norm_eps,"
     " str norm, str act, bool[] mask) -> (Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)",
-    cpu=_linear_backward_kernel if _launch.INTERPRETED else _linear_backward_stock, cuda=_linear_backward_kernel,
-    fake=_linear_backward_fake, cuda_kernel="linear_backward",
+    cpu=_flat_backward(_linear_backward_kernel if _launch.INTERPRETED else _linear_backward_stock),
+    cuda=_flat_backward(_linear_backward_kernel), fake=_flat_backward(_linear_backward_fake),
+    cuda_kernel="linear_backward",
 )  # fmt: skip
 _register.autograd("linear", setup_context=_linear_setup, backward=_linear_grad)

@@ -13,6 +13,7 @@ from torch import Tensor
 from vitfast import reference
 from vitfast.choose.config_tables import Product
 from vitfast.choose.exportable import stock_only
+from vitfast.kernels.operands import Norm, Tail
 from vitfast.ops import _launch, _register
 from vitfast.ops._register import call
 from vitfast.ops._stock import add_branch
@@ -54,17 +55,18 @@ def added_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tenso
 
 
 def _folded_stock(x, weight, sums, wide_bias, bias, pieces, norm_eps, norm, act):
-    return _linear_stock(x, weight, bias, None, None, norm_eps, norm, act, None, None, None, False)[0]
+    return _linear_stock(x, weight, bias, Norm(None, None, norm_eps, norm), act, Tail(), False)[0]
 
 
 def _folded_kernel(x, weight, sums, wide_bias, bias, pieces, norm_eps, norm, act):
     def launch(config):
         config = Product(**config) if config else None
-        found = launcher.folded_forward(x, weight, sums, wide_bias, norm, norm_eps, act, pieces, config)
+        folded = launcher.Folded(weight, sums, wide_bias, norm, pieces=pieces, eps=norm_eps)
+        found = launcher.folded_forward(x, folded, act, config)
         if found is None:
             # of fp32, or multiplied by cuBLAS: normed by a kernel of its own
-            given = (x, weight, bias, None, None, norm_eps, norm, act, None, None, None, False)
-            found, *_ = launcher.forward(*given, config=config)
+            plain = Norm(None, None, norm_eps, norm)
+            found, *_ = launcher.forward(x, weight, bias, plain, act, Tail(), False, config=config)
         return found
 
     found = None
@@ -83,7 +85,8 @@ def _folded_fake(x, weight, sums, wide_bias, bias, pieces, norm_eps, norm, act):
 
 
 def _added_stock(x, weight, bias, residual):
-    return _linear_stock(x, weight, bias, None, None, 0.0, "none", "none", None, None, residual, False)[0], None
+    norm, tail = Norm(None, None, 0.0, "none"), Tail(residual=residual)
+    return _linear_stock(x, weight, bias, norm, "none", tail, False)[0], None
 
 
 def _added_kernel(x, weight, bias, residual):
@@ -119,7 +122,7 @@ def _added_fake(x, weight, bias, residual):
     if not x.is_meta and isinstance(x.numel(), int):
         shape = _attempt_added(x, weight, pieces_for)
         pieces = None if shape is None else x.new_empty(shape, dtype=torch.float32)
-    return add_branch(residual, y, None, None), pieces
+    return add_branch(y, Tail(residual=residual)), pieces
 
 
 _folded = _register.op(

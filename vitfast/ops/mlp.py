@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vitfast import reference
 from vitfast.choose.config_tables import Product
+from vitfast.kernels.operands import Norm, Projections, Saved, Tail, new
 from vitfast.ops import _higher, _launch, _register, _stock
 from vitfast.ops._check import Reasons, alike, autocast_dtype, cast
 from vitfast.ops._on_cpu import by_stock
@@ -117,122 +118,133 @@ def _check(x, norm_weight, norm_bias, w1, b1, w2, b2, norm, act, gated, gamma, r
     check.raise_if_any()
 
 
-def _hidden(pre, act, gated):
-    if not gated:
-        return _stock.activation(pre, act)
+def _flat(run):
+    """`run` of the flat schema."""
+
+    def by_schema(x, norm_weight, norm_bias, norm_eps, norm, w1, b1, w2, b2, act, gated, gamma, row_scale, saves):
+        norm, fc = new(Norm, (norm_weight, norm_bias, norm_eps, norm)), new(Projections, (w1, b1, w2, b2, act, gated))
+        return run(x, norm, fc, new(Tail, (gamma, row_scale, x)), saves)
+
+    return by_schema
+
+
+def _hidden(pre, fc):
+    if not fc.gated:
+        return _stock.activation(pre, fc.act)
     gate, value = pre.chunk(2, dim=-1)
     # in place: every activation but 'none', which is not allowed here, gives a fresh tensor
-    return reference.activation(gate, act).mul_(value)
+    return reference.activation(gate, fc.act).mul_(value)
 
 
-def _mlp_stock(x, norm_weight, norm_bias, norm_eps, norm, w1, b1, w2, b2, act, gated, gamma, row_scale, saves):
-    x = x.contiguous()
-    h, mean, rstd = _stock.norm_forward(x, norm_weight, norm_bias, norm_eps, norm, w1.dtype)
-    pre = F.linear(h, w1, b1)
+def _mlp_stock(x, norm, fc, tail, saves):
+    h, mean, rstd = _stock.norm_forward(x, norm, fc.w1.dtype)
+    pre = F.linear(h, fc.w1, fc.b1)
     if not saves:
         # over the projection: the largest tensor of a block is touched once less
-        hidden = _hidden(pre, act, gated) if gated else _stock.activation_in_place(pre, act)
-        y = F.linear(hidden, w2, b2)
-        return _stock.add_branch(x, y, gamma, row_scale), None, None, None, None, None
-    hidden = _hidden(pre, act, gated)
-    y = F.linear(hidden, w2, b2)
-    branch = None if gamma is None else y
+        hidden = _hidden(pre, fc) if fc.gated else _stock.activation_in_place(pre, fc.act)
+        return _stock.add_branch(F.linear(hidden, fc.w2, fc.b2), tail), None, None, None, None, None
+    hidden = _hidden(pre, fc)
+    y = F.linear(hidden, fc.w2, fc.b2)
+    branch = None if tail.gamma is None else y
     kept = (None if saves == "fc1" else pre, branch, hidden if saves == "none" else None)
-    return _stock.add_branch(x, y, gamma, row_scale), mean, rstd, *kept
+    return _stock.add_branch(y, tail), mean, rstd, *kept
 
 
-def _mlp_kernel(x, norm_weight, norm_bias, norm_eps, norm, w1, b1, w2, b2, act, gated, gamma, row_scale, saves):
-    args = (x, norm_weight, norm_bias, norm_eps, norm, w1, b1, w2, b2, act, gated, gamma, row_scale, saves)
+def _key(x, norm, fc, tail, kept):
+    """What choices are kept under."""
+    scaled = "scaled" if tail.gamma is not None or tail.row_scale is not None else ""
+    return shape_of(x, fc.w1, norm.kind, fc.act, "gated" * fc.gated, scaled, kept)
+
+
+def _mlp_kernel(x, norm, fc, tail, saves):
     found = None
-    if x.numel() and w1.numel() and _launch.ready("mlp", x):
+    if x.numel() and fc.w1.numel() and _launch.ready("mlp", x):
         from vitfast.kernels.triton import mlp as launcher
 
-        words = (norm, act, "gated" * gated, "scaled" if gamma is not None or row_scale is not None else "")
         found = _launch.attempt(
-            "mlp", x, launcher.why_not(x, w1), shape_of(x, w1, *words, saves),
-            lambda config: launcher.forward(*args, config=Product(**config) if config else None),
+            "mlp", x, launcher.why_not(x, fc.w1), _key(x, norm, fc, tail, saves),
+            lambda config: launcher.forward(x, norm, fc, tail, saves, config=Product(**config) if config else None),
         )  # fmt: skip
-    return found or _mlp_stock(*args)
+    return found or _mlp_stock(x, norm, fc, tail, saves)
 
 
-def _mlp_fake(x, norm_weight, norm_bias, norm_eps, norm, w1, b1, w2, b2, act, gated, gamma, row_scale, saves):
-    y = x.new_empty(x.shape, dtype=w1.dtype)
-    x = x.contiguous()
+def _mlp_fake(x, norm, fc, tail, saves):
+    y = x.new_empty(x.shape, dtype=fc.w1.dtype)
     if not saves:
-        return _stock.add_branch(x, y, gamma, row_scale), None, None, None, None, None
-    mean, rstd = _stock.stats_fake(x, norm_weight, norm)
-    pre = None if saves == "fc1" else x.new_empty(*x.shape[:-1], w1.shape[0], dtype=w1.dtype)
-    hidden = x.new_empty(*x.shape[:-1], w2.shape[1], dtype=w1.dtype) if saves == "none" else None
-    branch = None if gamma is None else torch.empty_like(y)
-    return _stock.add_branch(x, y, gamma, row_scale), mean, rstd, pre, branch, hidden
+        return _stock.add_branch(y, tail), None, None, None, None, None
+    mean, rstd = _stock.stats_fake(x, norm)
+    wide = lambda like: x.new_empty(*x.shape[:-1], like, dtype=fc.w1.dtype)  # noqa: E731
+    pre = None if saves == "fc1" else wide(fc.w1.shape[0])
+    hidden = wide(fc.w2.shape[1]) if saves == "none" else None
+    branch = None if tail.gamma is None else torch.empty_like(y)
+    return _stock.add_branch(y, tail), mean, rstd, pre, branch, hidden
 
 
-def _mlp_backward_stock(
-    grad, x, norm_weight, norm_bias, mean, rstd, w1, b1, w2, b2, pre, branch, hidden, gamma, row_scale,
-    norm_eps, norm, act, gated, mask,
-):  # fmt: skip
+def _flat_backward(run):
+    def by_schema(
+        grad, x, norm_weight, norm_bias, mean, rstd, w1, b1, w2, b2, pre, branch, hidden, gamma, row_scale,
+        norm_eps, norm, act, gated, mask,
+    ):  # fmt: skip
+        norm, fc = new(Norm, (norm_weight, norm_bias, norm_eps, norm)), new(Projections, (w1, b1, w2, b2, act, gated))
+        saved, tail = new(Saved, (mean, rstd, pre, branch, hidden)), new(Tail, (gamma, row_scale, None))
+        return run(grad, x, norm, fc, saved, tail, mask)
+
+    return by_schema
+
+
+def _mlp_backward_stock(grad, x, norm, fc, saved, tail, mask):
     need_x, need_norm_weight, need_norm_bias, need_w1, need_b1, need_w2, need_b2, need_gamma = mask
+    mean, rstd, pre, branch, hidden = saved
     x = x.contiguous()
     need_h = need_x or need_norm_weight or need_norm_bias
     need_pre = need_h or need_w1 or need_b1
-    grad_y, grad_gamma = _stock.branch_grads(grad, branch, gamma, row_scale, w1.dtype, need_gamma)
+    grad_y, grad_gamma = _stock.branch_grads(grad, branch, tail, fc.w1.dtype, need_gamma)
     h = None
     if pre is None and (need_pre or (need_w2 and hidden is None)):
-        h = _stock.norm_forward(x, norm_weight, norm_bias, norm_eps, norm, w1.dtype)[0]
-        pre = F.linear(h, w1, b1)
+        h = _stock.norm_forward(x, norm, fc.w1.dtype)[0]
+        pre = F.linear(h, fc.w1, fc.b1)
     if need_w2 and hidden is None:
-        hidden = _hidden(pre, act, gated)
-    grad_pre, grad_w2, grad_b2 = _stock.matmul_grads(grad_y, hidden, w2, (need_pre, need_w2, need_b2))
+        hidden = _hidden(pre, fc)
+    grad_pre, grad_w2, grad_b2 = _stock.matmul_grads(grad_y, hidden, fc.w2, (need_pre, need_w2, need_b2))
     del hidden
     grad_x = grad_w1 = grad_b1 = grad_norm_weight = grad_norm_bias = None
     if need_pre:
-        if gated:
+        if fc.gated:
             gate, value = pre.chunk(2, dim=-1)
-            grad_gate = _stock.activation_backward(grad_pre * value, gate, act)
-            grad_pre = torch.cat([grad_gate, grad_pre * reference.activation(gate, act)], dim=-1)
+            grad_gate = _stock.activation_backward(grad_pre * value, gate, fc.act)
+            grad_pre = torch.cat([grad_gate, grad_pre * reference.activation(gate, fc.act)], dim=-1)
         else:
-            grad_pre = _stock.activation_backward(grad_pre, pre, act)
+            grad_pre = _stock.activation_backward(grad_pre, pre, fc.act)
         if need_w1 and h is None:
-            h = _stock.norm_forward(x, norm_weight, norm_bias, norm_eps, norm, w1.dtype)[0]
-        grad_h, grad_w1, grad_b1 = _stock.matmul_grads(grad_pre, h, w1, (need_h, need_w1, need_b1))
+            h = _stock.norm_forward(x, norm, fc.w1.dtype)[0]
+        grad_h, grad_w1, grad_b1 = _stock.matmul_grads(grad_pre, h, fc.w1, (need_h, need_w1, need_b1))
         if need_h:
             grad_x, grad_norm_weight, grad_norm_bias = _stock.norm_backward(
-                grad_h, x, mean, rstd, norm_weight, norm_bias, norm_eps, norm,
-                [need_x, need_norm_weight, need_norm_bias],
-            )  # fmt: skip
+                grad_h, x, norm, mean, rstd, [need_x, need_norm_weight, need_norm_bias]
+            )
     if need_x:
         # the residual's gradient may be of a higher dtype: x's own is what the shape function promises
         grad_x = (grad_x + grad).to(x.dtype).contiguous()
     return grad_x, grad_norm_weight, grad_norm_bias, grad_w1, grad_b1, grad_w2, grad_b2, grad_gamma
 
 
-def _mlp_backward_kernel(
-    grad, x, norm_weight, norm_bias, mean, rstd, w1, b1, w2, b2, pre, branch, hidden, gamma, row_scale,
-    norm_eps, norm, act, gated, mask,
-):  # fmt: skip
+def _mlp_backward_kernel(grad, x, norm, fc, saved, tail, mask):
     found = None
-    if x.numel() and w1.numel() and _launch.ready("mlp_backward", x):
+    if x.numel() and fc.w1.numel() and _launch.ready("mlp_backward", x):
         from vitfast.kernels.triton import mlp as launcher
 
-        tensors = (grad, x, norm_weight, norm_bias, w1, b1, w2, b2, pre, branch, hidden, gamma, row_scale)
-        how = (norm_eps, norm, act, gated, mask)
-        words = (norm, act, "gated" * gated, "scaled" if gamma is not None or row_scale is not None else "")
-        kept = "none" if hidden is not None else "fc1" if pre is None else "act"
+        kept = "none" if saved.hidden is not None else "fc1" if saved.pre is None else "act"
         found = _launch.attempt(
-            "mlp_backward", x, launcher.why_not(x, w1), shape_of(x, w1, *words, kept),
-            lambda config: launcher.backward(*tensors, *how, config=Product(**config) if config else None),
+            "mlp_backward", x, launcher.why_not(x, fc.w1), _key(x, norm, fc, tail, kept),
+            lambda config: launcher.backward(
+                grad, x, norm, fc, saved, tail, mask, config=Product(**config) if config else None
+            ),
         )  # fmt: skip
-    return found or _mlp_backward_stock(
-        grad, x, norm_weight, norm_bias, mean, rstd, w1, b1, w2, b2, pre, branch, hidden, gamma, row_scale,
-        norm_eps, norm, act, gated, mask,
-    )  # fmt: skip
+    return found or _mlp_backward_stock(grad, x, norm, fc, saved, tail, mask)
 
 
-def _mlp_backward_fake(
-    grad, x, norm_weight, norm_bias, mean, rstd, w1, b1, w2, b2, pre, branch, hidden, gamma, row_scale,
-    norm_eps, norm, act, gated, mask,
-):  # fmt: skip
-    wanted = zip((x, norm_weight, norm_bias, w1, b1, w2, b2, gamma), mask, strict=True)
+def _mlp_backward_fake(grad, x, norm, fc, saved, tail, mask):
+    wanted = zip((x, norm.weight, norm.bias, *fc[:4], tail.gamma), mask, strict=True)
     return tuple(
         torch.empty_like(t, memory_format=torch.contiguous_format) if t is not None and need else None
         for t, need in wanted
@@ -240,15 +252,15 @@ def _mlp_backward_fake(
 
 
 def _mlp_setup(ctx, inputs, output):
-    x, norm_weight, norm_bias, norm_eps, norm, w1, b1, w2, b2, act, gated, gamma, row_scale, ctx.saves = inputs
+    x, norm_weight, norm_bias, eps, kind, *weights, act, gated, gamma, row_scale, ctx.saves = inputs
     _, mean, rstd, pre, branch, hidden = output
-    ctx.mark_non_differentiable(*(t for t in output[1:] if t is not None))
+    ctx.mark_non_differentiable(*[t for t in output[1:] if t is not None])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(
-        x, norm_weight, norm_bias, mean, rstd, w1, b1, w2, b2, pre,
+        x, norm_weight, norm_bias, mean, rstd, *weights, pre,
         branch if ctx.needed[11] else None, hidden, gamma, row_scale,
     )  # fmt: skip
-    ctx.how = (norm_eps, norm, act, gated)
+    ctx.how = (eps, kind, act, gated)
 
 
 def _mlp_grad(ctx, grad, *_):
@@ -257,18 +269,15 @@ def _mlp_grad(ctx, grad, *_):
         return (None,) * 14
     need = ctx.needed
     mask = [*need[:3], *need[5:9], need[11]]
-    x, norm_weight, norm_bias, mean, rstd, w1, b1, w2, b2, pre, branch, hidden, gamma, row_scale = ctx.saved_tensors
     if _higher.wanted(grad):
-        eps, norm, act, gated = ctx.how
+        x, norm_weight, norm_bias, _, _, *weights, _, _, _, gamma, row_scale = ctx.saved_tensors
+        eps, kind, act, gated = ctx.how
         grads = _higher.grads(
-            lambda *given: reference.mlp(*given[:3], eps, norm, *given[3:7], act, gated, given[7], row_scale),
-            (x, norm_weight, norm_bias, w1, b1, w2, b2, gamma), mask, grad,
+            lambda *given: reference.mlp(*given[:3], eps, kind, *given[3:7], act, gated, given[7], row_scale),
+            (x, norm_weight, norm_bias, *weights, gamma), mask, grad,
         )  # fmt: skip
     else:
-        grads = _mlp_backward(
-            grad, x, norm_weight, norm_bias, mean, rstd, w1, b1, w2, b2, pre, branch, hidden, gamma, row_scale,
-            *ctx.how, mask,
-        )  # fmt: skip
+        grads = _mlp_backward(grad, *ctx.saved_tensors, *ctx.how, mask)
     return *grads[:3], None, None, *grads[3:7], None, None, grads[7], None, None
 
 
@@ -276,14 +285,15 @@ _mlp = _register.op(
     "mlp(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, str norm, Tensor w1, Tensor? b1, Tensor w2,"
     " Tensor? b2, str act, bool gated, Tensor? gamma, Tensor? row_scale, str saves)"
     " -> (Tensor, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)",
-    cpu=_mlp_kernel if _launch.INTERPRETED else _mlp_stock, cuda=_mlp_kernel, fake=_mlp_fake, cuda_kernel="mlp",
+    cpu=_flat(_mlp_kernel if _launch.INTERPRETED else _mlp_stock), cuda=_flat(_mlp_kernel), fake=_flat(_mlp_fake),
+    cuda_kernel="mlp",
 )  # fmt: skip
 _mlp_backward = _register.op(
     "mlp_backward(Tensor grad, Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor? mean, Tensor? rstd,"
     " Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? pre, Tensor? branch, Tensor? hidden,"
     " Tensor? gamma, Tensor? row_scale, float norm_eps, str norm, str act, bool gated, bool[] mask)"
     " -> (Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)",
-    cpu=_mlp_backward_kernel if _launch.INTERPRETED else _mlp_backward_stock, cuda=_mlp_backward_kernel,
-    fake=_mlp_backward_fake, cuda_kernel="mlp_backward",
+    cpu=_flat_backward(_mlp_backward_kernel if _launch.INTERPRETED else _mlp_backward_stock),
+    cuda=_flat_backward(_mlp_backward_kernel), fake=_flat_backward(_mlp_backward_fake), cuda_kernel="mlp_backward",
 )  # fmt: skip
 _register.autograd("mlp", setup_context=_mlp_setup, backward=_mlp_grad)

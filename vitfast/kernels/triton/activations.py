@@ -22,8 +22,8 @@ QUICK = tl.constexpr(1.702)
 
 
 @triton.jit
-def reciprocal(x):
-    """1 / x of an x of at least 1, to 1 ulp, in one instruction; division by anything takes seven."""
+def reciprocal(x):  # fp32 [...], at least 1
+    """1 / x to 1 ulp, in one instruction; division by anything takes seven."""
     if COMPILED:
         return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
     else:
@@ -31,12 +31,12 @@ def reciprocal(x):
 
 
 @triton.jit
-def sigmoid(x):
+def sigmoid(x):  # fp32 [...]
     return reciprocal(1.0 + tl.exp2(x * -LOG2E))
 
 
 @triton.jit
-def sigmoid_and_slope(x):
+def sigmoid_and_slope(x):  # fp32 [...]
     """The slope is not s (1 - s), which loses all digits of 1 - s where s is near 1."""
     e = tl.exp2(tl.abs(x) * -LOG2E)
     r = reciprocal(1.0 + e)
@@ -44,7 +44,7 @@ def sigmoid_and_slope(x):
 
 
 @triton.jit
-def normal_cdf(x):
+def normal_cdf(x):  # fp32 [...]
     """Phi(x) and exp(-x^2 / 2)."""
     a = tl.abs(x) * 0.7071067811865476
     bell = tl.exp2(a * -LOG2E * a)
@@ -55,7 +55,7 @@ def normal_cdf(x):
 
 
 @triton.jit
-def activate(x, ACT: tl.constexpr):
+def activate(x, ACT: tl.constexpr):  # fp32 [...]
     """ACT: "none", "gelu", "gelu_tanh", "quick_gelu", "silu"."""
     if ACT == "gelu":
         cdf, _ = normal_cdf(x)
@@ -71,7 +71,7 @@ def activate(x, ACT: tl.constexpr):
 
 
 @triton.jit
-def activate_and_slope(x, ACT: tl.constexpr):
+def activate_and_slope(x, ACT: tl.constexpr):  # fp32 [...]
     """The activation at x, and its derivative."""
     slope = x * 0.0 + 1.0
     y = x

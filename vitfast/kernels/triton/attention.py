@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vitfast.choose import builtin, config_tables
 from vitfast.choose.config_tables import Config
+from vitfast.kernels.operands import Extras, Starts
 from vitfast.kernels.triton import attention_backward as backward_kernels
 from vitfast.kernels.triton import attention_forward as forward_kernels
 from vitfast.kernels.triton.compilation import Compilation
@@ -27,6 +28,7 @@ from vitfast.kernels.triton.launch import (
 
 LOG2E = 1.4426950408889634
 DROPOUT_STEPS = 1 << 31
+NOTHING = Extras()
 
 
 def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, positive_scale: bool) -> list[str]:
@@ -62,11 +64,9 @@ def forward(
     k: Tensor,
     v: Tensor,
     scale: float,
+    extras: Extras = NOTHING,
+    starts: Starts | None = None,
     *,
-    lengths: Tensor | None = None,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    starts: tuple[Tensor, Tensor, int, int] | None = None,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The output [B, Nq, H * D] in q's dtype and lse [B, H, Nq] in fp32.
@@ -75,14 +75,12 @@ def forward(
         q: [B, Nq, H, D], any strides but the last, which is 1.
         k, v: [B, Nk, H, D], the same.
         scale: of the logits, above 0.
-        lengths: int32 [B], keys of each image that take part; all by default.
-        dropout_p: rate from 0 to below 1, with `seed` int64 [1] on q's device.
-        starts: of packed sequences: int32 [images + 1] where each image begins in q and in k, and the largest numbers
-            of queries and keys in one; q is then [1, all queries, H, D], k and v [1, all keys, H, D].
+        extras: its seed on q's device, its rate below 1.
+        starts: of packed sequences; q is then [1, all queries, H, D], k and v [1, all keys, H, D].
         config: how to compile it, instead of the table's choice.
     """
     q, k, v = map(_in_units, (q, k, v))
-    call = _Call(q, k, v, scale, lengths, dropout_p, seed, starts)
+    call = _Call(q, k, v, scale, extras, starts)
     out = q.new_empty(q.shape[0], q.shape[1], call.H * call.D)
     lse = q.new_empty(q.shape[0], call.H, q.shape[1], dtype=torch.float32)
     if call.packed:
@@ -113,11 +111,9 @@ def backward(
     out: Tensor,
     lse: Tensor,
     scale: float,
+    extras: Extras = NOTHING,
+    starts: Starts | None = None,
     *,
-    lengths: Tensor | None = None,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    starts: tuple[Tensor, Tensor, int, int] | None = None,
     config: Config | None = None,
     into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,7 +126,7 @@ def backward(
         (the others): as in `forward`.
     """
     grad, q, k, v, out = map(_in_units, (grad, q, k, v, out))
-    call = _Call(q, k, v, scale, lengths, dropout_p, seed, starts)
+    call = _Call(q, k, v, scale, extras, starts)
     fresh = torch.zeros_like if call.packed else torch.empty_like
     dq, dk, dv = into or tuple(fresh(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     config = config or backward_config(call)
@@ -163,23 +159,23 @@ def backward(
 class _Call:
     """What the arguments of both directions say."""
 
-    def __init__(self, q, k, v, scale, lengths, dropout_p, seed, starts):
+    def __init__(self, q, k, v, scale, extras, starts):
         self.B, self.Nq, self.H, self.D = q.shape
         self.Nk = k.shape[1]
         self.q_starts = self.k_starts = q
         self.packed = starts is not None
         if self.packed:
-            q_starts, k_starts, self.Nq, self.Nk = starts
-            self.q_starts, self.k_starts = q_starts.contiguous(), k_starts.contiguous()
+            self.q_starts, self.k_starts = starts.q.contiguous(), starts.k.contiguous()
+            self.Nq, self.Nk = starts.most_queries, starts.most_keys
             self.B = len(self.q_starts) - 1
         # a kernel takes no None; what stands in its place is never read
-        self.lengths = q if lengths is None else lengths.contiguous()
-        self.seed = q if seed is None else seed
-        self.has_lengths, self.dropout = lengths is not None, dropout_p > 0
+        self.lengths = q if extras.lengths is None else extras.lengths.contiguous()
+        self.seed = q if extras.seed is None else extras.seed
+        self.has_lengths, self.dropout = extras.lengths is not None, extras.dropout_p > 0
         self.dtype, self.device = q.dtype, q.device
         self.scale = float(scale)
-        self.threshold = min(round(dropout_p * DROPOUT_STEPS), DROPOUT_STEPS - 1)
-        self.inv_keep = 1.0 / (1.0 - dropout_p)
+        self.threshold = min(round(extras.dropout_p * DROPOUT_STEPS), DROPOUT_STEPS - 1)
+        self.inv_keep = 1.0 / (1.0 - extras.dropout_p)
         self.strides = [stride for t in (q, k, v) for stride in _units(t, 3)]
         # of rows, within a tile; `out` and the gradients have the rows of packed q, k and v or smaller ones
         self.wide = TILE * max(3 * self.H * self.D, *(abs(t.stride(1)) for t in (q, k, v))) >= 1 << 31
@@ -322,10 +318,9 @@ def _compilations(
 ) -> Iterator[Compilation]:  # fmt: skip
     q, k, v = torch.empty(B, N, 3, 12, D, dtype=dtype, device="meta").unbind(2)
     index = torch.empty(B + 1, dtype=torch.int32, device="meta")
-    call = _Call(
-        q, k, v, D**-0.5, index if extras.get("lengths") else None, extras.get("dropout_p", 0.0),
-        torch.empty(1, dtype=torch.int64, device="meta"), (index, index, N, N) if extras.get("packed") else None,
-    )  # fmt: skip
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    beside = Extras(index if extras.get("lengths") else None, extras.get("dropout_p", 0.0), seed)
+    call = _Call(q, k, v, D**-0.5, beside, Starts(index, index, N, N) if extras.get("packed") else None)
     # of an A100, the smallest of those with tables of their own
     tables, programs = (config_tables.FORWARD[arch], config_tables.BACKWARD[arch]), call.tiles / 108
     forwards, backwards = ([_config(table, call, 108)] for table in tables)

@@ -37,8 +37,12 @@ RUNTIME = (
 
 @triton.jit
 def key_step(
-    q0, q1, g0, g1, log_sum, delta, k0, k1, v0, v1, dk0, dk1, dv0, dv1, first_query, first_key, n, bh, seed,
-    scale, threshold, inv_keep,
+    q0, q1, g0, g1,  # [BM, W0], [BM, W1], twice
+    log_sum, delta,  # fp32 [BM]
+    k0, k1, v0, v1,  # [BN, W0], [BN, W1], twice
+    dk0, dk1, dv0, dv1,  # fp32 [BN, W0], [BN, W1], twice
+    first_query, first_key, n, bh,  # n: keys of the head; bh: head of all images
+    seed, scale, threshold, inv_keep,  # scale of the logits; of dropout: the rate times 2**31, 1 / (1 - rate)
     W1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -63,8 +67,12 @@ def key_step(
 
 @triton.jit
 def query_step(
-    q0, q1, g0, g1, log_sum, delta, k, v, dq0, dq1, first_query, j, n, bh, seed, k_row, v_row,
-    scale, threshold, inv_keep,
+    q0, q1, g0, g1,  # [BM, W0], [BM, W1], twice
+    log_sum, delta,  # fp32 [BM]
+    k, v,  # [n, D] of a head, D contiguous
+    dq0, dq1,  # fp32 [BM, W0], [BM, W1]
+    first_query, j, n, bh,  # j: first key; n: keys of the head; bh: head of all images
+    seed, k_row, v_row, scale, threshold, inv_keep,  # strides in UNIT elements; the rest as in `key_step`
     D: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr,
     WIDE: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -84,7 +92,7 @@ def query_step(
 
 
 @triton.jit
-def row_dot(a0, a1, b0, b1, W1: tl.constexpr):
+def row_dot(a0, a1, b0, b1, W1: tl.constexpr):  # [M, W0], [M, W1], twice -> fp32 [M]
     total = tl.sum(a0.to(tl.float32) * b0.to(tl.float32), 1)
     if W1 > 0:
         total += tl.sum(a1.to(tl.float32) * b1.to(tl.float32), 1)
@@ -93,8 +101,10 @@ def row_dot(a0, a1, b0, b1, W1: tl.constexpr):
 
 @triton.jit
 def store_scaled(
-    ptr, first, left, row, a0, a1, scale, ROWS: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, D: tl.constexpr,
-    WIDE: tl.constexpr,
+    ptr,  # [first + left, D] of a head, D contiguous
+    first, left, row,  # rows before, rows from there on; stride in 8 elements
+    a0, a1, scale,  # fp32 [ROWS, W0], [ROWS, W1]; what they are multiplied by
+    ROWS: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     a0 = a0 * scale
     if W1 > 0:
@@ -104,8 +114,12 @@ def store_scaled(
 
 @triton.jit
 def queries_tile(
-    q, k, v, grad, out, lse, delta, dq, first, n, queries, bh, seed, q_row, k_row, v_row, out_row, dq_row,
-    scale, threshold, inv_keep,
+    q, k, v,  # [queries, D], [n, D], [n, D] of a head, D contiguous
+    grad, out, dq,  # [queries, D] of a head, D contiguous
+    lse, delta,  # fp32 [queries] of a head
+    first, n, queries, bh,  # first query; keys and queries of the head; head of all images
+    seed, q_row, k_row, v_row, out_row, dq_row,  # strides in UNIT elements, the last two in 8
+    scale, threshold, inv_keep,  # as in `key_step`
     D: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
     PEEL: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -137,8 +151,13 @@ def queries_tile(
 
 @triton.jit
 def keys_tile(
-    q, k, v, grad, lse, delta, dk, dv, first, n, keys, queries, bh, seed, q_row, k_row, v_row, out_row, dk_row,
-    scale, threshold, inv_keep,
+    q, k, v,  # [queries, D], [n, D], [n, D] of a head, D contiguous
+    grad,  # [queries, D] of a head, D contiguous
+    lse, delta,  # fp32 [queries] of a head
+    dk, dv,  # [keys, D] of a head, D contiguous
+    first, n, keys, queries, bh,  # first key; keys that take part, all keys, queries; head of all images
+    seed, q_row, k_row, v_row, out_row, dk_row,  # strides in UNIT elements, the last two in 8; dk_row: dv's too
+    scale, threshold, inv_keep,  # as in `key_step`
     D: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, LENGTHS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -175,14 +194,22 @@ def keys_tile(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def backward_queries(
-    q, k, v, grad, out, lse, delta, dq, lengths, seed, q_starts, k_starts,
-    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, dq_batch, dq_row, heads, queries, keys,
-    all_queries, scale, threshold, inv_keep,
+    q,  # [B, queries, heads, D], with PACKED [1, all_queries, heads, D]; D contiguous
+    k, v,  # [B, keys, heads, D], with PACKED [1, all keys, heads, D]; D contiguous
+    grad, out,  # [B, queries, heads * D], with PACKED [1, all_queries, heads * D]; contiguous
+    lse, delta,  # fp32 [B, heads, queries], with PACKED [1, heads, all_queries]; contiguous
+    dq,  # [B, queries, heads, D], with PACKED [1, all_queries, heads, D]; heads D apart
+    lengths, seed,  # int32 [B], read where LENGTHS; int64 [1], read where DROPOUT
+    q_starts, k_starts,  # int32 [B + 1], read where PACKED: where each image begins among all
+    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,  # strides in UNIT elements
+    dq_batch, dq_row,  # strides in 8 elements
+    heads, queries, keys, all_queries,  # of an image, with PACKED the most of one; all_queries: of all images
+    scale, threshold, inv_keep,  # as in `key_step`
     D: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
     PEEL: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, LENGTHS: tl.constexpr, PACKED: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq and delta. PACKED: as in `forward_online`."""
+    """dq and delta."""
     tiles = tl.cdiv(queries, BM)
     program = tl.program_id(0)
     m = program % tiles
@@ -224,14 +251,22 @@ def backward_queries(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def backward_keys(
-    q, k, v, grad, lse, delta, dk, dv, lengths, seed, q_starts, k_starts,
-    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, dk_batch, dk_row, heads, queries, keys,
-    all_queries, scale, threshold, inv_keep,
+    q,  # [B, queries, heads, D], with PACKED [1, all_queries, heads, D]; D contiguous
+    k, v,  # [B, keys, heads, D], with PACKED [1, all keys, heads, D]; D contiguous
+    grad,  # [B, queries, heads * D], with PACKED [1, all_queries, heads * D]; contiguous
+    lse, delta,  # fp32 [B, heads, queries], with PACKED [1, heads, all_queries]; contiguous
+    dk, dv,  # [B, keys, heads, D], with PACKED [1, all keys, heads, D]; heads D apart
+    lengths, seed,  # int32 [B], read where LENGTHS; int64 [1], read where DROPOUT
+    q_starts, k_starts,  # int32 [B + 1], read where PACKED: where each image begins among all
+    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,  # strides in UNIT elements
+    dk_batch, dk_row,  # strides of dk and dv in 8 elements
+    heads, queries, keys, all_queries,  # of an image, with PACKED the most of one; all_queries: of all images
+    scale, threshold, inv_keep,  # as in `key_step`
     D: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, LENGTHS: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv, after `backward_queries`. PACKED: `keys` is the largest number of keys in an image."""
+    """dk and dv, after `backward_queries`."""
     tiles = tl.cdiv(keys, BN)
     program = tl.program_id(0)
     block = program % tiles
@@ -276,9 +311,15 @@ def backward_keys(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def backward_head(
-    q, k, v, grad, out, lse, delta, dq, dk, dv, lengths, seed,
-    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, dq_batch, dq_row, dk_batch, dk_row,
-    heads, queries, keys, scale, threshold, inv_keep,
+    q, k, v,  # [B, queries, heads, D], twice [B, keys, heads, D]; D contiguous
+    grad, out,  # [B, queries, heads * D], contiguous
+    lse, delta,  # fp32 [B, heads, queries], contiguous
+    dq, dk, dv,  # [B, queries, heads, D], twice [B, keys, heads, D]; heads D apart
+    lengths, seed,  # int32 [B], read where LENGTHS; int64 [1], read where DROPOUT
+    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,  # strides in UNIT elements
+    dq_batch, dq_row, dk_batch, dk_row,  # strides in 8 elements; dk's are dv's too
+    heads, queries, keys,  # of an image
+    scale, threshold, inv_keep,  # as in `key_step`
     D: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
     PEEL: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -320,7 +361,9 @@ def backward_head(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def backward_delta(
-    grad, out, delta, heads, queries,
+    grad, out,  # [B, queries, heads * D], contiguous
+    delta,  # fp32 [B, heads, queries], contiguous
+    heads, queries,  # of an image
     D: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, BM: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(queries, BM)
@@ -338,9 +381,15 @@ def backward_delta(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def backward_short(
-    q, k, v, grad, out, lse, delta, dq, dk, dv, lengths, seed,
-    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, dq_batch, dq_row, dk_batch, dk_row,
-    heads, queries, keys, scale, threshold, inv_keep,
+    q, k, v,  # [B, queries, heads, D], twice [B, keys, heads, D]; D contiguous
+    grad, out,  # [B, queries, heads * D], contiguous
+    lse, delta,  # fp32 [B, heads, queries], contiguous
+    dq, dk, dv,  # [B, queries, heads, D], twice [B, keys, heads, D]; heads D apart
+    lengths, seed,  # int32 [B], read where LENGTHS; int64 [1], read where DROPOUT
+    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,  # strides in UNIT elements
+    dq_batch, dq_row, dk_batch, dk_row,  # strides in 8 elements; dk's are dv's too
+    heads, queries, keys,  # of an image
+    scale, threshold, inv_keep,  # as in `key_step`
     D: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, BM: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
     STAGES: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
     DELTA: tl.constexpr, PRECISION: tl.constexpr,

@@ -30,8 +30,13 @@ RUNTIME = (
 
 
 @triton.jit
-def part_scores(q0, q1, k0, k1, first, n, P: tl.constexpr, W1: tl.constexpr, M: tl.constexpr, PRECISION: tl.constexpr):
-    """Logits, not yet scaled, with -inf from key `n` on where M."""
+def part_scores(
+    q0, q1,  # [BM, W0], [BM, W1]
+    k0, k1,  # [P, W0], [P, W1], from key `first` on
+    first, n,  # keys; n of a head
+    P: tl.constexpr, W1: tl.constexpr, M: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Logits, fp32 [BM, P], not yet scaled, with -inf from key `n` on where M."""
     s = products(q0, q1, k0, k1, W1, PRECISION)
     if M:
         s = tl.where((first + tl.arange(0, P) < n)[None, :], s, float("-inf"))
@@ -40,9 +45,13 @@ def part_scores(q0, q1, k0, k1, first, n, P: tl.constexpr, W1: tl.constexpr, M: 
 
 @triton.jit
 def part_weights(
-    s, shift, scale_log2, seed, bh, m, first, threshold, BM: tl.constexpr, P: tl.constexpr, DROPOUT: tl.constexpr
-):
-    """exp2(scale_log2 * s - shift), what is left of it after dropout, and its sum before.
+    s,  # fp32 [BM, P], logits not yet scaled
+    shift,  # fp32 [BM]
+    scale_log2,  # scale / ln 2
+    seed, bh, m, first, threshold,  # as in `kept`: head of all images, tile of queries, first key
+    BM: tl.constexpr, P: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """exp2(scale_log2 * s - shift), what is left of it after dropout, and its sum before, fp32 [BM].
 
     shift: the largest of scale_log2 * s, rounded. What it is off by is the same factor for the whole row: it cancels
     in the output, and `finish_tile` takes it out of lse.
@@ -58,8 +67,14 @@ def part_weights(
 
 @triton.jit
 def short_tile(
-    q, out, lse, m, bh, n, queries, seed, q_row, out_row, scale, scale_log2, threshold, inv_keep,
-    k00, k01, k10, k11, k20, k21, v00, v01, v10, v11, v20, v21,
+    q,  # [queries, D] of a head, D contiguous
+    out,  # [queries, D] of a head, D contiguous
+    lse,  # fp32 [queries] of a head
+    m, bh, n, queries,  # tile of queries, head of all images, keys and queries of the head
+    seed, q_row, out_row,  # of dropout; strides in UNIT and in 8 elements
+    scale, scale_log2, threshold, inv_keep,  # of the logits, and that / ln 2; the rate times 2**31, 1 / (1 - rate)
+    k00, k01, k10, k11, k20, k21,  # [P0, W0], [P0, W1], [P1, W0], [P1, W1], [P2, W0], [P2, W1]
+    v00, v01, v10, v11, v20, v21,  # [P0, W0], [P0, W1], [P1, W0], [P1, W1], [P2, W0], [P2, W1]
     D: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, BM: tl.constexpr,
     P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
     LENGTHS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -98,7 +113,12 @@ def short_tile(
 
 @triton.jit
 def finish_tile(
-    out, lse, m, n, left, out_row, acc0, acc1, top, shift, total, scale, scale_log2, inv_keep,
+    out,  # [queries, D] of a head, D contiguous
+    lse,  # fp32 [queries] of a head
+    m, n, left, out_row,  # tile of queries, keys of the head, queries from this tile on; stride in 8 elements
+    acc0, acc1,  # fp32 [BM, W0], [BM, W1]
+    top, shift, total,  # fp32 [BM]: largest logit, not yet scaled; what exponents are less; sum of the weights
+    scale, scale_log2, inv_keep,  # of the logits, and that / ln 2; 1 / (1 - rate)
     D: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, BM: tl.constexpr, WIDE: tl.constexpr,
     EMPTY: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
@@ -120,9 +140,14 @@ def finish_tile(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def forward_short(
-    q, k, v, out, lse, lengths, seed,
-    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, heads, queries, keys,
-    scale, scale_log2, threshold, inv_keep,
+    q,  # [B, queries, heads, D], D contiguous
+    k, v,  # [B, keys, heads, D], D contiguous
+    out,  # [B, queries, heads * D], contiguous
+    lse,  # fp32 [B, heads, queries], contiguous
+    lengths, seed,  # int32 [B], read where LENGTHS; int64 [1], read where DROPOUT
+    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,  # strides in UNIT elements
+    heads, queries, keys,  # of an image
+    scale, scale_log2, threshold, inv_keep,  # of the logits, and that / ln 2; the rate times 2**31, 1 / (1 - rate)
     D: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, BM: tl.constexpr,
     P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
     LENGTHS: tl.constexpr, DROPOUT: tl.constexpr, LOOP: tl.constexpr, PRECISION: tl.constexpr,
@@ -179,7 +204,12 @@ def forward_short(
 
 @triton.jit
 def online_step(
-    q0, q1, k, v, acc0, acc1, top, shift, total, j, n, bh, m, seed, k_row, v_row, scale_log2, threshold,
+    q0, q1,  # [BM, W0], [BM, W1]
+    k, v,  # [n, D] of a head, D contiguous
+    acc0, acc1,  # fp32 [BM, W0], [BM, W1]
+    top, shift, total,  # fp32 [BM], as in `finish_tile`
+    j, n, bh, m,  # first key, keys of the head, head of all images, tile of queries
+    seed, k_row, v_row, scale_log2, threshold,  # strides in UNIT elements; the rest as in `short_tile`
     D: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr,
     WIDE: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -202,17 +232,22 @@ def online_step(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def forward_online(
-    q, k, v, out, lse, lengths, seed, q_starts, k_starts,
-    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, heads, queries, keys, all_queries,
-    scale, scale_log2, threshold, inv_keep,
+    q,  # [B, queries, heads, D], with PACKED [1, all_queries, heads, D]; D contiguous
+    k, v,  # [B, keys, heads, D], with PACKED [1, all keys, heads, D]; D contiguous
+    out,  # [B, queries, heads * D], with PACKED [1, all_queries, heads * D]; contiguous
+    lse,  # fp32 [B, heads, queries], with PACKED [1, heads, all_queries]; contiguous
+    lengths, seed,  # int32 [B], read where LENGTHS; int64 [1], read where DROPOUT
+    q_starts, k_starts,  # int32 [B + 1], read where PACKED: where each image begins among all
+    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,  # strides in UNIT elements
+    heads, queries, keys, all_queries,  # of an image, with PACKED the most of one; all_queries: of all images
+    scale, scale_log2, threshold, inv_keep,  # of the logits, and that / ln 2; the rate times 2**31, 1 / (1 - rate)
     D: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
     PEEL: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, LENGTHS: tl.constexpr, PACKED: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """PEEL: the last block of keys apart, so that only that one is masked, at the price of its code twice.
 
-    PACKED: image b has the queries from q_starts[b] and the keys from k_starts[b] on, of one long sequence each;
-    `queries` is then the largest number of them in an image, and lse is [heads, all queries].
+    PACKED: images of any length, one after the other.
     """
     tiles = tl.cdiv(queries, BM)
     program = tl.program_id(0)

@@ -15,10 +15,12 @@ import triton.language as tl
 
 @triton.jit
 def load_part(
-    ptr, step, left, ROWS: tl.constexpr, START: tl.constexpr, W: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
+    ptr,  # [left, D], D contiguous
+    step, left,  # elements from row to row; rows that are there
+    ROWS: tl.constexpr, START: tl.constexpr, W: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
     WIDE: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
-    """[ROWS, W] from row 0 at `ptr`; zeros from row `left` on (where MASKED) and from column D on.
+    """[ROWS, W]: zeros from row `left` on (where MASKED) and from column D on.
 
     AGAIN: in place of those from row `left` on, row 0 again.
     """
@@ -45,8 +47,10 @@ def load_part(
 
 @triton.jit
 def load_rows(
-    ptr, step, left, ROWS: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
-    WIDE: tl.constexpr, AGAIN: tl.constexpr = False,
+    ptr,  # [left, D], D contiguous
+    step, left,  # elements from row to row; rows that are there
+    ROWS: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
+    AGAIN: tl.constexpr = False,
 ):  # fmt: skip
     """Both parts of the rows; the first one again in place of a second that there is not."""
     first = load_part(ptr, step, left, ROWS, 0, W0, D, MASKED, WIDE, AGAIN)
@@ -58,8 +62,10 @@ def load_rows(
 
 @triton.jit
 def store_part(
-    ptr, step, left, tile, ROWS: tl.constexpr, START: tl.constexpr, W: tl.constexpr, D: tl.constexpr,
-    WIDE: tl.constexpr,
+    ptr,  # [left, D], D contiguous
+    step, left,  # elements from row to row; rows that are there
+    tile,  # [ROWS, W]
+    ROWS: tl.constexpr, START: tl.constexpr, W: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, ROWS)
     columns = START + tl.arange(0, W)
@@ -75,8 +81,10 @@ def store_part(
 
 @triton.jit
 def store_rows(
-    ptr, step, left, first, second, ROWS: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, D: tl.constexpr,
-    WIDE: tl.constexpr,
+    ptr,  # [left, D], D contiguous
+    step, left,  # elements from row to row; rows that are there
+    first, second,  # [ROWS, W0], [ROWS, W1]
+    ROWS: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Write both parts of the rows before row `left`."""
     store_part(ptr, step, left, first, ROWS, 0, W0, D, WIDE)
@@ -85,8 +93,12 @@ def store_rows(
 
 
 @triton.jit
-def products(a0, a1, b0, b1, W1: tl.constexpr, PRECISION: tl.constexpr):
-    """a b^T of rows in two parts, fp32."""
+def products(
+    a0, a1,  # [M, W0], [M, W1]
+    b0, b1,  # [N, W0], [N, W1]
+    W1: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """a b^T, fp32 [M, N]."""
     s = tl.dot(a0, tl.trans(b0), input_precision=PRECISION)
     if W1 > 0:
         s = tl.dot(a1, tl.trans(b1), s, input_precision=PRECISION)
@@ -94,7 +106,12 @@ def products(a0, a1, b0, b1, W1: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def add_product(weights, b0, b1, acc0, acc1, W1: tl.constexpr, PRECISION: tl.constexpr):
+def add_product(
+    weights,  # [M, N]
+    b0, b1,  # [N, W0], [N, W1]
+    acc0, acc1,  # fp32 [M, W0], [M, W1]
+    W1: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """acc + weights b, both parts."""
     acc0 = tl.dot(weights, b0, acc0, input_precision=PRECISION)
     if W1 > 0:
@@ -112,11 +129,15 @@ def zero_rows(ROWS: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr):
 
 
 @triton.jit
-def kept(seed, head, rows, columns, threshold):
+def kept(
+    seed,  # int64
+    head,  # of all images
+    rows, columns,  # int32 [BM, 1] and [1, BN], or [1, BM] and [BN, 1]: queries and keys
+    threshold,  # the rate times 2**31
+):  # fmt: skip
     """Which attention weights dropout leaves: a number a weight, whatever tile it is computed in.
 
-    Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) of (query, key, head) under
-    `seed`; `rows` and `columns` are indices that broadcast to the tile, `threshold` the rate times 2**31.
+    Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) of (query, key, head).
     """
     zero = rows * 0 + columns * 0
     number, _, _, _ = tl.philox(seed, zero + rows, zero + columns, zero + head, zero)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from vitfast.kernels.operands import Norm, Tail
 from vitfast.kernels.triton import layer_norm_rows
 from vitfast.kernels.triton.compilation import Compilation
 from vitfast.kernels.triton.launch import DTYPES, UNIT, device_reasons, launch, multiprocessors, rows_of
@@ -16,6 +17,9 @@ from vitfast.kernels.triton.launch import DTYPES, UNIT, device_reasons, launch, 
 WIDEST = 8192
 # with branch and gamma beside it a wider row does not fit into registers
 WIDEST_SUM_BACKWARD = 4096
+PLAIN = Tail()
+# of x, weight and bias no gradient
+NONE = (False, False, False)
 
 
 class Tile(NamedTuple):
@@ -65,27 +69,17 @@ class _Rows:
 
 
 def forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    kind: str,
-    out_dtype: torch.dtype | None,
-    *,
-    branch: Tensor | None = None,
-    gamma: Tensor | None = None,
-    row_scale: Tensor | None = None,
+    x: Tensor, norm: Norm, out_dtype: torch.dtype | None, *, branch: Tensor | None = None, tail: Tail = PLAIN,
     statistics: bool = True,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """(sum, normed, mean, rstd): the sum only with a branch; mean and rstd fp32 [..., 1], None unless asked for.
 
     Args:
-        x: [B, ..., C].
+        x: [B, ..., C], the residual where there is a branch.
         out_dtype: of the normed rows; None: they are not made.
-        branch, gamma, row_scale: of x's shape, [C], [B].
-        (the others): as in `ops.layer_norm`.
+        branch: of x's shape.
     """
-    C = x.shape[-1]
+    C, (weight, bias, eps, kind), (gamma, row_scale, _) = x.shape[-1], norm, tail
     tile = forward_tile(C)
     rows, added = _Rows(x), _Rows(branch)
     count = rows.tensor.shape[0]
@@ -110,33 +104,25 @@ def forward(
 
 
 def backward(
-    grad: Tensor | None,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    kind: str,
-    *,
-    need_x: bool = True,
-    need_weight: bool = False,
-    need_bias: bool = False,
-    total_grad: Tensor | None = None,
-    branch: Tensor | None = None,
-    branch_dtype: torch.dtype | None = None,
-    gamma: Tensor | None = None,
-    row_scale: Tensor | None = None,
+    grad: Tensor | None, x: Tensor, norm: Norm, mask: Sequence[bool], *, total_grad: Tensor | None = None,
+    branch: Tensor | None = None, branch_dtype: torch.dtype | None = None, tail: Tail = PLAIN,
     need_gamma: bool = False,
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of x (or of the sum), weight, bias, branch and gamma; None where they were not asked for.
 
     Args:
         grad: of the normed rows; None where nothing depends on them.
         x: the rows that were normed, [B, ..., C].
+        mask: whether those of x, weight and bias are asked for.
         total_grad: of the sum itself, added to what comes through the norm.
         branch: read for gamma's gradient only.
         branch_dtype: of the branch's gradient, which is made where this is given.
     """
-    C, device = x.shape[-1], x.device
+    C, device, (gamma, row_scale, _) = x.shape[-1], x.device, tail
+    need_x, *need_vectors = mask
+    need_weight, need_bias = (
+        need and grad is not None and t is not None for need, t in zip(need_vectors, norm[:2], strict=True)
+    )
     tile = backward_tile(C)
     grads, sums_of, rows, added = _Rows(grad), _Rows(total_grad), _Rows(x), _Rows(branch)
     count = rows.tensor.shape[0]
@@ -153,19 +139,20 @@ def backward(
     constants = {
         "C": C, "BLOCK": triton.next_power_of_2(C), "BM": tile.rows, "UNIT": unit, "NORM": grad is not None,
         "TOTAL_GRAD": total_grad is not None, "GAMMA": gamma is not None, "ROW_SCALE": row_scale is not None,
-        "WEIGHT": weight is not None, "DSUM": need_x or branch_dtype is not None or need_gamma,
+        "WEIGHT": norm.weight is not None, "DSUM": need_x or branch_dtype is not None or need_gamma,
         "DX": need_x, "DBRANCH": dbranch is not None, "DWEIGHT": vectors,
-        "DGAMMA": need_gamma, "RMS": kind == "rms",
+        "DGAMMA": need_gamma, "RMS": norm.kind == "rms",
     }  # fmt: skip
-    tensors = [grads.tensor, sums_of.tensor, rows.tensor, added.tensor, gamma, row_scale, weight, dx, dbranch, sums]
+    tensors = [grads.tensor, sums_of.tensor, rows.tensor, added.tensor, gamma, row_scale, norm.weight]
+    tensors += [dx, dbranch, sums]
     tensors = [x if t is None else t for t in tensors]
     steps = [t.step // unit for t in (grads, sums_of, rows, added)]
-    numbers = (count, each, tokens_of(x), *steps, programs, eps)
+    numbers = (count, each, tokens_of(x), *steps, programs, norm.eps)
     if count:
         launch(layer_norm_rows.norm_backward, (programs,), tensors, numbers, constants, tile.warps)
     elif sums is not None:
         sums.zero_()
-    wanted = (weight if need_weight else None, bias if need_bias else None, gamma if need_gamma else None)
+    wanted = (norm.weight if need_weight else None, norm.bias if need_bias else None, gamma if need_gamma else None)
     dweight, dbias, dgamma = (
         None if like is None else add_up(sums[i], like.dtype) for i, like in enumerate(wanted)
     )  # fmt: skip
@@ -173,29 +160,27 @@ def backward(
 
 
 def backward_of_sum(
-    grad: Tensor | None, total: Tensor, *norm: Any, branch: Tensor | None, gamma: Tensor | None,
-    row_scale: Tensor | None, branch_dtype: torch.dtype | None, need_gamma: bool, need_x: bool, **others: Any,
+    grad: Tensor | None, total: Tensor, norm: Norm, mask: Sequence[bool], *, total_grad: Tensor | None,
+    branch_dtype: torch.dtype | None, need_gamma: bool, **others: Any,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """`backward`; where the rows are too wide for all of it at once, the branch's part in a kernel of its own."""
-    more = {"branch": branch, "gamma": gamma, "row_scale": row_scale, "need_gamma": need_gamma}
-    more |= {"branch_dtype": branch_dtype}
+    more = {"branch_dtype": branch_dtype, "need_gamma": need_gamma, **others}
     if total.shape[-1] <= WIDEST_SUM_BACKWARD or (branch_dtype is None and not need_gamma):
-        return backward(grad, total, *norm, need_x=need_x, **more, **others)
-    dx, dweight, dbias, *_ = backward(grad, total, *norm, need_x=True, **others)
-    *_, dbranch, dgamma = backward(None, total, *norm, need_x=False, total_grad=dx, **more)
-    return dx if need_x else None, dweight, dbias, dbranch, dgamma
+        return backward(grad, total, norm, mask, total_grad=total_grad, **more)
+    dx, dweight, dbias, *_ = backward(grad, total, norm, [True, *mask[1:]], total_grad=total_grad)
+    *_, dbranch, dgamma = backward(None, total, norm, NONE, total_grad=dx, **more)
+    return dx if mask[0] else None, dweight, dbias, dbranch, dgamma
 
 
 def branch_grads(
-    grad: Tensor, branch: Tensor | None, gamma: Tensor | None, row_scale: Tensor | None, dtype: torch.dtype,
-    need_gamma: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    grad: Tensor, branch: Tensor | None, tail: Tail, dtype: torch.dtype, need_gamma: bool
+) -> tuple[Tensor, Tensor | None]:
     """Gradients of a branch, in `dtype`, and of gamma, from that of residual + row_scale * gamma * branch."""
-    if gamma is None and row_scale is None:
+    if tail.gamma is None and tail.row_scale is None:
         return grad.to(dtype), None
     *_, dbranch, dgamma = backward(
-        None, grad, None, None, 0.0, "layer", need_x=False, total_grad=grad, branch=branch, branch_dtype=dtype,
-        gamma=gamma, row_scale=row_scale, need_gamma=need_gamma,
+        None, grad, Norm(None, None, 0.0, "layer"), NONE, total_grad=grad, branch=branch, branch_dtype=dtype, tail=tail,
+        need_gamma=need_gamma,
     )  # fmt: skip
     return dbranch, dgamma
 

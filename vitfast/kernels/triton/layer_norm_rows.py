@@ -17,34 +17,55 @@ RUNTIME = ("rows", "tokens", "each", "x_row", "branch_row", "grad_row", "total_g
 
 
 @triton.jit
-def load_tile(ptr, first, row, left, columns, C: tl.constexpr, BM: tl.constexpr, UNIT: tl.constexpr):
-    """[BM, BLOCK] in fp32 from row `first` on; zeros from row `left` after it and from column C on."""
+def load_tile(
+    ptr,  # [first + left, C], C contiguous
+    first, row, left,  # rows before; stride in UNIT elements; rows from there on
+    columns,  # int32 [BLOCK], 0 and on
+    C: tl.constexpr, BM: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """fp32 [BM, BLOCK]; zeros where there is no row or column."""
     rows = tl.arange(0, BM)
     where = advance(ptr, first, row, UNIT) + (rows[:, None] * (row * UNIT) + columns[None, :])
     return tl.load(where, mask=(rows < left)[:, None] & (columns < C)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
-def store_tile(ptr, first, left, columns, tile, C: tl.constexpr, BM: tl.constexpr):
+def store_tile(
+    ptr,  # [first + left, C], contiguous
+    first, left,  # rows before; rows from there on
+    columns,  # int32 [BLOCK], 0 and on
+    tile,  # fp32 [BM, BLOCK]
+    C: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
     rows = tl.arange(0, BM)
     where = advance(ptr, first, C, 1) + (rows[:, None] * C + columns[None, :])
     tl.store(where, tile.to(ptr.dtype.element_ty), mask=(rows < left)[:, None] & (columns < C)[None, :])
 
 
 @triton.jit
-def load_vector(ptr, columns, C: tl.constexpr):
+def load_vector(ptr, columns, C: tl.constexpr):  # [C]; int32 [BLOCK], 0 and on
     return tl.load(ptr + columns, mask=columns < C, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def load_row_scale(row_scale, first, left, tokens, BM: tl.constexpr):
-    """The factors of images, a row each, of which `tokens` rows in turn are one."""
+def load_row_scale(
+    row_scale,  # [B]
+    first, left,  # rows before; rows from there on
+    tokens,  # rows of an image
+    BM: tl.constexpr,
+):  # fmt: skip
+    """fp32 [BM]: for each row the factor of its image."""
     rows = tl.arange(0, BM)
     return tl.load(row_scale + (first + rows) // tokens, mask=rows < left, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def statistics(tile, columns, eps, C: tl.constexpr, RMS: tl.constexpr):
+def statistics(
+    tile,  # fp32 [BM, BLOCK], zeros from column C on
+    columns,  # int32 [BLOCK], 0 and on
+    eps,  # added to the variance
+    C: tl.constexpr, RMS: tl.constexpr,
+):  # fmt: skip
     """The rows less their mean (as they are for RMS), mean and 1 / standard deviation."""
     mean = tl.sum(tile, 1) / C
     if RMS:
@@ -59,12 +80,18 @@ def statistics(tile, columns, eps, C: tl.constexpr, RMS: tl.constexpr):
 
 @triton.jit(do_not_specialize=RUNTIME)
 def norm_forward(
-    x, branch, gamma, row_scale, weight, bias, total, out, mean, rstd, rows, tokens, x_row, branch_row, eps,
+    x, branch,  # [rows, C], C contiguous
+    gamma, row_scale,  # [C], [B]
+    weight, bias,  # [C]
+    total, out,  # [rows, C], contiguous: the sum where BRANCH, the normed rows where OUT
+    mean, rstd,  # fp32 [rows], written where STATISTICS
+    rows, tokens,  # of all images, of one
+    x_row, branch_row,  # strides in UNIT elements
+    eps,  # added to the variance
     C: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, UNIT: tl.constexpr, BRANCH: tl.constexpr,
     GAMMA: tl.constexpr, ROW_SCALE: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, OUT: tl.constexpr,
     STATISTICS: tl.constexpr, RMS: tl.constexpr,
 ):  # fmt: skip
-    """OUT: write the normed rows. STATISTICS: write mean and rstd, fp32, one a row."""
     first = tl.program_id(0) * BM
     left = rows - first
     columns = tl.arange(0, BLOCK)
@@ -95,17 +122,19 @@ def norm_forward(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def norm_backward(
-    grad, total_grad, x, branch, gamma, row_scale, weight, dx, dbranch, sums, rows, each, tokens,
-    grad_row, total_grad_row, x_row, branch_row, programs, eps,
+    grad, total_grad,  # [rows, C], C contiguous: of the normed rows, read where NORM; of the sum, where TOTAL_GRAD
+    x, branch,  # [rows, C], C contiguous: the rows that were normed; read where DGAMMA
+    gamma, row_scale, weight,  # [C], [B], [C]
+    dx, dbranch,  # [rows, C], contiguous: of x or the sum, where DX; where DBRANCH
+    sums,  # fp32 [3, programs, C]: of weight and bias where DWEIGHT, of gamma where DGAMMA
+    rows, each, tokens,  # of all images, of a program, of an image
+    grad_row, total_grad_row, x_row, branch_row,  # strides in UNIT elements
+    programs, eps,  # of this launch; added to the variance
     C: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, UNIT: tl.constexpr, NORM: tl.constexpr,
     TOTAL_GRAD: tl.constexpr, GAMMA: tl.constexpr, ROW_SCALE: tl.constexpr, WEIGHT: tl.constexpr, DSUM: tl.constexpr,
     DX: tl.constexpr, DBRANCH: tl.constexpr, DWEIGHT: tl.constexpr, DGAMMA: tl.constexpr, RMS: tl.constexpr,
 ):  # fmt: skip
-    """`each` rows a program, BM at a time. x holds the rows that were normed.
-
-    NORM: there is a gradient of the normed rows; TOTAL_GRAD: one of the sum itself. DSUM: some gradient goes through
-    the sum, which is written where DX. sums, fp32 [3, programs, C]: of weight and bias (DWEIGHT) and gamma (DGAMMA).
-    """
+    """`each` rows a program, BM at a time. DSUM: some gradient goes through the sum."""
     begin = tl.program_id(0).to(tl.int64) * each
     end = tl.minimum(begin + each, rows)
     columns = tl.arange(0, BLOCK)
@@ -161,8 +190,13 @@ def norm_backward(
 
 
 @triton.jit(do_not_specialize=("programs",))
-def add_up(sums, out, programs, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """[n, programs, C] -> [n, C] in out's dtype: n in the grid's second dimension."""
+def add_up(
+    sums,  # fp32 [n, programs, C]
+    out,  # [n, C]
+    programs,  # numbers of each sum
+    C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """n in the grid's second dimension."""
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
     rows = tl.arange(0, BM)
     which = tl.program_id(1).to(tl.int64)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vitfast.choose import builtin, config_tables
 from vitfast.choose.config_tables import Product
+from vitfast.kernels.operands import Norm, Tail
 from vitfast.kernels.triton import layer_norm, linear_product
 from vitfast.kernels.triton.compilation import Compilation
 from vitfast.kernels.triton.launch import (
@@ -103,21 +104,19 @@ def out_dtype(weight: Tensor, *others: Tensor | None) -> torch.dtype:
     return dtype
 
 
-def fold(
-    weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(weight * norm_weight, the sums of its rows, weight norm_bias + bias): [N, K] as weight, fp32 [N], fp32 [N]."""
+def fold(weight: Tensor, bias: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
+    """(weight * norm.weight, the sums of its rows, weight norm.bias + bias): [N, K] as weight, fp32 [N], fp32 [N]."""
     weight = rows_of(weight)
     N, K = weight.shape
-    folded = weight if norm_weight is None else torch.empty_like(weight, memory_format=torch.contiguous_format)
+    folded = weight if norm.weight is None else torch.empty_like(weight, memory_format=torch.contiguous_format)
     column_sums, folded_bias = (torch.empty(N, dtype=torch.float32, device=weight.device) for _ in range(2))
     tile = layer_norm.forward_tile(K)
     unit = UNIT if _aligned(weight, folded) and K % UNIT == 0 else 1
     constants = {
-        "K": K, "BLOCK": triton.next_power_of_2(K), "BM": tile.rows, "UNIT": unit, "WEIGHT": norm_weight is not None,
-        "NORM_BIAS": norm_bias is not None, "BIAS": bias is not None,
+        "K": K, "BLOCK": triton.next_power_of_2(K), "BM": tile.rows, "UNIT": unit, "WEIGHT": norm.weight is not None,
+        "NORM_BIAS": norm.bias is not None, "BIAS": bias is not None,
     }  # fmt: skip
-    tensors = [weight if t is None else t for t in (weight, norm_weight, norm_bias, bias)]
+    tensors = [weight if t is None else t for t in (weight, norm.weight, norm.bias, bias)]
     tensors += [folded, column_sums, folded_bias]
     grid = (-(-N // tile.rows),)
     launch(linear_product.fold_norm, grid, tensors, (N, weight.stride(0) // unit), constants, tile.warps)
@@ -289,39 +288,35 @@ def configs(device: torch.device, dtype: torch.dtype, M: int, N: int, K: int) ->
 
 
 def normed(
-    x: Tensor, weight: Tensor, bias: Tensor | None, norm: str, norm_weight: Tensor | None, norm_bias: Tensor | None,
-    norm_eps: float, config: Product, keep: bool,
-) -> tuple[Tensor, Folded | None, Tensor | None, Tensor | None]:  # fmt: skip
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm, config: Product, keep: bool
+) -> tuple[Tensor, Folded | None, Tensor | None, Tensor | None]:
     """(rows for the product, a folded norm if there is one, mean, rstd): how a norm before a product is done.
 
     Folded where rows and weights are of one half precision. Wider rows, as of a residual stream under autocast, would
     be rounded before their mean is gone: these are normed by a kernel of their own, and so are those of fp32 and those
     that cuBLAS multiplies.
     """
-    if norm == "none":
+    if norm.kind == "none":
         return rows_of(x.to(weight.dtype)), None, None, None
     folds = x.dtype == weight.dtype and x.dtype is not torch.float32 and config.kernel == "tiles"
-    kept = norm == "layer" and keep
-    _, h, mean, rstd = layer_norm.forward(
-        x, norm_weight, norm_bias, norm_eps, norm, None if folds else weight.dtype, statistics=folds or kept
-    )
+    kept = norm.kind == "layer" and keep
+    _, h, mean, rstd = layer_norm.forward(x, norm, None if folds else weight.dtype, statistics=folds or kept)
     if not folds:
         return rows_of(h), None, mean, rstd
-    made = Folded(*fold(weight, bias, norm_weight, norm_bias), norm, mean, rstd)
+    made = Folded(*fold(weight, bias, norm), norm.kind, mean, rstd)
     return rows_of(x), made, mean if kept else None, rstd if kept else None
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
-    norm_eps: float, norm: str, act: str, gamma: Tensor | None, row_scale: Tensor | None, residual: Tensor | None,
-    saves: bool, *, config: Product | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm, act: str, tail: Tail, saves: bool, *,
+    config: Product | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """(out, mean, rstd, pre, branch) of `ops.linear`; the last four None where no backward needs them."""
     config = config or config_for(x, weight)
-    rows, folded, mean, rstd = normed(x, weight, bias, norm, norm_weight, norm_bias, norm_eps, config, saves)
+    rows, folded, mean, rstd = normed(x, weight, bias, norm, config, saves)
     after = After(
-        out_dtype(weight, gamma, row_scale, residual), bias, act, gamma=gamma, row_scale=row_scale,
-        tokens=layer_norm.tokens_of(x), beside=residual, aside=saves and (act != "none" or gamma is not None),
+        out_dtype(weight, *tail), bias, act, gamma=tail.gamma, row_scale=tail.row_scale, beside=tail.residual,
+        tokens=layer_norm.tokens_of(x), aside=saves and (act != "none" or tail.gamma is not None),
     )  # fmt: skip
     out, aside, _ = product(rows, rows_of(weight), after, config, folded=folded)
     shape = (*x.shape[:-1], weight.shape[0])
@@ -330,20 +325,18 @@ def forward(
     return out.view(shape), mean, rstd, pre, branch
 
 
-def folded_forward(
-    x: Tensor, weight: Tensor, column_sums: Tensor, bias: Tensor, norm: str, eps: float, act: str,
-    pieces: Tensor | None, config: Product | None = None,
-) -> Tensor | None:  # fmt: skip
+def folded_forward(x: Tensor, folded: Folded, act: str, config: Product | None = None) -> Tensor | None:
     """act(norm(x) @ weight.T + bias) of a norm that is in the weights already; None where it cannot be folded.
 
-    pieces: what the product that wrote x has left of its rows' statistics; without them they are computed here.
+    Statistics of the rows are computed here where `folded` has no pieces of them.
     """
+    weight = folded.weight
     config = config or config_for(x, weight)
     if config.kernel != "tiles" or x.dtype != weight.dtype or x.dtype is torch.float32:
         return None
-    folded = Folded(weight, column_sums, bias, norm, pieces=pieces, eps=eps)
-    if pieces is None:
-        *_, folded.mean, folded.rstd = layer_norm.forward(x, None, None, eps, norm, None)
+    if folded.pieces is None:
+        *_, mean, rstd = layer_norm.forward(x, Norm(None, None, folded.eps, folded.kind), None)
+        folded = replace(folded, mean=mean, rstd=rstd)
     out, *_ = product(rows_of(x), weight, After(weight.dtype, act=act), config, folded=folded)
     return out.view(*x.shape[:-1], weight.shape[0])
 

@@ -1,6 +1,6 @@
 """What follows a product while its tile is still in registers: norm, bias, activation, scales, residual.
 
-The tile v [BM, BN] becomes, each step where its flag says so,
+The tile v becomes, each step where its flag says so,
 
     v = rstd * (v - mean * column)          NORM: the norm before the product, see `fold_norm` in linear_product.py
     v = v + bias                            BIAS
@@ -29,8 +29,13 @@ from vitfast.kernels.triton.addresses import advance
 
 
 @triton.jit
-def load_tile(ptr, row, column, step, M, N, BM: tl.constexpr, W: tl.constexpr, UNIT: tl.constexpr, DESC: tl.constexpr):
-    """[BM, W] in fp32 from (row, column); zeros outside of [M, N]."""
+def load_tile(
+    ptr,  # [M, N], N contiguous; with DESC a descriptor of boxes [BM, W]
+    row, column, step,  # where the tile begins; stride in UNIT elements
+    M, N,  # rows and columns that are there
+    BM: tl.constexpr, W: tl.constexpr, UNIT: tl.constexpr, DESC: tl.constexpr,
+):  # fmt: skip
+    """fp32 [BM, W]; zeros outside of [M, N]."""
     if DESC:
         tile = ptr.load([row, column])
     else:
@@ -42,8 +47,11 @@ def load_tile(ptr, row, column, step, M, N, BM: tl.constexpr, W: tl.constexpr, U
 
 @triton.jit
 def store_tile(
-    ptr, row, column, tile, step, M, N, BM: tl.constexpr, W: tl.constexpr, UNIT: tl.constexpr, DESC: tl.constexpr
-):
+    ptr,  # [M, N], N contiguous; with DESC a descriptor of boxes [BM, W]
+    row, column, tile, step,  # where the tile begins; fp32 [BM, W]; stride in UNIT elements
+    M, N,  # rows and columns that are there
+    BM: tl.constexpr, W: tl.constexpr, UNIT: tl.constexpr, DESC: tl.constexpr,
+):  # fmt: skip
     if DESC:
         ptr.store([row, column], tile.to(ptr.dtype))
     else:
@@ -54,15 +62,19 @@ def store_tile(
 
 
 @triton.jit
-def load_columns(ptr, columns, N):
+def load_columns(ptr, columns, N):  # [N]; int32 [BN]
     return tl.load(ptr + columns, mask=columns < N, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def load_statistics(
-    mean, rstd, row, M, eps, BM: tl.constexpr, NORM: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr
-):
-    """Mean and 1 / standard deviation of the rows; from `mean` [PIECES, 2, M] where there are pieces."""
+    mean,  # fp32 [M], or [PIECES, 2, M] where PIECES is not 0
+    rstd,  # fp32 [M], not read where PIECES is not 0
+    row, M,  # the first row, and all
+    eps,  # added to the variance of pieces
+    BM: tl.constexpr, NORM: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
+    """Mean and 1 / standard deviation of the rows, fp32 [BM] each."""
     rows = row + tl.arange(0, BM)
     means = tl.zeros((BM,), tl.float32)
     if PIECES > 0:
@@ -90,8 +102,14 @@ def load_statistics(
 
 @triton.jit
 def finish_part(
-    v, row, column, means, rstds, out, aside, beside, bias, gamma, row_scale, column_sums, sums, pieces,
-    M, N, n_step, beside_step, tokens,
+    v,  # fp32 [BM, BN]
+    row, column,  # where it begins
+    means, rstds,  # fp32 [BM], read where NORM
+    out, aside, beside,  # [M, N] as in `product`
+    bias, gamma, row_scale, column_sums,  # [N], [N], [B], fp32 [N]
+    sums,  # fp32 [ceil(M / BM), N], written where SUMS
+    pieces,  # fp32 [N / BN, 2, M], written where PIECES_OUT
+    M, N, n_step, beside_step, tokens,  # as in `product`; n_step: stride of out and aside in UNIT elements
     BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr, DESC: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
     ACT: tl.constexpr, SLOPE: tl.constexpr, ASIDE: tl.constexpr, GAMMA: tl.constexpr, ROW_SCALE: tl.constexpr,
     RESIDUAL: tl.constexpr, SUMS: tl.constexpr, PIECES_OUT: tl.constexpr,
@@ -136,14 +154,20 @@ def finish_part(
 
 @triton.jit
 def finish(
-    v, row, column, means, rstds, out, aside, beside, bias, gamma, row_scale, column_sums, sums, pieces,
-    M, N, n_step, beside_step, tokens,
+    v,  # fp32 [BM, BN]
+    row, column,  # where it begins
+    means, rstds,  # fp32 [BM], read where NORM
+    out, aside, beside,  # [M, N] as in `product`
+    bias, gamma, row_scale, column_sums,  # [N], [N], [B], fp32 [N]
+    sums,  # fp32 [ceil(M / BM), N], written where SUMS
+    pieces,  # fp32 [N / (BN / PARTS), 2, M], written where PIECES_OUT
+    M, N, n_step, beside_step, tokens,  # as in `finish_part`
     BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr, DESC: tl.constexpr,
     NORM: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr, ASIDE: tl.constexpr,
     GAMMA: tl.constexpr, ROW_SCALE: tl.constexpr, RESIDUAL: tl.constexpr, SUMS: tl.constexpr,
     PIECES_OUT: tl.constexpr,
 ):  # fmt: skip
-    """Finish the tile v [BM, BN] at (row, column) and write what comes out."""
+    """Finish the tile and write what comes out."""
     if PARTS == 1:
         finish_part(
             v, row, column, means, rstds, out, aside, beside, bias, gamma, row_scale, column_sums, sums, pieces,

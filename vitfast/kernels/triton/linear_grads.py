@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vitfast.kernels.operands import Norm, Saved, Tail
 from vitfast.kernels.triton import layer_norm, linear
 from vitfast.kernels.triton.launch import rows_of
 from vitfast.kernels.triton.linear import After, finish
@@ -16,28 +17,24 @@ def why_not(x: Tensor, weight: Tensor, norm: str) -> list[str]:
 
 
 def backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None,
-    norm_bias: Tensor | None, pre: Tensor | None, branch: Tensor | None, gamma: Tensor | None,
-    row_scale: Tensor | None, norm_eps: float, norm: str, act: str, mask: list[bool],
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm, act: str, saved: Saved, tail: Tail,
+    mask: list[bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of x, weight, bias, norm_weight, norm_bias and gamma of `ops.linear`, each where `mask` asks for it."""
     need_x, need_weight, need_bias, need_norm_weight, need_norm_bias, need_gamma = mask
-    grad, grad_gamma = layer_norm.branch_grads(grad, branch, gamma, row_scale, weight.dtype, need_gamma)
+    grad, grad_gamma = layer_norm.branch_grads(grad, saved.branch, tail, weight.dtype, need_gamma)
     rows, sums = rows_of(grad), None
     if act != "none":
-        after = After(weight.dtype, act=act, slope=True, beside=pre, sums=need_bias)
+        after = After(weight.dtype, act=act, slope=True, beside=saved.pre, sums=need_bias)
         rows, _, sums = finish(rows, after)
-    grad_x, grad_weight, grad_norm_weight, grad_norm_bias = before_product(
-        rows, x, weight, norm_weight, norm_bias, norm_eps, norm, mask[:2] + mask[3:5]
-    )
+    grad_x, grad_weight, grad_norm_weight, grad_norm_bias = before_product(rows, x, weight, norm, mask[:2] + mask[3:5])
     grad_bias = column_sums(rows, sums, bias) if need_bias else None
     return grad_x, grad_weight, grad_bias, grad_norm_weight, grad_norm_bias, grad_gamma
 
 
 def before_product(
-    rows: Tensor, x: Tensor, weight: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, norm_eps: float,
-    norm: str, mask: list[bool], residual_grad: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    rows: Tensor, x: Tensor, weight: Tensor, norm: Norm, mask: list[bool], residual_grad: Tensor | None = None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight, norm_weight and norm_bias of norm(x) @ weight.T, whose gradient is rows [M, N].
 
     residual_grad: added to the gradient of x.
@@ -46,18 +43,17 @@ def before_product(
     grad_x = grad_weight = grad_norm_weight = grad_norm_bias = None
     if need_weight:
         h = x
-        if norm != "none":
+        if norm.kind != "none":
             # normed again rather than kept: one light pass against M * K numbers of memory
-            _, h, *_ = layer_norm.forward(x, norm_weight, norm_bias, norm_eps, norm, weight.dtype, statistics=False)
+            _, h, *_ = layer_norm.forward(x, norm, weight.dtype, statistics=False)
         grad_weight = rows.t() @ rows_of(h.to(weight.dtype))
     if need_x or need_norm_weight or need_norm_bias:
         grad_x = (rows @ weight).view(x.shape)
-        if norm != "none":
+        if norm.kind != "none":
+            need = (need_x, need_norm_weight, need_norm_bias)
             grad_x, grad_norm_weight, grad_norm_bias, *_ = layer_norm.backward(
-                grad_x, x, norm_weight, norm_bias, norm_eps, norm, need_x=need_x,
-                need_weight=need_norm_weight and norm_weight is not None,
-                need_bias=need_norm_bias and norm_bias is not None, total_grad=residual_grad,
-            )  # fmt: skip
+                grad_x, x, norm, need, total_grad=residual_grad
+            )
     return grad_x, grad_weight, grad_norm_weight, grad_norm_bias
 
 

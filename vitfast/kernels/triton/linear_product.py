@@ -24,7 +24,7 @@ RUNTIME = ("M", "n_units", "k_units", "x_step", "w_step", "beside_step", "tokens
 
 
 @triton.jit
-def place_of(t, tiles_m, tiles_n, GROUP: tl.constexpr):
+def place_of(t, tiles_m, tiles_n, GROUP: tl.constexpr):  # number of a tile; tiles in all
     """Tile t's row and column: GROUP rows of tiles go column by column, so that the L2 cache serves both operands."""
     width = GROUP * tiles_n
     first = t // width * GROUP
@@ -34,14 +34,13 @@ def place_of(t, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 @triton.jit
 def multiply(
-    x, w, m, n, begin, end, M, N, K, x_step, w_step,
+    x, w,  # [M, K], [N, K] or [K, N], as in `product`
+    m, n, begin, end,  # the tile's row and column of tiles; the part of K
+    M, N, K, x_step, w_step,  # sizes in elements; strides in UNIT elements
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, UNIT: tl.constexpr, DESC: tl.constexpr,
     ACROSS: tl.constexpr, SWAP: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The part from `begin` to `end` of the sum of tile (m, n): [BM, BN], or with SWAP its transpose, in fp32.
-
-    ACROSS: w is [K, N] and not [N, K].
-    """
+    """The part from `begin` to `end` of the sum of tile (m, n): fp32 [BM, BN], or with SWAP its transpose."""
     acc = tl.zeros((BN, BM), tl.float32) if SWAP else tl.zeros((BM, BN), tl.float32)
     if DESC:
         for k in tl.range(begin, end, BK, num_stages=STAGES):
@@ -89,8 +88,22 @@ def no_statistics(BM: tl.constexpr):
 
 @triton.jit(do_not_specialize=RUNTIME)
 def product(
-    x, w, out, aside, beside, bias, gamma, row_scale, mean, rstd, column_sums, sums, pieces, partials, arrived,
-    M, n_units, k_units, x_step, w_step, beside_step, tokens, programs, eps,
+    x,  # [M, K], K contiguous; with DESC a descriptor of boxes [BM, BK]
+    w,  # [N, K], K contiguous, with ACROSS [K, N], N contiguous; with DESC a descriptor of [BN, BK] or [BK, BN]
+    out,  # [M, N], contiguous; this and the next two with DESC descriptors of boxes [BM, BN / PARTS]
+    aside,  # [M, N], contiguous, written where ASIDE
+    beside,  # [M, N], N contiguous: the residual, or with SLOPE the numbers in front of the activation
+    bias, gamma,  # [N], each read where its flag says so
+    row_scale,  # [B], a number an image
+    mean, rstd,  # fp32 [M], or where PIECES is not 0 [PIECES, 2, M] and none: as in `load_statistics`
+    column_sums,  # fp32 [N], read where NORM is "layer"
+    sums,  # fp32 [ceil(M / BM), N], written where SUMS
+    pieces,  # fp32 [N / (BN / PARTS), 2, M], written where PIECES_OUT
+    partials,  # fp32 [tiles, SPLIT, BM, BN], where SPLIT > 1
+    arrived,  # int32 [tiles], zeros, where SPLIT > 1
+    M, n_units, k_units,  # N and K in UNIT elements
+    x_step, w_step, beside_step,  # strides in UNIT elements
+    tokens, programs, eps,  # rows of an image; programs where PERSISTENT; added to the variance of pieces
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
     STAGES: tl.constexpr, UNIT: tl.constexpr, DESC: tl.constexpr, ACROSS: tl.constexpr, SWAP: tl.constexpr,
     EVEN_K: tl.constexpr, PERSISTENT: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
@@ -98,10 +111,6 @@ def product(
     GAMMA: tl.constexpr, ROW_SCALE: tl.constexpr, RESIDUAL: tl.constexpr, SUMS: tl.constexpr,
     PIECES_OUT: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
-    """x [M, K] and w [N, K] -> out [M, N]. N, K and steps from row to row come in units of UNIT elements.
-
-    partials: fp32, BM * BN numbers for each of SPLIT programs a tile; arrived: int32 zeros, one a tile.
-    """
     N, K = n_units * UNIT, k_units * UNIT
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
     if PERSISTENT:
@@ -156,11 +165,16 @@ def product(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def finish_rows(
-    x, out, aside, beside, bias, gamma, row_scale, sums, M, n_units, x_step, beside_step, tokens,
+    x,  # [M, N], N contiguous: what somebody else has multiplied
+    out, aside,  # [M, N], contiguous; the second written where ASIDE
+    beside,  # [M, N], N contiguous, as in `product`
+    bias, gamma, row_scale,  # [N], [N], [B]
+    sums,  # fp32 [ceil(M / BM), N], written where SUMS
+    M, n_units,  # N in UNIT elements
+    x_step, beside_step, tokens,  # strides in UNIT elements; rows of an image
     BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr,
     ASIDE: tl.constexpr, GAMMA: tl.constexpr, ROW_SCALE: tl.constexpr, RESIDUAL: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """What follows a product that somebody else has written to x [M, N]."""
     N = n_units * UNIT
     tiles_n = tl.cdiv(N, BN)
     m, n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
@@ -175,11 +189,16 @@ def finish_rows(
 
 @triton.jit(do_not_specialize=("N", "w_step"))
 def fold_norm(
-    w, norm_weight, norm_bias, bias, folded, column_sums, folded_bias, N, w_step,
+    w,  # [N, K], K contiguous
+    norm_weight, norm_bias,  # [K]
+    bias,  # [N]
+    folded,  # [N, K], contiguous: w * norm_weight, written where WEIGHT, else w itself
+    column_sums,  # fp32 [N]: of folded's rows, as rounded
+    folded_bias,  # fp32 [N]: w norm_bias + bias
+    N, w_step,  # rows; stride in UNIT elements
     K: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, UNIT: tl.constexpr, WEIGHT: tl.constexpr,
     NORM_BIAS: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """w [N, K] * norm_weight, the sums of its rows as rounded, and w norm_bias + bias; the latter two fp32 [N]."""
     first = tl.program_id(0) * BM
     left = N - first
     columns, rows = tl.arange(0, BLOCK), tl.arange(0, BM)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vitfast.choose import config_tables
 from vitfast.choose.config_tables import Product
+from vitfast.kernels.operands import Norm, Projections, Saved, Tail
 from vitfast.kernels.triton import layer_norm, linear, mlp_gated, mlp_whole
 from vitfast.kernels.triton.compilation import Compilation
 from vitfast.kernels.triton.launch import (
@@ -36,33 +37,30 @@ def why_not(x: Tensor, w1: Tensor) -> list[str]:
 
 
 def forward(
-    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, norm_eps: float, norm: str, w1: Tensor,
-    b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: str, gated: bool, gamma: Tensor | None,
-    row_scale: Tensor | None, saves: str, *, config: Product | None = None,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+    x: Tensor, norm: Norm, fc: Projections, tail: Tail, saves: str, *, config: Product | None = None
+) -> tuple[Tensor | None, ...]:
     """(out, mean, rstd, pre, branch, hidden) of `ops.mlp`; all but the first None where no backward needs them."""
     keep = bool(saves)
-    if config is not None and config.kernel == "whole" and not _lies_well(x, w1):
+    if config is not None and config.kernel == "whole" and not _lies_well(x, fc.w1):
         # tuned for rows of another stride
         config = None
-    can_be_whole = not gated and saves in ("", "fc1") and not (keep and gamma is not None)
-    first = config or linear.config_for(x, w1)
+    can_be_whole = not fc.gated and saves in ("", "fc1") and not (keep and tail.gamma is not None)
+    first = config or linear.config_for(x, fc.w1)
     if first.kernel == "whole":
-        reasons = why_not_whole(x, w1, first) + ([] if can_be_whole else ["what its backward keeps, or a gate"])
+        reasons = why_not_whole(x, fc.w1, first) + ([] if can_be_whole else ["what its backward keeps, or a gate"])
         if reasons:
             raise NotImplementedError(f"mlp: one kernel for all of it cannot run: {'; '.join(reasons)}")
         mean = rstd = None
-        if keep and norm == "layer":
-            *_, mean, rstd = layer_norm.forward(x, norm_weight, norm_bias, norm_eps, norm, None)
-        out = whole(x, norm_weight, norm_bias, norm_eps, norm, w1, b1, w2, b2, act, gamma, row_scale, first)
-        return out, mean, rstd, None, None, None
-    rows, folded, mean, rstd = linear.normed(x, w1, b1, norm, norm_weight, norm_bias, norm_eps, first, keep)
-    pre, hidden = _hidden(rows, w1, b1, act, gated, first, folded, keeps_pre=saves in ("none", "act"))
+        if keep and norm.kind == "layer":
+            *_, mean, rstd = layer_norm.forward(x, norm, None)
+        return whole(x, norm, fc, tail, first), mean, rstd, None, None, None
+    rows, folded, mean, rstd = linear.normed(x, fc.w1, fc.b1, norm, first, keep)
+    pre, hidden = _hidden(rows, fc, first, folded, keeps_pre=saves in ("none", "act"))
     last = After(
-        out_dtype(w1, gamma, row_scale, x), b2, gamma=gamma, row_scale=row_scale, tokens=layer_norm.tokens_of(x),
-        beside=x, aside=keep and gamma is not None,
+        out_dtype(fc.w1, *tail), fc.b2, gamma=tail.gamma, row_scale=tail.row_scale, beside=tail.residual,
+        tokens=layer_norm.tokens_of(x), aside=keep and tail.gamma is not None,
     )  # fmt: skip
-    out, branch, _ = product(hidden, rows_of(w2), last, config or linear.config_for(hidden, w2))
+    out, branch, _ = product(hidden, rows_of(fc.w2), last, config or linear.config_for(hidden, fc.w2))
     shaped = lambda t: None if t is None else t.view(*x.shape[:-1], t.shape[-1])  # noqa: E731
     return shaped(out), mean, rstd, shaped(pre), shaped(branch), shaped(hidden) if saves == "none" else None
 
@@ -93,25 +91,20 @@ def _parts(C: int) -> tuple[int, int]:
     return (first, rest) if rest & (rest - 1) == 0 and (rest == 0 or rest >= 16) else (first, 0)
 
 
-def whole(
-    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, norm_eps: float, norm: str, w1: Tensor,
-    b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: str, gamma: Tensor | None, row_scale: Tensor | None,
-    config: Product,
-) -> Tensor:  # fmt: skip
+def whole(x: Tensor, norm: Norm, fc: Projections, tail: Tail, config: Product) -> Tensor:
     """`ops.mlp` in one kernel."""
-    rows, w2 = rows_of(x), w2.contiguous()
+    rows, w2 = rows_of(x), fc.w2.contiguous()
     if not linear.describable(w2):
         w2 = w2.clone()
-    (M, C), F = rows.shape, w1.shape[0]
-    W0, W1 = _parts(C)
-    out = torch.empty(M, C, dtype=out_dtype(w1, gamma, row_scale, x), device=x.device)
-    vectors = [x if t is None else t for t in (norm_weight, norm_bias, b1, b2, gamma, row_scale)]
-    tiles = [rows, rows, w1, w1, w2, w2, out, out]
-    constants = _whole_constants(C, F, config, x.dtype) | {
-        "ACT": act, "RMS": norm == "rms", "WEIGHT": norm_weight is not None, "BIAS": norm_bias is not None,
-        "B1": b1 is not None, "B2": b2 is not None, "GAMMA": gamma is not None, "ROW_SCALE": row_scale is not None,
-    }  # fmt: skip
-    numbers = (M, rows.stride(0) // UNIT, layer_norm.tokens_of(x), norm_eps)
+    (M, C), F = rows.shape, fc.w1.shape[0]
+    out = torch.empty(M, C, dtype=out_dtype(fc.w1, *tail), device=x.device)
+    given = (norm.weight, norm.bias, fc.b1, fc.b2, tail.gamma, tail.row_scale)
+    vectors = [x if t is None else t for t in given]
+    tiles = [rows, rows, fc.w1, fc.w1, w2, w2, out, out]
+    flags = ("WEIGHT", "BIAS", "B1", "B2", "GAMMA", "ROW_SCALE")
+    constants = _whole_constants(C, F, config, x.dtype) | {"ACT": fc.act, "RMS": norm.kind == "rms"}
+    constants |= {flag: t is not None for flag, t in zip(flags, given, strict=True)}
+    numbers = (M, rows.stride(0) // UNIT, layer_norm.tokens_of(x), norm.eps)
     grid = (-(-M // config.block_m),)
     boxes = _boxes(C, config) if config.descriptors else ()
     launch(mlp_whole.mlp_whole, grid, (*tiles, *vectors), numbers, constants, config.warps, config.stages, boxes=boxes)
@@ -171,29 +164,29 @@ def compilations(arch: int) -> Iterator[Compilation]:
         yield Compilation(f"{kernel.__name__} bf16", kernel, types, constants, pointers, 4, 2)
 
 
-def _hidden(rows, w1, b1, act, gated, config, folded, keeps_pre):
+def _hidden(rows, fc, config, folded, keeps_pre):
     """(pre, hidden): fc1's output where that is kept, and the hidden activation."""
-    if gated:
-        pre, *_ = product(rows, rows_of(w1), After(w1.dtype, b1), config, folded=folded)
-        return pre if keeps_pre else None, mlp_gated.forward(pre, act)
-    hidden, pre, _ = product(rows, rows_of(w1), After(w1.dtype, b1, act, aside=keeps_pre), config, folded=folded)
+    w1, dtype = rows_of(fc.w1), fc.w1.dtype
+    if fc.gated:
+        pre, *_ = product(rows, w1, After(dtype, fc.b1), config, folded=folded)
+        return pre if keeps_pre else None, mlp_gated.forward(pre, fc.act)
+    hidden, pre, _ = product(rows, w1, After(dtype, fc.b1, fc.act, aside=keeps_pre), config, folded=folded)
     return pre, hidden
 
 
 def backward(
-    grad: Tensor, x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, w1: Tensor, b1: Tensor | None,
-    w2: Tensor, b2: Tensor | None, pre: Tensor | None, branch: Tensor | None, hidden: Tensor | None,
-    gamma: Tensor | None, row_scale: Tensor | None, norm_eps: float, norm: str, act: str, gated: bool,
-    mask: list[bool], *, config: Product | None = None,
+    grad: Tensor, x: Tensor, norm: Norm, fc: Projections, saved: Saved, tail: Tail, mask: list[bool], *,
+    config: Product | None = None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of x, norm_weight, norm_bias, w1, b1, w2, b2 and gamma, each where `mask` asks for it."""
     need_x, need_norm_weight, need_norm_bias, need_w1, need_b1, need_w2, need_b2, need_gamma = mask
     need_pre = need_x or need_norm_weight or need_norm_bias or need_w1 or need_b1
-    grad_y, grad_gamma = layer_norm.branch_grads(grad, branch, gamma, row_scale, w1.dtype, need_gamma)
-    grad_y, pre, hidden = rows_of(grad_y), rows_of(pre), rows_of(hidden)
+    w1, b1, w2, b2, act, gated = fc
+    grad_y, grad_gamma = layer_norm.branch_grads(grad, saved.branch, tail, w1.dtype, need_gamma)
+    grad_y, pre, hidden = rows_of(grad_y), rows_of(saved.pre), rows_of(saved.hidden)
     if pre is None and (need_pre or (need_w2 and hidden is None)):
         first = config or linear.config_for(x, w1)
-        rows, folded, *_ = linear.normed(x, w1, b1, norm, norm_weight, norm_bias, norm_eps, first, False)
+        rows, folded, *_ = linear.normed(x, w1, b1, norm, first, False)
         pre, *_ = product(rows, rows_of(w1), After(w1.dtype, b1), first, folded=folded)
     grad_x = grad_norm_weight = grad_norm_bias = grad_w1 = grad_b1 = grad_w2 = grad_b2 = None
     again = need_w2 and hidden is None
@@ -210,9 +203,8 @@ def backward(
         if need_b1:
             grad_b1 = column_sums(grad_pre, sums, b1)
         grad_x, grad_w1, grad_norm_weight, grad_norm_bias = before_product(
-            grad_pre, x, w1, norm_weight, norm_bias, norm_eps, norm,
-            [need_x, need_w1, need_norm_weight, need_norm_bias], residual_grad=grad,
-        )  # fmt: skip
+            grad_pre, x, w1, norm, [need_x, need_w1, need_norm_weight, need_norm_bias], residual_grad=grad
+        )
     elif again:
         hidden = mlp_gated.forward(pre, act) if gated else linear.finish(pre, After(w1.dtype, act=act))[0]
     if need_w2:

@@ -16,7 +16,7 @@ RUNTIME = ("units", "blocks", "row_step")
 
 
 @triton.jit
-def place_of(units, blocks, UNIT: tl.constexpr, BLOCK: tl.constexpr):
+def place_of(units, blocks, UNIT: tl.constexpr, BLOCK: tl.constexpr):  # as in `gated_forward`
     """Row and first column of this program, 64-bit, and which of the columns from there on are there."""
     row = (tl.program_id(0) // blocks).to(tl.int64)
     start = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
@@ -24,8 +24,16 @@ def place_of(units, blocks, UNIT: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def gated_forward(pre, hidden, units, blocks, row_step, ACT: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr):
-    """F, the columns of gate and of value, and steps from row to row come in units of UNIT elements."""
+def gated_forward(
+    pre,  # [M, 2 F], columns contiguous
+    hidden,  # [M, F], contiguous
+    units,  # F in UNIT elements
+    blocks,  # programs of a row
+    row_step,  # of pre, in UNIT elements
+    ACT: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row, start, there = place_of(units, blocks, UNIT, BLOCK)
     columns, F = tl.arange(0, BLOCK), tl.cast(units, tl.int64) * UNIT
     gate = advance(pre, row, row_step, UNIT) + start
@@ -37,10 +45,13 @@ def gated_forward(pre, hidden, units, blocks, row_step, ACT: tl.constexpr, UNIT:
 
 @triton.jit(do_not_specialize=RUNTIME)
 def gated_backward(
-    grad, pre, dpre, hidden, units, blocks, row_step, ACT: tl.constexpr, HIDDEN: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    grad,  # [M, F], contiguous
+    pre,  # [M, 2 F], columns contiguous
+    dpre,  # [M, 2 F], contiguous
+    hidden,  # [M, F], contiguous, written where HIDDEN
+    units, blocks, row_step,  # as in `gated_forward`
+    ACT: tl.constexpr, HIDDEN: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """HIDDEN: write act(gate) * value as well."""
     row, start, there = place_of(units, blocks, UNIT, BLOCK)
     columns, F = tl.arange(0, BLOCK), tl.cast(units, tl.int64) * UNIT
     gate, dgate = advance(pre, row, row_step, UNIT) + start, dpre + row * 2 * F + start

@@ -16,10 +16,11 @@ RUNTIME = ("M", "x_step", "tokens")
 
 @triton.jit
 def load_rows(
-    ptr, first, start, step, left, ROWS: tl.constexpr, W: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr,
-    DESC: tl.constexpr,
+    ptr,  # [first + left, start + W or more], columns contiguous; with DESC a descriptor of boxes [ROWS, W]
+    first, start, step, left,  # row and column; stride in UNIT elements; rows from `first` on
+    ROWS: tl.constexpr, W: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr, DESC: tl.constexpr,
 ):  # fmt: skip
-    """[ROWS, W] from row `first` and column `start` on."""
+    """[ROWS, W]; zeros past the last row where MASKED."""
     if DESC:
         tile = ptr.load([first, start])
     else:
@@ -30,7 +31,12 @@ def load_rows(
 
 
 @triton.jit
-def store_rows(ptr, first, start, step, left, tile, ROWS: tl.constexpr, W: tl.constexpr, DESC: tl.constexpr):
+def store_rows(
+    ptr,  # [first + left, start + W or more], columns contiguous; with DESC a descriptor of boxes [ROWS, W]
+    first, start, step, left,  # row and column; stride in elements; rows from `first` on
+    tile,  # fp32 [ROWS, W]
+    ROWS: tl.constexpr, W: tl.constexpr, DESC: tl.constexpr,
+):  # fmt: skip
     if DESC:
         ptr.store([first, start], tile.to(ptr.dtype))
     else:
@@ -40,7 +46,13 @@ def store_rows(ptr, first, start, step, left, tile, ROWS: tl.constexpr, W: tl.co
 
 
 @triton.jit
-def affine(centered, rstd, norm_weight, norm_bias, columns, WEIGHT: tl.constexpr, BIAS: tl.constexpr):
+def affine(
+    centered,  # fp32 [BM, W]
+    rstd,  # fp32 [BM]
+    norm_weight, norm_bias,  # [C]
+    columns,  # int32 [W]
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
     h = centered * rstd[:, None]
     if WEIGHT:
         h = h * tl.load(norm_weight + columns).to(tl.float32)[None, :]
@@ -51,9 +63,13 @@ def affine(centered, rstd, norm_weight, norm_bias, columns, WEIGHT: tl.constexpr
 
 @triton.jit
 def finish_part(
-    acc, x, out, b2, gamma, row_scale, first, start, x_step, left, tokens, C: tl.constexpr, W: tl.constexpr,
-    BM: tl.constexpr, UNIT: tl.constexpr, B2: tl.constexpr, GAMMA: tl.constexpr, ROW_SCALE: tl.constexpr,
-    DESC: tl.constexpr,
+    acc,  # fp32 [BM, W]
+    x, out,  # [M, C] as in `mlp_whole`
+    b2, gamma, row_scale,  # [C], [C], [B]
+    first, start, x_step,  # row and column; stride in UNIT elements
+    left, tokens,  # rows from `first` on; rows of an image
+    C: tl.constexpr, W: tl.constexpr, BM: tl.constexpr, UNIT: tl.constexpr, B2: tl.constexpr, GAMMA: tl.constexpr,
+    ROW_SCALE: tl.constexpr, DESC: tl.constexpr,
 ):  # fmt: skip
     columns, rows = start + tl.arange(0, W), tl.arange(0, BM)
     if B2:
@@ -69,13 +85,21 @@ def finish_part(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def mlp_whole(
-    x0, x1, w10, w11, w20, w21, out0, out1, norm_weight, norm_bias, b1, b2, gamma, row_scale, M, x_step, tokens, eps,
+    x0, x1,  # [M, C], C contiguous; all of these twice, with DESC descriptors of boxes for both parts of a row
+    w10, w11,  # [F, C], contiguous: fc1's weight
+    w20, w21,  # [C, F], contiguous: fc2's weight
+    out0, out1,  # [M, C], contiguous
+    norm_weight, norm_bias,  # [C]
+    b1, b2,  # [F], [C]
+    gamma, row_scale,  # [C], [B]
+    M, x_step,  # rows; stride in UNIT elements
+    tokens, eps,  # rows of an image; added to the variance
     C: tl.constexpr, F: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr,
     STAGES: tl.constexpr, UNIT: tl.constexpr, DESC: tl.constexpr, ACT: tl.constexpr, RMS: tl.constexpr,
     WEIGHT: tl.constexpr, BIAS: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, GAMMA: tl.constexpr,
     ROW_SCALE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """x [M, C], fc1's weight [F, C], fc2's [C, F]; each twice, for both parts of a row. F is a multiple of BH."""
+    """F is a multiple of BH."""
     first = tl.program_id(0) * BM
     left = M - first
     c0 = load_rows(x0, first, 0, x_step, left, BM, W0, UNIT, True, DESC).to(tl.float32)
