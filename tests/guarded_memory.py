@@ -16,6 +16,7 @@ import sys
 import pytest
 import torch
 from native_build import PROGRAMS, ROOT, find_compiler
+from pairwise import covering, drawn
 
 import vitfast
 
@@ -74,46 +75,24 @@ def pytest_runtest_call(item):
 
 
 def cases(allowed=lambda case: True, together=(), **factors):
-    """Parameters of a test: of `factors`, by name the values, each pair.
+    """Parameters of a test: of `factors`, by name the values, each one at both ends of memory, and marked `full` each pair.
 
     In the matrix each combination of those `together`, and of all where these are none, with the others as drawn.
     """
+    both = [{"placement": placement} for placement in PLACEMENTS]
+    once = [case | end for case in covering(factors, allowed, strength=1) for end in both]
     factors |= {"placement": tuple(PLACEMENTS)}
-    chosen = combinations(factors, allowed, together or tuple(factors)) if EVERY else pairs(factors, allowed)
-    values = [tuple(case.values()) for case in chosen]
+    chosen = combinations(factors, allowed, together or tuple(factors)) if EVERY else covering(factors, allowed)
+    later = [] if EVERY else [case for case in chosen if case not in once]
+    values = [pytest.param(*case.values()) for case in (chosen if EVERY else once)]
+    values += [pytest.param(*case.values(), marks=pytest.mark.full) for case in later]
     return pytest.mark.parametrize(", ".join(factors), values, ids=lambda value: str(value).replace(" ", "_"))
-
-
-def _drawn(chance, factors, allowed, fixed, at_most):
-    """So many allowed cases with what is fixed: fewer, or none, where luck finds no more."""
-    draws = ({name: chance.choice(factors[name]) for name in factors} | fixed for _ in range(500))
-    return list(itertools.islice(filter(allowed, draws), at_most))
-
-
-def pairs(factors, allowed):
-    """Cases in which each two values meet that are allowed to: the best of some drawn ones in turn.
-
-    What decides nothing is drawn too, unlike by `linear_cases.pairwise`, which takes its time with so many factors.
-    """
-    chance = random.Random(0)
-    values = [[(name, value) for value in factors[name]] for name in factors]
-    missing = dict.fromkeys(itertools.chain(*(itertools.product(*two) for two in itertools.combinations(values, 2))))
-    while missing:
-        pair = next(iter(missing))
-        some = _drawn(chance, factors, allowed, dict(pair), 20)
-        new = [[two for two in itertools.combinations(case.items(), 2) if two in missing] for case in some]
-        # without any these two are never allowed
-        most = max(new, key=len, default=[pair])
-        for two in most:
-            del missing[two]
-        if some:
-            yield some[new.index(most)]
 
 
 def combinations(factors, allowed, together):
     chance, together = random.Random(0), dict.fromkeys([*together, "placement"])
     for values in itertools.product(*(factors[name] for name in together)):
-        yield from _drawn(chance, factors, allowed, dict(zip(together, values, strict=True)), 1)
+        yield from drawn(chance, factors, allowed, dict(zip(together, values, strict=True)), 1)
 
 
 def finite(**tensors):

@@ -19,9 +19,10 @@ GROUPS = ("attention", "prepared_model", "mlp", "linear", "statistics", "norm", 
 @in_interpreter
 @pytest.mark.slow
 @pytest.mark.parametrize("group", GROUPS)
-def test_kernel_touches_what_is_not_its_own(group, tmp_path_factory):
+def test_kernel_touches_what_is_not_its_own(group, request, tmp_path_factory):
     """Reads and writes past either end of any tensor, also those of no consequence, and results that nobody wrote."""
-    wrong = run_guarded(tmp_path_factory, CASES, "-k", f"test_{group}")
+    more = ["--all"] * request.config.getoption("--all")
+    wrong = run_guarded(tmp_path_factory, CASES, "-k", f"test_{group}", *more)
     assert wrong is None, wrong
 
 
