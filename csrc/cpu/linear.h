@@ -103,7 +103,7 @@ class Weight {
   // residual + act(x W^T + bias) -> y, where residual and y have y_row from row to row
   void multiply(const T* x, int64_t x_row, int64_t rows, int64_t first, int64_t last, float* sums,
                 const Residual<T>& residual, T* y, int64_t y_row, const Activation& activate) const {
-    multiply(x, x_row, rows, first, last, sums, [=](int64_t row, int64_t column, Floats sum) {
+    multiply(x, x_row, rows, first, last, sums, [=, this](int64_t row, int64_t column, Floats sum) {
       T* const to = y + row * y_row + column;
       const int64_t n = w.D - column;
       const T* const added = residual.data ? residual.row(row) * y_row + column + residual.data : nullptr;

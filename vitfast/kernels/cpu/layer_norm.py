@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,14 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     return y
 
 
+class NormView(NamedTuple):
+    """What csrc/bindings.cpp reads of a `Norm`: addresses, 0 for None."""
+
+    weight: int
+    bias: int
+    eps: float
+
+
 class Norm:
     """A LayerNorm as `linear` and `mlp` read it: weight and bias [K], contiguous, in the dtype of x, or None.
 
@@ -41,7 +49,7 @@ class Norm:
         if any(t.dim() != 1 or not fits(t, t.shape, t.dtype) for t in given):
             got = "; ".join(map(describe, given))
             raise ValueError(f"Norm: weight and bias must be contiguous [K] on the CPU, got {got}")
-        self.view = 0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr(), eps
+        self.view = NormView(*(0 if t is None else t.data_ptr() for t in (weight, bias)), eps)
 
     def check(self, what: str, K: int, dtype: torch.dtype) -> None:
         """Refuse rows of another length or dtype than weight and bias have.

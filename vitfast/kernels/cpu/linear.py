@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,15 @@ def multiplies(dtype: torch.dtype, using: Any = None) -> bool:
     """Whether `linear` takes tensors of this dtype: fp32, and bf16 where the CPU multiplies that."""
     found = using or kernels()
     return found is not None and dtype in FLOATS and found.multiplies(DTYPES[dtype])
+
+
+class PackedView(NamedTuple):
+    """What csrc/bindings.cpp reads of a `PackedWeight`: addresses, a bias of 0 for None, and sizes."""
+
+    cells: int
+    bias: int
+    K: int
+    D: int
 
 
 class PackedWeight:
@@ -52,7 +61,9 @@ class PackedWeight:
         self.kernels = using or kernels()
         self.kernels.pack_weight(weight.data_ptr(), self.cells.data_ptr(), self.D, self.K, DTYPES[weight.dtype])
         self.bias = None if bias is None else F.pad(bias.float(), (0, -self.D % MAX_LANES))
-        self.view = self.cells.data_ptr(), 0 if bias is None else self.bias.data_ptr(), self.K, self.D
+        self.view = PackedView(
+            self.cells.data_ptr(), 0 if self.bias is None else self.bias.data_ptr(), K=self.K, D=self.D
+        )
 
     @staticmethod
     def takes(K: int, dtype: torch.dtype) -> bool:

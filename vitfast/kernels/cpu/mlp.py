@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vitfast.kernels.cpu.arguments import DTYPES, act_number, no_copies
-from vitfast.kernels.cpu.layer_norm import Norm
-from vitfast.kernels.cpu.linear import PackedWeight
+from vitfast.kernels.cpu.layer_norm import Norm, NormView
+from vitfast.kernels.cpu.linear import PackedView, PackedWeight
 
 
 def mlp(x: Tensor, norm: Norm, fc1: PackedWeight, fc2: PackedWeight, act: str, using: Any = None) -> Tensor:
@@ -24,6 +24,18 @@ def mlp(x: Tensor, norm: Norm, fc1: PackedWeight, fc2: PackedWeight, act: str, u
         act_number(act), torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+class BlockView(NamedTuple):
+    """What csrc/bindings.cpp reads of a `Block`."""
+
+    norm1: NormView
+    qkv: PackedView
+    proj: PackedView
+    norm2: NormView
+    fc1: PackedView
+    fc2: PackedView
+    act: int
 
 
 class Block:
@@ -50,7 +62,7 @@ class Block:
         for norm in (norm1, norm2):
             norm.check("Block", C, qkv.dtype)
         self.parts = norm1, qkv, proj, norm2, fc1, fc2  # keeps what the addresses point to
-        self.view = *(part.view for part in self.parts), act_number(act)
+        self.view = BlockView(*(part.view for part in self.parts), act_number(act))
         self.num_heads, self.head_dim, self.scale = num_heads, head_dim, scale
 
     def __reduce_ex__(self, protocol: Any) -> Any:

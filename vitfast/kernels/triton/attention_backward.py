@@ -115,8 +115,9 @@ def store_scaled(
 @triton.jit
 def queries_tile(
     q, k, v,  # [queries, D], [n, D], [n, D] of a head, D contiguous
-    grad, out, dq,  # [queries, D] of a head, D contiguous
+    grad, out,  # [queries, D] of a head, D contiguous
     lse, delta,  # fp32 [queries] of a head
+    dq,  # [queries, D] of a head, D contiguous
     first, n, queries, bh,  # first query; keys and queries of the head; head of all images
     seed, q_row, k_row, v_row, out_row, dq_row,  # strides in UNIT elements, the last two in 8
     scale, threshold, inv_keep,  # as in `key_step`
