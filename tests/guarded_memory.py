@@ -74,13 +74,15 @@ def pytest_runtest_call(item):
         assert wrong.value is None, wrong.value.decode()
 
 
-def cases(allowed=lambda case: True, together=(), **factors):
-    """Parameters of a test: of `factors`, by name the values, each one at both ends of memory, and marked `full` each pair.
+def cases(allowed=lambda case: True, together=(), for_later=lambda case: False, **factors):
+    """Parameters of a test: of `factors`, by name the values, each one at both ends of memory.
 
-    In the matrix each combination of those `together`, and of all where these are none, with the others as drawn.
+    Marked `full` are cases in which each pair is, and all `for_later`. In the matrix it is each combination of those
+    `together`, and of all where these are none, with the others as drawn.
     """
     both = [{"placement": placement} for placement in PLACEMENTS]
-    once = [case | end for case in covering(factors, allowed, strength=1) for end in both]
+    now = covering(factors, lambda case: allowed(case) and not for_later(case), strength=1)
+    once = [case | end for case in now for end in both]
     factors |= {"placement": tuple(PLACEMENTS)}
     chosen = combinations(factors, allowed, together or tuple(factors)) if EVERY else covering(factors, allowed)
     later = [] if EVERY else [case for case in chosen if case not in once]

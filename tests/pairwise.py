@@ -36,10 +36,18 @@ def covering(factors, allowed=lambda case: True, strength=2):
 
 
 def product(allowed=lambda case: True, strength=2, **factors):
-    """Parameters of a test: every allowed case, of which those outside of a covering are marked `full`."""
-    chosen = list(covering(factors, allowed, strength))
-    cases = (dict(zip(factors, case, strict=True)) for case in itertools.product(*factors.values()))
-    parameters = [
-        pytest.param(*case.values(), marks=() if case in chosen else pytest.mark.full) for case in filter(allowed, cases)
-    ]
+    """Parameters of a test: every allowed case, of which those outside of a covering are marked `full`.
+
+    Args:
+        factors: by name, the values, or by their names, which are then what `allowed` is given.
+    """
+    values = [each if isinstance(each, dict) else dict(zip(each, each, strict=True)) for each in factors.values()]
+    chosen = list(covering({name: tuple(each) for name, each in zip(factors, values, strict=True)}, allowed, strength))
+    parameters = []
+    for names in itertools.product(*values):
+        case = dict(zip(factors, names, strict=True))
+        if allowed(case):
+            given = (each[key] for each, key in zip(values, names, strict=True))
+            marks = () if case in chosen else pytest.mark.full
+            parameters.append(pytest.param(*given, marks=marks, id="-".join(map(str, names))))
     return pytest.mark.parametrize(", ".join(factors), parameters)

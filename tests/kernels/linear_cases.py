@@ -1,7 +1,6 @@
 """Inputs for the kernels of norms, linear layers and MLPs, what is true of them, and what they are judged by."""
 
 import contextlib
-import operator
 from dataclasses import replace
 from unittest import mock
 
