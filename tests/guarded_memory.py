@@ -6,7 +6,6 @@ is about, else the environment does.
 """
 
 import ctypes
-import fcntl
 import itertools
 import os
 import random
@@ -15,7 +14,7 @@ import sys
 
 import pytest
 import torch
-from native_build import PROGRAMS, ROOT, find_compiler
+from native_build import PROGRAMS, ROOT, built_once
 from pairwise import covering, drawn
 
 import vitfast
@@ -26,20 +25,10 @@ EVERY = os.environ.get("EVERY_CASE") == "1"
 
 
 def library(tmp_path_factory):
-    """Built once for all of xdist's processes."""
     if sys.platform != "linux":
         pytest.skip("LD_PRELOAD, and the functions it is for, are Linux's")
-    folder = tmp_path_factory.getbasetemp()
-    folder = folder.parent if folder.name.startswith("popen-") else folder
-    target = folder / "guarded_memory.so"
-    with open(folder / "guarded_memory.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.exists():
-            flags = ["-std=c++20", "-O1", "-Wall", "-Werror", "-fPIC", "-shared"]
-            command = [*find_compiler().split(), *flags, PROGRAMS / "guarded_memory.cpp", "-o", target, "-ldl"]
-            built = subprocess.run(command, capture_output=True, text=True)
-            assert built.returncode == 0, built.stderr
-    return target
+    flags = ["-std=c++17", "-O1", "-Wall", "-Werror", "-fPIC", "-shared"]
+    return built_once(tmp_path_factory, "guarded_memory.so", *flags, PROGRAMS / "guarded_memory.cpp", "-ldl")
 
 
 def run_guarded(tmp_path_factory, file, *options, **environment):
