@@ -22,7 +22,7 @@ define install
 		-e '/^(Installing|Successfully installed)/s/(.{0,100}).*/\1/p'
 endef
 
-.PHONY: help venv demo test pytest test-newest matrix lint format aot bench gpu report clean
+.PHONY: help venv demo test test-all pytest test-newest matrix lint format aot bench gpu report clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -32,13 +32,16 @@ venv: $(VENV)/.demo ## make the environment in .venv
 demo: $(VENV)/.demo ## train a small ViT on real digits, compare it with timm, write a picture
 	$(BIN)/vitfast demo
 
-test: lint pytest ## lint, then all tests
+test: lint pytest ## lint, then the tests: what has many combinations in those that cover it
+
+test-all: ## lint, then all tests in every combination
+	$(MAKE) test ALL=--all
 
 pytest: $(VENV)/.test
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 10
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 5 tests/kernels
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 20 $(ALL)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 20 $(ALL) tests/kernels
 
-test-newest: ## all tests with the newest PyTorch and Triton, in .venv-newest
+test-newest: ## `make test` with the newest PyTorch and Triton, in .venv-newest
 	$(MAKE) pytest VENV=.venv-newest CONSTRAINTS=constraints-newest.txt
 
 matrix: $(VENV)/.test ## kernels in every combination: attention's numbers, and all of them on guarded memory

@@ -21,9 +21,22 @@ def pytest_configure(config):
         torch.set_num_threads(threads)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="with the tests marked `full`: what `make test-all` adds")
+
+
+def pytest_collection_modifyitems(config, items):
+    # on a GPU, where kernels take no time to speak of, all are run
+    for_later = [] if config.getoption("--all") else [item for item in items if is_full(item)]
+    if for_later:
+        config.hook.pytest_deselected(items=for_later)
+        items[:] = [item for item in items if not is_full(item)]
     # long ones first: workers that have nothing left to take wait for the last of them
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def is_full(item):
+    return item.get_closest_marker("full") is not None and item.get_closest_marker("gpu") is None
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ is about, else the environment does.
 """
 
 import ctypes
-import fcntl
 import itertools
 import os
 import random
@@ -15,7 +14,8 @@ import sys
 
 import pytest
 import torch
-from native_build import PROGRAMS, ROOT, find_compiler
+from native_build import PROGRAMS, ROOT, built_once
+from pairwise import covering, drawn
 
 import vitfast
 
@@ -25,20 +25,10 @@ EVERY = os.environ.get("EVERY_CASE") == "1"
 
 
 def library(tmp_path_factory):
-    """Built once for all of xdist's processes."""
     if sys.platform != "linux":
         pytest.skip("LD_PRELOAD, and the functions it is for, are Linux's")
-    folder = tmp_path_factory.getbasetemp()
-    folder = folder.parent if folder.name.startswith("popen-") else folder
-    target = folder / "guarded_memory.so"
-    with open(folder / "guarded_memory.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.exists():
-            flags = ["-std=c++20", "-O1", "-Wall", "-Werror", "-fPIC", "-shared"]
-            command = [*find_compiler().split(), *flags, PROGRAMS / "guarded_memory.cpp", "-o", target, "-ldl"]
-            built = subprocess.run(command, capture_output=True, text=True)
-            assert built.returncode == 0, built.stderr
-    return target
+    flags = ["-std=c++17", "-O1", "-Wall", "-Werror", "-fPIC", "-shared"]
+    return built_once(tmp_path_factory, "guarded_memory.so", *flags, PROGRAMS / "guarded_memory.cpp", "-ldl")
 
 
 def run_guarded(tmp_path_factory, file, *options, **environment):
@@ -73,47 +63,27 @@ def pytest_runtest_call(item):
         assert wrong.value is None, wrong.value.decode()
 
 
-def cases(allowed=lambda case: True, together=(), **factors):
-    """Parameters of a test: of `factors`, by name the values, each pair.
+def cases(allowed=lambda case: True, together=(), for_later=lambda case: False, **factors):
+    """Parameters of a test: of `factors`, by name the values, each one at both ends of memory.
 
-    In the matrix each combination of those `together`, and of all where these are none, with the others as drawn.
+    Marked `full` are cases in which each pair is, and all `for_later`. In the matrix it is each combination of those
+    `together`, and of all where these are none, with the others as drawn.
     """
+    both = [{"placement": placement} for placement in PLACEMENTS]
+    now = covering(factors, lambda case: allowed(case) and not for_later(case), strength=1)
+    once = [case | end for case in now for end in both]
     factors |= {"placement": tuple(PLACEMENTS)}
-    chosen = combinations(factors, allowed, together or tuple(factors)) if EVERY else pairs(factors, allowed)
-    values = [tuple(case.values()) for case in chosen]
+    chosen = combinations(factors, allowed, together or tuple(factors)) if EVERY else covering(factors, allowed)
+    later = [] if EVERY else [case for case in chosen if case not in once]
+    values = [pytest.param(*case.values()) for case in (chosen if EVERY else once)]
+    values += [pytest.param(*case.values(), marks=pytest.mark.full) for case in later]
     return pytest.mark.parametrize(", ".join(factors), values, ids=lambda value: str(value).replace(" ", "_"))
-
-
-def _drawn(chance, factors, allowed, fixed, at_most):
-    """So many allowed cases with what is fixed: fewer, or none, where luck finds no more."""
-    draws = ({name: chance.choice(factors[name]) for name in factors} | fixed for _ in range(500))
-    return list(itertools.islice(filter(allowed, draws), at_most))
-
-
-def pairs(factors, allowed):
-    """Cases in which each two values meet that are allowed to: the best of some drawn ones in turn.
-
-    What decides nothing is drawn too, unlike by `linear_cases.pairwise`, which takes its time with so many factors.
-    """
-    chance = random.Random(0)
-    values = [[(name, value) for value in factors[name]] for name in factors]
-    missing = dict.fromkeys(itertools.chain(*(itertools.product(*two) for two in itertools.combinations(values, 2))))
-    while missing:
-        pair = next(iter(missing))
-        some = _drawn(chance, factors, allowed, dict(pair), 20)
-        new = [[two for two in itertools.combinations(case.items(), 2) if two in missing] for case in some]
-        # without any these two are never allowed
-        most = max(new, key=len, default=[pair])
-        for two in most:
-            del missing[two]
-        if some:
-            yield some[new.index(most)]
 
 
 def combinations(factors, allowed, together):
     chance, together = random.Random(0), dict.fromkeys([*together, "placement"])
     for values in itertools.product(*(factors[name] for name in together)):
-        yield from _drawn(chance, factors, allowed, dict(zip(together, values, strict=True)), 1)
+        yield from drawn(chance, factors, allowed, dict(zip(together, values, strict=True)), 1)
 
 
 def finite(**tensors):

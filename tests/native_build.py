@@ -42,57 +42,102 @@ def find_compiler():
     return compiler
 
 
-def run_sanitized(program, folder, isa="portable", sources=()):
-    """Compile tests/native/<program> and `sources` of csrc/ for one instruction set, run it; its output."""
-    compiler = find_compiler()
-    files = [PROGRAMS / program, *(CSRC / name for name in sources)]
+def built_once(tmp_path_factory, name, *arguments, sources=lambda folder: ()):
+    """What the compiler makes of these arguments, once for all of xdist's processes.
+
+    Args:
+        name: of the file, by which the next one finds it.
+        sources: gives more arguments, and may write files into the folder that it gets.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if folder.name.startswith("popen-") else folder
+    target = folder / name
+    with open(folder / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            built = _run([*find_compiler().split(), *arguments, *sources(folder), "-o", target])
+            assert built.returncode == 0, built.stderr
+    return target
+
+
+def _run(command, **variables):
+    # the sanitizer's runtime has to be the first library
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"} | variables
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
+
+
+def run_sanitized(program, tmp_path_factory, isa="portable", sources=(), arguments=()):
+    """Run tests/native/<program> with `sources` of csrc/, both compiled for one instruction set; its output."""
     # kept scratch memory would hide what is written beside it; optimising takes four times as long, and may drop a read
     # that has no use
-    flags = ["-std=c++20", "-O0", "-g", "-Wall", "-DVITFAST_KEPT_BYTES=0"]
+    flags = ["-std=c++20", "-O0", "-g", "-Wall", "-DVITFAST_KEPT_BYTES=0", f"-DVITFAST_ISA={isa}", f"-I{CSRC}"]
     flags += [*SANITIZE, *flags_of(isa)]
-    command = [*compiler.split(), *flags, f"-DVITFAST_ISA={isa}", f"-I{CSRC}"]
-    empty = folder / "empty.cpp"
-    empty.write_text("int main() {}\n")
-    if _run([*compiler.split(), *SANITIZE, empty, "-o", folder / "empty"]).returncode:
-        pytest.skip(f"{compiler} has no sanitizers")
-    built = _run([*command, *files, "-o", folder / "program"])
-    assert built.returncode == 0, built.stderr
-    done = _run([folder / "program"])
+    must_have_sanitizers(tmp_path_factory)
+    parts = [
+        built_once(tmp_path_factory, f"{file.stem}-{isa}.o", *flags, "-c", file)
+        for file in (PROGRAMS / program, *(CSRC / name for name in sources))
+    ]
+    done = _run([built_once(tmp_path_factory, f"{parts[0].stem}", *SANITIZE, *parts), *arguments])
     assert done.returncode == 0, f"{program} for {isa}:\n{done.stdout}{done.stderr}"
     return done.stdout
 
 
-def _run(command):
-    # the sanitizer's runtime has to be the first library
-    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
+def must_have_sanitizers(tmp_path_factory):
+    def empty(folder):
+        (folder / "empty.cpp").write_text("int main() {}\n")
+        return [folder / "empty.cpp"]
 
-
-def run_kernels_on_host(folder, sanitizers, trials, csrc=CSRC):
-    """Compile tests/native/check_patch_embed.cpp, which runs kernels for GPUs on the host; what running it gives."""
-    command = [*find_compiler().split(), *HOST_FLAGS, f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
-    source, target = PROGRAMS / "check_patch_embed.cpp", folder / "program"
-    built = _run([*command, "-O1", "-g1", f"-I{csrc}", f"-I{PROGRAMS}", source, "-o", target])
-    assert built.returncode == 0, built.stderr
-    return _run([target, trials])
+    try:
+        built_once(tmp_path_factory, "empty", *SANITIZE, sources=empty)
+    except AssertionError:
+        pytest.skip(f"{find_compiler()} has no sanitizers")
 
 
 # _Float16 and the compilers' own pragmas for loops
 HOST_FLAGS = ["-std=c++20", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function"]
+WHICH_BUG = '#include <cstdlib>\ninline const char* const planted = std::getenv("PLANTED");\n'
+WHICH_BUG += "inline const int bug_number = planted ? std::atoi(planted) : -1;\n"
 
 
-def kernels_on_host(folder):
-    """The module with the kernels for GPUs that run on the host; built once for all processes that share `folder`."""
-    target = folder / f"cuda_kernels_on_host{sysconfig.get_config_var('EXT_SUFFIX')}"
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.exists():
-            includes = [pybind11.get_include(), sysconfig.get_path("include"), CSRC, PROGRAMS]
-            sources = [PROGRAMS / "cuda_kernels_on_host.cpp", CSRC / "cuda" / "bindings.cpp"]
-            flags = [*HOST_FLAGS, "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-x", "c++"]
-            flags += [f"-I{path}" for path in includes]
-            built = _run([*find_compiler().split(), *flags, *sources, "-o", target])
-            assert built.returncode == 0, built.stderr
+def planted(bugs, folder):
+    """The compiler's arguments for a csrc/ with all these bugs, of which the environment's PLANTED chooses one.
+
+    Args:
+        bugs: file of csrc/cuda, what stands there, and what takes its place, in which BUG is whether it is this one.
+    """
+    csrc = folder / "csrc-planted"
+    shutil.copytree(CSRC, csrc, dirs_exist_ok=True)
+    (folder / "which_bug.h").write_text(WHICH_BUG)
+    for number, (file, right, wrong) in enumerate(bugs):
+        text = (csrc / "cuda" / file).read_text()
+        assert text.count(right) == 1, f"{file} has no {right!r} any more"
+        (csrc / "cuda" / file).write_text(text.replace(right, wrong.replace("BUG", f"(bug_number == {number})")))
+    return ["-include", folder / "which_bug.h", f"-I{csrc}"]
+
+
+def run_kernels_on_host(tmp_path_factory, sanitizers, bugs=(), bug=-1):
+    """Compile tests/native/check_patch_embed.cpp, which runs kernels for GPUs on the host; what running it gives.
+
+    Args:
+        bugs: planted ones, all in one program.
+        bug: number of the one that is there.
+    """
+    flags = [*HOST_FLAGS, f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-O1", "-g1", f"-I{PROGRAMS}"]
+    name = f"check_patch_embed-{sanitizers}-{len(bugs)}"
+    program = built_once(
+        tmp_path_factory, name, *flags, PROGRAMS / "check_patch_embed.cpp",
+        sources=lambda folder: planted(bugs, folder) if bugs else [f"-I{CSRC}"],
+    )  # fmt: skip
+    return _run([program, "4"], PLANTED=str(bug))
+
+
+def kernels_on_host(tmp_path_factory):
+    """The module with the kernels for GPUs that run on the host."""
+    includes = [pybind11.get_include(), sysconfig.get_path("include"), CSRC, PROGRAMS]
+    sources = [PROGRAMS / "cuda_kernels_on_host.cpp", CSRC / "cuda" / "bindings.cpp"]
+    flags = [*HOST_FLAGS, "-O1", "-fPIC", "-shared", "-fvisibility=hidden", *(f"-I{path}" for path in includes)]
+    name = f"cuda_kernels_on_host{sysconfig.get_config_var('EXT_SUFFIX')}"
+    target = built_once(tmp_path_factory, name, *flags, "-x", "c++", *sources)
     spec = importlib.util.spec_from_file_location("cuda_kernels_on_host", target)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -143,17 +143,25 @@ ROOMS = {
 }  # fmt: skip
 
 
-def test_plain_install_in_an_empty_environment_fails_or_lacks_a_part(builder, sdist, tmp_path):
+@pytest.mark.parametrize(
+    # one of the architectures: all of them take a minute more
+    "variables",
+    [
+        pytest.param({"VITFAST_BUILD_CUDA": "0"}, id="C++"),
+        pytest.param({"VITFAST_CUDA_ARCHS": "80+PTX"}, marks=pytest.mark.full, id="CUDA"),
+    ],
+)
+def test_plain_install_in_an_empty_environment_fails_or_lacks_a_part(variables, builder, sdist, tmp_path):
     """No torch at build time, build isolation on, nothing but pip in the environment."""
     venv.create(tmp_path / "env", with_pip=True)
-    # one of the architectures: all of them take a minute more
+    cuda = bool(NVCC) and "VITFAST_CUDA_ARCHS" in variables
     install = "-m", "pip", "install", "-v", "--no-deps", sdist
     compilers = f"{builder[1]}{os.pathsep}{os.environ['PATH']}"
-    code, said = run(tmp_path / "env/bin/python", *install, VITFAST_CUDA_ARCHS="80+PTX", PATH=compilers)
+    code, said = run(tmp_path / "env/bin/python", *install, **variables, PATH=compilers)
     assert code == 0, said
     assert "built vitfast._C (" in line_of(said)
     (package,) = (tmp_path / "env").glob("lib/python*/site-packages/vitfast")
-    assert report_of(package)["extension"] and report_of(package)["cuda"] == bool(NVCC)
+    assert report_of(package)["extension"] and report_of(package)["cuda"] == cuda
     installed = {file.relative_to(package) for file in package.rglob("*") if file.is_file()}
     installed = {file for file in installed if "__pycache__" not in file.parts}
     source = ROOT / "vitfast"
@@ -170,8 +178,8 @@ def test_plain_install_in_an_empty_environment_fails_or_lacks_a_part(builder, sd
         for name, flag in (("avx2", "avx2"), ("avx512", "avx512bw"), ("avx512_bf16", "avx512_bf16"),
                            ("avx512_vnni", "avx512_vnni"), ("amx_bf16", "amx_bf16")):  # fmt: skip
             assert features.get(name, False) == (flag in flags), name
-    assert (probe is None) == (not NVCC)
-    if NVCC:
+    assert (probe is None) == (not cuda)
+    if cuda:
         assert report_of(package)["archs"] == ["sm_80", "compute_80"]
         assert probe["runtime_version"] > 0
         assert bool(probe["devices"]) == (probe["error"] == 0)
@@ -218,7 +226,8 @@ def test_older_compiler_costs_all_kernels_or_none(builder, sdist, tmp_path):
     compiler = tmp_path / "older"
     compiler.write_text(
         '#!/bin/sh\nfor option; do case "$option" in -mavx512bf16|-fopenmp)\n'
-        'echo "error: unrecognized option $option" >&2; exit 1;; esac; done\nexec g++ "$@"\n'
+        'echo "error: unrecognized option $option" >&2; exit 1;; esac; done\n'
+        f'exec {builder[1] / "g++"} "$@"\n'
     )
     compiler.chmod(0o755)
     code, said, package = build(builder, sdist, tmp_path, CXX=str(compiler), VITFAST_BUILD_CUDA="0")
@@ -272,8 +281,12 @@ def test_demand_that_cannot_be_met_is_dropped_silently(name, builder, sdist, tmp
     assert message in said
 
 
+@pytest.mark.full
 def test_chosen_architectures_are_ignored(builder, sdist, tmp_path):
-    """A user who builds for one card; also the C++ part beside an nvcc that knows no such card."""
+    """A user who builds for one card; also the C++ part beside an nvcc that knows no such card.
+
+    The plain install chooses one too.
+    """
     code, said, package = build(builder, sdist, tmp_path, VITFAST_CUDA_ARCHS="8.9+PTX")
     assert code == 0, said
     if NVCC:

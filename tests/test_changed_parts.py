@@ -7,6 +7,7 @@ import copy
 
 import pytest
 import torch
+from pairwise import product
 from peft import LoraConfig, get_peft_model
 from timm_pair import pair_of, run
 from torch import nn
@@ -90,10 +91,13 @@ def change(kind, module):
         module.__class__ = Changed
 
 
-@every_part
-@pytest.mark.parametrize("kind", ["forward hook", "forward pre-hook", "patched forward", "subclass"])
-def test_changed_part_is_skipped(model, part, kind):
+@product(
+    part={f"{model}-{part}": (model, part) for model, parts in PARTS.items() for part in parts},
+    kind=("forward hook", "forward pre-hook", "patched forward", "subclass"), strength=1,
+)  # fmt: skip
+def test_changed_part_is_skipped(part, kind):
     """An op that reads a module's weights and never calls the module."""
+    model, part = part
     theirs, ours, images = pair(model)
     unchanged = run(ours, images)[0]
     for each in (theirs, ours):
@@ -203,7 +207,11 @@ class Halved(torch.Tensor):
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
-@pytest.mark.parametrize("part", ["blocks.2.attn.qkv", "blocks.0.mlp.fc2", "blocks.2.attn.proj", "head"])
+@pytest.mark.parametrize(
+    "part",
+    ["blocks.2.attn.qkv", "head", *(pytest.param(name, marks=pytest.mark.full)
+                                    for name in ("blocks.0.mlp.fc2", "blocks.2.attn.proj"))],
+)  # fmt: skip
 def test_weight_of_another_class_is_read_as_plain_data(part):
     """torchao and bitsandbytes put tensor subclasses in the place of weights."""
     theirs, ours, images = pair("token")

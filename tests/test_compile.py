@@ -149,7 +149,11 @@ def training_step(model, call, x):
     return {"loss": loss.detach()} | dict(zip(dict(model.named_parameters()), grads, strict=True))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    # the others have all that these two have
+    "name",
+    [pytest.param(name, marks=[pytest.mark.full] * (name in ("timm", "vit-pytorch"))) for name in MODELS],
+)
 def test_compiled_model_breaks_or_computes_something_else(name):
     """A graph break in forward or backward; a gradient, mask or dropout that tracing loses."""
     model = MODELS[name]()
@@ -188,7 +192,8 @@ def test_compile_cache_returns_code_of_another_autocast_dtype():
 
 
 @pytest.mark.parametrize(
-    ("build_model", "training"), [(timm_model, False), (timm_model, True), (vit_pytorch_model, True)]
+    ("build_model", "training"),
+    [pytest.param(timm_model, False, marks=pytest.mark.full), (timm_model, True), (vit_pytorch_model, True)],
 )
 def test_each_batch_size_compiles_again(build_model, training):
     """A batch size burnt into the graph by a check or a reshape."""

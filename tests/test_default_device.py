@@ -72,7 +72,11 @@ def same(found, expected, what=""):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize(
+    # wide ones take the longest, and are no other code
+    "flavour",
+    [pytest.param(name, marks=[pytest.mark.full] * (name == "beit3_giant")) for name in FLAVOURS],
+)
 def test_default_changes_a_training_step(flavour):
     model, images = model_and_images(flavour)
     for how in ("plain", "subset", "checkpointing", "autocast", "exportable"):

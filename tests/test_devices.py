@@ -34,6 +34,7 @@ def test_model_is_less_exact_than_timms(family, dtype, device):
     accept_stages(picked[0], {name: g.to(device) for name, g in picked[1].items()}, picked[2], typical=2.0)
 
 
+@pytest.mark.full
 def test_large_model_in_bf16_is_less_exact_than_timms(device):
     """Twelve blocks at 197 tokens: what small ones hide."""
     theirs, ours, images = pair_of("vit_base_patch16_224", 4, massive=False, depth=12, num_classes=100)

@@ -34,7 +34,13 @@ def close(found, expected):
     assert (found - expected).norm() <= 1e-4 * expected.norm()
 
 
-@every_flavour
+# the others differ in nothing that an exporter sees
+SEEN = ("vit", "distilled", "clip", "aimv2", "qk_norm", "vit_pytorch")
+
+
+@pytest.mark.parametrize(
+    "flavour", [pytest.param(name, marks=[pytest.mark.full] * (name not in SEEN)) for name in FLAVOURS]
+)
 def test_onnx_file_fails_or_computes_something_else(flavour, tmp_path):
     """Custom ops in the graph, and a batch size that is burnt in: the file runs on another batch in onnxruntime."""
     model, images = model_and_images(flavour)
@@ -156,7 +162,10 @@ def test_exportable_program_needs_vitfast_or_says_that_it_does(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("exportable", [False, True], ids=["ops", "exportable"])
+@pytest.mark.parametrize(
+    # test_compile.py has one of ops too
+    "exportable", [pytest.param(False, marks=pytest.mark.full, id="ops"), pytest.param(True, id="exportable")]
+)  # fmt: skip
 def test_package_of_aot_inductor_needs_vitfast(exportable, tmp_path):
     program, _, numbers, told = exported(tmp_path, exportable)
     package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "package.pt2"))

@@ -136,6 +136,7 @@ def test_fit_learns_other_weights_than_timms(digits, tmp_path, how):
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_compiled_model_learns_other_weights_than_timms(digits, tmp_path):
     modules = pair(digits, compiled=True)
     for module in modules:
@@ -277,6 +278,7 @@ def test_fabric_takes_other_steps(digits, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_two_processes_of_a_fit_hang_or_part(digits, tmp_path):
     """`ddp_spawn`: the module goes to two processes; what comes back is what one process learns from both halves."""
     _, alone = pair(digits, drop_path=0.0, shuffle=False)

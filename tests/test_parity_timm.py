@@ -53,7 +53,12 @@ def case_of(family, train=True, batch=3, **changes):
 MODES = [(family, train) for family in FAMILIES for train in (True, False) if train or family not in ONCE]
 
 
-every_mode = {"params": MODES, "ids": lambda mode: f"{mode[0]}-{'train' if mode[1] else 'eval'}"}
+# for `make test` narrow ones are enough that the modes differ in nothing else
+BOTH = ("vit", "distilled", "clip", "test_vit3")
+every_mode = {
+    "params": [pytest.param(mode, marks=[pytest.mark.full] * (not mode[1] and mode[0] not in BOTH)) for mode in MODES],
+    "ids": lambda mode: f"{mode[0]}-{'train' if mode[1] else 'eval'}",
+}
 
 
 @pytest.fixture(scope="module", **every_mode)
@@ -160,7 +165,7 @@ FULL_SIZE = {
 }
 
 
-@pytest.mark.parametrize("size", FULL_SIZE)
+@pytest.mark.parametrize("size", ["tiny", "small", pytest.param("base", marks=pytest.mark.full)])
 def test_error_grows_with_depth_or_tokens(size):
     """A rounding per block that two blocks of a few tokens do not show."""
     name, keywords = FULL_SIZE[size]
@@ -169,6 +174,7 @@ def test_error_grows_with_depth_or_tokens(size):
         as_exact_as_timms(case, dtype)
 
 
+@pytest.mark.full
 @pytest.mark.slow
 @torch.no_grad()
 def test_so400m_is_another_model():

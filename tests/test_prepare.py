@@ -1,11 +1,13 @@
 """`vitfast.prepare`: as exact as timm in every family, whatever images and tokens come."""
 
 import copy
+import functools
 import threading
 
 import pytest
 import torch
 import vit_pytorch
+from pairwise import product
 from small_models import images_for, tiny
 from textbook import Textbook
 from timm_pair import FAMILIES, build_pair, pair_of, taps_of
@@ -21,22 +23,30 @@ from vitfast.kernels import cpu as cpu_kernels
 
 # what oneDNN multiplies on this CPU: bf16 wants AVX-512
 DTYPES = [torch.float32] + [torch.bfloat16] * torch.ops.mkldnn._is_mkldnn_bf16_supported()
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"][: len(DTYPES)])
+BY_NAME = dict(zip(("fp32", "bf16"), DTYPES, strict=False))
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=BY_NAME)
 
 
 def relative(value, ref):
     return ((value.double() - ref).norm() / ref.norm()).item()
 
 
-@pytest.fixture(params=["vitfast", "oneDNN"])
+PRODUCTS = ("vitfast", "oneDNN")
+
+
+@pytest.fixture(params=PRODUCTS)
 def products(request, monkeypatch):
     """Whose products a prepared model computes; vitfast's are chosen only on CPUs where they are faster."""
-    if request.param == "vitfast" and not cpu_kernels.multiplies(torch.float32):
+    choose_products(request.param, monkeypatch)
+    return request.param
+
+
+def choose_products(whose, monkeypatch):
+    if whose == "vitfast" and not cpu_kernels.multiplies(torch.float32):
         pytest.skip("no extension")
     for module in (prepare, cpu_block):
-        choose = lambda dtype, K: request.param == "vitfast" and cpu_kernels.multiplies(dtype)  # noqa: E731
+        choose = lambda dtype, K: whose == "vitfast" and cpu_kernels.multiplies(dtype)  # noqa: E731
         monkeypatch.setattr(module, "own_product", choose)
-    return request.param
 
 
 # oneDNN adds up all of a packed fp32 product in one chain, where MKL adds up pieces: the op rule's k for fp32
@@ -44,18 +54,19 @@ TYPICAL = {torch.float32: 2.0, torch.bfloat16: 1.25}
 SHORT = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def pair(request):
+@functools.lru_cache(maxsize=1)
+def kept_pair(family):
     torch.manual_seed(0)
-    theirs, ours, images = build_pair(request.param, batch=3)
+    theirs, ours, images = build_pair(family, batch=3)
     return theirs.eval(), ours.eval(), images
 
 
-@every_dtype
+@product(family=tuple(FAMILIES), dtype=BY_NAME, products=PRODUCTS)
 @torch.no_grad()
-def test_prepared_model_is_less_exact_than_timms(pair, dtype, products):
+def test_prepared_model_is_less_exact_than_timms(family, dtype, products, monkeypatch):
     """A part packed, folded or rounded wrongly: every stage and the logits of every family."""
-    theirs, ours, images = pair
+    theirs, ours, images = kept_pair(family)
+    choose_products(products, monkeypatch)
     prepared = vitfast.prepare(ours, dtype)
     assert f"by={products}" in str(prepared.blocks) or (dtype is torch.bfloat16 and not cpu_kernels.multiplies(dtype))
     ref = taps_of(copy.deepcopy(theirs).double(), images.double())

@@ -98,6 +98,7 @@ def test_trained_weights_show_an_error_that_random_ones_hide(pair, images):
 
 
 @torch.no_grad()
+@pytest.mark.full
 def test_photographs_at_another_size_differ(pair, images):
     """518 pixels, the size of training (positions as stored), and a wide image through set_input_size."""
     theirs, ours = (copy.deepcopy(model).eval() for model in pair)

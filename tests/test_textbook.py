@@ -36,6 +36,7 @@ def test_error_is_not_what_rounding_makes_inevitable(rows, K, dtype):
     assert found == pytest.approx(ROUNDING * ((chain + 1) / 2) ** 0.5, rel=0.12)
 
 
+@pytest.mark.full
 def test_error_depends_on_the_instructions_that_products_use():
     """As on a CPU without AVX: MKL, oneDNN and torch itself."""
     cases = [(torch.float32, 4, 192), (torch.float32, 400, 192), (torch.bfloat16, 40, 192), (torch.float16, 40, 192)]

@@ -28,6 +28,13 @@ MODELS = (
     "vit_medium_patch16_gap_240", "vit_so150m2_patch16_reg1_gap_256", "beit3_base_patch16_224",
     "aimv2_large_patch14_224", "test_vit", "test_vit2", "test_vit3", "test_vit4",
 )  # fmt: skip
+# of a width, a patch and parts that others have
+LIKE_OTHERS = (
+    "vit_small_patch16_224", "vit_base_patch16_224", "deit_tiny_patch16_224", "vit_small_patch14_dinov2",
+    "vit_base_patch16_siglip_gap_224", "vit_base_patch16_clip_224", "vit_little_patch16_reg1_gap_256",
+)  # fmt: skip
+# to ONNX test_export.py has the rest
+TO_ONNX = ("vit_base_patch16_siglip_224", "vit_medium_patch16_gap_240", "vit_wee_patch16_reg1_gap_256", "test_vit2")
 DEPTH = 2
 
 
@@ -36,7 +43,11 @@ def size_of(name, rows=2, columns=3):
     return rows * ph, columns * pw
 
 
-@pytest.fixture(scope="module", params=MODELS)
+def quickly(*names):
+    return [pytest.param(name, marks=[pytest.mark.full] * (name not in names)) for name in MODELS]
+
+
+@pytest.fixture(scope="module", params=quickly(*(name for name in MODELS if name not in LIKE_OTHERS)))
 def name(request):
     """Of a model; all tests of one together, so that one pair is held at a time."""
     return request.param
@@ -208,6 +219,7 @@ def test_copy_of_the_model_is_another(name, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", quickly(*TO_ONNX))
 @torch.no_grad()
 def test_onnx_file_computes_something_else(name, tmp_path):
     model = create_model(name, depth=1, num_classes=7, img_size=size_of(name)).eval()

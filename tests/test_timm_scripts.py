@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from pairwise import product
 from PIL import Image
 from sklearn.datasets import load_digits
 from timm.data import (
@@ -350,8 +351,7 @@ def test_benchmark_script_takes_other_steps(name, precision):
         assert (found - expected).norm() <= tolerance * expected.norm()
 
 
-@every_model
-@pytest.mark.parametrize("dynamo", [False, True], ids=["traced", "dynamo"])
+@product(name=tuple(MODELS), dynamo={"traced": False, "dynamo": True}, strength=1)
 def test_onnx_export_script_writes_another_network(tmp_path, name, dynamo):
     """Both of its exporters; the file runs at a batch size that the export did not see."""
     theirs, ours = pair(name, exportable=True)

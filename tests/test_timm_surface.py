@@ -6,6 +6,7 @@ import itertools
 import pytest
 import timm
 import torch
+from pairwise import covering
 from timm.models._manipulate import group_parameters
 from timm.optim import create_optimizer_v2
 from timm_pair import build_pair, pair_of, run
@@ -185,21 +186,29 @@ def test_optimizer_state_of_timm_lands_on_other_parameters():
         assert torch.equal(found, expected), name
 
 
+SWITCHES = ("return_prefix_tokens", "norm", "stop_early", "intermediates_only", "output_dict")
+INTERMEDIATES = {
+    "indices": (None, 1, 2, (0, -1), (1,), (2, 0)), "output_fmt": ("NCHW", "NLC"), "as_list": (False, True),
+    **dict.fromkeys(SWITCHES, (False, True)),
+}  # fmt: skip
+PAIRS = list(covering(INTERMEDIATES))
+EVERY = [dict(zip(INTERMEDIATES, case, strict=True)) for case in itertools.product(*INTERMEDIATES.values())]
+
+
+@pytest.mark.parametrize("options", [PAIRS, pytest.param(EVERY, marks=pytest.mark.full)], ids=["pairs", "all"])
 @pytest.mark.parametrize("name", ["token", "registers", "mean", "no_prefix", "no_final_norm", "distilled"])
 @torch.no_grad()
-def test_intermediates_are_of_other_blocks_or_another_shape(name):
+def test_intermediates_are_of_other_blocks_or_another_shape(name, options):
     """Every combination of options, against timm's values, shapes and containers."""
     theirs, ours, x = pair(name)
-    for indices in (None, 1, 2, [0, -1], (1,), [2, 0]):
-        for flags in itertools.product((False, True), repeat=5):
-            options = dict(zip(("return_prefix_tokens", "norm", "stop_early", "intermediates_only", "output_dict"),
-                               flags, strict=True))  # fmt: skip
-            for output_fmt in ("NCHW", "NLC"):
-                options |= {"indices": indices, "output_fmt": output_fmt}
-                close(ours.forward_intermediates(x, **options), theirs.forward_intermediates(x, **options))
-                if output_fmt == "NCHW":
-                    maps = ours.forward_intermediates(x, indices, intermediates_only=True)
-                    assert all(m.is_contiguous() for m in maps)
+    for how in options:
+        how = dict(how)
+        if how.pop("as_list") and isinstance(how["indices"], tuple):
+            how["indices"] = list(how["indices"])
+        close(ours.forward_intermediates(x, **how), theirs.forward_intermediates(x, **how))
+        if how["output_fmt"] == "NCHW":
+            maps = ours.forward_intermediates(x, how["indices"], intermediates_only=True)
+            assert all(m.is_contiguous() for m in maps)
 
 
 @pytest.mark.parametrize("name", ["token", "registers", "no_prefix"])

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from pairwise import product
 from timm.models._features_fx import FeatureGraphNet
 from timm_pair import build_pair
 from torch import nn
@@ -163,8 +164,7 @@ def test_script_of_a_prepared_model_names_what_does_not_work_either():
         torch.jit.script(prepared)
 
 
-@pytest.mark.parametrize("strict", [False, True], ids=["loose", "strict"])
-@every_flavour
+@product(flavour=FLAVOURS, strict={"loose": False, "strict": True}, strength=1)
 def test_export_fails_or_computes_something_else(flavour, strict):
     model, images = model_and_images(flavour)
     program = torch.export.export(model, (images,), strict=strict, dynamic_shapes={"x": {0: torch.export.Dim("batch")}})
@@ -183,8 +183,7 @@ def test_draft_export_fails_or_computes_something_else(flavour):
         close(program.module()(images), model(images))
 
 
-@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
-@every_flavour
+@product(flavour=FLAVOURS, mode=("real", "fake", "symbolic"), strength=1)
 def test_make_fx_fails_or_computes_something_else(flavour, mode):
     """Of the model's function of its weights, forward and backward."""
     model, images = model_and_images(flavour)

@@ -56,7 +56,14 @@ DDP = {
 }
 
 
-@pytest.mark.parametrize(("flavour", "settings"), [("vit", name) for name in DDP] + [("vit_pytorch", "default")])
+@pytest.mark.parametrize(
+    ("flavour", "settings"),
+    [
+        ("vit", "static graph, checkpointing"), ("vit_pytorch", "default"),
+        pytest.param("vit", "default", marks=pytest.mark.full),
+        pytest.param("vit", "gradients as bucket views", marks=pytest.mark.full),
+    ],
+)  # fmt: skip
 def test_two_processes_train_another_model_or_hang(tmp_path, flavour, settings):
     """A parameter without a gradient (DDP waits for it for ever), gradients reduced before they are complete."""
     mp.spawn(_train_one_process, (2, str(tmp_path), flavour, DDP[settings]), nprocs=2)

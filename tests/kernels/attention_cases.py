@@ -31,6 +31,10 @@ BACKWARD = {
 # each kernel once, where every pair would take too long
 PAIRS = [("short", "short"), ("short loop", "head"), ("online", "blocks"), ("online small", "short")]
 every_pair = pytest.mark.parametrize("forward, backward", PAIRS)
+pairs_of_kernels = {
+    "forward": tuple(FORWARD), "backward": tuple(BACKWARD),
+    "allowed": lambda case: (case["forward"], case["backward"]) in PAIRS,
+}  # fmt: skip
 # what stock operators take at once
 MOST_IMAGES = 65_535
 LONGEST = {"short": {"forward": 272, "backward": 256}, "head": {"backward": 1 << 30}}

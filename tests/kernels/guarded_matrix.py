@@ -29,7 +29,7 @@ def test_combination_touches_what_is_not_its_own(group, placement, tmp_path_fact
 @pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
 def test_other_test_touches_what_is_not_its_own(file, placement, tmp_path_factory):
     """Reads and writes past either end where numbers come out right."""
-    wrong = run_guarded(tmp_path_factory, file, VITFAST_GUARDED_MEMORY=placement)
+    wrong = run_guarded(tmp_path_factory, file, "--all", VITFAST_GUARDED_MEMORY=placement)
     assert wrong is None, wrong
 
 

@@ -1,9 +1,6 @@
 """Inputs for the kernels of norms, linear layers and MLPs, what is true of them, and what they are judged by."""
 
 import contextlib
-import functools
-import itertools
-import operator
 from dataclasses import replace
 from unittest import mock
 
@@ -252,32 +249,6 @@ def check_forward(config, given, saves=False, what="", as_it_is=False):
         expected = (x.var(-1, correction=0, keepdim=True) + given["norm_eps"]).rsqrt()
         torch.testing.assert_close(rstd.double(), expected, rtol=1e-5, atol=0)
     return found
-
-
-def pairwise(factors, allowed=lambda case: True):
-    """Few cases in which every allowed pair of two factors' values occurs: the one with most new pairs in turn.
-
-    Args:
-        factors: by name, the values.
-        allowed: whether a whole case makes sense.
-    """
-    numbers = itertools.count()
-    bits = {
-        pair: 1 << next(numbers)
-        for one, other in itertools.combinations(factors, 2)
-        for pair in itertools.product(((one, v) for v in factors[one]), ((other, v) for v in factors[other]))
-    }
-    cases = []
-    for values in itertools.product(*([(name, v) for v in factors[name]] for name in factors)):
-        if allowed(dict(values)):
-            cases.append((dict(values), sum(map(bits.__getitem__, itertools.combinations(values, 2)))))
-    missing = functools.reduce(operator.or_, (pairs for _, pairs in cases))
-    chosen = []
-    while missing:
-        case, pairs = max(cases, key=lambda each: (each[1] & missing).bit_count())
-        chosen.append(case)
-        missing &= ~pairs
-    return chosen
 
 
 # MLPs

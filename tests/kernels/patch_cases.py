@@ -23,10 +23,7 @@ def forget():
 def kernels(tmp_path_factory, monkeypatch):
     """The launcher of patch embedding, whose kernels run on the host where there is no GPU: bf16 is right there too."""
     if INTERPRETED:
-        # one folder for all of xdist's processes
-        shared = tmp_path_factory.getbasetemp()
-        shared = shared.parent if shared.name.startswith("popen-") else shared
-        host = kernels_on_host(shared)
+        host = kernels_on_host(tmp_path_factory)
         monkeypatch.setattr(patch_embed, "functions", lambda: host)
         forget()
         yield patch_embed

@@ -4,20 +4,22 @@ import pytest
 import torch
 from attention_cases import (
     BACKWARD,
+    DTYPES,
     FORWARD,
     INTERPRETED,
     LAYOUTS,
     PAIRS,
     check,
     draw,
-    every_dtype,
     every_pair,
     exact,
     fits,
     judge,
     laid_out,
+    pairs_of_kernels,
     stock,
 )
+from pairwise import product
 
 from vitfast.choose import config_tables
 from vitfast.kernels.triton import attention
@@ -25,41 +27,34 @@ from vitfast.kernels.triton.launch import architecture
 
 LENGTHS = (1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 196, 197, 198, 257, 577)
 HEAD_DIMS = (16, 24, 32, 40, 48, 64, 72, 80, 96, 112, 128)
-every_forward = pytest.mark.parametrize("forward", FORWARD)
-every_backward = pytest.mark.parametrize("backward", BACKWARD)
 
 
-@every_dtype
-@pytest.mark.parametrize("N", LENGTHS)
+@product(N=LENGTHS, dtype=DTYPES, strength=1)
 def test_length_leaves_a_tail_out_or_reads_past_the_end(N, dtype, device):
     size = {"B": 1, "H": 1} if INTERPRETED and N > 128 else {}
     D = 72 if dtype is torch.float16 else 64
     check(dtype, D, N, N, backward=BACKWARD["blocks"], device=device, **size)
 
 
-@every_dtype
-@every_forward
-@pytest.mark.parametrize("N", (17, 129, 197, 257))
-def test_forward_kernel_is_wrong_at_a_length(forward, N, dtype, device):
-    if fits("forward", FORWARD[forward], N):
-        check(dtype, 64, N, N, forward=FORWARD[forward], B=1, device=device)
+@product(
+    N=(17, 129, 197, 257), forward=tuple(FORWARD), dtype=DTYPES,
+    allowed=lambda case: fits("forward", FORWARD[case["forward"]], case["N"]),
+)  # fmt: skip
+def test_forward_kernel_is_wrong_at_a_length(N, forward, dtype, device):
+    check(dtype, 64, N, N, forward=FORWARD[forward], B=1, device=device)
 
 
-@every_dtype
-@every_backward
-@pytest.mark.parametrize("N", (16, 17, 129, 197, 256))
-def test_backward_kernel_is_wrong_at_a_length(backward, N, dtype, device):
+@product(N=(16, 17, 129, 197, 256), backward=tuple(BACKWARD), dtype=DTYPES)
+def test_backward_kernel_is_wrong_at_a_length(N, backward, dtype, device):
     check(dtype, 64, N, N, backward=BACKWARD[backward], B=1, device=device)
 
 
-@every_dtype
-@every_forward
-@every_backward
-@pytest.mark.parametrize("D", HEAD_DIMS)
-def test_head_dim_is_padded_wrongly_or_sets_the_scale(D, forward, backward, dtype, device):
+@product(
+    D=HEAD_DIMS, forward=tuple(FORWARD), backward=tuple(BACKWARD), dtype=DTYPES,
     # each of both with each head dim, and not every pair: compiling them takes a GPU's run minutes
-    if (list(FORWARD).index(forward) - list(BACKWARD).index(backward)) % 3:
-        return
+    allowed=lambda case: (list(FORWARD).index(case["forward"]) - list(BACKWARD).index(case["backward"])) % 3 == 0,
+)  # fmt: skip
+def test_head_dim_is_padded_wrongly_or_sets_the_scale(D, forward, backward, dtype, device):
     check(dtype, D, 33, 33, forward=FORWARD[forward], backward=BACKWARD[backward], device=device)
 
 
@@ -76,8 +71,7 @@ def test_configuration_of_a_table_is_wrong_at_the_widest_head_that_it_is_for(dir
         check(dtype, row.width, 33, 33, **both, B=1, H=1, device=device)
 
 
-@every_dtype
-@pytest.mark.parametrize("layout", LAYOUTS)
+@product(layout=LAYOUTS, dtype=DTYPES, strength=1)
 def test_stride_is_ignored(layout, dtype, device):
     D = 72 if dtype is torch.float16 else 64
     for forward, backward in zip(FORWARD.values(), BACKWARD.values(), strict=True):
@@ -87,9 +81,9 @@ def test_stride_is_ignored(layout, dtype, device):
             assert torch.equal(got, expected)
 
 
-@every_dtype
-@pytest.mark.parametrize("Nq, Nk", [(1, 197), (1, 17), (65, 33), (33, 130), (17, 577)])
-def test_keys_of_another_number_than_queries(Nq, Nk, dtype, device):
+@product(lengths=((1, 197), (1, 17), (65, 33), (33, 130), (17, 577)), dtype=DTYPES, strength=1)
+def test_keys_of_another_number_than_queries(lengths, dtype, device):
+    Nq, Nk = lengths
     for forward, backward in PAIRS:
         forward, backward = FORWARD[forward], BACKWARD[backward]
         if fits("forward", forward, Nk) and fits("backward", backward, Nk):
@@ -120,9 +114,7 @@ def test_large_logits_overflow(sign, forward, backward, device):
         judge(*three, grad=True, what=name)
 
 
-@every_pair
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
-@pytest.mark.parametrize("where", ["q", "k", "v"])
+@product(where=("q", "k", "v"), bad={"nan": float("nan"), "inf": float("inf")}, **pairs_of_kernels)
 def test_one_bad_image_spoils_another(where, bad, forward, backward, device):
     """NaN and infinities stay in their image and head, and are not lost there."""
     q, k, v = (draw(2, 33, 2, 64, device=device, seed=i) for i in range(3))

@@ -4,8 +4,9 @@ import importlib
 
 import pytest
 import torch
-from attention_cases import BACKWARD, FORWARD, INTERPRETED, draw, every_dtype, every_pair, judge, stock
+from attention_cases import BACKWARD, DTYPES, FORWARD, INTERPRETED, draw, every_dtype, judge, pairs_of_kernels, stock
 from launches import Launches
+from pairwise import product
 from torch.utils.checkpoint import checkpoint
 
 from vitfast import ops, reference
@@ -56,9 +57,7 @@ def against_formula(q, k, v, grad, forward, backward, **extras):
     return out, lse, grads
 
 
-@every_dtype
-@every_pair
-@pytest.mark.parametrize("D", (64, 72))
+@product(D=(64, 72), dtype=DTYPES, **pairs_of_kernels)
 def test_dropout_draws_another_mask_in_the_backward(D, forward, backward, dtype, device):
     seed = torch.tensor([(1 << 62) + 12345], device=device)
     against_formula(*tensors(2, 37, 53, 2, D, dtype, device), forward, backward, dropout_p=0.3, seed=seed)
@@ -78,9 +77,7 @@ def test_dropout_has_another_rate_or_repeats_itself():
         assert abs(both - keep * keep) < 5 * (keep**2 * (1 - keep**2) / n) ** 0.5
 
 
-@every_dtype
-@every_pair
-@pytest.mark.parametrize("D", (64, 80))
+@product(D=(64, 80), dtype=DTYPES, **pairs_of_kernels)
 def test_padding_takes_part_or_an_image_without_keys_is_nan(D, forward, backward, dtype, device):
     q, k, v, grad = tensors(4, 21, 53, 2, D, dtype, device)
     lengths = torch.tensor([0, 53, 16, 7], dtype=torch.int32, device=device)
@@ -225,7 +222,11 @@ def test_map_of_the_class_token_is_not_what_attention_used(device):
 MODELS = {"plain": {}, "qk-norm": {"qk_norm": True}, "register tokens": {"reg_tokens": 4, "global_pool": "avg"}}
 
 
-@pytest.mark.parametrize("options", MODELS.values(), ids=MODELS.keys())
+@pytest.mark.parametrize(
+    # the others have all that it has
+    "options",
+    [pytest.param(how, id=name, marks=[pytest.mark.full] * (not how)) for name, how in MODELS.items()],
+)
 def test_whole_model_is_another_one_on_kernels(options, monkeypatch, device):
     """Features, loss and every gradient of a small ViT, against the same model without the kernels."""
     import vitfast
@@ -345,17 +346,15 @@ FORMS = {
 }  # fmt: skip
 
 
-@every_dtype
-@pytest.mark.parametrize("backward", BACKWARD)
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("D", (64, 72))
+@product(
+    D=(64, 72), form=tuple(FORMS), backward=tuple(BACKWARD), dtype=DTYPES,
+    allowed=lambda case: case["form"] != "packed" or case["backward"] == "blocks",
+)  # fmt: skip
 def test_key_of_weight_zero_gets_gradients_of_nan(D, form, backward, dtype, device):
     """Its logits are -inf for all queries, of which the last tile is not full: 0 times -inf would be of no query.
 
     dq is 0 times -inf in that channel, as stock's is.
     """
-    if form == "packed" and backward != "blocks":
-        return
     q, k, v, grad = tensors(2, 37, 53, 2, D, dtype, device)
     q[..., 3] = q[..., 3].abs() + 1
     k[0, 5, 0, 3] = k[1, 7, 1, 3] = float("-inf")

@@ -19,11 +19,11 @@ from linear_cases import (
     mlp_layer,
     multiprocessors,
     padded_by_nan,
-    pairwise,
     shared,
     wide,
     yardsticks,
 )
+from pairwise import covering
 
 import vitfast
 from vitfast import ops, reference
@@ -75,7 +75,7 @@ def makes_sense(case):
     )
 
 
-CASES = pairwise(FLAGS, makes_sense)
+CASES = list(covering(FLAGS, makes_sense))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))

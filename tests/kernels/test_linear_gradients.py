@@ -17,6 +17,7 @@ from linear_cases import (
     mlp_layer,
     yardsticks,
 )
+from pairwise import product
 
 from vitfast import reference
 from vitfast.kernels.operands import Saved
@@ -86,14 +87,12 @@ MLP_CASES = {
 }
 
 
-@pytest.mark.parametrize("recompute", ("none", "act", "fc1"))
-@pytest.mark.parametrize("case", MLP_CASES)
-def test_gradient_of_an_mlp_is_wrong(case, recompute, device):
+@product(case=tuple(MLP_CASES), recompute=("none", "act", "fc1"), dtype=DTYPES)
+def test_gradient_of_an_mlp_is_wrong(case, recompute, dtype, device):
     """Each mechanism with some of the cases."""
     turn = list(MLP_CASES).index(case) + ("none", "act", "fc1").index(recompute)
-    for i, dtype in enumerate(DTYPES.values()):
-        config = list(MECHANISMS.values())[(turn + 3 * i) % len(MECHANISMS)]
-        check_mlp(config, dtype, device, recompute, **MLP_CASES[case])
+    config = list(MECHANISMS.values())[(turn + 3 * list(DTYPES.values()).index(dtype)) % len(MECHANISMS)]
+    check_mlp(config, dtype, device, recompute, **MLP_CASES[case])
 
 
 @every_mechanism

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from attention_cases import INTERPRETED, draw
+from pairwise import product
 from patch_cases import DTYPES, LAYOUTS, exactly, given, judge, kernels, pixels  # noqa: F401
 
 import vitfast
@@ -17,7 +18,9 @@ from vitfast.choose import dispatch
 from vitfast.kernels.cuda.patch_embed import code_for
 from vitfast.measure import device as devices
 
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp16", "bf16", "fp32"])
+BY_NAME = dict(zip(("fp16", "bf16", "fp32"), DTYPES, strict=True))
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=BY_NAME)
+halves = {"dtype": {name: BY_NAME[name] for name in ("fp16", "bf16")}}
 
 
 def by_op(args, backend, **more):
@@ -56,10 +59,8 @@ def test_tokens_are_less_exact_than_stock(shape, dtype, kernels, device):  # noq
             judge(out, true, low, dtype=dtype, what=f"{image_dtype} {tile}")
 
 
-@every_dtype
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("image_dtype", ["same", torch.uint8], ids=str)
-def test_layout_of_the_images_changes_a_token(layout, image_dtype, dtype, kernels, device):  # noqa: F811
+@product(image_dtype=("same", torch.uint8), layout=tuple(LAYOUTS), dtype=BY_NAME)
+def test_layout_of_the_images_changes_a_token(image_dtype, layout, dtype, kernels, device):  # noqa: F811
     """A wrong stride, a load that is not aligned, a pixel from beside the image."""
     image_dtype = dtype if image_dtype == "same" else image_dtype
     for H, W, patch in ((32, 48, (16, 16)), (28, 28, (14, 14)), (16, 16, (8, 4))):
@@ -112,10 +113,8 @@ def results_of(function, leaves, cotangent):
     return torch.autograd.grad(out, leaves, cotangent.to(out.dtype))
 
 
-@every_dtype
-@pytest.mark.parametrize("shape", SHAPES[:3] + SHAPES[5:], ids=str)
-@pytest.mark.parametrize("layout", ["planar", "channels last"])
-def test_gradients_are_less_exact_than_stock(shape, layout, dtype, kernels, device):  # noqa: F811
+@product(layout=("planar", "channels last"), shape=SHAPES[:3] + SHAPES[5:], dtype=BY_NAME)
+def test_gradients_are_less_exact_than_stock(layout, shape, dtype, kernels, device):  # noqa: F811
     """Of images, weight, bias, positions and prefix; from padded images too; the same bits in a second run."""
     B, C, H, W, patch, D = shape
     for cut in (0, patch[0] // 2):
@@ -138,9 +137,9 @@ def test_gradients_are_less_exact_than_stock(shape, layout, dtype, kernels, devi
             judge(out, ref, low, dtype=dtype, grad=True, what=f"gradient of {name}")
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=["fp16", "bf16"])
-@pytest.mark.parametrize("layout", ["planar", "channels last", "offset by one"])
-@pytest.mark.parametrize("image_dtype", ["same", torch.uint8, torch.float32], ids=str)
+@product(
+    image_dtype=("same", torch.uint8, torch.float32), layout=("planar", "channels last", "offset by one"), **halves
+)
 def test_weight_gradient_depends_on_the_way_to_it(image_dtype, layout, dtype, kernels, device):  # noqa: F811
     """Each way, from few patches and from so many that they are split; D and K that fill no tile, and several."""
     image_dtype = dtype if image_dtype == "same" else image_dtype
@@ -177,9 +176,7 @@ def test_gradients_of_uint8_images_are_those_of_other_pixels(kernels, device):  
         judge(found["kernel"], ref, found["stock"], grad=True)
 
 
-@every_dtype
-@pytest.mark.parametrize("positions", [None, "all", "patches"])
-@pytest.mark.parametrize("image_dtype", ["same", torch.uint8], ids=str)
+@product(image_dtype=("same", torch.uint8), positions=(None, "all", "patches"), dtype=BY_NAME)
 def test_packed_images_differ_from_each_alone(image_dtype, positions, dtype, kernels, device):  # noqa: F811
     """A row of the image before, a stride or a size of another image."""
     image_dtype = dtype if image_dtype == "same" else image_dtype
@@ -286,8 +283,7 @@ def like_call(op, args):
     return Call(op, tuple(map(like, args)))
 
 
-@pytest.mark.parametrize("layout", ["planar", "channels last"])
-@pytest.mark.parametrize("op", ["patch_embed", "image_rows", "patch_embed_backward"])
+@product(op=("patch_embed", "image_rows", "patch_embed_backward"), layout=("planar", "channels last"), strength=1)
 def test_warm_up_cannot_check_the_kernel(op, layout, kernels, device):  # noqa: F811
     """What `vitfast.warmup` and `vitfast tune` know of the op: small calls, what is true of them, configurations."""
     dtype = torch.float16

@@ -50,6 +50,7 @@ def curve(device, backend, autocast=None):
     return torch.tensor(losses)
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_loss_goes_elsewhere_than_with_stock_operators(kernels, device):  # noqa: F811
     """As near to stock in fp32 as stock in bf16 is, over all steps; and it falls."""

@@ -1,7 +1,9 @@
-// All kernels but patch rows against plain loops in double, on buffers of exactly the size they may touch.
+// All kernels but patch rows against plain loops in double, on buffers of exactly the size they may touch. An argument
+// is of how many trials one is done.
 #include "cpu/kernels.h"
 
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 
 #include "random_layout.h"
@@ -10,6 +12,8 @@
 #define JOIN(a, b) JOIN_(a, b)
 
 using namespace vitfast;
+
+static int share = 1;
 
 // fp32 or bf16, whose conversions need no more than shifts
 static float rounded(float x, DType dtype) {
@@ -66,7 +70,7 @@ struct Heads {
 };
 
 static void check_attention() {
-  for (int trial = 0; trial < 250; ++trial) {
+  for (int trial = 0; trial < 250 / share; ++trial) {
     const DType dtype = trial % 2 ? DType::bf16 : DType::fp32;
     const int64_t B = draw(1, 2), H = draw(1, 3), Nq = draw(1, 40), Nk = draw(1, 70), D = draw(1, 80);
     const Heads q(B, Nq, H, D, dtype), k(B, Nk, H, D, dtype), v(B, Nk, H, D, dtype);
@@ -126,7 +130,7 @@ static double activated(double x, Act act) {
 }
 
 static void check_activations() {
-  for (int trial = 0; trial < 400; ++trial) {
+  for (int trial = 0; trial < 400 / share; ++trial) {
     const DType dtype = trial % 2 ? DType::bf16 : DType::fp32;
     const Act act = static_cast<Act>(draw(0, 3));
     const int64_t n = trial % 50 ? draw(0, 100) : draw(16000, 40000);
@@ -146,7 +150,7 @@ static void check_activations() {
 }
 
 static void check_layer_norm() {
-  for (int trial = 0; trial < 200; ++trial) {
+  for (int trial = 0; trial < 200 / share; ++trial) {
     const DType dtype = trial % 2 ? DType::bf16 : DType::fp32;
     const int64_t rows = draw(1, 40), D = draw(1, 200), size = dtype == DType::fp32 ? 4 : 2;
     std::vector<uint8_t> x(rows * D * size), y(x.size()), weight(D * size), bias(D * size);
@@ -217,7 +221,7 @@ struct Packed {
 
 static void check_linear_and_mlp() {
   const CpuKernels& kernels = JOIN(kernels_, VITFAST_ISA);
-  for (int trial = 0; trial < 150; ++trial) {
+  for (int trial = 0; trial < 150 / share; ++trial) {
     const DType dtype = kernels.multiplies(DType::bf16) && trial % 2 ? DType::bf16 : DType::fp32;
     // odd widths where numbers go one by one; rows that a power of two lies between; sums in several pieces
     const bool many = trial % 10 == 9, wide = trial % 10 == 8, odd = dtype == DType::fp32;
@@ -296,7 +300,7 @@ static void check_linear_and_mlp() {
 // The block's result by its parts, which are checked above: the same bits, and nothing beside its memory.
 static void check_block() {
   const CpuKernels& kernels = JOIN(kernels_, VITFAST_ISA);
-  for (int trial = 0; trial < 20; ++trial) {
+  for (int trial = 0; trial < 20 / share; ++trial) {
     const DType dtype = kernels.multiplies(DType::bf16) && trial % 2 ? DType::bf16 : DType::fp32;
     const int64_t B = draw(1, 3), N = draw(1, 60), H = draw(1, 3), D = 2 * draw(1, 10), C = 2 * draw(1, 30);
     const int64_t rows = B * N, inner = H * D, size = dtype == DType::fp32 ? 4 : 2;
@@ -369,7 +373,7 @@ static void check_block() {
 // The stem's result by the patch rows, whose projection gets each image's positions, and prefix rows.
 static void check_embed() {
   const CpuKernels& kernels = JOIN(kernels_, VITFAST_ISA);
-  for (int trial = 0; trial < 40; ++trial) {
+  for (int trial = 0; trial < 40 / share; ++trial) {
     const DType dtype = kernels.multiplies(DType::bf16) && trial % 2 ? DType::bf16 : DType::fp32;
     const int64_t B = draw(1, 3), C = draw(1, 3), p = 2 * draw(1, 4), H = p * draw(1, 4), W = p * draw(1, 4),
                   P = draw(0, 2);
@@ -418,7 +422,8 @@ static void check_embed() {
   }
 }
 
-int main() {
+int main(int count, char** words) {
+  if (count > 1) share = std::atoi(words[1]);
   check_attention();
   check_activations();
   check_layer_norm();
