@@ -53,7 +53,7 @@ REFUSED = {"3.8": {"linear/finish_rows slope sm_80": ["spills: 8 bytes of stack"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", [arch if arch == 90 else pytest.param(arch, marks=pytest.mark.full) for arch in ARCHS])
 @pytest.mark.parametrize("module", aot.KERNEL_MODULES)
 def test_a_default_configuration_is_refused_or_not_the_recorded_one(module, arch):
     """Another Triton than the record's allots other registers, so that only what is refused is compared there."""
@@ -126,6 +126,7 @@ def test_a_default_that_spills_passes():
     assert re.fullmatch(r"spills: \d+ bytes of stack", spills) and "C7511" in serialised
 
 
+@pytest.mark.full
 def test_a_configuration_that_only_tuning_may_choose_must_not_spill():
     assert found_in("NOT_TUNED_FOR").stack > 0 and refused("NOT_TUNED_FOR") == []
 
@@ -464,6 +465,7 @@ def test_one_configuration_that_fails_ends_the_command_or_is_not_named(of_sample
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_the_record_changes_from_run_to_run(of_samples, monkeypatch, capsys):
     monkeypatch.setattr(aot, "compilations", lambda module, arch: {f"aot_samples/fine sm_{arch}": samples.FINE})
     texts = []

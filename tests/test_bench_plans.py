@@ -390,7 +390,9 @@ def ran(tree, *arguments, **more):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["models", "rest", "tune"])  # the others have their stages with no rows
+@pytest.mark.parametrize(
+    "name", ["models", pytest.param("rest", marks=pytest.mark.full), "tune"]
+)  # the others have their stages with no rows
 def test_stage_fails_on_its_first_gpu(name, copy):
     """Every stage on a CPU: wrong arguments, a result that is not right, too many files, a second run that repeats."""
     # compiling would take most of the time
@@ -439,6 +441,7 @@ def log(what):
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_killed_run_forgets_which_tests_failed_or_runs_them_again(copy):
     """Killed so that it can do nothing any more, in the middle of the tests; then carried on elsewhere."""
     log, go = copy.parent / "log", copy.parent / "go"

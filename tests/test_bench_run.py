@@ -215,7 +215,7 @@ KILLED = """
 """
 
 
-@pytest.mark.parametrize("end", ["time.sleep(300)", "raise KeyboardInterrupt"])
+@pytest.mark.parametrize("end", [pytest.param("time.sleep(300)", marks=pytest.mark.full), "raise KeyboardInterrupt"])
 def test_a_run_that_is_killed_loses_its_finished_rows(tmp_path, end):
     path = tmp_path / "run.json"
     process = subprocess.Popen(

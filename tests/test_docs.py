@@ -140,6 +140,8 @@ def test_command_does_not_exist_or_takes_other_arguments(block, parse_only):
 
 
 @pytest.mark.slow
+# they collect all tests, twice
+@pytest.mark.full
 @pytest.mark.parametrize("block", of("bash", True), ids=ids(of("bash", True)))
 def test_command_that_needs_nothing_fails(block):
     """Run as it stands; of pytest, which would run this test again, what it collects."""

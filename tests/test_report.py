@@ -178,6 +178,7 @@ for path in [site / "README.md", *sorted((site / "results").glob("*.png"))]:
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_the_same_files_give_other_bytes(tmp_path):
     def run(seed):
         (tmp_path / seed).mkdir()
