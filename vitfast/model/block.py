@@ -342,7 +342,9 @@ class Block(OnOps, nn.Module):
         # `Part.of` written out: a model of 12 blocks asks 250 times
         for holder, name, kinds in STEPS[step].parts:
             inside = modules[holder] if holder else self
-            module = inside._modules.get(name) or inside.__dict__.get(name)
+            module = inside._modules.get(name)
+            # not `or`: a container with nothing in it counts as false
+            module = inside.__dict__.get(name) if module is None else module
             if not plain(module, *kinds) and (module is not None or ABSENT not in kinds):
                 return False
         return True
