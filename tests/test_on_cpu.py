@@ -255,3 +255,39 @@ def test_tangent_of_a_small_model_is_another(small, monkeypatch):
     found = second()
     monkeypatch.setattr(_on_cpu, "HOST_BOUND", 0)
     torch.testing.assert_close(found, second(), rtol=1e-4, atol=1e-4)
+
+
+def test_small_input_of_another_dtype_is_refused_by_torch_or_taken_otherwise():
+    """Weights in half the precision of the residual stream work as above the limit; what doesn't is said in words."""
+    config = vitfast.ViTConfig(image_size=16, patch_size=4, dim=32, depth=2, heads=2, mlp_dim=64, num_classes=5)
+    model, images = vitfast.ViT.from_config(config).eval(), torch.randn(2, 3, 16, 16)
+    with pytest.raises(ValueError, match="images float64, weight float32"):
+        model(images.double())
+    with pytest.raises(ValueError, match="got x float64, norm_weight float32"):
+        model.blocks[0](torch.randn(2, 17, 32).double())
+    for block in model.blocks:
+        for module in block.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.bfloat16()
+    # of the last block only so few numbers are computed that they are small, whatever the batch is
+    for batch in (1, 40):
+        x = images[:1].expand(batch, -1, -1, -1)
+        assert model(x).dtype is torch.float32
+        torch.testing.assert_close(model(x)[0], model(images)[0], rtol=2e-2, atol=2e-2)
+
+
+def test_wide_model_of_small_images_computes_tokens_that_nobody_reads():
+    """The last block's MLP sees the class token alone where tokens are no small input, whatever the images are."""
+    config = vitfast.ViTConfig(image_size=32, patch_size=4, dim=512, depth=2, heads=8, mlp_dim=512, num_classes=5)
+    model, rows = vitfast.ViT.from_config(config).eval(), []
+
+    class Rows(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.addmm.default:
+                rows.append(args[1].shape[0])
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Rows():
+        model(torch.randn(2, 3, 32, 32))
+    # the last block's two projections of its MLP, and the classifier
+    assert rows[-3:] == [2, 2, 2]

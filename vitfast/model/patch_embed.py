@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from vitfast import reference
 from vitfast.choose.exportable import refuse_proxy
 from vitfast.config import ViTConfig
-from vitfast.model.layers import NORMS, OnOps, build_norm, norm_args, reasons_of, run_norm
+from vitfast.model.layers import NORMS, OnOps, build_norm, norm_args, reasons_of, run_norm, too_small
 from vitfast.model.plain import any_global_hook, plain, stands_for
-from vitfast.ops._on_cpu import host_bound
 from vitfast.weights.resample import resample_patch_embed
 
 
@@ -151,7 +150,7 @@ class PatchEmbed(OnOps, nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         if self.input_norm is None:
-            if not host_bound(images) and self.cuts_patches() and not any_global_hook():
+            if not too_small(self.proj, images) and self.cuts_patches() and not any_global_hook():
                 self.check(images)
                 x = self.ops.patch_embed(images, self.proj.weight, self.proj.bias, pad=self.dynamic_img_pad)
             else:

@@ -36,12 +36,17 @@ LIMITS = {
 HOST_BOUND = 1 << 14
 
 
-def host_bound(x: Tensor) -> bool:
-    """Whether a call on x takes as long as Python does on a CPU, so that looking for ops costs more than they save."""
+def host_bound(x: Tensor, numbers: int | None = None) -> bool:
+    """Whether a call on x takes as long as Python does on a CPU, so that looking for ops costs more than they save.
+
+    Args:
+        x: the input.
+        numbers: in what is computed of x, where they are not as many as in x.
+    """
     # a graph serves other sizes too, and costs no Python; tangents of torch's own norm have a wrong gradient
     if type(x) is not Tensor or INTERPRETED or torch.compiler.is_compiling() or forward_mode():
         return False
-    return x.is_cpu and 0 < x.numel() <= HOST_BOUND
+    return x.is_cpu and 0 < (x.numel() if numbers is None else numbers) <= HOST_BOUND
 
 
 def by_stock(op: str, x: Tensor, saves: bool) -> bool:
