@@ -291,3 +291,21 @@ def test_wide_model_of_small_images_computes_tokens_that_nobody_reads():
         model(torch.randn(2, 3, 32, 32))
     # the last block's two projections of its MLP, and the classifier
     assert rows[-3:] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("op", ["layer_norm", "linear", "mlp"])
+def test_result_of_a_small_call_has_the_strides_of_its_input(op, training):
+    """An op's result is contiguous whatever the input is, so that `view` takes it."""
+    x, call = torch.randn(1, D, 9).transpose(1, 2).requires_grad_(training), CASES[op]
+    weights = {name: torch.randn(shape, requires_grad=training) for name, shape in WEIGHTS.items()}
+    assert not x.is_contiguous() and call(x, weights).is_contiguous()
+
+
+def test_training_of_a_large_rms_norm_keeps_its_input_three_times():
+    """Stock operators keep their factors for the backward, the op the input alone."""
+    x, weight = torch.randn(1, 2048 + 1, D, requires_grad=True), torch.randn(D, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        ops.layer_norm(x, weight, None, 1e-6, "rms")
+    assert sum(kept) < 1.5 * x.numel()

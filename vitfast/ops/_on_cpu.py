@@ -27,6 +27,8 @@ ALWAYS = sys.maxsize
 LIMITS = {
     # on a CPU the op is the stock operator and a call around it
     "layer_norm": Limit(ALWAYS, ALWAYS),
+    # `ops.layer_norm` of kind 'rms': stock operators keep three times its input for the backward
+    "rms_norm": Limit(ALWAYS, 1 << 17),
     "linear": Limit(1 << 16, 1 << 16),
     "mlp": Limit(1 << 14, 1 << 16),
 }
@@ -53,6 +55,7 @@ def by_stock(op: str, x: Tensor, saves: bool) -> bool:
     """Whether stock operators are to run this call of `op` and to differentiate it: where they must, or are faster.
 
     Args:
+        op: a key of `LIMITS`.
         x: the op's first input.
         saves: whether a backward may follow.
     """
@@ -72,6 +75,6 @@ def notes() -> list[str]:
         words += [f"{op} in {when} up to {n:,}" for when, n in most if n < ALWAYS]
         words += [f"{op} always"] * (limit == (ALWAYS, ALWAYS))
     return [
-        f"on cpu, blocks of up to {HOST_BOUND:,} numbers run their own modules: looking for ops costs more",
+        f"on cpu, modules of up to {HOST_BOUND:,} numbers run as they are, not as ops: looking for ops costs more",
         f"on cpu, stock operators are faster by numbers in the input: {', '.join(words)}",
     ]

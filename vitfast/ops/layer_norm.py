@@ -47,7 +47,7 @@ def layer_norm(
     check.raise_if_any()
     out_dtype = out_dtype or x.dtype
     saves = wants_gradient(x, weight, bias)
-    if by_stock("layer_norm", x, saves):
+    if by_stock("layer_norm" if kind == "layer" else "rms_norm", x, saves):
         return reference.layer_norm(x, weight, bias, eps, kind, out_dtype)
     # by name: AOTInductor hands a ScalarType on as another one (torch 2.11)
     name = str(out_dtype).removeprefix("torch.")

@@ -61,7 +61,7 @@ def linear(
     args = (x, weight, bias, norm_weight, norm_bias, norm_eps, norm, act, gamma, row_scale, residual)
     saves = wants_gradient(x, weight, bias, norm_weight, norm_bias, gamma, residual)
     if by_stock("linear", x, saves):
-        return reference.linear(*args)
+        return reference.linear(*args).contiguous()
     return call(_linear, saves, *args, saves)[0]
 
 

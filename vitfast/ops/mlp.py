@@ -70,7 +70,7 @@ def mlp(
     args = (x, norm_weight, norm_bias, norm_eps, norm, w1, b1, w2, b2, act, gated, gamma, row_scale)
     saves = wants_gradient(x, norm_weight, norm_bias, w1, b1, w2, b2, gamma)
     if by_stock("mlp", x, saves):
-        return reference.mlp(*args)
+        return reference.mlp(*args).contiguous()
     return call(_mlp, saves, *args, recompute if saves else "")[0]
 
 
