@@ -309,3 +309,11 @@ def test_training_of_a_large_rms_norm_keeps_its_input_three_times():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         ops.layer_norm(x, weight, None, 1e-6, "rms")
     assert sum(kept) < 1.5 * x.numel()
+
+
+def test_lse_inside_torch_func_is_a_bug_of_torch():
+    """No gradient of it there; torch says what it misses, and not that an assertion of its own failed."""
+    q = torch.randn(1, 5, 2, 32)
+    with pytest.raises(RuntimeError, match=r"autograd\.Function with functorch transforms") as found:
+        torch.func.grad(lambda q: ops.attention(q, q, q, return_lse=True)[0].sum())(q)
+    assert "report a bug" not in str(found.value)
