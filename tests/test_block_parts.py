@@ -80,3 +80,14 @@ def test_module_of_a_block_is_in_no_step():
         block = Block(config.replace(mlp=mlp), 0.1)
         names = [name for name, _ in block.named_modules() if name]
         assert names and not set(names) - listed
+
+
+@pytest.mark.parametrize("path", ["attn.gate", "mlp.fc1"])
+def test_container_with_nothing_in_it_is_taken_for_an_absent_part(path):
+    """An empty `nn.Sequential` counts as false; as a gate it is the sigmoid of the tokens, as fc1 the tokens."""
+    config = vitfast.ViTConfig(image_size=32, patch_size=8, dim=64, depth=1, heads=2, mlp_dim=64, num_classes=5)
+    block, x = vitfast.ViT.from_config(config).eval().blocks[0], torch.randn(2, 17, 64)
+    holder, _, name = path.partition(".")
+    setattr(getattr(block, holder), name, nn.Sequential())
+    torch.testing.assert_close(block(x), by_modules(block, x), rtol=0, atol=1e-5)
+    assert not block.untouched()

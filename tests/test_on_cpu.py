@@ -208,7 +208,7 @@ def test_first_tokens_are_not_all_of_them(small):
 def test_explain_is_silent_about_sizes():
     model = vitfast.create_model("vit_tiny_patch16_224", img_size=32, depth=1)
     notes = " ".join(vitfast.explain(model).notes)
-    assert "blocks of up to 16,384" in notes and "linear up to 65,536" in notes
+    assert "modules of up to 16,384" in notes and "linear up to 65,536" in notes
 
 
 @pytest.mark.parametrize("op", CASES)
@@ -295,3 +295,65 @@ def test_gradients_change_the_result(small):
         for mode in (torch.no_grad, torch.inference_mode):
             with mode():
                 assert torch.equal(ours(images), out)
+
+
+def test_small_input_of_another_dtype_is_refused_by_torch_or_taken_otherwise():
+    """Weights in half the precision of the residual stream work as above the limit; what doesn't is said in words."""
+    config = vitfast.ViTConfig(image_size=16, patch_size=4, dim=32, depth=2, heads=2, mlp_dim=64, num_classes=5)
+    model, images = vitfast.ViT.from_config(config).eval(), torch.randn(2, 3, 16, 16)
+    with pytest.raises(ValueError, match="images float64, weight float32"):
+        model(images.double())
+    with pytest.raises(ValueError, match="got x float64, norm_weight float32"):
+        model.blocks[0](torch.randn(2, 17, 32).double())
+    for block in model.blocks:
+        for module in block.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.bfloat16()
+    # of the last block only so few numbers are computed that they are small, whatever the batch is
+    for batch in (1, 40):
+        x = images[:1].expand(batch, -1, -1, -1)
+        assert model(x).dtype is torch.float32
+        torch.testing.assert_close(model(x)[0], model(images)[0], rtol=2e-2, atol=2e-2)
+
+
+def test_wide_model_of_small_images_computes_tokens_that_nobody_reads():
+    """The last block's MLP sees the class token alone where tokens are no small input, whatever the images are."""
+    config = vitfast.ViTConfig(image_size=32, patch_size=4, dim=512, depth=2, heads=8, mlp_dim=512, num_classes=5)
+    model, rows = vitfast.ViT.from_config(config).eval(), []
+
+    class Rows(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.addmm.default:
+                rows.append(args[1].shape[0])
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Rows():
+        model(torch.randn(2, 3, 32, 32))
+    # the last block's two projections of its MLP, and the classifier
+    assert rows[-3:] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("op", ["layer_norm", "linear", "mlp"])
+def test_result_of_a_small_call_has_the_strides_of_its_input(op, training):
+    """An op's result is contiguous whatever the input is, so that `view` takes it."""
+    x, call = torch.randn(1, D, 9).transpose(1, 2).requires_grad_(training), CASES[op]
+    weights = {name: torch.randn(shape, requires_grad=training) for name, shape in WEIGHTS.items()}
+    assert not x.is_contiguous() and call(x, weights).is_contiguous()
+
+
+def test_training_of_a_large_rms_norm_keeps_its_input_three_times():
+    """Stock operators keep their factors for the backward, the op the input alone."""
+    x, weight = torch.randn(1, 2048 + 1, D, requires_grad=True), torch.randn(D, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        ops.layer_norm(x, weight, None, 1e-6, "rms")
+    assert sum(kept) < 1.5 * x.numel()
+
+
+def test_lse_inside_torch_func_is_a_bug_of_torch():
+    """No gradient of it there; torch says what it misses, and not that an assertion of its own failed."""
+    q = torch.randn(1, 5, 2, 32)
+    with pytest.raises(RuntimeError, match=r"autograd\.Function with functorch transforms") as found:
+        torch.func.grad(lambda q: ops.attention(q, q, q, return_lse=True)[0].sum())(q)
+    assert "report a bug" not in str(found.value)

@@ -34,10 +34,10 @@ from vitfast.model.layers import (
     parameters_of,
     reasons_of,
     run_norm,
+    too_small,
 )
 from vitfast.model.plain import any_global_hook, plain, stands_for, watched_view
 from vitfast.ops._attention_check import check_mask
-from vitfast.ops._on_cpu import host_bound
 
 
 def norm_of_heads(norm: nn.Module, t: Tensor, using: ModuleType) -> Tensor:
@@ -297,7 +297,7 @@ class Block(OnOps, nn.Module):
         """
         parts = self._modules
         norm1, attn, scale, drop_path = parts["norm1"], parts["attn"], parts["ls1"], parts["drop_path1"]
-        if (host_bound(x) and not kept) or not self.by_op("attn"):
+        if (not kept and too_small(attn._modules.get("qkv"), x)) or not self.by_op("attn"):
             # what somebody put there need not know of it
             causal = {"is_causal": True} if is_causal else {}
             x = x + drop_path(scale(attn(norm1(x), attn_mask=attn_mask, **causal)))
@@ -319,7 +319,7 @@ class Block(OnOps, nn.Module):
         """x + drop_path2(ls2(mlp(norm2(x)))); kept as in `attention_branch`."""
         parts = self._modules
         norm2, mlp, scale, drop_path = parts["norm2"], parts["mlp"], parts["ls2"], parts["drop_path2"]
-        if (host_bound(x) and not kept) or not self.by_op("norm2 + mlp + residual"):
+        if (not kept and too_small(mlp._modules.get("fc2"), x)) or not self.by_op("norm2 + mlp + residual"):
             return x + drop_path(scale(mlp(norm2(x))))
         inside = mlp._modules
         if self._mlp_is_one_op(mlp):
@@ -342,7 +342,9 @@ class Block(OnOps, nn.Module):
         # `Part.of` written out: a model of 12 blocks asks 250 times
         for holder, name, kinds in STEPS[step].parts:
             inside = modules[holder] if holder else self
-            module = inside._modules.get(name) or inside.__dict__.get(name)
+            module = inside._modules.get(name)
+            # not `or`: a container with nothing in it counts as false
+            module = inside.__dict__.get(name) if module is None else module
             if not plain(module, *kinds) and (module is not None or ABSENT not in kinds):
                 return False
         return True

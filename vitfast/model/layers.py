@@ -92,11 +92,28 @@ def eps_of(module: nn.Module, weight: Tensor | None) -> float:
     return torch.finfo(torch.float64 if weight is not None and weight.dtype is torch.float64 else torch.float32).eps
 
 
+def too_small(module: nn.Module | None, x: Tensor) -> bool:
+    """Whether x is too small to look for ops (`host_bound`), so that `module` and those around it run as they are.
+
+    Not where its weight has another dtype or device than x: ops take some, and say what is wrong of the others.
+    """
+    if not host_bound(x):
+        return False
+    weight = None if module is None else module._parameters.get("weight")
+    return weight is None or (weight.dtype is x.dtype and weight.device == x.device)
+
+
+def few_tokens(images: Tensor, config: ViTConfig) -> bool:
+    """Whether all tokens of these images are too few numbers to look for ops (`host_bound`)."""
+    height, width = config.patch_size  # type: ignore[misc]  # a pair since ViTConfig.__post_init__
+    return host_bound(images, config.dim / (config.channels * height * width))
+
+
 def run_norm(module: nn.Module, x: Tensor, using: ModuleType = ops) -> Tensor:
     """`module(x)`, as an op where the module is a plain norm. using: `OnOps.ops` of the module around it."""
     if plain(module, nn.Identity) and not any_global_hook():
         return x
-    if host_bound(x) or not plain(module, *NORMS) or any_global_hook():
+    if too_small(module, x) or not plain(module, *NORMS) or any_global_hook():
         return module(x)
     weight, bias = parameters_of(module)
     return using.layer_norm(x, weight, bias, eps_of(module, weight), norm_kind(module))
@@ -104,7 +121,7 @@ def run_norm(module: nn.Module, x: Tensor, using: ModuleType = ops) -> Tensor:
 
 def run_linear(module: nn.Module, x: Tensor, using: ModuleType = ops) -> Tensor:
     """`module(x)`, as an op where the module is a plain linear layer; using as in `run_norm`."""
-    if host_bound(x) or not plain(module, nn.Linear) or any_global_hook():
+    if too_small(module, x) or not plain(module, nn.Linear) or any_global_hook():
         return module(x)
     return using.linear(x, *parameters_of(module))
 

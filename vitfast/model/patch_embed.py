@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from vitfast import reference
 from vitfast.choose.exportable import refuse_proxy
 from vitfast.config import ViTConfig
-from vitfast.model.layers import NORMS, OnOps, build_norm, norm_args, reasons_of, run_norm
+from vitfast.model.layers import NORMS, OnOps, build_norm, norm_args, reasons_of, run_norm, too_small
 from vitfast.model.plain import any_global_hook, plain, stands_for
-from vitfast.ops._on_cpu import host_bound
 from vitfast.weights.resample import resample_patch_embed
 
 
@@ -149,16 +148,9 @@ class PatchEmbed(OnOps, nn.Module):
         (H, W), (ph, pw) = images.shape[2:], self.patch_size
         return F.pad(images, (0, -W % pw, 0, -H % ph)) if self.dynamic_img_pad and (H % ph or W % pw) else images
 
-    def _host_bound(self, images: Tensor) -> bool:
-        if not host_bound(images):
-            return False
-        # what does not fit is the op's, which says so
-        weight = getattr(self.proj, "weight", images)
-        return images.dtype is weight.dtype and images.device == weight.device
-
     def forward(self, images: Tensor) -> Tensor:
         if self.input_norm is None:
-            small = self._host_bound(images)
+            small = too_small(self._modules.get("proj"), images)
             if not small and self.cuts_patches() and not any_global_hook():
                 self.check(images)
                 x = self.ops.patch_embed(images, self.proj.weight, self.proj.bias, pad=self.dynamic_img_pad)

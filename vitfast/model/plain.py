@@ -34,8 +34,10 @@ stands_for(nn.Softmax, nn.Sequential)
 
 def plain(module: nn.Module | None, *kinds: type) -> bool:
     """Whether `module` is exactly one of `kinds` and does what its class says: no hook, no patch, plain weights."""
+    if module is None:
+        return False
     kind = type(module)
-    if module is None or kind not in kinds or kind.forward is not FORWARDS[kind]:
+    if kind not in kinds or kind.forward is not FORWARDS[kind]:
         return False
     held = module.__dict__
     return (

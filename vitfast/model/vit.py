@@ -16,11 +16,10 @@ from vitfast.model import vit_pytorch_surface
 from vitfast.model.attention_pool import AttentionPool
 from vitfast.model.block import Block, given
 from vitfast.model.initialise import init_as_timm
-from vitfast.model.layers import LayerScale, OnOps, build_norm, norm_report, reasons_of, run_norm
+from vitfast.model.layers import LayerScale, OnOps, build_norm, few_tokens, norm_report, reasons_of, run_norm, too_small
 from vitfast.model.patch_embed import PatchEmbed
 from vitfast.model.plain import any_global_hook, note_methods, plain, replaced, why_not_plain
 from vitfast.model.timm_surface import TimmSurface, pool_of, say_mask_is_stock
-from vitfast.ops._on_cpu import host_bound
 from vitfast.weights import vit_pytorch
 from vitfast.weights.resample import resample_pos_embed
 from vitfast.weights.state_dict import check_state_dict, copies, load_or_put_back, translates
@@ -196,7 +195,7 @@ class ViT(TimmSurface, OnOps, nn.Module):
         """
         refuse_proxy(x)
         how = {} if attn_mask is None and not is_causal else given(attn_mask, is_causal)
-        keep = None if how or host_bound(x) else self._tokens_that_count()
+        keep = None if how or few_tokens(x, self.config) else self._tokens_that_count()
         if keep is None:
             return self.forward_head(self.forward_features(x, **how))
         return self.forward_head(self._features(x, keep=keep))
@@ -253,7 +252,7 @@ class ViT(TimmSurface, OnOps, nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """Images -> tokens [B, P + N, D] that enter the first block."""
         refuse_proxy(images)
-        if not host_bound(images) and self._embeds_by_op():
+        if not too_small(self.patch_embed._modules.get("proj"), images) and self._embeds_by_op():
             self.patch_embed.check(images)
             return self._before_blocks(self._drop(self._embed_by_op(images)))
         x = (vit_pytorch_surface.watched(self, "to_patch_embedding") or self.patch_embed)(images)

@@ -19,6 +19,8 @@ ALWAYS = sys.maxsize
 LIMITS = {
     # on a CPU the op is the stock operator and a call around it
     "layer_norm": ALWAYS,
+    # `ops.layer_norm` of kind 'rms': stock operators keep three times its input for the backward
+    "rms_norm": 1 << 17,
     "linear": 1 << 16,
     "mlp": 1 << 14,
 }
@@ -26,18 +28,23 @@ LIMITS = {
 HOST_BOUND = 1 << 14
 
 
-def host_bound(x: Tensor) -> bool:
-    """Whether a call on x takes as long as Python does on a CPU, so that looking for ops costs more than they save."""
+def host_bound(x: Tensor, each: float = 1.0) -> bool:
+    """Whether a call on x takes as long as Python does on a CPU, so that looking for ops costs more than they save.
+
+    Args:
+        x: the input.
+        each: how many numbers are computed of one of x's.
+    """
     # tangents of torch's own norm have a wrong gradient
-    return _up_to(x, HOST_BOUND) and not forward_mode()
+    return _up_to(x, HOST_BOUND / each) and not forward_mode()
 
 
 def faster_as_stock(op: str, x: Tensor) -> bool:
-    """Whether stock operators are to run this call of `op`, of which x is the first input, and to differentiate it."""
+    """Whether stock operators are to run this call, of whose op in `LIMITS` x is the first input."""
     return _up_to(x, LIMITS[op])
 
 
-def _up_to(x: Tensor, limit: int) -> bool:
+def _up_to(x: Tensor, limit: float) -> bool:
     # a graph serves other sizes too, and has no calls to save
     if type(x) is not Tensor or INTERPRETED or torch.compiler.is_compiling():
         return False
@@ -48,6 +55,6 @@ def notes() -> list[str]:
     """`LIMITS` and `HOST_BOUND` in words, for `vitfast.explain`."""
     words = [f"{op} " + ("always" if most == ALWAYS else f"up to {most:,}") for op, most in LIMITS.items()]
     return [
-        f"on cpu, blocks of up to {HOST_BOUND:,} numbers run their own modules: looking for ops costs more",
+        f"on cpu, modules of up to {HOST_BOUND:,} numbers run as they are, not as ops: looking for ops costs more",
         f"on cpu, stock operators are faster by numbers in the input: {', '.join(words)}",
     ]

@@ -123,6 +123,8 @@ def call(op: Callable, differentiable: bool, *args: Any) -> Any:
     """`op(*args)` by the shortest way: what torch's dispatcher would find out about autograd at 15 us is known here."""
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or forward_ad._current_level >= 0:
         return op(*args)
+    if torch._C._are_functorch_transforms_active():
+        return op(*args)  # by `Function.apply`, which torch.func knows
     if differentiable:
         return GRADIENTS[op](None, *args)
     with below_autograd():

@@ -48,7 +48,7 @@ def layer_norm(
     out_dtype = out_dtype or x.dtype
     if stock_only():
         return reference.layer_norm(x, weight, bias, eps, kind, out_dtype)
-    if faster_as_stock("layer_norm", x):
+    if faster_as_stock("layer_norm" if kind == "layer" else "rms_norm", x):
         return reference.layer_norm(x.contiguous(), weight, bias, eps, kind, out_dtype)
     # by name: AOTInductor hands a ScalarType on as another one (torch 2.11)
     name = str(out_dtype).removeprefix("torch.")
