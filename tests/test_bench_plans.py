@@ -333,6 +333,22 @@ def told_of(out, **more):
     return argparse.Namespace(**told | more)
 
 
+def test_rows_of_small_sizes_pass_for_the_real_ones_or_displace_them(tmp_path, monkeypatch, a_run):
+    """A plan that was tried with --tiny is finished, or its record is where tables and choices are made from."""
+    tiny, real = (program.Call(told_of(tmp_path / "out", tiny=tiny)) for tiny in (True, False))
+    for plan in plans.ORDER:
+        assert not {*tiny.files(plan)} & {*real.files(plan)}
+        tiny.open(plan).data["stages"]["extension"] = {"done": True}
+        tiny.open(plan).write()
+        assert not real.open(plan).data["stages"]
+    for call in (tiny, real):
+        run = stages.Run(call.device, call.open("tune"), call.told.tiny)
+        assert run.tuned == stages.STATE / call.files("tune")[1]
+    assert program.main(["profile", "--device", "cpu", "--tiny"]) == 0
+    results = ROOT / "benchmarks" / "results"
+    assert (stages.STATE / tiny.files("profile")[0]).exists() and not list(results.glob("*tiny*"))
+
+
 def test_next_forgets_what_an_earlier_call_left(tmp_path, monkeypatch, a_run):
     """Plans in their order, one that is finished no more, one that ran out of time again."""
     ran, parts = [], {"a": ["", "x"], "b": ["", "left"], "c": [""] * 2}
