@@ -26,8 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as folder:
             path = told.out or Path(folder) / "rows.json"
             kept = record.open_for_resume(path, machine.describe(device, PACKAGES))
+            # what cannot be written is to be known before an hour of measuring
+            kept.write()
             return _run(told, kept, cases, device)
-    except (ValueError, TypeError, ModuleNotFoundError, NotImplementedError) as problem:
+    except (ValueError, TypeError, ModuleNotFoundError, NotImplementedError, OSError) as problem:
         print(f"benchmarks: {problem}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
