@@ -50,6 +50,8 @@ def test_the_command_prints_no_table_or_runs_again_what_is_there(tmp_path, capsy
         ("ops mlp --device tpu", "tpu"),
         ("models no_such_model", "no_such_model"),
         ("models vit_tiny_patch16_224 --image-size 30", "image_size"),
+        ("ops mlp --seconds nan", "--seconds must be at least 0 and finite, got nan"),
+        ("ops mlp --budget -1", "--budget must be at least 0 and finite, got -1"),
         ("ops mlp --out rows.json", "rows.json: not a record"),
         ("ops attention --tiny --budget 0 --ceilings 0 --out rows.json/more", "rows.json"),
     ],
@@ -86,6 +88,8 @@ def test_help_leaves_out_an_op_or_a_program(capsys):
 
 WRONG = [
     ("benchmarks.gpu.run", ["quick"], "invalid choice: 'quick'"),
+    ("benchmarks.gpu.run", ["profile", "--minutes", "nan"], "--minutes must be more than 0, got nan"),
+    ("benchmarks.gpu.run", ["profile", "--minutes", "0"], "--minutes must be more than 0, got 0.0"),
     ("benchmarks.gpu.defaults", ["--dry"], "--dry"),
     ("benchmarks.gpu.profile", ["fc2"], "invalid choice: 'fc2'"),
     ("benchmarks.gpu.profile", [], "kernel"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 1 where a result of ours was wrong or failed, 2 for wrong use."""
     told = _parser().parse_args(argv)
     try:
+        for name in ("seconds", "budget", "ceilings"):
+            if not 0 <= getattr(told, name) < math.inf:
+                raise ValueError(f"--{name} must be at least 0 and finite, got {getattr(told, name)}")
         device = devices.device_named(told.device)
         cases = [make() for make in _makers(told, device)]
         with tempfile.TemporaryDirectory() as folder:

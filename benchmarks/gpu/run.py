@@ -41,6 +41,7 @@ BEGAN = time.perf_counter()
 
 import argparse  # noqa: E402
 import fcntl  # noqa: E402
+import math  # noqa: E402
 import os  # noqa: E402
 import signal  # noqa: E402
 import subprocess  # noqa: E402
@@ -145,7 +146,8 @@ class Call:
             for line in (line for stage in known.values() for line in stage["failed"]):
                 failed = 1
                 print(f"run: {plan}: {line}", file=sys.stderr)
-            told = f"left: {', '.join(left)}" if left else "finished"
+            # names have commas in them
+            told = f"left: {'; '.join(left)}" if left else "finished"
             say(f"{self.told.out / kept.path.name}: {len(kept.rows)} rows, {len(kept.data['skipped'])} skipped, {told}")
         say(f"{time.perf_counter() - BEGAN:.0f} s")
         return 3 if self.cut else failed
@@ -263,6 +265,8 @@ def main(argv: list[str] | None = None) -> int:
     for name, kind in (("--stage", str), ("--until", float), ("--record", Path), (workers.FLAG, Path)):
         parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
     told = parser.parse_args(argv)
+    if told.minutes is not None and not 0 < told.minutes < math.inf:
+        parser.error(f"--minutes must be more than 0, got {told.minutes}")
     told.device = told.device or torch.device("cpu" if told.run == "cpu" else "cuda")
     # tables and built-in choices are made of what is in results
     told.out = (told.out or (stages.STATE if told.tiny else ROOT / "benchmarks" / "results")).resolve()
