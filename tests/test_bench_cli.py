@@ -50,6 +50,7 @@ def test_the_command_prints_no_table_or_runs_again_what_is_there(tmp_path, capsy
         ("ops mlp --device tpu", "tpu"),
         ("models no_such_model", "no_such_model"),
         ("models vit_tiny_patch16_224 --image-size 30", "image_size"),
+        ("models resnet50 --autocast --dtypes fp32", "--dtypes must name bf16 or fp16, got fp32 alone"),
         ("ops mlp --seconds nan", "--seconds must be at least 0 and finite, got nan"),
         ("ops mlp --budget -1", "--budget must be at least 0 and finite, got -1"),
         ("ops mlp --out rows.json", "rows.json: not a record"),

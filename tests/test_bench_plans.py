@@ -111,7 +111,7 @@ def test_plans_leave_more_than_eight_files(tmp_path):
 
 def test_sweep_has_another_name_than_its_plan_knows(tmp_path, a_run):
     call = program.Call(told_of(tmp_path))
-    run = stages.Run(call.device, call.open("tune"))
+    run = stages.Run(call.device, call.open("tune"), call.told.tiny)
     assert run.tuned.name == call.files("tune")[1] and run.record.path.name == call.files("tune")[0]
 
 
@@ -377,7 +377,7 @@ def test_next_forgets_what_an_earlier_call_left(tmp_path, monkeypatch, a_run):
 @pytest.fixture
 def copy(tmp_path):
     """A plain copy of the tree."""
-    ignore = shutil.ignore_patterns("__pycache__", "state", "results", "_C*", "*.svg")
+    ignore = shutil.ignore_patterns("__pycache__", "state", "results", "_C*")
     for name in ("vitfast", "benchmarks", "tests", "csrc"):
         shutil.copytree(ROOT / name, tmp_path / "tree" / name, ignore=ignore)
     for name in ("setup.py", "pyproject.toml"):

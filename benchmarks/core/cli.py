@@ -75,6 +75,8 @@ def _makers(told: argparse.Namespace, device: Any) -> Iterator[harness.Maker]:
     gpu = device.type == "cuda"
     common = {"device": str(device), "dtypes": told.dtypes or ["bf16" if gpu else "fp32"], "modes": told.modes}
     if told.kind == "models":
+        if told.autocast and set(common["dtypes"]) == {"fp32"}:
+            raise ValueError("--autocast computes in half precision: --dtypes must name bf16 or fp16, got fp32 alone")
         return models.listed(
             told.names, batches=told.batches or [1, 8], groups=(told.rivals,), image_size=told.image_size,
             autocast=(False, True) if told.autocast else (False,), **common,
