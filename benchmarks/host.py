@@ -211,7 +211,9 @@ def stock_operators_of(call: Callable) -> Callable:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.host", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--against", type=Path, help="a second checkout of vitfast")
     parser.add_argument("--crossover", action="store_true", help="ops beside stock operators by size, and nothing else")
     parser.add_argument("--rounds", type=int, default=15, help="of each op")
@@ -220,6 +222,8 @@ def main(argv: list[str] | None = None) -> int:
     given = parser.parse_args(argv)
     if given.against and not (given.against / "vitfast" / "__init__.py").is_file():
         parser.error(f"--against must be a checkout of vitfast, got {given.against}")
+    if given.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {given.rounds}")
     torch.set_num_threads(1)
     if given.answer:
         answer()

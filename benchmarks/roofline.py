@@ -150,7 +150,7 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__.splitlines()[0])
     parser.add_argument("--model", nargs="+", help="names of vitfast.list_models(); also prints their ops")
     parser.add_argument("--batch", type=int, default=256, help="images (default 256)")
     parser.add_argument("--ceilings", type=Path, help="JSON file of a benchmark on the device")

@@ -1,8 +1,12 @@
 """`python -m benchmarks`: what it prints and keeps, its exit status, and that a user error is one line."""
 
+import contextlib
+import importlib
 import json
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -45,7 +49,11 @@ def test_the_command_prints_no_table_or_runs_again_what_is_there(tmp_path, capsy
         ("ops mlp --device tpu", "tpu"),
         ("models no_such_model", "no_such_model"),
         ("models vit_tiny_patch16_224 --image-size 30", "image_size"),
+        ("models resnet50 --autocast --dtypes fp32", "--dtypes must name bf16 or fp16, got fp32 alone"),
+        ("ops mlp --seconds nan", "--seconds must be at least 0 and finite, got nan"),
+        ("ops mlp --budget -1", "--budget must be at least 0 and finite, got -1"),
         ("ops mlp --out rows.json", "rows.json: not a record"),
+        ("ops attention --tiny --budget 0 --ceilings 0 --out rows.json/more", "rows.json"),
     ],
 )
 def test_wrong_use_of_the_command_is_not_explained(arguments, message, capsys, tmp_path, monkeypatch):
@@ -76,6 +84,44 @@ def test_help_leaves_out_an_op_or_a_program(capsys):
         # argparse breaks lines at spaces
         said = " ".join(capsys.readouterr().out.split())
         assert all(name in said for name in names)
+
+
+WRONG = [
+    ("benchmarks.gpu.run", ["quick"], "invalid choice: 'quick'"),
+    ("benchmarks.gpu.run", ["profile", "--minutes", "nan"], "--minutes must be more than 0, got nan"),
+    ("benchmarks.gpu.run", ["profile", "--minutes", "0"], "--minutes must be more than 0, got 0.0"),
+    ("benchmarks.gpu.defaults", ["--dry"], "--dry"),
+    ("benchmarks.gpu.profile", ["fc2"], "invalid choice: 'fc2'"),
+    ("benchmarks.gpu.profile", [], "kernel"),
+    ("benchmarks.roofline", ["--bach", "1"], "--bach"),
+    ("benchmarks.host", ["--rounds", "0"], "--rounds must be at least 1, got 0"),
+    ("benchmarks.aot", ["--only", "softmax"], "--only must be in the key of a configuration, got 'softmax'"),
+    ("benchmarks.aot", ["--all"], "--all"),
+]
+
+
+@pytest.mark.parametrize("module, given, message", WRONG)
+def test_wrong_argument_is_taken_or_usage_names_what_cannot_be_run(module, given, message, capsys):
+    """Another kernel is profiled, nothing is compared and nothing differs; `run.py` for what only -m starts."""
+    with contextlib.suppress(ModuleNotFoundError):
+        module = importlib.import_module(f"{module}.__main__").__name__
+    try:
+        status = importlib.import_module(module).main(given)
+    except SystemExit as exit_:
+        status = exit_.code
+    out, err = capsys.readouterr()
+    assert status == 2 and not out and message in err
+    assert "usage" not in err or f"usage: python -m {module.removesuffix('.__main__')} " in err
+
+
+@pytest.mark.parametrize("given, status", [("-h", 0), ("gpu", 2)])
+def test_asking_the_report_for_help_writes_the_pages(given, status, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["report", given])
+    monkeypatch.setattr(Path, "write_text", lambda *_, **__: pytest.fail("a page is written"))
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_module("benchmarks.report", run_name="__main__")
+    said = capsys.readouterr()
+    assert exit_.value.code == status and "usage: python -m benchmarks.report " in said.out + said.err
 
 
 def test_a_cnn_without_timm_ends_in_a_traceback(monkeypatch, capsys):

@@ -111,7 +111,7 @@ def test_plans_leave_more_than_eight_files(tmp_path):
 
 def test_sweep_has_another_name_than_its_plan_knows(tmp_path, a_run):
     call = program.Call(told_of(tmp_path))
-    run = stages.Run(call.device, call.open("tune"))
+    run = stages.Run(call.device, call.open("tune"), call.told.tiny)
     assert run.tuned.name == call.files("tune")[1] and run.record.path.name == call.files("tune")[0]
 
 
@@ -333,6 +333,22 @@ def told_of(out, **more):
     return argparse.Namespace(**told | more)
 
 
+def test_rows_of_small_sizes_pass_for_the_real_ones_or_displace_them(tmp_path, monkeypatch, a_run):
+    """A plan that was tried with --tiny is finished, or its record is where tables and choices are made from."""
+    tiny, real = (program.Call(told_of(tmp_path / "out", tiny=tiny)) for tiny in (True, False))
+    for plan in plans.ORDER:
+        assert not {*tiny.files(plan)} & {*real.files(plan)}
+        tiny.open(plan).data["stages"]["extension"] = {"done": True}
+        tiny.open(plan).write()
+        assert not real.open(plan).data["stages"]
+    for call in (tiny, real):
+        run = stages.Run(call.device, call.open("tune"), call.told.tiny)
+        assert run.tuned == stages.STATE / call.files("tune")[1]
+    assert program.main(["profile", "--device", "cpu", "--tiny"]) == 0
+    results = ROOT / "benchmarks" / "results"
+    assert (stages.STATE / tiny.files("profile")[0]).exists() and not list(results.glob("*tiny*"))
+
+
 def test_next_forgets_what_an_earlier_call_left(tmp_path, monkeypatch, a_run):
     """Plans in their order, one that is finished no more, one that ran out of time again."""
     ran, parts = [], {"a": ["", "x"], "b": ["", "left"], "c": [""] * 2}
@@ -361,7 +377,7 @@ def test_next_forgets_what_an_earlier_call_left(tmp_path, monkeypatch, a_run):
 @pytest.fixture
 def copy(tmp_path):
     """A plain copy of the tree."""
-    ignore = shutil.ignore_patterns("__pycache__", "state", "results", "_C*", "*.svg")
+    ignore = shutil.ignore_patterns("__pycache__", "state", "results", "_C*")
     for name in ("vitfast", "benchmarks", "tests", "csrc"):
         shutil.copytree(ROOT / name, tmp_path / "tree" / name, ignore=ignore)
     for name in ("setup.py", "pyproject.toml"):

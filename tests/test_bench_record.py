@@ -1,10 +1,12 @@
 """The file of a run: whole at any time, continued, merged."""
 
+import importlib.machinery
 import json
 import math
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -218,6 +220,19 @@ def test_a_run_does_not_say_what_its_times_depend_on():
         assert name in run, name
     assert run["no-such-package"] is None and run["numpy"] and run["date"].endswith("Z") and run["threads"] > 0
     json.dumps(run)
+
+
+@pytest.mark.parametrize("module, command", [
+    ("benchmarks.__main__", "python -m benchmarks gpu check"),
+    ("benchmarks.gpu.run", "python -m benchmarks.gpu.run gpu check"),
+    (None, "python benchmarks/__main__.py gpu check"),
+])  # fmt: skip
+def test_command_of_a_record_cannot_be_run(module, command, monkeypatch):
+    """The file of a module that finds its package only by -m, or arguments of another module."""
+    spec = module and importlib.machinery.ModuleSpec(module, None)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec, raising=False)
+    monkeypatch.setattr(sys, "argv", [str(machine.ROOT / "benchmarks/__main__.py"), "gpu", "check"])
+    assert machine.describe()["command"] == command
 
 
 def test_record_holds_a_path_of_the_machine():

@@ -22,7 +22,7 @@ IGNORED = {line.strip("/") for line in (ROOT / ".gitignore").read_text().splitli
 RUNS = set(re.search(r"RUN=([a-z|]+):", MAKEFILE).group(1).split("|"))
 ASSIGNED = re.compile(r"[A-Z_]+=.*")
 # of the repository's files, what a text may name without a folder
-SUFFIXES = r"(?:py|md|json|txt|toml|h|cpp|cu|cuh|svg)"
+SUFFIXES = r"(?:py|md|json|txt|toml|h|cpp|cu|cuh|png)"
 every_page = pytest.mark.parametrize("page", PAGES)
 
 

@@ -164,7 +164,9 @@ def line_of(key: str, row: Row) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     began = time.perf_counter()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.aot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHS, default=list(ARCHS), metavar="80|89|90|100")
     parser.add_argument("--only", default="", help="configurations with this in the line they begin with")
     parser.add_argument("--write", action="store_true", help=f"renew {RECORD.relative_to(ROOT)}")
@@ -178,8 +180,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"aot: {problem}", file=sys.stderr)
         return 2
     jobs = kernel_jobs(KERNEL_MODULES, told.arch) + cuda_jobs(CUDA_SOURCES, told.arch)
+    jobs = [job for job in jobs if told.only in job.key]
+    if not jobs:
+        print(f"aot: --only must be in the key of a configuration, got {told.only!r}", file=sys.stderr)
+        return 2
     rows: dict[str, Row] = {}
-    for key, row in run([job for job in jobs if told.only in job.key], os.cpu_count() or 1):
+    for key, row in run(jobs, os.cpu_count() or 1):
         rows[key] = row
         print(line_of(key, row), flush=True)
     after = record_of(rows, before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -21,13 +22,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 1 where a result of ours was wrong or failed, 2 for wrong use."""
     told = _parser().parse_args(argv)
     try:
+        for name in ("seconds", "budget", "ceilings"):
+            if not 0 <= getattr(told, name) < math.inf:
+                raise ValueError(f"--{name} must be at least 0 and finite, got {getattr(told, name)}")
         device = devices.device_named(told.device)
         cases = [make() for make in _makers(told, device)]
         with tempfile.TemporaryDirectory() as folder:
             path = told.out or Path(folder) / "rows.json"
             kept = record.open_for_resume(path, machine.describe(device, PACKAGES))
+            # what cannot be written is to be known before an hour of measuring
+            kept.write()
             return _run(told, kept, cases, device)
-    except (ValueError, TypeError, ModuleNotFoundError, NotImplementedError) as problem:
+    except (ValueError, TypeError, ModuleNotFoundError, NotImplementedError, OSError) as problem:
         print(f"benchmarks: {problem}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -75,6 +81,8 @@ def _makers(told: argparse.Namespace, device: Any) -> Iterator[harness.Maker]:
     gpu = device.type == "cuda"
     common = {"device": str(device), "dtypes": told.dtypes or ["bf16" if gpu else "fp32"], "modes": told.modes}
     if told.kind == "models":
+        if told.autocast and set(common["dtypes"]) == {"fp32"}:
+            raise ValueError("--autocast computes in half precision: --dtypes must name bf16 or fp16, got fp32 alone")
         return models.listed(
             told.names, batches=told.batches or [1, 8], groups=(told.rivals,), image_size=told.image_size,
             autocast=(False, True) if told.autocast else (False,), **common,

@@ -269,7 +269,11 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.defaults",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--from", dest="more", nargs="*", type=Path, default=[], metavar="FILE", help="more records")
     parser.add_argument("--write", action="store_true", help="write the tables")
     parser.add_argument("--into", type=Path, default=builtin.FOLDER, help=argparse.SUPPRESS)

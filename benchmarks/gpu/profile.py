@@ -8,6 +8,7 @@ record says why.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import re
 import shutil
@@ -52,10 +53,13 @@ def call(kernel: str, mark: Callable[[], None]) -> None:
     torch.cuda.synchronize()
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.profile", description=__doc__.splitlines()[0])
+    parser.add_argument("kernel", choices=KERNELS)
+    kernel = parser.parse_args(argv).kernel
     with dispatch.backend("kernel"):
-        call(sys.argv[1], lambda: None)
-        call(sys.argv[1], torch.cuda.profiler.start)
+        call(kernel, lambda: None)
+        call(kernel, torch.cuda.profiler.start)
         torch.cuda.profiler.stop()
 
 

@@ -24,7 +24,8 @@ Each plan is over in nine minutes, check in five, on sixteen cores. Needs nothin
 torch, triton, timm, transformers, pytest and xdist: no network, nothing installed. What one stage leaves of its budget
 goes to the next ones, one that fails or overruns costs those after it nothing, what does not fit is listed as skipped.
 `next`, `all` and --resume go on with what is in benchmarks/state, so on another machine put files of an earlier call
-there; what is not gone on with gets the suffix .before. --tiny runs every stage on small sizes, on any device.
+there; what is not gone on with gets the suffix .before. --tiny runs every stage on small sizes, on any device; its
+records have names of their own, and a copy only where --out says so.
 
 Compilers keep their results in $VITFAST_CACHE_DIR (~/.cache/vitfast), in a folder named after device and versions.
 Exit status: 0; 1 where by the records a test failed or a result of ours was wrong; 2 for wrong use; 3 where the time
@@ -40,6 +41,7 @@ BEGAN = time.perf_counter()
 
 import argparse  # noqa: E402
 import fcntl  # noqa: E402
+import math  # noqa: E402
 import os  # noqa: E402
 import signal  # noqa: E402
 import subprocess  # noqa: E402
@@ -78,13 +80,12 @@ class Call:
         minutes = {"next": NEXT_MINUTES, "all": ALL_MINUTES}.get(told.run) or LIMITS_S[told.run] / 60
         self.ends = BEGAN + 60 * (minutes if told.minutes is None else told.minutes) - GRACE_S - LAST_S
         self.made = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu_name()
-        command = machine.command_of(["-m", "benchmarks.gpu.run", *sys.argv[1:]])
-        self.facts = machine.describe(self.device, ("torchvision", "liger-kernel", "flash-attn")) | {"command": command}
+        self.facts = machine.describe(self.device, ("torchvision", "liger-kernel", "flash-attn"))
         self.records: dict[str, Kept] = {}
 
     def files(self, plan: str) -> list[str]:
         """A plan's record, and of tune what the sweep writes."""
-        name = slug(f"{self.made} {plan}")
+        name = stages.name_of(self.made, plan, self.told.tiny)
         return [f"{name}-plan.json", f"{name}.json"] if plan == "tune" else [f"{name}.json"]
 
     def open(self, plan: str) -> Kept:
@@ -145,7 +146,8 @@ class Call:
             for line in (line for stage in known.values() for line in stage["failed"]):
                 failed = 1
                 print(f"run: {plan}: {line}", file=sys.stderr)
-            told = f"left: {', '.join(left)}" if left else "finished"
+            # names have commas in them
+            told = f"left: {'; '.join(left)}" if left else "finished"
             say(f"{self.told.out / kept.path.name}: {len(kept.rows)} rows, {len(kept.data['skipped'])} skipped, {told}")
         say(f"{time.perf_counter() - BEGAN:.0f} s")
         return 3 if self.cut else failed
@@ -250,9 +252,11 @@ def keep_caches(device: torch.device) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", choices=[*PLANS, "next", "all"], metavar="PLAN")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--out", type=Path, help="(default: benchmarks/results; of --tiny benchmarks/state)")
     parser.add_argument("--resume", action="store_true", help="go on with what is there; next and all always do")
     parser.add_argument("--device", type=torch.device, help="(default: cuda, of the plan cpu: cpu)")
     parser.add_argument("--minutes", type=float, help="for all of the call (default: the plan's; of next 9)")
@@ -261,8 +265,11 @@ def main(argv: list[str] | None = None) -> int:
     for name, kind in (("--stage", str), ("--until", float), ("--record", Path), (workers.FLAG, Path)):
         parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
     told = parser.parse_args(argv)
+    if told.minutes is not None and not 0 < told.minutes < math.inf:
+        parser.error(f"--minutes must be more than 0, got {told.minutes}")
     told.device = told.device or torch.device("cpu" if told.run == "cpu" else "cuda")
-    told.out = told.out.resolve()
+    # tables and built-in choices are made of what is in results
+    told.out = (told.out or (stages.STATE if told.tiny else ROOT / "benchmarks" / "results")).resolve()
     if told.stage is not None:
         return perform_one(told)
     if told.device.type == "cuda" and not torch.cuda.is_available():

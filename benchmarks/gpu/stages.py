@@ -95,7 +95,7 @@ class Run:
     @property
     def tuned(self) -> Path:
         """The sweep's record of this device."""
-        return STATE / f"{slug(self.record.data['run']['device'])}-tune.json"
+        return STATE / f"{name_of(self.record.data['run']['device'], 'tune', self.tiny)}.json"
 
     def note(self, what: str, value: Any) -> None:
         """Into the facts of this call."""
@@ -235,6 +235,11 @@ def same_keys() -> None:
     """For the process that compiles and the one that times: inductor's cache tells a precision that is the default from
     the same one that was set, as measuring ceilings does."""
     torch.set_float32_matmul_precision(torch.get_float32_matmul_precision())
+
+
+def name_of(device: str, plan: str, tiny: bool) -> str:
+    """Of a plan's record, without suffix. Small sizes have another: who goes on takes what is done for done."""
+    return slug(f"{device} {'tiny ' * tiny}{plan}")
 
 
 def slug(text: str) -> str:

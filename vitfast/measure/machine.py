@@ -32,7 +32,7 @@ def describe(device: torch.device | str = "cpu", packages: tuple[str, ...] = ())
     """
     device = torch.device(device)
     return {
-        "command": command_of(sys.argv),
+        "command": command_of([*_program(), *sys.argv[1:]]),
         "date": now(),
         **commit(),
         **(_cuda(device) if device.type == "cuda" else {"device": cpu_name()}),
@@ -58,6 +58,12 @@ def cpu_name() -> str:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def _program() -> list[str]:
+    """How python was told what to run: the module after -m, as which alone a file of a package runs, or a file."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return sys.argv[:1] if spec is None else ["-m", spec.name.removesuffix(".__main__")]
 
 
 def command_of(arguments: Sequence[str]) -> str:
