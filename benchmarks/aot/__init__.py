@@ -1,0 +1,1 @@
+"""Every kernel compiled for four architectures, without a GPU."""
