@@ -2,12 +2,17 @@
 
 import os
 import random
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from vitfast.ops import _on_cpu
+
+# for `benchmarks`; last, so that a process that was given another copy of the package has that one
+sys.path.append(str(Path(__file__).parent.parent))
 
 
 def pytest_configure(config):

@@ -168,6 +168,7 @@ def test_a_library_is_left_out_where_it_has_the_model():
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_a_compiler_of_the_cpu_computes_something_else():
     for dtype, names in (("fp32", ("timm compiled", "ONNX Runtime", "OpenVINO")), ("bf16", ("OpenVINO",))):
         case = MODELS["vit"](dtype=dtype, group="compiled")

@@ -406,9 +406,8 @@ def ran(tree, *arguments, **more):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["models", pytest.param("rest", marks=pytest.mark.full), "tune"]
-)  # the others have their stages with no rows
+# the others have their stages with no rows
+@pytest.mark.parametrize("name", ["tune", *(pytest.param(name, marks=pytest.mark.full) for name in ("models", "rest"))])
 def test_stage_fails_on_its_first_gpu(name, copy):
     """Every stage on a CPU: wrong arguments, a result that is not right, too many files, a second run that repeats."""
     # compiling would take most of the time
@@ -492,6 +491,7 @@ def outcomes_in(out):
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_cut_off_loses_rows_or_is_not_said(copy):
     """A limit in the middle of the rows: those that are there stay, the others are listed, all is a whole file."""
     done = ran(copy, "rest", "--minutes", "0.4", TORCH_COMPILE_DISABLE="1")

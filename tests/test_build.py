@@ -138,7 +138,7 @@ def call_extension(package):
 
 # the folders of the package, as they are installed
 ROOMS = {
-    ".", "bench", "bench/ops", "check", "check/families", "checkpoints", "choose", "commands", "inference", "kernels",
+    ".", "check", "check/families", "checkpoints", "choose", "commands", "inference", "kernels",
     "kernels/cpu", "kernels/cuda", "kernels/triton", "measure", "model", "ops", "reference", "timm_names", "weights",
 }  # fmt: skip
 

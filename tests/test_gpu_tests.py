@@ -79,6 +79,7 @@ HANGS = """
 """
 
 
+@pytest.mark.full
 def test_time_out_forgets_what_failed_before(stage_of):
     """Names, messages and tracebacks; what was running; how many were not run."""
     left, failed, tests = stage_of(HANGS, ends_s=25.0, workers=1)
@@ -102,7 +103,7 @@ def test_what_hangs_longer_than_its_stage_may_take_costs_the_tests_behind_it(sta
     assert names(tests["passed"]) == ["test_last", "test_right"] and not left
 
 
-WORKERS = pytest.mark.parametrize("workers", [1, 2])
+WORKERS = pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.full), 2])
 
 
 @WORKERS

@@ -6,8 +6,8 @@ import sys
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from vitfast.choose.exportable import forward_mode
 from vitfast.ops._launch import INTERPRETED
 
 ALWAYS = sys.maxsize
@@ -35,20 +35,18 @@ def host_bound(x: Tensor, each: float = 1.0) -> bool:
         x: the input.
         each: how many numbers are computed of one of x's.
     """
-    # tangents of torch's own norm have a wrong gradient
-    return _up_to(x, HOST_BOUND / each) and not forward_mode()
+    # written out, since a block asks several times; tangents of torch's own norm have a wrong gradient
+    if type(x) is not Tensor or INTERPRETED or torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        return False
+    return x.is_cpu and 0 < x.numel() * each <= HOST_BOUND
 
 
 def faster_as_stock(op: str, x: Tensor) -> bool:
     """Whether stock operators are to run this call, of whose op in `LIMITS` x is the first input."""
-    return _up_to(x, LIMITS[op])
-
-
-def _up_to(x: Tensor, limit: float) -> bool:
     # a graph serves other sizes too, and has no calls to save
     if type(x) is not Tensor or INTERPRETED or torch.compiler.is_compiling():
         return False
-    return x.is_cpu and 0 < x.numel() <= limit
+    return x.is_cpu and 0 < x.numel() <= LIMITS[op]
 
 
 def notes() -> list[str]:
