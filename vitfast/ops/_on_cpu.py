@@ -14,15 +14,15 @@ ALWAYS = sys.maxsize
 # Numbers in an op's first input up to which stock operators are faster on a CPU. An op costs a call through torch's
 # dispatcher, and its gradient a Python function and its calls; what it saves grows with its input. Where the times are
 # alike the op stays: it holds less memory between forward and backward. One number for inference and training, so that
-# both compute the same. Not attention: the C++ kernel is faster for any number of tokens, and torch's operator, faster
-# in training up to some thousand numbers, has no second derivative. `python -m benchmarks.host --crossover` measures.
+# both compute the same. Not mlp, whose C++ activation is faster in inference, nor attention: there the C++ kernel is
+# faster for any number of tokens, and torch's operator, faster in training up to some thousand numbers, has no second
+# derivative. `python -m benchmarks.host --crossover` measures.
 LIMITS = {
     # on a CPU the op is the stock operator and a call around it
     "layer_norm": ALWAYS,
     # `ops.layer_norm` of kind 'rms': stock operators keep three times its input for the backward
     "rms_norm": 1 << 17,
     "linear": 1 << 16,
-    "mlp": 1 << 14,
 }
 # Numbers in the input of a block or a model up to which its modules run as they are: there is less to do than to ask.
 HOST_BOUND = 1 << 14

@@ -12,7 +12,6 @@ from vitfast.choose.exportable import stock_only
 from vitfast.kernels.operands import Norm, Projections, Saved, Tail, new
 from vitfast.ops import _higher, _launch, _register, _stock
 from vitfast.ops._check import Reasons, alike, autocast_dtype, cast
-from vitfast.ops._on_cpu import faster_as_stock
 from vitfast.ops._register import call, must_have_saved, wants_gradient
 from vitfast.ops.linear import ACTIVATIONS as LINEAR_ACTIVATIONS
 from vitfast.ops.linear import shape_of
@@ -71,8 +70,6 @@ def mlp(
     args = (x, norm_weight, norm_bias, norm_eps, norm, w1, b1, w2, b2, act, gated, gamma, row_scale)
     if stock_only():
         return reference.mlp(*args)
-    if faster_as_stock("mlp", x):
-        return reference.mlp(x.contiguous(), *args[1:]).contiguous()
     saves = wants_gradient(x, norm_weight, norm_bias, w1, b1, w2, b2, gamma)
     return call(_mlp, saves, *args, recompute if saves else "")[0]
 
