@@ -123,8 +123,8 @@ def _points(ax: Axes, marks: list[Mark]) -> None:
         style = {"marker": "s" if mark.said else "o", "fillstyle": "full" if mark.mine or mark.said else "none"}
         ax.plot(mark.x, mark.y, color=GREY if line else colour, linewidth=0.9, **({} if line else style))
         at = (mark.x[0], mark.y[0])
-        # apart from that of the next, which may be near
-        offset = (7, 2 if i % 2 else -9)
+        # above a line, which falls; and apart from that of the next mark, which may be near
+        offset = (7, 4 if line else 2 if i % 2 else -9)
         ax.annotate(mark.name, at, offset, textcoords="offset points", color=QUIET if line else colour)
     xs, ys = ([number for mark in marks for number in each(mark)] for each in (lambda m: m.x, lambda m: m.y))
     # wide enough for two powers of ten
@@ -133,6 +133,7 @@ def _points(ax: Axes, marks: list[Mark]) -> None:
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter("{x:,.10g}")
         axis.set_minor_formatter("")
+        axis.set_tick_params(which="major", length=4)
 
 
 def _picture(
