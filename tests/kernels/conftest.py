@@ -17,7 +17,6 @@ from textbook import Textbook
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vitfast.choose import builtin
-from vitfast.kernels import plans
 from vitfast.kernels.operands import Norm
 from vitfast.kernels.triton import launch
 from vitfast.ops import _stock
@@ -88,12 +87,6 @@ def described(monkeypatch):
 
     monkeypatch.setattr(launch, "TensorDescriptor", checked)
     return made
-
-
-@pytest.fixture(autouse=True)
-def no_plans():
-    """Tests replace what launchers ask and start; only plans.py's own are about calls that are made again."""
-    plans.forget()
 
 
 @pytest.fixture(autouse=True)
