@@ -14,6 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from vitfast.choose import config_tables
 from vitfast.kernels import plans
 from vitfast.kernels.triton import addresses
+from vitfast.kernels.triton.overlap import overlaps
 
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 # elements that strides are counted in where all of them are multiples: rows then begin at multiples of 16 bytes
@@ -94,6 +95,7 @@ def launch(
         start(tensors)
     else:
         options = {"num_warps": warps, "num_stages": stages} | ({"maxnreg": registers} if registers else {})
+        options |= {"launch_pdl": True} if overlaps(device) else {}
 
         def start(tensors: Sequence[Tensor]) -> Any:
             given = _with(layouts, tensors, TensorDescriptor)
