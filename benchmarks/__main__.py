@@ -13,6 +13,8 @@ PROGRAMS = {
     "gpu": ("benchmarks.gpu.run", "a plan of benchmarks and tests, of a GPU or a CPU"),
     "defaults": ("benchmarks.gpu.defaults", "the built-in choices, from the records of sweeps"),
     "roofline": ("benchmarks.roofline", "the least time that each op and model can take"),
+    "estimate": ("benchmarks.estimate", "what kernels should take on Hopper, pipe by pipe, beside what was measured"),
+    "launches": ("benchmarks.launches", "what starting kernels costs the host, without a GPU"),
     "host": ("benchmarks.host", "what a call costs the host, beside another checkout and timm"),
 }
 

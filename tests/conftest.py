@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from vitfast.kernels import plans
 from vitfast.ops import _on_cpu
 
 # for `benchmarks`; last, so that a process that was given another copy of the package has that one
@@ -61,6 +62,12 @@ def ops_whatever_the_size(request, monkeypatch):
     if request.node.get_closest_marker("as_users") is None:
         monkeypatch.setattr(_on_cpu, "HOST_BOUND", 0)
         monkeypatch.setattr(_on_cpu, "LIMITS", dict.fromkeys(_on_cpu.LIMITS, 0))
+
+
+@pytest.fixture(autouse=True)
+def no_plans():
+    """Tests replace what launchers ask and start; only tests of plans are about calls that are made again."""
+    plans.forget()
 
 
 DEVICES = ["cpu"] + [pytest.param("cuda", marks=pytest.mark.gpu)] * torch.cuda.is_available()

@@ -15,6 +15,8 @@ from vitfast.choose.exportable import exporting, say_needs_vitfast
 from vitfast.kernels import cpu as cpu_kernels
 from vitfast.kernels import extension
 from vitfast.kernels.cuda import patch_embed
+from vitfast.kernels.plans import Plans
+from vitfast.ops._launch import INTERPRETED
 
 LIBRARY = torch.library.Library("vitfast", "DEF")
 AUTOGRAD_AND_VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
@@ -43,18 +45,20 @@ NO_CPU_KERNEL = "stock operators are as fast, or nearly"
 
 def op(
     schema: str, *, cpu: Callable, cuda: Callable, fake: Callable, cpu_kernel: str | None = None,
-    cuda_kernel: str | None = None, why_no_cpu_kernel: str = NO_CPU_KERNEL,
+    cuda_kernel: str | None = None, why_no_cpu_kernel: str = NO_CPU_KERNEL, planned: bool = False,
 ) -> Callable:  # fmt: skip
     """Define `vitfast::<schema>` for CPU and CUDA with its shape function; returns the callable op.
 
     `cpu_kernel` names the C++ kernel that `cpu` uses where the extension is there, `cuda_kernel` the one of
-    `dispatch.KERNELS` that `cuda` asks `dispatch.choose` about.
+    `dispatch.KERNELS` that `cuda` asks `dispatch.choose` about. With `planned` Triton's launches are planned.
 
     Registered by `Library.define` and `impl`, not by `custom_op`: the call costs a quarter of the time, and a
     model makes about fifty of them.
     """
     name = schema[: schema.index("(")]
     LIBRARY.define(schema)
+    if planned:
+        cuda, cpu = Plans(cuda), Plans(cpu) if INTERPRETED else cpu
     LIBRARY.impl(name, cpu, "CPU")
     LIBRARY.impl(name, cuda, "CUDA")
     torch.library.register_fake(f"vitfast::{name}", _noted(fake), lib=LIBRARY)

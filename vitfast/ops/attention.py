@@ -418,25 +418,25 @@ _EXTRAS = "float scale, Tensor? lengths=None, float dropout_p=0.0, Tensor? seed=
 _attention = _register.op(
     f"attention(Tensor q, Tensor k, Tensor v, {_EXTRAS}) -> (Tensor, Tensor)",
     cpu=_attention_cpu, cuda=_attention_cuda, fake=_attention_fake, cpu_kernel="csrc/cpu/attention.h",
-    cuda_kernel="attention",
+    cuda_kernel="attention", planned=True,
 )  # fmt: skip
 _attention_backward = _register.op(
     f"attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_EXTRAS})"
     " -> (Tensor, Tensor, Tensor)",
     cpu=_flat_backward(_backward_cpu), cuda=_flat_backward(_backward_cuda), fake=_attention_backward_fake,
-    cuda_kernel="attention_backward",
+    cuda_kernel="attention_backward", planned=True,
 )  # fmt: skip
 _register.autograd("attention", setup_context=_setup_attention, backward=_attention_grad)
 _attention_qkv = _register.op(
     f"attention_qkv(Tensor qkv, {_EXTRAS}) -> (Tensor, Tensor)",
     cpu=_attention_qkv_cpu, cuda=_attention_qkv_cuda, cpu_kernel="csrc/cpu/attention.h",
-    cuda_kernel="attention",
+    cuda_kernel="attention", planned=True,
     fake=lambda qkv, *others: _attention_fake(*qkv.unbind(2), *others),
 )  # fmt: skip
 _attention_qkv_backward = _register.op(
     f"attention_qkv_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, {_EXTRAS}) -> Tensor",
     cpu=_packed_backward(_backward_cpu), cuda=_packed_backward(_backward_cuda),
-    cuda_kernel="attention_backward",
+    cuda_kernel="attention_backward", planned=True,
     fake=lambda grad, qkv, *others: torch.empty_like(qkv, memory_format=torch.contiguous_format),
 )  # fmt: skip
 _register.autograd("attention_qkv", setup_context=_setup_qkv, backward=_attention_qkv_grad)

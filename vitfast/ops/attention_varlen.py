@@ -213,13 +213,13 @@ _formulas = stock.attention_formula, stock.attention_formula_backward
 _varlen = _register.op(
     f"attention_varlen(Tensor q, Tensor k, Tensor v, {_STARTS}, {_EXTRAS}) -> (Tensor, Tensor)",
     cpu=_forward(stock.attention_cpu, _formulas[0]), cuda=_forward(stock.attention_cuda, _formulas[0]), fake=_fake,
-    cpu_kernel="csrc/cpu/attention.h", cuda_kernel="attention",
+    cpu_kernel="csrc/cpu/attention.h", cuda_kernel="attention", planned=True,
 )  # fmt: skip
 _varlen_backward = _register.op(
     "attention_varlen_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"{_STARTS}, {_EXTRAS}) -> (Tensor, Tensor, Tensor)",
     cpu=_backward(stock.attention_backward_cpu, _formulas[1]),
     cuda=_backward(stock.attention_backward_cuda, _formulas[1]), fake=_backward_fake,
-    cuda_kernel="attention_backward",
+    cuda_kernel="attention_backward", planned=True,
 )  # fmt: skip
 _register.autograd("attention_varlen", setup_context=_setup, backward=_grad)

@@ -328,14 +328,14 @@ _layer_norm = _register.op(
     "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, str kind, str out_dtype)"
     " -> (Tensor, Tensor?, Tensor?)",
     cpu=_flat(_layer_norm_kernel if _launch.INTERPRETED else _stock.norm_forward), cuda=_flat(_layer_norm_kernel),
-    fake=_flat(_layer_norm_fake), cuda_kernel="layer_norm",
+    fake=_flat(_layer_norm_fake), cuda_kernel="layer_norm", planned=True,
 )  # fmt: skip
 _layer_norm_backward = _register.op(
     "layer_norm_backward(Tensor grad, Tensor x, Tensor? mean, Tensor? rstd, Tensor? weight, Tensor? bias, float eps,"
     " str kind, bool[] mask) -> (Tensor?, Tensor?, Tensor?)",
     cpu=_flat_backward(_layer_norm_backward_kernel if _launch.INTERPRETED else _stock.norm_backward),
     cuda=_flat_backward(_layer_norm_backward_kernel), fake=_flat_backward(_layer_norm_backward_fake),
-    cuda_kernel="layer_norm_backward",
+    cuda_kernel="layer_norm_backward", planned=True,
 )  # fmt: skip
 _register.autograd("layer_norm", setup_context=_layer_norm_setup, backward=_layer_norm_grad)
 _add_layer_norm = _register.op(
@@ -343,6 +343,7 @@ _add_layer_norm = _register.op(
     " Tensor? gamma, Tensor? row_scale) -> (Tensor, Tensor, Tensor?, Tensor?)",
     cpu=_flat_sum(_add_layer_norm_kernel if _launch.INTERPRETED else _add_layer_norm_stock),
     cuda=_flat_sum(_add_layer_norm_kernel), fake=_flat_sum(_add_layer_norm_fake), cuda_kernel="layer_norm",
+    planned=True,
 )  # fmt: skip
 _add_layer_norm_backward = _register.op(
     "add_layer_norm_backward(Tensor? grad_total, Tensor? grad_normed, Tensor total, Tensor? branch, Tensor? mean,"
@@ -350,6 +351,6 @@ _add_layer_norm_backward = _register.op(
     " str branch_dtype, bool[] mask) -> (Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)",
     cpu=_flat_sum_backward(_add_layer_norm_backward_kernel if _launch.INTERPRETED else _add_layer_norm_backward_stock),
     cuda=_flat_sum_backward(_add_layer_norm_backward_kernel), fake=_flat_sum_backward(_add_layer_norm_backward_fake),
-    cuda_kernel="layer_norm_backward",
+    cuda_kernel="layer_norm_backward", planned=True,
 )  # fmt: skip
 _register.autograd("add_layer_norm", setup_context=_add_layer_norm_setup, backward=_add_layer_norm_grad)

@@ -270,7 +270,7 @@ _linear = _register.op(
     " str act, Tensor? gamma, Tensor? row_scale, Tensor? residual, bool saves)"
     " -> (Tensor, Tensor?, Tensor?, Tensor?, Tensor?)",
     cpu=_flat(_linear_kernel if _launch.INTERPRETED else _linear_stock), cuda=_flat(_linear_kernel),
-    fake=_flat(_linear_fake), cuda_kernel="linear",
+    fake=_flat(_linear_fake), cuda_kernel="linear", planned=True,
 )  # fmt: skip
 _linear_backward = _register.op(
     "linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias,"
@@ -278,6 +278,6 @@ _linear_backward = _register.op(
     " str norm, str act, bool[] mask) -> (Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)",
     cpu=_flat_backward(_linear_backward_kernel if _launch.INTERPRETED else _linear_backward_stock),
     cuda=_flat_backward(_linear_backward_kernel), fake=_flat_backward(_linear_backward_fake),
-    cuda_kernel="linear_backward",
+    cuda_kernel="linear_backward", planned=True,
 )  # fmt: skip
 _register.autograd("linear", setup_context=_linear_setup, backward=_linear_grad)

@@ -129,12 +129,12 @@ _folded = _register.op(
     "folded_linear(Tensor x, Tensor weight, Tensor sums, Tensor wide_bias, Tensor bias, Tensor? pieces,"
     " float norm_eps, str norm, str act) -> Tensor",
     cpu=_folded_kernel if _launch.INTERPRETED else _folded_stock, cuda=_folded_kernel, fake=_folded_fake,
-    cuda_kernel="folded_linear", why_no_cpu_kernel=WHY_NO_CPU_KERNEL,
+    cuda_kernel="folded_linear", planned=True, why_no_cpu_kernel=WHY_NO_CPU_KERNEL,
 )  # fmt: skip
 _added = _register.op(
     "added_linear(Tensor x, Tensor weight, Tensor? bias, Tensor residual) -> (Tensor, Tensor?)",
     cpu=_added_kernel if _launch.INTERPRETED else _added_stock, cuda=_added_kernel, fake=_added_fake,
-    cuda_kernel="added_linear", why_no_cpu_kernel=WHY_NO_CPU_KERNEL,
+    cuda_kernel="added_linear", planned=True, why_no_cpu_kernel=WHY_NO_CPU_KERNEL,
 )  # fmt: skip
 _register.no_gradient("folded_linear")
 _register.no_gradient("added_linear")

@@ -286,7 +286,7 @@ _mlp = _register.op(
     " Tensor? b2, str act, bool gated, Tensor? gamma, Tensor? row_scale, str saves)"
     " -> (Tensor, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)",
     cpu=_flat(_mlp_kernel if _launch.INTERPRETED else _mlp_stock), cuda=_flat(_mlp_kernel), fake=_flat(_mlp_fake),
-    cuda_kernel="mlp",
+    cuda_kernel="mlp", planned=True,
 )  # fmt: skip
 _mlp_backward = _register.op(
     "mlp_backward(Tensor grad, Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor? mean, Tensor? rstd,"
@@ -295,5 +295,6 @@ _mlp_backward = _register.op(
     " -> (Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)",
     cpu=_flat_backward(_mlp_backward_kernel if _launch.INTERPRETED else _mlp_backward_stock),
     cuda=_flat_backward(_mlp_backward_kernel), fake=_flat_backward(_mlp_backward_fake), cuda_kernel="mlp_backward",
+    planned=True,
 )  # fmt: skip
 _register.autograd("mlp", setup_context=_mlp_setup, backward=_mlp_grad)

@@ -25,6 +25,7 @@ from vitfast.kernels.triton.attention_tiles import (
     store_rows,
     zero_rows,
 )
+from vitfast.kernels.triton.overlap import after_kernel_before
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # sizes: a kernel for every length would be compiled in the middle of the work
@@ -211,6 +212,7 @@ def backward_queries(
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq and delta."""
+    after_kernel_before()
     tiles = tl.cdiv(queries, BM)
     program = tl.program_id(0)
     m = program % tiles
@@ -268,6 +270,7 @@ def backward_keys(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv, after `backward_queries`."""
+    after_kernel_before()
     tiles = tl.cdiv(keys, BN)
     program = tl.program_id(0)
     block = program % tiles
@@ -326,6 +329,7 @@ def backward_head(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, then dk and dv, of one head."""
+    after_kernel_before()
     bh = tl.program_id(0)
     b = bh // heads
     h = bh % heads
@@ -367,6 +371,7 @@ def backward_delta(
     heads, queries,  # of an image
     D: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, BM: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
+    after_kernel_before()
     tiles = tl.cdiv(queries, BM)
     first = tl.program_id(0) % tiles * BM
     bh = tl.program_id(0) // tiles
@@ -396,6 +401,7 @@ def backward_short(
     DELTA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Keys in one part, or in two of P0 and P1. DELTA: it is there already."""
+    after_kernel_before()
     bh = tl.program_id(0)
     b = bh // heads
     h = bh % heads

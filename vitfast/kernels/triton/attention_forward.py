@@ -20,6 +20,7 @@ from vitfast.kernels.triton.attention_tiles import (
     store_rows,
     zero_rows,
 )
+from vitfast.kernels.triton.overlap import after_kernel_before
 
 LN2 = tl.constexpr(0.6931471805599453)
 # sizes: a kernel for every length would be compiled in the middle of the work
@@ -156,6 +157,7 @@ def forward_short(
 
     LOOP: one program a head, which reads keys and values once; otherwise one a tile of queries.
     """
+    after_kernel_before()
     tiles = tl.cdiv(queries, BM)
     bh = tl.program_id(0)
     m = 0
@@ -249,6 +251,7 @@ def forward_online(
 
     PACKED: images of any length, one after the other.
     """
+    after_kernel_before()
     tiles = tl.cdiv(queries, BM)
     program = tl.program_id(0)
     m = program % tiles

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vitfast.choose import config_tables
+from vitfast.kernels import plans
 from vitfast.kernels.triton import addresses
+from vitfast.kernels.triton.overlap import overlaps
 
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 # elements that strides are counted in where all of them are multiples: rows then begin at multiples of 16 bytes
@@ -86,33 +88,63 @@ def launch(
         kernel, device, warps, stages, registers, max(numbers) < 1 << 31, *constants.values(),
         *[t.dtype for t in tensors], *[t.data_ptr() & 15 for t in tensors],
     )  # fmt: skip
+    layouts = [box and (t.shape, t.stride(), list(box)) for t, box in zip(tensors, boxes, strict=False)]
     compiled = _compiled.get(key)
-    if compiled is None:
+    if compiled is not None:
+        start = _start(compiled, device, grid, numbers, constants, layouts)
+        start(tensors)
+    else:
         options = {"num_warps": warps, "num_stages": stages} | ({"maxnreg": registers} if registers else {})
-        given = _with(boxes, tensors, lambda t, box: TensorDescriptor.from_tensor(t, list(box)))
-        compiled = kernel[tuple(grid)](*given, *numbers, **constants, **options)
+        options |= {"launch_pdl": True} if overlaps(device) else {}
+
+        def start(tensors: Sequence[Tensor]) -> Any:
+            given = _with(layouts, tensors, TensorDescriptor)
+            return kernel[tuple(grid)](*given, *numbers, **constants, **options)
+
+        # Triton's interpreter has operators of torch at work
+        with plans.unwatched():
+            compiled = start(tensors)
         if not interpreted():
             _compiled[key] = compiled
-        return
+            start = _start(compiled, device, grid, numbers, constants, layouts)
+    if (seen := plans.recorder()) is not None:
+        seen.started(start, tensors)
+
+
+def _start(
+    compiled: Any, device: int, grid: Sequence[int], numbers: Sequence[int | float], constants: dict[str, Any],
+    layouts: Sequence[Any],
+) -> Callable[[Sequence[Tensor]], None]:  # fmt: skip
+    """What starts a compiled kernel on tensors of these layouts."""
     # constants are compiled in; only their number counts
-    given = (*_with(boxes, tensors, _Described), *numbers, *constants.values())
-    compiled[*grid, 1, 1](*given)
+    run, rest = compiled[*grid, 1, 1], (*numbers, *constants.values())
+
+    def start(tensors: Sequence[Tensor]) -> None:
+        if device >= 0 and torch.cuda.current_device() != device:
+            with torch.cuda.device(device):
+                run(*_with(layouts, tensors, _Described), *rest)
+        else:
+            run(*_with(layouts, tensors, _Described), *rest)
+
+    return start
 
 
 class _Described:
     """What a launcher reads of a descriptor; it was checked when the kernel was compiled."""
 
-    __slots__ = ("base", "padding", "shape", "strides")
+    __slots__ = ("base", "shape", "strides")
+    padding = "zero"
 
-    def __init__(self, t: Tensor, box: Any):
-        self.base, self.shape, self.strides, self.padding = t, t.shape, t.stride(), "zero"
+    def __init__(self, t: Tensor, shape: Sequence[int], strides: Sequence[int], box: Any):
+        self.base, self.shape, self.strides = t, shape, strides
 
 
-def _with(boxes: Sequence[Any], tensors: Sequence[Tensor], described: Any) -> Sequence[Any]:
-    if not boxes:
+def _with(layouts: Sequence[Any], tensors: Sequence[Tensor], described: Any) -> Sequence[Any]:
+    """The tensors, those that have a layout (shape, strides, box) as descriptors."""
+    if not layouts:
         return tensors
-    first = [t if box is None else described(t, box) for t, box in zip(tensors, boxes, strict=False)]
-    return [*first, *tensors[len(boxes) :]]
+    first = [t if layout is None else described(t, *layout) for t, layout in zip(tensors, layouts, strict=False)]
+    return [*first, *tensors[len(layouts) :]]
 
 
 @functools.cache

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from vitfast.kernels.triton.addresses import advance
+from vitfast.kernels.triton.overlap import after_kernel_before
 
 RUNTIME = ("rows", "tokens", "each", "x_row", "branch_row", "grad_row", "total_grad_row", "programs")
 
@@ -92,6 +93,7 @@ def norm_forward(
     GAMMA: tl.constexpr, ROW_SCALE: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, OUT: tl.constexpr,
     STATISTICS: tl.constexpr, RMS: tl.constexpr,
 ):  # fmt: skip
+    after_kernel_before()
     first = tl.program_id(0) * BM
     left = rows - first
     columns = tl.arange(0, BLOCK)
@@ -135,6 +137,7 @@ def norm_backward(
     DX: tl.constexpr, DBRANCH: tl.constexpr, DWEIGHT: tl.constexpr, DGAMMA: tl.constexpr, RMS: tl.constexpr,
 ):  # fmt: skip
     """`each` rows a program, BM at a time. DSUM: some gradient goes through the sum."""
+    after_kernel_before()
     begin = tl.program_id(0).to(tl.int64) * each
     end = tl.minimum(begin + each, rows)
     columns = tl.arange(0, BLOCK)
@@ -197,6 +200,7 @@ def add_up(
     C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """n in the grid's second dimension."""
+    after_kernel_before()
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
     rows = tl.arange(0, BM)
     which = tl.program_id(1).to(tl.int64)

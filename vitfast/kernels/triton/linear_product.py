@@ -19,6 +19,7 @@ import triton.language as tl
 from vitfast.kernels.triton import layer_norm_rows
 from vitfast.kernels.triton.addresses import advance
 from vitfast.kernels.triton.linear_finish import finish, finish_part, load_statistics, load_tile
+from vitfast.kernels.triton.overlap import after_kernel_before
 
 RUNTIME = ("M", "n_units", "k_units", "x_step", "w_step", "beside_step", "tokens", "programs")
 
@@ -111,6 +112,7 @@ def product(
     GAMMA: tl.constexpr, ROW_SCALE: tl.constexpr, RESIDUAL: tl.constexpr, SUMS: tl.constexpr,
     PIECES_OUT: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
+    after_kernel_before()
     N, K = n_units * UNIT, k_units * UNIT
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
     if PERSISTENT:
@@ -175,6 +177,7 @@ def finish_rows(
     BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr,
     ASIDE: tl.constexpr, GAMMA: tl.constexpr, ROW_SCALE: tl.constexpr, RESIDUAL: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
+    after_kernel_before()
     N = n_units * UNIT
     tiles_n = tl.cdiv(N, BN)
     m, n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
@@ -199,6 +202,7 @@ def fold_norm(
     K: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, UNIT: tl.constexpr, WEIGHT: tl.constexpr,
     NORM_BIAS: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
+    after_kernel_before()
     first = tl.program_id(0) * BM
     left = N - first
     columns, rows = tl.arange(0, BLOCK), tl.arange(0, BM)

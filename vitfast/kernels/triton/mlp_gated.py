@@ -10,6 +10,7 @@ from torch import Tensor
 from vitfast.kernels.triton.activations import activate, activate_and_slope
 from vitfast.kernels.triton.addresses import advance
 from vitfast.kernels.triton.launch import UNIT, launch
+from vitfast.kernels.triton.overlap import after_kernel_before
 
 BLOCK = 1024
 RUNTIME = ("units", "blocks", "row_step")
@@ -34,6 +35,7 @@ def gated_forward(
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    after_kernel_before()
     row, start, there = place_of(units, blocks, UNIT, BLOCK)
     columns, F = tl.arange(0, BLOCK), tl.cast(units, tl.int64) * UNIT
     gate = advance(pre, row, row_step, UNIT) + start
@@ -52,6 +54,7 @@ def gated_backward(
     units, blocks, row_step,  # as in `gated_forward`
     ACT: tl.constexpr, HIDDEN: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    after_kernel_before()
     row, start, there = place_of(units, blocks, UNIT, BLOCK)
     columns, F = tl.arange(0, BLOCK), tl.cast(units, tl.int64) * UNIT
     gate, dgate = advance(pre, row, row_step, UNIT) + start, dpre + row * 2 * F + start

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from vitfast.kernels.triton.activations import activate
 from vitfast.kernels.triton.addresses import advance
+from vitfast.kernels.triton.overlap import after_kernel_before
 
 RUNTIME = ("M", "x_step", "tokens")
 
@@ -100,6 +101,7 @@ def mlp_whole(
     ROW_SCALE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """F is a multiple of BH."""
+    after_kernel_before()
     first = tl.program_id(0) * BM
     left = M - first
     c0 = load_rows(x0, first, 0, x_step, left, BM, W0, UNIT, True, DESC).to(tl.float32)

@@ -1,0 +1,201 @@
+"""Plans of ops: the second call on tensors of one layout does what the first did, to the bit, and nothing else."""
+
+import pytest
+import torch
+from attention_cases import DTYPES
+from pairwise import product
+from torch.nn.functional import layer_norm
+
+import vitfast
+from vitfast import ops
+from vitfast.choose import config_tables, dispatch
+from vitfast.choose.config_tables import Product
+from vitfast.kernels import plans
+from vitfast.kernels.triton import launch, linear
+from vitfast.ops.linear_folded import added_linear, folded_linear
+
+B, N, D, F, H = 2, 5, 64, 128, 2
+
+
+@pytest.fixture
+def stock_products():
+    """None of another mode's, within which nothing is planned."""
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Of plans only, which do nothing else to it."""
+
+    def poisoned(*how, **named):
+        return make(*how, **named).fill_(float("nan"))
+
+    make = torch.empty_strided
+    monkeypatch.setattr(torch, "empty_strided", poisoned)
+
+
+class Draw:
+    """Tensors of the same layouts with other numbers in them, each time it is made."""
+
+    def __init__(self, seed, dtype, device):
+        self.generator, self.how = torch.Generator().manual_seed(seed), {"dtype": dtype, "device": device}
+
+    def __call__(self, *shape, dtype=None):
+        return torch.randn(shape, generator=self.generator).to(**self.how).to(dtype or self.how["dtype"])
+
+    def rows(self):
+        return self(B, N, D)
+
+    def layer(self, D, K):
+        return self(D, K) / K**0.5, self(D)
+
+
+def folded(draw, act="gelu"):
+    weight, bias = draw.layer(F, D)
+    return folded_linear(draw.rows(), weight, weight.float().sum(1), bias.float(), bias, None, 1e-6, "layer", act)
+
+
+def chain(draw):
+    x, residual = draw.rows(), draw.rows()
+    total, pieces = added_linear(x, *draw.layer(D, D), residual)
+    weight, bias = draw.layer(F, D)
+    sums = weight.float().sum(1)
+    return total, folded_linear(total, weight, sums, bias.float(), bias, pieces, 1e-6, "layer", "none")
+
+
+def fewer(draw):
+    """Rows at a distance, of a larger tensor, and one that begins elsewhere."""
+    wide, x = draw(B, N, 2 * D), draw(B, N + 1, D)
+    return ops.linear(wide[..., :D], *draw.layer(D, D), residual=x[:, 1:]), ops.linear(wide[..., D:], *draw.layer(D, D))
+
+
+def norms(draw):
+    total, normed = ops.add_layer_norm(draw.rows(), draw.rows(), draw(D), draw(D), 1e-6, gamma=draw(D))
+    return total, normed, ops.layer_norm(draw.rows(), draw(D), draw(D), 1e-6)
+
+
+def attention(draw):
+    qkv = draw(B, N, 3, H, D // H)
+    out, lse = ops.attention(*qkv.unbind(2), return_lse=True)
+    return out, lse, ops.attention_qkv(qkv), ops.attention(draw(B, 1, H, D // H), *draw(B, N, 2, H, D // H).unbind(2))
+
+
+CALLS = {
+    "folded": folded, "statistics": chain, "rows at a distance": fewer, "norms": norms, "attention": attention,
+    "linear": lambda draw: ops.linear(
+        draw.rows(), *draw.layer(F, D), norm="layer", norm_weight=draw(D), norm_bias=draw(D), act="gelu"
+    ),
+    "residual": lambda draw: ops.linear(draw.rows(), *draw.layer(D, D), gamma=draw(D), residual=draw.rows()),
+    "mlp": lambda draw: ops.mlp(draw.rows(), draw(D), draw(D), *draw.layer(F, D), *draw.layer(D, F), gamma=draw(D)),
+    "gated": lambda draw: ops.mlp(
+        draw.rows(), draw(D), None, *draw.layer(2 * F, D), *draw.layer(D, F), gated=True, act="silu", norm="rms"
+    ),
+}  # fmt: skip
+
+
+def tensors(made):
+    return (made,) if isinstance(made, torch.Tensor) else made
+
+
+def made_plans():
+    return [plan for each in plans._made for plan in each.plans.values()]
+
+
+@pytest.fixture(params=("tiles", "split", "blas"))
+def config(request, monkeypatch):
+    """What multiplies, chosen as for a device that is not there."""
+    found = {
+        "tiles": Product("tiles", 16, 32, 32, descriptors=True), "split": Product("tiles", 16, 32, 32, split=2),
+        "blas": config_tables.BLAS,
+    }[request.param]  # fmt: skip
+    monkeypatch.setattr(linear, "config_for", lambda *asked, **how: found)
+    monkeypatch.setattr(linear, "multiprocessors", lambda device: 64)
+    monkeypatch.setattr(config_tables, "product_config", lambda *asked: Product("tiles", 16, 32, 32))
+
+
+@product(call=tuple(CALLS), dtype=DTYPES)
+def test_a_plan_does_something_else_than_the_call(call, dtype, config, device):
+    first = None
+    with torch.no_grad():
+        for seed in range(3):
+            made = tensors(CALLS[call](Draw(seed, dtype, device)))
+            assert None not in made_plans() and made_plans()
+            first = first or {id(plan) for plan in made_plans()}
+            with dispatch.watching():
+                alone = tensors(CALLS[call](Draw(seed, dtype, device)))
+            for planned, each in zip(made, alone, strict=True):
+                assert planned.stride() == each.stride() and torch.equal(planned, each), seed
+    # none failed and was made anew
+    assert first == {id(plan) for plan in made_plans()}
+
+
+@product(call=("linear", "residual", "mlp", "gated", "norms", "attention", "rows at a distance"), dtype=DTYPES)
+def test_a_plan_of_a_backward_does_something_else(call, dtype, config, device):
+    def grads(seed):
+        draw, leaves = Draw(seed, dtype, device), []
+
+        class Leaves(Draw):
+            def __call__(self, *shape, **how):
+                leaves.append(super().__call__(*shape, **how).requires_grad_())
+                return leaves[-1]
+
+        made = [t for t in tensors(CALLS[call](Leaves(seed, dtype, device))) if t.requires_grad]
+        return torch.autograd.grad(made, leaves, [draw(*t.shape) for t in made], allow_unused=True)
+
+    for seed in range(3):
+        made = grads(seed)
+        assert None not in made_plans() and made_plans()
+        with dispatch.watching():
+            alone = grads(seed)
+        for planned, each in zip(made, alone, strict=True):
+            assert (planned is None and each is None) or torch.equal(planned, each), seed
+
+
+def test_two_arguments_that_were_one_tensor_are_read_as_one(config, device):
+    """Of x + linear(x) the plan holds for any residual."""
+    draw = Draw(0, torch.float16, device)
+    x, other, (weight, bias) = draw(B, N, D), draw(B, N, D), draw.layer(D, D)
+    with torch.no_grad():
+        for residual in (x, other, x):
+            made = ops.linear(x, weight, bias, residual=residual)
+            with dispatch.watching():
+                assert torch.equal(made, ops.linear(x, weight, bias, residual=residual))
+
+
+def test_a_plan_outlives_what_it_was_made_of(device):
+    """A plan holds no tensor: neither what it was first called on nor what came out."""
+    import gc
+    import weakref
+
+    x = torch.randn(2, 5, 64, device=device)
+    made = ops.layer_norm(x, None, None, 1e-6)
+    alive = [weakref.ref(t) for t in (x, made)]
+    assert made_plans()
+    del x, made
+    gc.collect()
+    assert [each() for each in alive] == [None, None]
+
+
+def test_a_plan_is_used_after_the_choice_has_changed(device):
+    x = torch.randn(2, 5, 64, device=device, dtype=torch.float16)
+    seen = []
+    for backend in ("kernel", "stock", "kernel"):
+        with vitfast.backend(backend, op="layer_norm"):
+            for _ in range(2):
+                seen.append(ops.layer_norm(x, None, None, 1e-6))
+            assert bool([plan for plan in made_plans() if plan]) == (backend == "kernel")
+    torch.testing.assert_close(seen[0], layer_norm(x, (64,)))
+
+
+def test_a_kernel_that_fails_in_a_plan_is_not_told(device, monkeypatch):
+    """The call is made again the long way, where failures are judged."""
+    x = torch.randn(2, 5, 64, device=device)
+    wanted = ops.layer_norm(x, None, None, 1e-6)
+    (plan,) = made_plans()
+    plan.steps = [step._replace(run=fails) if step.named is None else step for step in plan.steps]
+    assert torch.equal(ops.layer_norm(x, None, None, 1e-6), wanted)
+    assert made_plans() == []
+    monkeypatch.setattr(launch, "launch", fails)
+
+
+def fails(*_):
+    raise RuntimeError("no")

@@ -1,0 +1,337 @@
+"""Plans: what an op's implementation did for tensors of one layout, done again for others without asking anything.
+
+How to launch a kernel costs the host some 40 us to find out: reasons, choices, tiles, strides, alignments. All of it
+follows from the layouts of the tensors and from the other arguments. So the first call is watched: which tensors it
+makes, which of torch's operators it calls, which kernels it starts on what. The plan is that list, and a call on
+tensors of the same layout runs down the list.
+
+Only what is sure to be the same every time is planned: fresh memory, views, copies, sums and products of torch, and
+starts of Triton kernels. A call that does anything else, reads a number back, or uses a tensor that came from
+elsewhere has no plan and runs as ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from vitfast.choose import dispatch
+
+# memory that nobody has written to
+FRESH = frozenset(("empty", "empty_strided", "empty_like", "new_empty"))
+# operators of torch whose result follows from their arguments; below autograd composite ones arrive as they are
+REPEATABLE = frozenset(
+    ("zeros", "zeros_like", "new_zeros", "zero_", "fill_", "copy_", "clone", "contiguous", "to", "_to_copy", "view",
+     "_unsafe_view", "reshape", "alias", "detach", "t", "numpy_T", "transpose", "permute", "select", "slice",
+     "unsqueeze", "squeeze", "unbind", "chunk", "split", "unflatten", "flatten", "expand", "as_strided", "mm", "addmm",
+     "matmul", "linear", "add_", "sum")
+)  # fmt: skip
+
+
+class Unplanned(Exception):
+    """What a call did that a plan cannot do again."""
+
+
+class Step(NamedTuple):
+    """One thing to do.
+
+    Attributes:
+        run: an operator of torch, or a kernel's start.
+        constants: its arguments, with None where tensors go.
+        places: (position among the arguments, number of the tensor).
+        named: its arguments by name, none of them a tensor; None for a kernel's start, which takes a list of tensors.
+        first, results: numbers of the tensors that come out; none where it changes what is there.
+    """
+
+    run: Callable
+    constants: tuple
+    places: tuple[tuple[int, int], ...]
+    named: dict[str, Any] | None
+    first: int = -1
+    results: int = 0
+
+    def makes(self) -> range:
+        return range(self.first, self.first + self.results)
+
+
+class _Thread(threading.local):
+    recorder: Recorder | None = None
+
+
+_thread = _Thread()
+
+
+class Recorder(TorchDispatchMode):
+    """Watches one call on `tensors`, which are numbered, and those that it makes after them.
+
+    Attributes:
+        why: what keeps the call from being planned, "" where nothing does.
+        roots: of each tensor the one that it is a view of, where both begin at the same number; itself elsewhere.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        super().__init__()
+        self.numbers: dict[int, int] = {}
+        # they stay alive, so that no other gets the id of one
+        self.tensors: list[Tensor] = []
+        self.names: list[Tensor] = []
+        self.roots: list[int] = []
+        self.steps: list[Step] = []
+        self.why = ""
+        for t in tensors:
+            self.add(t, ())
+
+    def add(self, t: Tensor, sources: Sequence[int]) -> None:
+        """Number a tensor that was made of those with the numbers `sources`."""
+        begin, number = (t.data_ptr(), t.dtype), len(self.tensors)
+        same = [n for n in sources if begin == (self.tensors[n].data_ptr(), self.tensors[n].dtype)]
+        self.roots.append(self.roots[same[0]] if same and t.numel() else number)
+        self.numbers[id(t)] = number
+        self.tensors.append(t)
+
+    def number(self, t: Tensor) -> int:
+        """
+        Raises:
+            Unplanned: it is none of the call's.
+        """
+        if id(t) not in self.numbers:
+            raise Unplanned("it used a tensor that it did not make")
+        return self.numbers[id(t)]
+
+    def __enter__(self) -> Recorder:
+        super().__enter__()
+        self.before, _thread.recorder = _thread.recorder, self
+        return self
+
+    def __exit__(self, *problem: Any) -> None:
+        _thread.recorder = self.before
+        super().__exit__(*problem)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        made = func(*args, **named)
+        try:
+            self._note(func, args, named, made)
+        except Unplanned as problem:
+            self.why = self.why or str(problem)
+        return made
+
+    def _note(self, func, args, named, made):
+        places = tuple((i, self.number(each)) for i, each in enumerate(args) if isinstance(each, Tensor))
+        results = made if isinstance(made, (list, tuple)) else [made]
+        if not places and not any(isinstance(each, Tensor) for each in results):
+            # a question about dtypes
+            return
+        name = func.overloadpacket.__name__
+        if name in FRESH:
+            self.make(made)
+            return
+        if name not in REPEATABLE or any(isinstance(each, Tensor) for each in named.values()):
+            raise Unplanned(f"{func} need not do the same again")
+        sources = [n for _, n in places]
+        if len(results) == 1 and (same := [n for n in sources if self._is(n, made)]):
+            # the same tensor under another name
+            self.numbers[id(made)] = same[0]
+            self.names.append(made)
+            return
+        step = Step(func, tuple(None if isinstance(each, Tensor) else each for each in args), places, named)
+        if id(results[0]) in self.numbers:
+            if name.endswith("_"):
+                self.steps.append(step)
+            return
+        self.steps.append(step._replace(first=len(self.tensors), results=len(results)))
+        for each in results:
+            self.add(each, sources)
+
+    def make(self, t: Tensor) -> None:
+        # the fastest of torch's ways to say so
+        how = {"dtype": t.dtype, "device": t.device}
+        step = Step(torch.empty_strided, (tuple(t.shape), t.stride()), (), how, len(self.tensors), 1)
+        self.add(t, ())
+        self.steps.append(step)
+
+    def _is(self, number: int, t: Tensor) -> bool:
+        """Whether `t` is another Python object for a tensor that is known."""
+        known, layout = self.tensors[number], lambda t: (t.data_ptr(), t.dtype, t.shape, t.stride())
+        return known is not t and t.numel() > 0 and layout(known) == layout(t)
+
+    def started(self, run: Callable, tensors: Sequence[Tensor]) -> None:
+        """A kernel was started: `run` of tensors of the same layouts will do it again."""
+        try:
+            numbers = [self.number(t) for t in tensors]
+        except Unplanned as problem:
+            self.why = self.why or str(problem)
+            return
+        self.steps.append(Step(run, (), tuple(enumerate(self.roots[n] for n in numbers)), None))
+
+
+def recorder() -> Recorder | None:
+    """Who watches this thread's call."""
+    return _thread.recorder
+
+
+def unwatched() -> contextlib.AbstractContextManager[Any]:
+    """A context in which operators of torch are none of the call's."""
+    return contextlib.nullcontext() if _thread.recorder is None else _disable_current_modes()
+
+
+class Plan:
+    """What a `Recorder` saw, for other tensors of the same layouts.
+
+    Raises:
+        Unplanned: the call is none that a plan can do again.
+    """
+
+    def __init__(self, seen: Recorder, given: int, result: Any):
+        if seen.why:
+            raise Unplanned(seen.why)
+        self.single = isinstance(result, Tensor)
+        results = [result] if self.single else result
+        self.results = [None if t is None else seen.number(t) for t in results]
+        self.more = len(seen.tensors) - given
+        touched = {n for step in seen.steps for _, n in step.places}
+        if any(step.run is torch.empty_strided and step.first not in touched for step in seen.steps):
+            raise Unplanned("nobody was seen to write to memory that it made")
+        self.steps = self._without_views(seen)
+        last = {}
+        for i, step in enumerate(self.steps):
+            for n in (*(n for _, n in step.places), *step.makes()):
+                last[n] = i
+        kept = {*range(given), *self.results}
+        # memory is free again where a call of the implementation would have freed it at the latest
+        self.dead = [tuple(n for n, at in last.items() if at == i and n not in kept) for i in range(len(self.steps))]
+
+    def _without_views(self, seen: Recorder) -> list[Step]:
+        """The steps without views that only kernels read, which were told where the memory begins.
+
+        Memory whose only view is the result is made in the layout of that.
+        """
+        roots, tensors = seen.roots, seen.tensors
+        is_view = lambda step: step.results > 0 and all(roots[n] != n for n in step.makes())  # noqa: E731
+        used = {n for n in self.results if n is not None}
+        for step in seen.steps:
+            if step.named is not None and not is_view(step):
+                used.update(n for _, n in step.places)
+        instead = {}
+        for step in seen.steps:
+            if step.run is torch.empty_strided and step.first not in used:
+                views = [n for n in used if roots[n] == step.first]
+                if len(views) == 1 and tensors[views[0]].numel() == tensors[step.first].numel():
+                    instead[step.first] = views[0]
+        needed = used - set(instead.values())
+        steps = []
+        for step in reversed(seen.steps):
+            if is_view(step) and not needed.intersection(step.makes()):
+                continue
+            if is_view(step):
+                needed.update(n for _, n in step.places)
+            if step.first in instead:
+                n = instead[step.first]
+                step = step._replace(constants=(tuple(tensors[n].shape), tensors[n].stride()), first=n)
+            steps.append(step._replace(places=tuple((i, instead.get(n, n)) for i, n in step.places)))
+        return steps[::-1]
+
+    def __call__(self, tensors: Sequence[Tensor]) -> Any:
+        at = [*tensors, *[None] * self.more]
+        for (run, constants, places, named, first, results), dead in zip(self.steps, self.dead, strict=True):
+            if named is None:
+                run([at[n] for _, n in places])
+            else:
+                if places:
+                    constants = list(constants)
+                    for i, n in places:
+                        constants[i] = at[n]
+                made = run(*constants, **named)
+                if results == 1:
+                    at[first] = made
+                elif results:
+                    at[first : first + results] = made
+            for n in dead:
+                at[n] = None
+        if self.single:
+            return at[self.results[0]]
+        return tuple(None if n is None else at[n] for n in self.results)
+
+
+# of one implementation; whoever has more layouts makes each anew
+MOST = 1024
+_made: weakref.WeakSet[Plans] = weakref.WeakSet()
+
+
+class Plans:
+    """An implementation of an op, `run`, that is called by plan where there is one.
+
+    A plan holds for the layouts of the tensors, the other arguments, and what was chosen for this process
+    (`dispatch.generation`); where one call is tried or watched (`dispatch.alone`) there is none.
+    """
+
+    def __init__(self, run: Callable):
+        self.run = run
+        self.forget()
+        _made.add(self)
+
+    def forget(self) -> None:
+        self.plans: dict[tuple, Plan | None] = {}
+        self.generation = dispatch.generation()
+
+    def __call__(self, *args: Any) -> Any:
+        if dispatch.alone():
+            return self.run(*args)
+        if dispatch.generation() != self.generation:
+            self.forget()
+        tensors, key = [], []
+        for each in args:
+            if isinstance(each, Tensor):
+                tensors.append(each)
+                key += (each.shape, each.stride(), each.dtype, each.data_ptr() & 15)
+            else:
+                key.append(tuple(each) if type(each) is list else each)
+        where = tensors[0]
+        kind = where.device.type
+        key += (where.get_device(), torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind))
+        if where.dtype is torch.float32:
+            key.append(torch.backends.cuda.matmul.fp32_precision)
+        found, at = self.plans, tuple(key)
+        plan = found.get(at, self)
+        if plan is self:
+            return self._first(found, at, args)
+        if plan is None:
+            return self.run(*args)
+        try:
+            return plan(tensors)
+        # memory is full, or a kernel does not start any more: the implementation knows what to do about it
+        except Exception:
+            found.pop(at, None)
+            return self.run(*args)
+
+    def _first(self, found: dict[tuple, Plan | None], at: tuple, args: tuple) -> Any:
+        if torch._C._len_torch_dispatch_stack():
+            # somebody else watches
+            return self.run(*args)
+        # one tensor given twice is two the next time
+        own = [torch.ops.aten.alias(each) if isinstance(each, Tensor) else each for each in args]
+        given, before = [each for each in own if isinstance(each, Tensor)], dispatch.generation()
+        with Recorder(given) as seen:
+            result = self.run(*own)
+        try:
+            plan = Plan(seen, len(given), result)
+        except Unplanned:
+            plan = None
+        if dispatch.generation() == before:
+            if len(found) >= MOST:
+                found.clear()
+            found[at] = plan
+        return result
+
+
+def forget() -> None:
+    """Forget all plans: tests replace what implementations ask."""
+    for each in _made:
+        each.forget()
