@@ -74,6 +74,8 @@ _thread = _ThisThread()
 _forced: dict[str, str] = {}
 _off: dict[str, str] = {}
 _tables: dict[Hashable, Table] = {}
+# how often this process learned
+_lessons = 0
 
 
 def language(kernel: str) -> str:
@@ -214,7 +216,22 @@ def cached(kernel: str, shape: tuple[Hashable, ...], device: Hashable) -> Choice
 
 def learn(device: Hashable, choices: Table) -> None:
     """Let `choices` hold from now on, in this process."""
+    global _lessons
     _tables[device] = {**_table(device), **choices}
+    _lessons += 1
+
+
+def decided() -> Hashable:
+    """What a call of an op would be answered by: another value where some call may be answered otherwise.
+
+    For whoever keeps what a call launched, as CUDA graphs do.
+    """
+    return _lessons, len(_off), tuple(_forced.items())
+
+
+def observed() -> bool:
+    """Whether this thread tries a kernel or watches what is asked, so that every op has to run."""
+    return _thread.trial is not None or _thread.seen is not None
 
 
 def tuned(kernel: str, device: Hashable) -> dict[tuple[Hashable, ...], Choice]:

@@ -1,0 +1,151 @@
+"""A device that captures and replays on a CPU, in place of `vitfast.inference.cuda_graphs.CudaGraphs`.
+
+A capture notes which operators run on which memory; a replay runs these, and no Python of the model. What a graph has
+between its images and its result is NaN between two replays, as if another graph had been given that memory.
+"""
+
+import contextlib
+import threading
+import time
+import weakref
+
+import torch
+from torch.utils._pytree import tree_flatten
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vitfast.measure.capture import NotCaptured, first_line
+
+WARM_UPS = 2
+# for which the host waits for the device
+WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "unique_dim", "masked_select"}
+
+
+def tensors(tree):
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, torch.Tensor)]
+
+
+def memory(t):
+    return t.untyped_storage().data_ptr()
+
+
+def poison(t):
+    t.fill_(torch.nan if t.is_floating_point() else 77)
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        # (operator, arguments, results that are memory of their own)
+        self.launches = []
+        self.own = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func._schema.name.split("::")[1] in WAITS:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+        for argument, given in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write and memory(given) not in self.own:
+                raise AssertionError(f"{func} writes to memory outside of the pool in a capture")
+        found = func(*args, **kwargs)
+        given = {memory(t) for t in tensors((args, kwargs))}
+        made = [t for t in tensors(found) if memory(t) not in given]
+        self.own |= {memory(t) for t in made}
+        self.launches.append((func, args, kwargs, made))
+        return found
+
+
+class Replay:
+    def __init__(self, device, launches, result):
+        self.device, self.launches, self.result = device, launches, result
+        self.between = [t for _, _, _, made in launches for t in made if memory(t) != memory(result)]
+
+    def __call__(self):
+        assert self.device.owner == threading.get_ident(), "a replay outside of begin and end"
+        self.device.log.append("replay")
+        self.device.poison_all()
+        poison(self.result)
+        for func, args, kwargs, made in self.launches:
+            found = [t for t in tensors(func(*args, **kwargs)) if memory(t) not in {memory(u) for u in tensors(args)}]
+            for kept, new in zip(made, found, strict=True):
+                kept.copy_(new)
+            # another thread's turn
+            time.sleep(0)
+        self.device.poison_all()
+
+    def __del__(self):
+        # the next graph's memory
+        poison(self.result)
+
+
+class FakeGraphs:
+    """Attributes that tests set: `fails`, raised in the next capture; `captured_by_caller`."""
+
+    def __init__(self):
+        self.log, self.owner, self.fails, self.captured_by_caller = [], None, None, False
+        self.replays = weakref.WeakSet()
+        self.pool_size = 0
+
+    def capturing(self):
+        return self.captured_by_caller
+
+    def begin(self, static):
+        if self.owner is not None:
+            raise AssertionError("two calls at once")
+        self.owner = threading.get_ident()
+        self.log.append("begin")
+
+    def end(self):
+        assert self.owner == threading.get_ident()
+        self.owner = None
+        self.log.append("end")
+
+    def poison_all(self):
+        for replay in list(self.replays):
+            for t in replay.between:
+                poison(t)
+
+    def capture(self, call):
+        assert self.owner is not None and not torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        try:
+            for _ in range(WARM_UPS):
+                call()
+            fails, self.fails = self.fails, None
+            with Recorder() as recorder:
+                result = call()
+                if fails is not None:
+                    raise fails
+        except Exception as problem:
+            # as long as nobody renews the pool
+            self.pool_size += 1 if isinstance(problem, torch.OutOfMemoryError) else 0
+            self.log.append("failed")
+            raise NotCaptured(first_line(problem)) from None
+        replay = Replay(self, recorder.launches, result)
+        self.replays.add(replay)
+        self.log.append("capture")
+        self.poison_all()
+        return replay, result
+
+    def pool_bytes(self):
+        live = list(self.replays)
+        between = max((sum(t.nbytes for t in replay.between) for replay in live), default=0)
+        self.pool_size = max(self.pool_size, between + sum(replay.result.nbytes for replay in live))
+        return self.pool_size
+
+    def renew(self):
+        assert not self.replays, "a graph is left"
+        self.pool_size = 0
+        self.log.append("renew")
+
+    def count(self, what):
+        return self.log.count(what)
+
+
+@contextlib.contextmanager
+def on_cpu(monkeypatch, arguments, prepare):
+    """Models on CPUs are prepared as on a GPU; gives the list of their devices."""
+    made = []
+    with monkeypatch.context() as patch:
+        for module in (arguments, prepare):
+            patch.setattr(module, "folds", lambda device: True)
+        patch.setattr(arguments, "graphs_of", lambda device: made.append(FakeGraphs()) or made[-1])
+        yield made
