@@ -10,8 +10,8 @@ import time
 import weakref
 
 import torch
-from torch.utils._pytree import tree_flatten
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from vitfast.measure.capture import NotCaptured, first_line
 
@@ -109,11 +109,10 @@ class FakeGraphs:
         try:
             for _ in range(WARM_UPS):
                 call()
-            fails, self.fails = self.fails, None
             with Recorder() as recorder:
                 result = call()
-                if fails is not None:
-                    raise fails
+                if self.fails is not None:
+                    raise self._failure()
         except Exception as problem:
             # as long as nobody renews the pool
             self.pool_size += 1 if isinstance(problem, torch.OutOfMemoryError) else 0
@@ -124,6 +123,10 @@ class FakeGraphs:
         self.log.append("capture")
         self.poison_all()
         return replay, result
+
+    def _failure(self):
+        fails, self.fails = self.fails, None
+        return fails
 
     def pool_bytes(self):
         live = list(self.replays)

@@ -86,7 +86,8 @@ def vit(
     }
     if not setting.training and not autocast:
         variants["vitfast prepared"] = Variant(
-            lambda: vitfast.prepare(setting.place(ours()).module, dtype=DTYPES[dtype], threads=None), ours=True
+            lambda: vitfast.prepare(setting.place(ours()).module, dtype=DTYPES[dtype], threads=None, graphs=False),
+            ours=True,
         )
     if group in ("all", "compiled") and not cpu:
         variants["vitfast compiled"] = Variant(lambda: setting.compiled(ours()), ours=True)

@@ -202,7 +202,7 @@ class Graphs:
         # says what is wrong with the images, and compiles
         result = call(x)
         with self._lock:
-            graph = self._graphs.get(kind) or self._capture(model, kind, call)
+            graph = self._graphs.get(kind) or self._capture(model, kind, call, x)
             return result if graph is None else self._replay(kind, graph, x)
 
     def _without(self, why: str, call: Callable[..., Any], x: Any, **how: Any) -> Any:
@@ -244,7 +244,7 @@ class Graphs:
         self.device.begin(static)
         try:
             if not _is_in(static, x):
-                if x.untyped_storage().data_ptr() == static.untyped_storage().data_ptr():
+                if _share(static, x):
                     # other rows of the same memory
                     x = x.clone()
                 (static if batch == kind.batch else static[:batch]).copy_(x, non_blocking=True)
@@ -254,7 +254,7 @@ class Graphs:
         finally:
             self.device.end()
 
-    def _capture(self, model: nn.Module, kind: Kind, call: Callable[[Tensor], Any]) -> Graph | None:
+    def _capture(self, model: nn.Module, kind: Kind, call: Callable[[Tensor], Any], x: Tensor) -> Graph | None:
         """A new graph, or None, and then `_refused` says why."""
         self._captured[kind] += 1
         if self._captured[kind] > MOST_CAPTURES or len(self._captured) > MOST_KINDS:
@@ -262,11 +262,11 @@ class Graphs:
             return None
         before = self.device.pool_bytes()
         try:
-            graph = self._one_more(model, kind, call)
+            graph = self._one_more(model, kind, call, x)
             if graph is None:
                 # what the dropped ones had is in pieces that it could not use
                 self._release()
-                graph = self._one_more(model, kind, call)
+                graph = self._one_more(model, kind, call, x)
             why = f"alone it takes more than {self.most_bytes / 2**20:.0f} MiB"
         # memory may be full before the capture begins
         except Exception as problem:
@@ -275,13 +275,13 @@ class Graphs:
             self._refused[kind] = why
             # whoever caught the problem held the call's memory until here
             if not self._graphs or self.device.pool_bytes() > before:
-                self._captured.subtract(self._graphs)
+                self._captured.subtract(list(self._graphs))
                 self._release()
         return graph
 
-    def _one_more(self, model: nn.Module, kind: Kind, call: Callable[[Tensor], Any]) -> Graph | None:
+    def _one_more(self, model: nn.Module, kind: Kind, call: Callable[[Tensor], Any], x: Tensor) -> Graph | None:
         """A new graph in the place of the least recently used ones, None where it does not fit though it is alone."""
-        graph = self._captured_now(model, kind, call)
+        graph = self._captured_now(model, kind, call, x)
         self._graphs[kind] = graph
         while len(self._graphs) > self.most_graphs or (len(self._graphs) > 1 and self.bytes() > self.most_bytes):
             self._graphs.popitem(last=False)
@@ -294,10 +294,10 @@ class Graphs:
         self._graphs.clear()
         self.device.renew()
 
-    def _captured_now(self, model: nn.Module, kind: Kind, call: Callable[[Tensor], Any]) -> Graph:
+    def _captured_now(self, model: nn.Module, kind: Kind, call: Callable[[Tensor], Any], x: Tensor) -> Graph:
         # what is made here outlives the caller's contexts
         with torch.inference_mode(False), torch.no_grad():
-            static = self._static(kind)
+            static = self._static(kind, x)
             self.device.begin(static)
             try:
                 static.zero_()
@@ -316,10 +316,14 @@ class Graphs:
         # `id`s are of what is there
         return Graph(static, result, replay, (*kept, model.config, model.normalisation))
 
-    def _static(self, kind: Kind) -> Tensor:
-        """Memory for images; calls take turns, so that graphs of the same images but for their number can share it."""
+    def _static(self, kind: Kind, x: Tensor) -> Tensor:
+        """Memory for images; calls take turns, so that graphs of the same images but for their number can share it.
+
+        Not what the caller's images are in: it is written to before they are read.
+        """
         for other, graph in self._graphs.items():
-            if other[2:5] == kind[2:5] and len(graph.static) >= kind.batch:
+            alike = other[2:5] == kind[2:5] and len(graph.static) >= kind.batch
+            if alike and not _share(graph.static, x):
                 return graph.static[: kind.batch]
         layout = torch.channels_last if kind.channels_last else torch.contiguous_format
         shape = kind.batch, *kind.image
@@ -369,6 +373,10 @@ class Graphs:
                 {str(kind): why for kind, why in self._refused.items()},
                 dict(self._eager), self.bytes(), (self.most_graphs, self.most_bytes, self.largest_batch),
             )  # fmt: skip
+
+
+def _share(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def _is_in(static: Tensor, x: Tensor) -> bool:
