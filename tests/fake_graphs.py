@@ -10,9 +10,13 @@ import time
 import weakref
 
 import torch
+from small_models import images_for, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+import vitfast
+from vitfast.inference import arguments, prepare
+from vitfast.inference.graphs import bucket
 from vitfast.measure.capture import NotCaptured, first_line
 
 WARM_UPS = 2
@@ -144,7 +148,7 @@ class FakeGraphs:
 
 
 @contextlib.contextmanager
-def on_cpu(monkeypatch, arguments, prepare):
+def on_cpu(monkeypatch):
     """Models on CPUs are prepared as on a GPU; gives the list of their devices."""
     made = []
     with monkeypatch.context() as patch:
@@ -152,3 +156,35 @@ def on_cpu(monkeypatch, arguments, prepare):
             patch.setattr(module, "folds", lambda device: True)
         patch.setattr(arguments, "graphs_of", lambda device: made.append(FakeGraphs()) or made[-1])
         yield made
+
+
+class Pair:
+    """A prepared model with graphs, and the same one without, whose results at the graph's batch are the truth."""
+
+    def __init__(self, model=None, **how):
+        self.model = tiny() if model is None else model
+        self.eager = vitfast.prepare(self.model, graphs=False, **{k: v for k, v in how.items() if k in ("mean", "std")})
+        self.prepared = vitfast.prepare(self.model, **how)
+        self.device = self.prepared.graphs.device
+        self.held = []
+
+    def expected(self, x, method="forward", padded=True):
+        rows = x.new_zeros(bucket(len(x)) if padded else len(x), *x.shape[1:]).contiguous(memory_format=layout_of(x))
+        rows[: len(x)] = x
+        return getattr(self.eager, method)(rows)[: len(x)].clone()
+
+    def check(self, x, method="forward", padded=True):
+        result = getattr(self.prepared, method)(x)
+        expected = self.expected(x, method, padded)
+        assert torch.equal(result, expected)
+        self.held.append((result, expected))
+        # what earlier calls returned is the caller's
+        assert all(torch.equal(*each) for each in self.held)
+
+    def images(self, batch=2, size=None):
+        return images_for(self.model, batch, size)
+
+
+def layout_of(x):
+    last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format

@@ -4,57 +4,30 @@ import contextlib
 import gc
 import threading
 import weakref
+from pathlib import Path
 
+import graph_memory
 import pytest
 import torch
-from fake_graphs import on_cpu
+from fake_graphs import Pair, on_cpu
 from small_models import images_for, tiny
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitfast
+from vitfast.check import warmup
 from vitfast.choose import dispatch
 from vitfast.inference import arguments, graphs, prepare
 from vitfast.inference.graphs import bucket
+
+DOCS = Path(__file__).parent.parent / "docs/inference.md"
 
 
 @pytest.fixture(autouse=True)
 def devices(monkeypatch):
     """The devices of the models that a test prepares, in their order."""
-    with on_cpu(monkeypatch, arguments, prepare) as made:
+    with on_cpu(monkeypatch) as made:
         yield made
-
-
-class Pair:
-    """A prepared model with graphs, and the same one without, whose results at the graph's batch are the truth."""
-
-    def __init__(self, model=None, **how):
-        self.model = tiny() if model is None else model
-        self.eager = vitfast.prepare(self.model, graphs=False, **{k: v for k, v in how.items() if k in ("mean", "std")})
-        self.prepared = vitfast.prepare(self.model, **how)
-        self.device = self.prepared.graphs.device
-        self.held = []
-
-    def expected(self, x, method="forward", padded=True):
-        rows = x.new_zeros(bucket(len(x)) if padded else len(x), *x.shape[1:]).contiguous(memory_format=layout_of(x))
-        rows[: len(x)] = x
-        return getattr(self.eager, method)(rows)[: len(x)].clone()
-
-    def check(self, x, method="forward", padded=True):
-        result = getattr(self.prepared, method)(x)
-        expected = self.expected(x, method, padded)
-        assert torch.equal(result, expected)
-        self.held.append((result, expected))
-        # what earlier calls returned is the caller's
-        assert all(torch.equal(*each) for each in self.held)
-
-    def images(self, batch=2, size=None):
-        return images_for(self.model, batch, size)
-
-
-def layout_of(x):
-    last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last else torch.contiguous_format
 
 
 def test_batch_is_padded_by_more_than_a_fifth_or_cut():
@@ -494,3 +467,23 @@ def test_argument_is_taken_that_means_nothing(devices, monkeypatch):
     for how in ({"graphs": True}, {"views": True}):
         with pytest.raises(ValueError, match="graphs"):
             vitfast.prepare(model, **how)
+
+
+def test_warmup_captures_nothing_or_hides_why():
+    pair, said = Pair(), []
+    pair.device.fails = RuntimeError("it waits")
+    warmup.capture_graphs(pair.prepared, (2, 9), said.append)
+    assert [line.split(": ", 1)[1] for line in said] == [
+        "CUDA graph of 9 images: there is no CUDA graph of forward [10, 3, 32, 32] float32: RuntimeError: it waits",
+        "CUDA graph of 2 images: captured",
+    ]
+    pair.check(pair.images(2))
+    assert pair.device.count("capture") == 1
+    with torch.no_grad():
+        pair.model.norm.bias.add_(1)
+    with pytest.raises(RuntimeError, match="was written to"):
+        warmup.capture_graphs(pair.prepared, (2,), said.append)
+
+
+def test_counted_memory_is_not_that_of_the_docs():
+    assert f"<!-- graphs: as in tests/graph_memory.py -->\n\n{graph_memory.table()}\n" in DOCS.read_text()

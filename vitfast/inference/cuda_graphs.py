@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitfast.measure.capture import captured
+from vitfast.measure.capture import NotCaptured, captured
 
 # compilers and libraries settle in the first calls on a stream
 WARM_UPS = 2
@@ -61,6 +61,8 @@ class CudaGraphs:
         Raises:
             NotCaptured: with the reason; nothing of it is left.
         """
+        if torch.cuda.get_allocator_backend() != "native":
+            raise NotCaptured("torch's allocator is not its native one, whose pools tell what they hold")
         if self.stream is None:
             # of this model alone: what libraries keep for a stream, two graphs that run at once must not share
             self.stream = torch.cuda.Stream(self.device)

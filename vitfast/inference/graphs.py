@@ -64,6 +64,10 @@ def graphs_of(device: torch.device) -> Device | None:
     return CudaGraphs(device) if device.type == "cuda" else None
 
 
+class NoGraph(RuntimeError):
+    """A call that was to have a CUDA graph has none, with the reason."""
+
+
 class Kind(NamedTuple):
     """What one graph is captured for."""
 
@@ -336,7 +340,7 @@ class Graphs:
         """Where the graph of calls like this one, which was made before, reads its images.
 
         Raises:
-            RuntimeError: there is no graph; says why.
+            NoGraph: says why.
         """
         why = self._why_eager(x, {}) or (not self.insist and self._strange)
         with self._lock:
@@ -344,7 +348,7 @@ class Graphs:
             if not why and kind in self._graphs:
                 return self._graphs[kind].static[: len(x)]
             why = why or self._refused.get(kind, "it was dropped, for others that came since")
-        raise RuntimeError(f"there is no CUDA graph of {kind}: {why}")
+        raise NoGraph(f"there is no CUDA graph of {kind}: {why}")
 
     def count(self) -> int:
         return len(self._graphs)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+# torch captures one graph at a time in a process; a warm-up may call what captures itself
+_one_at_a_time = threading.RLock()
 
 
 class NotCaptured(RuntimeError):
@@ -31,6 +35,8 @@ def captured(
 ) -> tuple[torch.cuda.CUDAGraph, Any]:
     """A graph of `count` calls, and what the last of them returned, whose memory every replay writes anew.
 
+    Threads take turns. What captures otherwise meanwhile may fail: torch waits for the device before a capture.
+
     Args:
         device: with its index.
         stream: what to capture on; no stream that anything else runs on.
@@ -42,6 +48,11 @@ def captured(
     Raises:
         NotCaptured: `call` does what a graph cannot hold, or none of its work is in the graph.
     """
+    with _one_at_a_time:
+        return _captured(call, device, stream, pool, warm_ups, count, mode, warming)
+
+
+def _captured(call, device, stream, pool, warm_ups, count, mode, warming):
     before, results, begun = torch.cuda.current_stream(device), None, False
     graph = torch.cuda.CUDAGraph()
     try:
