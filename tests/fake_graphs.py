@@ -11,8 +11,9 @@ import weakref
 
 import torch
 from small_models import images_for, tiny
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 import vitfast
 from vitfast.inference import arguments, prepare
@@ -58,9 +59,26 @@ class Recorder(TorchDispatchMode):
         return found
 
 
+class Address:
+    """A tensor as a launch has it: where it is. Whoever made it has to keep it."""
+
+    def __init__(self, t):
+        self.storage = StorageWeakRef(t.untyped_storage())
+        self.dtype, self.place = t.dtype, (t.storage_offset(), t.shape, t.stride())
+
+    def tensor(self):
+        storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
+        assert storage is not None, "a graph reads memory that was given back"
+        return torch.empty(0, dtype=self.dtype).set_(storage, *self.place)
+
+
 class Replay:
-    def __init__(self, device, launches, result):
-        self.device, self.launches, self.result = device, launches, result
+    def __init__(self, device, recorder, result):
+        self.device, self.result = device, result
+        addressed = lambda t: t if memory(t) in recorder.own else Address(t)  # noqa: E731
+        launches = recorder.launches
+        self.launches = [(f, *(tree_map_only(torch.Tensor, addressed, each) for each in given), made)
+                         for f, *given, made in launches]  # fmt: skip
         self.between = [t for _, _, _, made in launches for t in made if memory(t) != memory(result)]
 
     def __call__(self):
@@ -68,7 +86,8 @@ class Replay:
         self.device.log.append("replay")
         self.device.poison_all()
         poison(self.result)
-        for func, args, kwargs, made in self.launches:
+        for func, *given, made in self.launches:
+            args, kwargs = (tree_map_only(Address, Address.tensor, each) for each in given)
             found = [t for t in tensors(func(*args, **kwargs)) if memory(t) not in {memory(u) for u in tensors(args)}]
             for kept, new in zip(made, found, strict=True):
                 kept.copy_(new)
@@ -122,7 +141,7 @@ class FakeGraphs:
             self.pool_size += 1 if isinstance(problem, torch.OutOfMemoryError) else 0
             self.log.append("failed")
             raise NotCaptured(first_line(problem)) from None
-        replay = Replay(self, recorder.launches, result)
+        replay = Replay(self, recorder, result)
         self.replays.add(replay)
         self.log.append("capture")
         self.poison_all()

@@ -131,6 +131,7 @@ def test_images_memory_is_not_shared_or_shared_by_other_images():
     assert pair.device.count("capture") == 3
     others = [pair.prepared.input_buffer(1, channels_last=True), pair.prepared.input_buffer(1, features=True)]
     assert others[0].data_ptr() != buffers[0].data_ptr() == others[1].data_ptr()
+    assert others[0].stride() == (3072, 1, 96, 3) and buffers[0].stride() == (3072, 1024, 32, 1)
 
 
 def test_buffer_is_copied_or_what_overlaps_it_is_misread():
@@ -141,20 +142,22 @@ def test_buffer_is_copied_or_what_overlaps_it_is_misread():
     version = buffer._version
     assert torch.equal(pair.prepared(buffer), pair.expected(x))
     assert torch.equal(pair.prepared(buffer[:3]), pair.expected(x)) and buffer._version == version
-    pair.prepared.input_buffer(4)
-    buffer = pair.prepared.input_buffer(4)
-    buffer.copy_(y := pair.images(4))
-    for part in (slice(1, 4), slice(None, None, 2), slice(0, 3)):
-        buffer.copy_(y)
-        assert torch.equal(pair.prepared(buffer[part]), pair.expected(y[part]))
+    # captured when the caller's images are there, and before
+    for capture in ((), (4, 3, 2)):
+        pair.prepared.drop_graphs()
+        pair.prepared.capture(capture)
+        buffer, y = pair.prepared.input_buffer(4), pair.images(4)
+        for part in (lambda t: t[1:4], lambda t: t[::2], lambda t: t[:3], lambda t: t[:3].transpose(2, 3)):
+            buffer.copy_(y)
+            assert torch.equal(pair.prepared(part(buffer)), pair.expected(part(y).contiguous()))
     assert pair.prepared.input_buffer(2, (32, 32), torch.float64).dtype is torch.float32
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_threads_see_one_another(shared):
+@pytest.mark.parametrize("most", [3, 32])
+def test_threads_see_one_another(most):
     """Sizes that are captured, replayed and dropped while others call: every result is the caller's own."""
     pair = Pair(tiny(depth=1))
-    pair.prepared.graphs.most_graphs = 3 if shared else 32
+    pair.prepared.graphs.most_graphs = most
     given = [(x, pair.expected(x), pair.expected(x, padded=False)) for n in range(1, 9) for x in [pair.images(n)]]
     wrong, start = [], threading.Barrier(8)
 
@@ -162,7 +165,7 @@ def test_threads_see_one_another(shared):
         generator = torch.Generator().manual_seed(seed)
         start.wait()
         for _ in range(25):
-            x, expected, alone = given[torch.randint(2 if shared else 8, (), generator=generator)]
+            x, expected, alone = given[torch.randint(8, (), generator=generator)]
             try:
                 result = pair.prepared(x)
             except BaseException as problem:
@@ -178,7 +181,8 @@ def test_threads_see_one_another(shared):
     for worker in workers:
         worker.join()
     assert wrong == []
-    assert pair.device.count("capture") == (2 if shared else 8) and pair.device.count("replay") == 200
+    captures, replays = pair.device.count("capture"), pair.device.count("replay")
+    assert (captures, replays) == (8, 200) if most == 32 else 8 < captures <= 16 and replays < 200
 
 
 def test_graph_is_replayed_into_the_callers_own():

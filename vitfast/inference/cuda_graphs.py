@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vitfast.measure.capture import NotCaptured, captured
 
-# compilers and libraries settle in the first calls on a stream
+# compilers and libraries settle in the first calls
 WARM_UPS = 2
 
 
@@ -29,6 +29,7 @@ class CudaGraphs:
     def __init__(self, device: torch.device):
         self.device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         # made when they are needed: `prepare` alone starts nothing on the device
+        self.warm_stream: torch.cuda.Stream | None = None
         self.stream: torch.cuda.Stream | None = None
         self.pool: Any = None
         self.done: torch.cuda.Event | None = None
@@ -63,14 +64,16 @@ class CudaGraphs:
         """
         if torch.cuda.get_allocator_backend() != "native":
             raise NotCaptured("torch's allocator is not its native one, whose pools tell what they hold")
-        if self.stream is None:
-            # of this model alone: what libraries keep for a stream, two graphs that run at once must not share
-            self.stream = torch.cuda.Stream(self.device)
+        if self.warm_stream is None:
+            self.warm_stream = torch.cuda.Stream(self.device)
         if self.pool is None:
-            self.pool = torch.cuda.graph_pool_handle()
+            # cuBLAS's workspace is kept for each stream. On one that nothing else ran on, it comes from the pool, and
+            # stays there for these graphs when torch.compile, which clears all workspaces, lets go of it
+            self.stream, self.pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
         with torch.cuda.device(self.device):
             graph, results = captured(
-                call, self.device, self.stream, self.pool, warm_ups=WARM_UPS, mode="thread_local"
+                call, self.device, self.stream, self.pool, warm_ups=WARM_UPS, warm_stream=self.warm_stream,
+                mode="thread_local",
             )  # fmt: skip
         return graph.replay, results
 

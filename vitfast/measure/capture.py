@@ -30,6 +30,7 @@ def captured(
     *,
     warm_ups: int,
     count: int = 1,
+    warm_stream: torch.cuda.Stream | None = None,
     mode: str = "global",
     warming: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> tuple[torch.cuda.CUDAGraph, Any]:
@@ -41,7 +42,8 @@ def captured(
         device: with its index.
         stream: what to capture on; no stream that anything else runs on.
         pool: `torch.cuda.graph_pool_handle()`, or that of graphs that never run at the same time as this one.
-        warm_ups: calls before the capture, on its stream.
+        warm_ups: calls before the capture.
+        warm_stream: what these run on; by default `stream`.
         mode: torch's `capture_error_mode`: whose forbidden calls end the capture, every thread's or this one's.
         warming: a context for them.
 
@@ -49,19 +51,19 @@ def captured(
         NotCaptured: `call` does what a graph cannot hold, or none of its work is in the graph.
     """
     with _one_at_a_time:
-        return _captured(call, device, stream, pool, warm_ups, count, mode, warming)
+        return _captured(call, device, stream, pool, warm_ups, count, warm_stream or stream, mode, warming)
 
 
-def _captured(call, device, stream, pool, warm_ups, count, mode, warming):
+def _captured(call, device, stream, pool, warm_ups, count, warm_stream, mode, warming):
     before, results, begun = torch.cuda.current_stream(device), None, False
     graph = torch.cuda.CUDAGraph()
     try:
-        # libraries make their handles and workspaces per stream, which must not happen during the capture
-        stream.wait_stream(before)
-        with torch.cuda.stream(stream), warming():
+        # compilers and libraries begin with what must not happen during the capture
+        warm_stream.wait_stream(before)
+        with torch.cuda.stream(warm_stream), warming():
             for _ in range(warm_ups):
                 call()
-        before.wait_stream(stream)
+        before.wait_stream(warm_stream)
         torch.cuda.synchronize(device)
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
             begun = True
