@@ -1,14 +1,23 @@
-"""`vitfast.inference.cuda_graphs` and `vitfast.measure.capture`: in which order they ask torch.cuda for what."""
+"""`vitfast.inference.cuda_graphs` and `vitfast.measure.capture`: in which order they ask torch.cuda for what.
+
+And what is around graphs: warm-up, the memory that docs tell.
+"""
 
 import contextlib
 import threading
+from pathlib import Path
 
+import graph_memory
 import pytest
 import torch
+from fake_graphs import Pair, on_cpu
 
+from vitfast.check import warmup
 from vitfast.inference.cuda_graphs import WARM_UPS, CudaGraphs
 from vitfast.measure import capture
 from vitfast.measure.capture import NotCaptured, captured
+
+DOCS = Path(__file__).parent.parent / "docs/inference.md"
 
 
 class Stream:
@@ -210,3 +219,24 @@ def test_two_threads_capture_at_once(cuda, monkeypatch):
     for thread in threads:
         thread.join()
     assert len(most) == 6 and max(most) == 1
+
+
+def test_warmup_captures_nothing_or_hides_why(monkeypatch):
+    with on_cpu(monkeypatch):
+        pair, said = Pair(), []
+    pair.device.fails = RuntimeError("it waits")
+    warmup.capture_graphs(pair.prepared, (2, 9), said.append)
+    assert [line.split(": ", 1)[1] for line in said] == [
+        "CUDA graph of 9 images: there is no CUDA graph of forward [10, 3, 32, 32] float32: RuntimeError: it waits",
+        "CUDA graph of 2 images: captured",
+    ]
+    pair.check(pair.images(2))
+    assert pair.device.count("capture") == 1
+    with torch.no_grad():
+        pair.model.norm.bias.add_(1)
+    with pytest.raises(RuntimeError, match="was written to"):
+        warmup.capture_graphs(pair.prepared, (2,), said.append)
+
+
+def test_counted_memory_is_not_that_of_the_docs():
+    assert f"<!-- graphs: as in tests/graph_memory.py -->\n\n{graph_memory.table()}\n" in DOCS.read_text()

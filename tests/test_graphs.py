@@ -4,9 +4,7 @@ import contextlib
 import gc
 import threading
 import weakref
-from pathlib import Path
 
-import graph_memory
 import pytest
 import torch
 from fake_graphs import Pair, on_cpu
@@ -15,12 +13,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitfast
-from vitfast.check import warmup
 from vitfast.choose import dispatch
 from vitfast.inference import arguments, graphs, prepare
 from vitfast.inference.graphs import bucket
-
-DOCS = Path(__file__).parent.parent / "docs/inference.md"
 
 
 @pytest.fixture(autouse=True)
@@ -296,6 +291,25 @@ def test_choice_is_changed_and_the_graph_stays():
     assert pair.device.count("capture") == 4
 
 
+def test_choice_that_falls_in_a_warm_up_is_taken_for_that_before():
+    """As a kernel that is switched off when it is first compiled for the graph's batch."""
+    pair, learned = Pair(), []
+    x = pair.images(9)
+    features = type(pair.prepared)._features
+
+    def learns(self, x, *rest, **how):
+        if len(x) == 10 and not learned:
+            learned.append(dispatch.learn("nowhere", {}))
+        return features(self, x, *rest, **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(pair.prepared), "_features", learns)
+        pair.check(x, padded=False)
+    assert learned and not pair.prepared.graph_report().graphs
+    pair.check(x)
+    assert list(pair.prepared.graph_report().graphs.values()) == [1]
+
+
 def test_original_is_changed_and_the_graph_stays():
     pair = Pair()
     x = pair.images(2)
@@ -471,23 +485,3 @@ def test_argument_is_taken_that_means_nothing(devices, monkeypatch):
     for how in ({"graphs": True}, {"views": True}):
         with pytest.raises(ValueError, match="graphs"):
             vitfast.prepare(model, **how)
-
-
-def test_warmup_captures_nothing_or_hides_why():
-    pair, said = Pair(), []
-    pair.device.fails = RuntimeError("it waits")
-    warmup.capture_graphs(pair.prepared, (2, 9), said.append)
-    assert [line.split(": ", 1)[1] for line in said] == [
-        "CUDA graph of 9 images: there is no CUDA graph of forward [10, 3, 32, 32] float32: RuntimeError: it waits",
-        "CUDA graph of 2 images: captured",
-    ]
-    pair.check(pair.images(2))
-    assert pair.device.count("capture") == 1
-    with torch.no_grad():
-        pair.model.norm.bias.add_(1)
-    with pytest.raises(RuntimeError, match="was written to"):
-        warmup.capture_graphs(pair.prepared, (2,), said.append)
-
-
-def test_counted_memory_is_not_that_of_the_docs():
-    assert f"<!-- graphs: as in tests/graph_memory.py -->\n\n{graph_memory.table()}\n" in DOCS.read_text()

@@ -66,7 +66,7 @@ class CudaGraphs:
             raise NotCaptured("torch's allocator is not its native one, whose pools tell what they hold")
         if self.warm_stream is None:
             self.warm_stream = torch.cuda.Stream(self.device)
-        if self.pool is None:
+        if self.pool is None or self.stream is None:
             # cuBLAS's workspace is kept for each stream. On one that nothing else ran on, it comes from the pool, and
             # stays there for these graphs when torch.compile, which clears all workspaces, lets go of it
             self.stream, self.pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()

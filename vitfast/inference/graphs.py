@@ -232,7 +232,7 @@ class Graphs:
             return "the stream is being captured by the caller"
         return ""
 
-    def _kind(self, model: nn.Module, call: Callable[..., Any], x: Tensor) -> Kind:
+    def _kind(self, model: Any, call: Callable[..., Any], x: Tensor) -> Kind:
         last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
         batch = len(x) if self._strange else bucket(len(x))
         dtype = x.dtype if x.dtype is torch.uint8 else self.floats
@@ -298,7 +298,7 @@ class Graphs:
         self._graphs.clear()
         self.device.renew()
 
-    def _captured_now(self, model: nn.Module, kind: Kind, call: Callable[[Tensor], Any], x: Tensor) -> Graph:
+    def _captured_now(self, model: Any, kind: Kind, call: Callable[[Tensor], Any], x: Tensor) -> Graph:
         # what is made here outlives the caller's contexts
         with torch.inference_mode(False), torch.no_grad():
             static = self._static(kind, x)
@@ -315,6 +315,8 @@ class Graphs:
                 replay, result = self.device.capture(once)
             finally:
                 self.device.end()
+        if self._kind(model, call, x) != kind:
+            raise NotCaptured("who computes was decided otherwise meanwhile")
         if not isinstance(result, Tensor) or result.dim() < 1 or len(result) != kind.batch:
             raise NotCaptured("it does not return a tensor with a row for each image")
         # `id`s are of what is there

@@ -54,7 +54,10 @@ def captured(
         return _captured(call, device, stream, pool, warm_ups, count, warm_stream or stream, mode, warming)
 
 
-def _captured(call, device, stream, pool, warm_ups, count, warm_stream, mode, warming):
+def _captured(
+    call: Callable[[], Any], device: torch.device, stream: torch.cuda.Stream, pool: Any, warm_ups: int, count: int,
+    warm_stream: torch.cuda.Stream, mode: str, warming: Callable[[], contextlib.AbstractContextManager[Any]],
+) -> tuple[torch.cuda.CUDAGraph, Any]:  # fmt: skip
     before, results, begun = torch.cuda.current_stream(device), None, False
     graph = torch.cuda.CUDAGraph()
     try:
