@@ -1,4 +1,4 @@
-"""Copies of the package with one change in a kernel's source, and the tests in tests/kernels that are run on them."""
+"""Copies of the package with one change in its source, and the tests that are run on them."""
 
 import os
 import shutil
@@ -17,19 +17,21 @@ CODE = (
 )
 
 
-def run_on_mutant(folder, name, text, *chosen, timeout=None):
-    """Run tests, in Triton's interpreter up to the first that fails, on a copy of the package in `folder`.
+def run_on_mutant(folder, name, text, *chosen, timeout=None, room="kernels/triton"):
+    """Run tests up to the first that fails, of kernels in Triton's interpreter, on a copy of the package in `folder`.
 
     Args:
-        name: of a file of vitfast/kernels/triton.
+        name: of a file of the room.
         text: all of its source, changed.
         chosen: pytest's arguments that choose tests.
         timeout: seconds, after which it raises subprocess.TimeoutExpired.
     """
     if not (folder / "vitfast").exists():
         shutil.copytree(PACKAGE, folder / "vitfast", ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "vitfast/kernels/triton" / name).write_text(text)
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    (folder / "vitfast" / room / name).write_text(text)
+    environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    if room == "kernels/triton":
+        environment["TRITON_INTERPRET"] = "1"
     command = [sys.executable, "-c", CODE, folder, "-x", "-q", "-p", "no:cacheprovider", "-p", "no:warnings"]
     command += ["-c", TESTS.parent / "pyproject.toml", *chosen]
     return subprocess.run(

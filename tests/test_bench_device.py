@@ -175,7 +175,7 @@ def fake_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream())
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: state["graph"])
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool, stream: state.get("capture", contextlib.nullcontext()))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **how: state.get("capture", contextlib.nullcontext()))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: state["undone"].append("stream"))

@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import vitfast
 from vitfast.check.acceptance import accept_stages
-from vitfast.inference import cpu_block, prepare
+from vitfast.inference import arguments, cpu_block, prepare
 from vitfast.inference.cpu_block import PackedLinear
 from vitfast.kernels import cpu as cpu_kernels
 
@@ -291,11 +291,11 @@ def test_class_token_only_block_is_not_used():
 
 def test_quota_of_a_container_is_ignored(tmp_path):
     """More threads than cores run many times slower; torch counts the machine's cores, not the container's."""
-    affinity = prepare.usable_cores(tmp_path)
+    affinity = arguments.usable_cores(tmp_path)
     assert affinity >= 1
     for text, expected in (("max 100000", affinity), ("100000 100000", 1), ("50000 100000", 1), ("nonsense", affinity)):
         (tmp_path / "cpu.max").write_text(text)
-        assert prepare.usable_cores(tmp_path) == expected
+        assert arguments.usable_cores(tmp_path) == expected
 
 
 def test_threads_are_not_set():
@@ -305,7 +305,7 @@ def test_threads_are_not_set():
         vitfast.prepare(tiny(), threads=None)
         assert torch.get_num_threads() == 3
         vitfast.prepare(tiny())
-        assert torch.get_num_threads() == min(3, prepare.usable_cores())
+        assert torch.get_num_threads() == min(3, arguments.usable_cores())
         vitfast.prepare(tiny(), threads=2)
         assert torch.get_num_threads() == 2
     finally:

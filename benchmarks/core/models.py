@@ -85,9 +85,13 @@ def vit(
         "vitfast": Variant(lambda: setting.eager(ours()), ours=True),
     }
     if not setting.training and not autocast:
-        variants["vitfast prepared"] = Variant(
-            lambda: vitfast.prepare(setting.place(ours()).module, dtype=DTYPES[dtype], threads=None), ours=True
-        )
+
+        def prepared(graphs: bool) -> Callable[..., Any]:
+            return vitfast.prepare(setting.place(ours()).module, dtype=DTYPES[dtype], threads=None, graphs=graphs)
+
+        variants["vitfast prepared"] = Variant(lambda: prepared(graphs=False), ours=True)
+        if group in ("all", "eager") and not cpu:
+            variants["vitfast prepared, its graphs"] = Variant(lambda: prepared(graphs=True), ours=True, graph=False)
     if group in ("all", "compiled") and not cpu:
         variants["vitfast compiled"] = Variant(lambda: setting.compiled(ours()), ours=True)
     if group in ("all", "eager") and model != VIT_PYTORCH:

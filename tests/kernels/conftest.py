@@ -17,6 +17,7 @@ from textbook import Textbook
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vitfast.choose import builtin
+from vitfast.inference import arguments
 from vitfast.kernels.operands import Norm
 from vitfast.kernels.triton import launch
 from vitfast.ops import _stock
@@ -100,6 +101,12 @@ def stock_products():
 def kernels_everywhere(monkeypatch):
     """No op leaves its work to stock operators or cuBLAS where these are faster, as the tables of cards say."""
     monkeypatch.setattr(builtin, "EVERYWHERE", True)
+
+
+@pytest.fixture(autouse=True)
+def no_graphs(monkeypatch):
+    """Prepared models launch their kernels at every call; `test_graphs_gpu.py` has graphs."""
+    monkeypatch.setattr(arguments, "graphs_of", lambda device: None)
 
 
 @pytest.fixture

@@ -160,12 +160,16 @@ def _without_memory(config: ViTConfig, batch: int, dtype: torch.dtype) -> tuple[
     """A model with few blocks, and images for it."""
     # meta tensors would take the way of CPUs with dropout of attention
     small = config.replace(depth=min(config.depth, BLOCKS), attn_dropout=0.0)
-    size = small.image_size
-    if not small.dynamic_pad:
-        # a dynamic size need not be one that the patch divides
-        size = tuple(n * patch for n, patch in zip(small.grid_size, small.patch_size, strict=True))
     with torch.device("meta"):
-        return ViT.from_config(small).to(dtype), torch.empty(batch, small.channels, *size, dtype=dtype)
+        return ViT.from_config(small).to(dtype), torch.empty(batch, small.channels, *size_of(small), dtype=dtype)
+
+
+def size_of(config: ViTConfig) -> tuple[int, int]:
+    """Height and width of images that such a model takes: a dynamic size need not be one that the patch divides."""
+    if config.dynamic_pad:
+        return config.image_size  # type: ignore[return-value]  # a pair since ViTConfig.__post_init__
+    rows, columns = (n * patch for n, patch in zip(config.grid_size, config.patch_size, strict=True))  # type: ignore[arg-type]  # a pair as well
+    return rows, columns
 
 
 def distinct(found: Iterable[Call]) -> list[Call]:

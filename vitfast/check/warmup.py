@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from vitfast.check.acceptance import RMS_RATIO, NotAccepted, accept_results, dtype_to_judge_by
-from vitfast.check.calls import SEED, Call, Prepared, calls_of, calls_of_prepared, distinct
+from vitfast.check.calls import SEED, Call, Prepared, calls_of, calls_of_prepared, distinct, size_of
 from vitfast.choose import dispatch
 from vitfast.config import ViTConfig
+from vitfast.inference.graphs import NoGraph
 from vitfast.inference.prepare import PreparedViT
 from vitfast.model.vit import ViT
 
@@ -100,6 +101,9 @@ def warmup(
     they are. Every process of a distributed training has its own choices, read from that file by its first op: warm up
     in rank 0 before the others begin, or they may choose differently.
 
+    Last the CUDA graphs of prepared models are captured, for images of the model's size and dtype; what else will come
+    (uint8, features, other sizes) is for `PreparedViT.capture`.
+
     Args:
         model: a `vitfast.ViT`, one that `vitfast.prepare` made, or a module that contains some. On a CPU nothing is
             compiled, and the report is empty.
@@ -147,7 +151,23 @@ def warmup(
                 break
             done.update(calls)
             report.rows += warm(calls, place, say, measure).rows
+    for vit in vits:
+        if isinstance(vit, PreparedViT) and vit.graphs is not None:
+            capture_graphs(vit, batches, say)
     return report
+
+
+def capture_graphs(prepared: PreparedViT, batches: Iterable[int], say: Callable[[str], None]) -> None:
+    """A CUDA graph for each of these numbers of images; why there is none, `explain` says as well."""
+    # the largest first: the others' memory is among its own
+    for batch in sorted(batches, reverse=True):
+        began = time.perf_counter()
+        try:
+            prepared.capture(batch, size_of(prepared.config))
+            found = "captured"
+        except NoGraph as problem:
+            found = str(problem)
+        say(f"warmup, {time.perf_counter() - began:.1f} s: CUDA graph of {batch} images: {found}")
 
 
 def models_in(what: str, model: nn.Module) -> list[ViT]:

@@ -71,11 +71,11 @@ class _ThisThread(threading.local):
 
 
 _thread = _ThisThread()
-# how often what is chosen for the process has changed
-_changes = 0
 _forced: dict[str, str] = {}
 _off: dict[str, str] = {}
 _tables: dict[Hashable, Table] = {}
+# how often this process learned
+_lessons = 0
 
 
 def language(kernel: str) -> str:
@@ -114,23 +114,7 @@ def backend(name: str, op: str | None = None) -> Iterator[None]:
             _force(each, earlier)
 
 
-def generation() -> int:
-    """Changes whenever the same call may be answered otherwise: whoever kept an answer asks again."""
-    return _changes
-
-
-def _changed() -> None:
-    global _changes
-    _changes += 1
-
-
-def alone() -> bool:
-    """Whether this thread tries a kernel, or watches what is asked: such calls say nothing about others."""
-    return _thread.trial is not None or _thread.seen is not None
-
-
 def _force(name: str, backend: str) -> None:
-    _changed()
     if backend == "auto":
         _forced.pop(name, None)
     else:
@@ -232,8 +216,22 @@ def cached(kernel: str, shape: tuple[Hashable, ...], device: Hashable) -> Choice
 
 def learn(device: Hashable, choices: Table) -> None:
     """Let `choices` hold from now on, in this process."""
+    global _lessons
     _tables[device] = {**_table(device), **choices}
-    _changed()
+    _lessons += 1
+
+
+def decided() -> Hashable:
+    """What a call of an op would be answered by: another value where some call may be answered otherwise.
+
+    For whoever keeps what a call launched, as CUDA graphs do.
+    """
+    return _lessons, len(_off), tuple(_forced.items())
+
+
+def observed() -> bool:
+    """Whether this thread tries a kernel or watches what is asked, so that every op has to run."""
+    return _thread.trial is not None or _thread.seen is not None
 
 
 def tuned(kernel: str, device: Hashable) -> dict[tuple[Hashable, ...], Choice]:
@@ -246,7 +244,6 @@ def switch_off(kernel: str, why: str) -> None:
     if kernel in _off:
         return
     _off[kernel] = why
-    _changed()
     warnings.warn(
         f"vitfast's {kernel} kernel ({KERNELS[kernel]}) is switched off for this process: {why}. Stock PyTorch "
         "operators take its place: right, and usually slower. Please report this with what `vitfast info` prints; "

@@ -2,34 +2,81 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
-from typing import Any
+from collections.abc import Iterator
 
 from torch import Tensor, nn
+
+_version = operator.attrgetter("_version")
+
+
+class Places:
+    """Every place in a model that holds a module or a tensor, and what was in it.
+
+    Asked at every call, so that each of its questions is one call into C.
+    """
+
+    def __init__(self, model: nn.Module):
+        held_by = [
+            (held, name)
+            for name, module in model.named_modules()
+            for held in (module._modules, module._parameters, module._buffers)
+            if held
+        ]
+        self.held, self.prefixes = [held for held, _ in held_by], [name for _, name in held_by]
+        self.then = list(map(dict, self.held))
+        tensors = [(t, name) for _, _, t, name in self._parts() if isinstance(t, Tensor)]
+        self.tensors, self.names = [t for t, _ in tensors], [name for _, name in tensors]
+        self.pointers, self.versions = list(map(Tensor.data_ptr, self.tensors)), list(map(_version, self.tensors))
+
+    def _parts(self) -> Iterator[tuple[dict, str, object, str]]:
+        """(where, name, what was there, its full name)"""
+        for held, then, prefix in zip(self.held, self.then, self.prefixes, strict=True):
+            for name, value in then.items():
+                yield held, name, value, f"{prefix}.{name}" if prefix else name
+
+    def same(self) -> bool:
+        """Whether every place holds what it held, and every tensor is where it was; what is in it is no matter."""
+        try:
+            # what is not the same object is compared: a tensor of one number equals another one, which changes nothing
+            alike = self.held == self.then
+        # other tensors are neither equal nor not
+        except RuntimeError:
+            return False
+        return alike and list(map(Tensor.data_ptr, self.tensors)) == self.pointers
+
+    def unwritten(self) -> bool:
+        """Whether nothing was written into a tensor, as far as torch counts."""
+        return list(map(_version, self.tensors)) == self.versions
+
+    def change(self) -> tuple[str, str] | None:
+        """The first place that changed, and what happened to it; parameters and buffers may be added."""
+        for held, name, value, full_name in self._parts():
+            if held.get(name) is not value:
+                return full_name, "was replaced"
+        for held, then, prefix in zip(self.held, self.then, self.prefixes, strict=True):
+            if len(held) != len(then) and any(isinstance(part, nn.Module) for part in held.values()):
+                return prefix or "the model", "was given another part"
+        for tensor, pointer, version, name in zip(self.tensors, self.pointers, self.versions, self.names, strict=True):
+            if tensor._version != version:
+                return name, "was written to"
+            if tensor.data_ptr() != pointer:
+                return name, "was moved"
+        return None
 
 
 class Source:
     """What the packed weights were made of, to notice when it is not that any more."""
 
     def __init__(self, model: nn.Module):
-        # every place in a module that holds a module or a tensor, and what was in it
-        self.places: list[tuple[dict, str, Any, str]] = []
-        self.tensors: list[tuple[Tensor, int, int, str]] = []
-        self.sizes = [(module._modules, len(module._modules), name) for name, module in model.named_modules()
-                      if module._modules]  # fmt: skip
-        for prefix, module in model.named_modules():
-            for held in (module._modules, module._parameters, module._buffers):
-                for name, value in held.items():
-                    self.places.append((held, name, value, f"{prefix}.{name}" if prefix else name))
-        for _, _, value, name in self.places:
-            if isinstance(value, Tensor):
-                self.tensors.append((value, value.data_ptr(), value._version, name))
+        self.places: Places | None = Places(model)
         # the original may be dropped; then nobody can change it
         this = weakref.ref(self)
         weakref.finalize(model, lambda: (source := this()) and source.forget()).atexit = False
 
     def forget(self) -> None:
-        self.places, self.tensors, self.sizes = [], [], []
+        self.places = None
 
     def check(self) -> None:
         """Raise where the original has changed.
@@ -37,21 +84,13 @@ class Source:
         Raises:
             RuntimeError: names the part, and what happened to it.
         """
-        for held, name, value, full_name in self.places:
-            if held.get(name) is not value:
-                self._fail(full_name, "was replaced")
-        for held, size, name in self.sizes:
-            if len(held) != size:
-                self._fail(name or "the model", "was given another part")
-        for tensor, pointer, version, name in self.tensors:
-            if tensor._version != version:
-                self._fail(name, "was written to")
-            if tensor.data_ptr() != pointer:
-                self._fail(name, "was moved")
-
-    @staticmethod
-    def _fail(name: str, what: str) -> None:
-        raise RuntimeError(
-            f"prepared model: {name} of the original {what} after vitfast.prepare, so the packed weights are stale; "
-            "prepare it again"
-        )
+        # another thread may forget them
+        places = self.places
+        if places is None or (places.same() and places.unwritten()):
+            return
+        if change := places.change():
+            name, what = change
+            raise RuntimeError(
+                f"prepared model: {name} of the original {what} after vitfast.prepare, so the packed weights are "
+                "stale; prepare it again"
+            )

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import os
+import functools
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vitfast import reference
+from vitfast.inference.arguments import device_of, dtype_of, folds, graphs_for, normalisation_of, set_threads
 from vitfast.inference.cpu_block import PackedBlock, PackedLinear, PackedStem, frozen, own_product, refuse
+from vitfast.inference.cuda_graphs import capturing
 from vitfast.inference.gpu_block import AddedLinear, FoldedBlock, FoldedLinear
+from vitfast.inference.graphs import Graphs, Report
 from vitfast.inference.original import Source
 from vitfast.kernels import cpu as cpu_kernels
 from vitfast.model.block import Block, given, with_causal
@@ -21,9 +23,7 @@ from vitfast.model.layers import reasons_of, run_norm
 from vitfast.model.patch_embed import check_pixels
 from vitfast.model.plain import METHODS, PLAIN_TENSORS, any_global_hook, plain, replaced, watched_view
 from vitfast.model.vit import ViT
-from vitfast.ops import _launch
 
-DTYPES = (torch.float32, torch.bfloat16)
 TOKENS = ("cls_token", "reg_token", "dist_token", "pos_embed")
 # copied, in the new dtype: whatever somebody put there runs as it would have
 COPIED = ("patch_embed", "norm_pre", "norm", "attn_pool", "fc_norm", "to_latent", "head", "head_dist")
@@ -43,6 +43,8 @@ def prepare(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     threads: int | str | None = "auto",
+    graphs: bool | str = "auto",
+    views: bool = False,
 ) -> PreparedViT:
     """A frozen copy of `model` for inference, with weights in the layout that the device's kernels read fastest.
 
@@ -53,8 +55,8 @@ def prepare(
 
     On a GPU the parameters of norms and LayerScale are multiplied into the weights, and a block is five Triton kernels:
     qkv, attention, proj, fc1, fc2; what a norm has to know of a row, the product that wrote the row has left. In fp32,
-    and where a kernel is not to run, the model's ops compute the same. Calls can be captured in a CUDA graph after a
-    first one, which compiles.
+    and where a kernel is not to run, the model's ops compute the same. `forward` and `forward_features` are replayed
+    from CUDA graphs, one for each kind of call, which the first such call captures: `PreparedViT.capture`.
 
     The copy has the methods of the model (forward_features, forward_intermediates, ...), runs as in eval mode, without
     gradients, and takes images in any float dtype, or in uint8.
@@ -72,13 +74,16 @@ def prepare(
         threads: for torch in this whole process, with a model on a CPU. 'auto' lowers torch's number to the cores that
             affinity and container leave to the process, for more threads than cores run at a fraction of the speed;
             None changes nothing.
+        graphs: whether calls are replayed from CUDA graphs: 'auto', on a GPU where nothing in the model may need its
+            Python to run or read two images at once; True, on a GPU; False, never.
+        views: return results of graphs where the graphs keep them, in place of copies: the next call overwrites them.
 
     Returns:
         The prepared model; `packed_bytes`, `dtype` and `str()` tell what it is.
 
     Raises:
-        TypeError: model, dtype, mean, std or threads is of the wrong kind.
-        ValueError: mean and std do not fit the model.
+        TypeError: model, dtype, mean, std, threads or graphs is of the wrong kind.
+        ValueError: mean and std do not fit the model; graphs or views of a model that is not on a GPU.
         NotImplementedError: another device or dtype; bfloat16 on a CPU that does not compute it; a block with
             hooks, adapters, replaced or patched parts; a part in train mode; parameters that are sharded, subclassed
             or made in inference mode. Each with its name and the reason.
@@ -89,15 +94,19 @@ def prepare(
     if reasons:
         more = f" (and {len(reasons) - 5} more)" if len(reasons) > 5 else ""
         raise NotImplementedError(f"prepare: this model cannot be frozen: {'; '.join(reasons[:5])}{more}")
-    device = _device(model)
-    dtype = _dtype(model, dtype, device)
-    normalisation = _normalisation(model, mean, std)
+    device = device_of(model)
+    dtype = dtype_of(model, dtype, device)
+    replays = graphs_for(device, graphs, views)
+    normalisation = normalisation_of(model, mean, std)
     if device.type == "cpu":
-        _set_threads(threads)
+        set_threads(threads)
     if normalisation is not None:
         normalisation = normalisation[0].to(device), normalisation[1].to(device)
     with torch.no_grad():
-        return PreparedViT(model, dtype, normalisation)
+        prepared = PreparedViT(model, dtype, normalisation)
+        if replays is not None:
+            prepared.graphs = Graphs(prepared, replays, dtype, views, insist=graphs is True)
+        return prepared
 
 
 def why_not(model: ViT) -> list[str]:
@@ -157,94 +166,6 @@ def _unusable(p: Tensor) -> list[str]:
     return reasons
 
 
-def folds(device: torch.device) -> bool:
-    """Whether a model there is prepared for the Triton kernels, and not for those of a CPU."""
-    return device.type != "cpu" or _launch.INTERPRETED
-
-
-def _device(model: ViT) -> torch.device:
-    devices = {p.device for p in model.parameters()}
-    if len(devices) != 1:
-        where = ", ".join(sorted(map(str, devices)))
-        raise NotImplementedError(f"prepare: the model must be on one device, got {where}")
-    return devices.pop()
-
-
-def _dtype(model: ViT, dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
-    if folds(device):
-        return _folded_dtype(model, dtype)
-    if not torch.backends.mkldnn.is_available():
-        raise NotImplementedError("prepare: this build of torch has no oneDNN (torch.backends.mkldnn)")
-    cpu = torch.cpu.get_capabilities()
-    if dtype is None:
-        dtype = next(model.blocks.parameters(), next(model.parameters())).dtype
-    elif dtype == "auto":
-        fast = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
-        dtype = torch.bfloat16 if fast and torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
-    if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"prepare: dtype must be torch.float32, torch.bfloat16, 'auto' or None, got {dtype!r}")
-    if dtype not in DTYPES:
-        raise NotImplementedError(f"prepare: dtype must be float32 or bfloat16 on a CPU, got {str(dtype)[6:]}")
-    if dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        raise NotImplementedError("prepare: oneDNN has no bfloat16 on this CPU (it wants AVX-512); take float32")
-    return dtype
-
-
-def _folded_dtype(model: ViT, dtype: torch.dtype | str | None) -> torch.dtype:
-    if dtype is None:
-        return next(model.blocks.parameters(), next(model.parameters())).dtype
-    if dtype == "auto":
-        return torch.bfloat16
-    if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"prepare: dtype must be a torch.dtype, 'auto' or None, got {dtype!r}")
-    if dtype not in cpu_kernels.FLOATS:
-        raise NotImplementedError(f"prepare: dtype must be float32, bfloat16 or float16, got {str(dtype)[6:]}")
-    return dtype
-
-
-def _normalisation(model: ViT, mean: Any, std: Any) -> tuple[Tensor, Tensor] | None:
-    """mean and std, [C] each, or None where nobody gave them."""
-    if mean is None and std is None:
-        known = getattr(model, "pretrained_cfg", None) or {}
-        mean, std = known.get("mean"), known.get("std")
-        if mean is None or std is None or len(mean) != model.in_chans:
-            return None
-    C, found = model.in_chans, []
-    for name, values in (("mean", mean), ("std", std)):
-        try:
-            values = torch.as_tensor(values, dtype=torch.float32, device="cpu")
-        except (TypeError, ValueError, RuntimeError):
-            raise TypeError(f"prepare: {name} must be {C} numbers, got {values!r}") from None
-        if values.shape != (C,) or not values.isfinite().all() or (name == "std" and not (values > 0).all()):
-            positive = " above 0" if name == "std" else ""
-            raise ValueError(f"prepare: {name} must be {C} finite numbers{positive}, got {values.tolist()}")
-        found.append(values)
-    return found[0], found[1]
-
-
-def _set_threads(threads: int | str | None) -> None:
-    if threads == "auto":
-        threads = min(torch.get_num_threads(), usable_cores())
-    if threads is None:
-        return
-    if not isinstance(threads, int) or isinstance(threads, bool):
-        raise TypeError(f"prepare: threads must be an int, 'auto' or None, got {threads!r}")
-    if threads < 1:
-        raise ValueError(f"prepare: threads must be at least 1, got {threads}")
-    if threads != torch.get_num_threads():
-        torch.set_num_threads(threads)
-
-
-def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Cores that this process may keep busy: its affinity, and the quota of its control group (Linux)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = (cgroup / "cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return cores
-    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
-
-
 def _check_place(x: Any, device: torch.device) -> None:
     """Kernels read addresses: anything but a plain tensor on the weights' device would be read from nowhere."""
     if not isinstance(x, Tensor):
@@ -268,10 +189,13 @@ class PreparedViT(ViT):
     Attributes:
         dtype: of weights, tokens and result.
         packed_bytes: bytes of the packed weights; everything else is copied, in `copied_bytes`.
+        graphs: its CUDA graphs, with their limits `most_graphs`, `most_bytes` and `largest_batch`; None where there
+            are none.
     """
 
     BLOCKS = (PackedBlock, FoldedBlock, Block)
     CALLS_VIEWS = False
+    graphs: Graphs | None = None
 
     def __init__(self, model: ViT, dtype: torch.dtype, normalisation: tuple[Tensor, Tensor] | None):
         nn.Module.__init__(self)
@@ -335,9 +259,10 @@ class PreparedViT(ViT):
         return biases + sum(t.nbytes for t in (*self.parameters(), *self.buffers())) - self._folded_bytes()
 
     def extra_repr(self) -> str:
+        graphs = "" if self.graphs is None else f", graphs={self.graphs.count()}"
         return (
             f"dtype={self.dtype}, packed={self.packed_bytes / 2**20:.1f} MiB, copied={self.copied_bytes / 2**20:.1f} "
-            f"MiB, threads={torch.get_num_threads()}"
+            f"MiB, threads={torch.get_num_threads()}{graphs}"
         )
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -347,14 +272,78 @@ class PreparedViT(ViT):
             TypeError, ValueError: as the original; uint8 images where mean and std are not known.
             RuntimeError: the original has changed.
         """
-        return self._run(self._forward, x, **given(attn_mask, is_causal))
+        return self._run(self._replayed(self._forward), x, **given(attn_mask, is_causal))
 
     def _forward(self, x: Tensor, **how: Any) -> Tensor:
         return ViT.forward_head(self, self._features(x, None if how else self._keep, **how))
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images -> all tokens [B, N, D] after the final norm."""
-        return self._run(self._features, x, **given(attn_mask, is_causal))
+        return self._run(self._replayed(self._features), x, **given(attn_mask, is_causal))
+
+    def _replayed(self, method: Callable) -> Callable:
+        return method if self.graphs is None else functools.partial(self.graphs.run, self, method)
+
+    def capture(
+        self,
+        batch: int | Iterable[int] = 1,
+        size: int | tuple[int, int] | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        channels_last: bool = False,
+        features: bool = False,
+    ) -> None:
+        """Capture a CUDA graph before the first such call comes, or see that there is one.
+
+        Without this a first call does it, which takes as long as some calls, and compiles what it needs. Graphs of
+        fewer images find their memory among that of graphs of more.
+
+        Args:
+            batch: numbers of images.
+            size: of images, in pixels; by default the model's.
+            dtype: of images: torch.uint8, or any float dtype, the default, which are one.
+            channels_last: layout of images.
+            features: of `forward_features`, in place of `forward`.
+
+        Raises:
+            RuntimeError: there is no such graph; with the reason.
+            ValueError: graphs are off; what is wrong with the images.
+        """
+        for number in sorted([batch] if isinstance(batch, int) else batch, reverse=True):
+            self._captured(number, size, dtype, channels_last, features)
+
+    def input_buffer(
+        self, batch: int = 1, size: int | tuple[int, int] | None = None, dtype: torch.dtype | None = None, *,
+        channels_last: bool = False, features: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """Images [batch, C, H, W] as the graph of such calls reads them: given to the model, they are not copied.
+
+        Every other call may write there: fill it before each call, and from one thread only. It is in the model's dtype
+        or uint8; the arguments and errors are `capture`'s.
+        """
+        return self._captured(batch, size, dtype, channels_last, features)
+
+    def _captured(self, batch: int, size: Any, dtype: Any, channels_last: bool, features: bool) -> Tensor:
+        """Where the graph for such images reads them; captured now if there is none."""
+        if self.graphs is None:
+            raise ValueError("CUDA graphs are off: of a model on a CPU, or by prepare(..., graphs=False)")
+        if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
+            raise ValueError(f"batch must be an int of at least 1, got {batch!r}")
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        height, width = (size, size) if isinstance(size, int) else size or self.config.image_size
+        images = torch.zeros(batch, self.in_chans, height, width, dtype=dtype or self.dtype, device=self.device)
+        images, method = images.to(memory_format=layout), self._features if features else self._forward
+        self._run(self._replayed(method), images)
+        return self.graphs.static(self, method, images)
+
+    def graph_report(self) -> Report | None:
+        """Which CUDA graphs there are, what they hold of memory, and which calls had none, why; None without graphs."""
+        return None if self.graphs is None else self.graphs.report()
+
+    def drop_graphs(self) -> None:
+        """Give the memory of all graphs back; later calls capture anew."""
+        if self.graphs is not None:
+            self.graphs.drop()
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens after the final norm -> logits, or with `pre_logits` the features before the classifier."""
@@ -428,9 +417,11 @@ class PreparedViT(ViT):
         positions = self._positions_of.get(grid)  # another thread may clear it
         if positions is None:
             positions = super()._positions(grid).to(self.dtype, copy=True)  # type: ignore[union-attr]  # there are
-            if len(self._positions_of) >= KEPT_GRIDS:
-                self._positions_of.clear()
-            self._positions_of[grid] = positions
+            # there it would be the graph's memory
+            if not capturing(self.device):
+                if len(self._positions_of) >= KEPT_GRIDS:
+                    self._positions_of.clear()
+                self._positions_of[grid] = positions
         return positions
 
     def _tokens_that_count(self, dropout_counts: bool = True) -> int | None:

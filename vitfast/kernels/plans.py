@@ -162,6 +162,11 @@ class Recorder(TorchDispatchMode):
         known, layout = self.tensors[number], lambda t: (t.data_ptr(), t.dtype, t.shape, t.stride())
         return known is not t and t.numel() > 0 and layout(known) == layout(t)
 
+    def supply(self, t: Tensor, again: Callable[[], Tensor]) -> None:
+        """`t` came from elsewhere, where `again` gets one for each call."""
+        self.steps.append(Step(again, (), (), {}, len(self.tensors), 1))
+        self.add(t, ())
+
     def started(self, run: Callable, tensors: Sequence[Tensor]) -> None:
         """A kernel was started: `run` of tensors of the same layouts will do it again."""
         try:
@@ -175,6 +180,15 @@ class Recorder(TorchDispatchMode):
 def recorder() -> Recorder | None:
     """Who watches this thread's call."""
     return _thread.recorder
+
+
+def supplied(get: Callable[[], Tensor]) -> Tensor:
+    """What `get` returns, a tensor that is kept between calls: a plan asks anew each time."""
+    with unwatched():
+        t = get()
+    if _thread.recorder is not None:
+        _thread.recorder.supply(t, get)
+    return t
 
 
 def unwatched() -> contextlib.AbstractContextManager[Any]:
@@ -269,24 +283,18 @@ class Plans:
     """An implementation of an op, `run`, that is called by plan where there is one.
 
     A plan holds for the layouts of the tensors, the other arguments, and what was chosen for this process
-    (`dispatch.generation`); where one call is tried or watched (`dispatch.alone`) there is none.
+    (`dispatch.decided`); where one call is tried or watched (`dispatch.observed`) there is none.
     """
 
     def __init__(self, run: Callable):
         self.run = run
-        self.forget()
+        self.plans: dict[tuple, Plan | None] = {}
         _made.add(self)
 
-    def forget(self) -> None:
-        self.plans: dict[tuple, Plan | None] = {}
-        self.generation = dispatch.generation()
-
     def __call__(self, *args: Any) -> Any:
-        if dispatch.alone():
+        if dispatch.observed():
             return self.run(*args)
-        if dispatch.generation() != self.generation:
-            self.forget()
-        tensors, key = [], []
+        tensors, key = [], [dispatch.decided()]
         for each in args:
             if isinstance(each, Tensor):
                 tensors.append(each)
@@ -298,40 +306,40 @@ class Plans:
         key += (where.get_device(), torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind))
         if where.dtype is torch.float32:
             key.append(torch.backends.cuda.matmul.fp32_precision)
-        found, at = self.plans, tuple(key)
-        plan = found.get(at, self)
+        at = tuple(key)
+        plan = self.plans.get(at, self)
         if plan is self:
-            return self._first(found, at, args)
+            return self._first(at, args)
         if plan is None:
             return self.run(*args)
         try:
             return plan(tensors)
         # memory is full, or a kernel does not start any more: the implementation knows what to do about it
         except Exception:
-            found.pop(at, None)
+            self.plans.pop(at, None)
             return self.run(*args)
 
-    def _first(self, found: dict[tuple, Plan | None], at: tuple, args: tuple) -> Any:
+    def _first(self, at: tuple, args: tuple) -> Any:
         if torch._C._len_torch_dispatch_stack():
             # somebody else watches
             return self.run(*args)
         # one tensor given twice is two the next time
         own = [torch.ops.aten.alias(each) if isinstance(each, Tensor) else each for each in args]
-        given, before = [each for each in own if isinstance(each, Tensor)], dispatch.generation()
+        given, before = [each for each in own if isinstance(each, Tensor)], dispatch.decided()
         with Recorder(given) as seen:
             result = self.run(*own)
         try:
             plan = Plan(seen, len(given), result)
         except Unplanned:
             plan = None
-        if dispatch.generation() == before:
-            if len(found) >= MOST:
-                found.clear()
-            found[at] = plan
+        if dispatch.decided() == before:
+            if len(self.plans) >= MOST:
+                self.plans.clear()
+            self.plans[at] = plan
         return result
 
 
 def forget() -> None:
     """Forget all plans: tests replace what implementations ask."""
     for each in _made:
-        each.forget()
+        each.plans.clear()

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 
 from vitfast.measure import nvml
+from vitfast.measure.capture import NotCaptured, captured
+from vitfast.measure.capture import first_line as first_line
 from vitfast.measure.machine import peak_growth_mib
 from vitfast.measure.timing import EventSampler, HostSampler, Repeated, Sampler
 
@@ -51,10 +53,6 @@ def device_named(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"must be auto, cpu or cuda, got {name!r}")
     return device
-
-
-class NotCaptured(RuntimeError):
-    """A call that cannot be made a CUDA graph, with the reason."""
 
 
 class Cpu:
@@ -203,64 +201,15 @@ class Cuda:
         """
         if self.stream is None:
             self.stream = torch.cuda.Stream(self.device)
-        before = torch.cuda.current_stream(self.device)
-        graph, pool, results = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle(), None
-        try:
-            # libraries make their handles and workspaces per stream, which must not happen during the capture
-            self.stream.wait_stream(before)
-            with torch.cuda.stream(self.stream), _no_synchronisation():
-                for _ in range(WARM_UP_CALLS):
-                    call()
-            before.wait_stream(self.stream)
-            self.synchronize()
-            with torch.cuda.graph(graph, pool=pool, stream=self.stream):
-                for _ in range(count):
-                    results = call()
-            computes = self._computes(graph, results)
-        except Exception as problem:
-            results = None
-            self._after_failed_capture(graph, before, pool)
-            while problem.__context__ is not None:
-                problem = problem.__context__
-            raise NotCaptured(first_line(problem)) from None
-        if not computes:
-            raise NotCaptured("replaying the graph computes nothing: its work went to another stream")
+        graph, results = captured(
+            call, self.device, self.stream, torch.cuda.graph_pool_handle(), warm_ups=WARM_UP_CALLS, count=count,
+            warming=_no_synchronisation,
+        )  # fmt: skip
 
         def replay(graph: Any = graph, kept: Any = (call, results)) -> None:
             graph.replay()
 
         return replay
-
-    def _after_failed_capture(self, graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any) -> None:
-        """Undo what torch leaves behind where ending the capture failed as well.
-
-        Then the capture's stream is still the current one, allocations still go to the graph's pool, which nobody will
-        give back, and the generator believes that it is being captured.
-        """
-        torch.cuda.set_stream(stream)
-        try:
-            # a graph that was ended has its pool, and gives it back itself
-            graph.pool()
-        except RuntimeError:
-            for end in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
-                # they complain where the capture had not begun
-                with contextlib.suppress(RuntimeError):
-                    getattr(torch._C, end)(self.device.index, pool)
-            with contextlib.suppress(Exception):
-                generator = torch.cuda.default_generators[self.device.index]
-                generator.graphsafe_set_state(generator.clone_state())
-        self.synchronize()
-
-    def _computes(self, graph: Any, results: Any) -> bool:
-        """Whether a replay writes the results of the last call."""
-        tensors = results if isinstance(results, (tuple, list)) else (results,)
-        seen = next((t for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point() and t.numel()), None)
-        with torch.inference_mode():
-            if seen is not None:
-                seen.detach().fill_(torch.nan)
-            graph.replay()
-            self.synchronize()
-            return seen is None or not seen.isnan().all().item()
 
 
 @contextlib.contextmanager
@@ -286,11 +235,6 @@ def of(device: torch.device | str) -> Cpu | Cuda:
 def _cuda(device: torch.device) -> Cuda:
     # one for all rows: torch keeps a workspace for every stream that cuBLAS was called on
     return Cuda(device)
-
-
-def first_line(problem: BaseException) -> str:
-    lines = str(problem).strip().splitlines()
-    return f"{type(problem).__name__}: {lines[0]}"[:300] if lines else type(problem).__name__
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,10 @@ def explain(model: nn.Module) -> Explanation:
         if here is not None and here.kernel is None:
             without.setdefault((here.path, here.why_no_kernel), []).append(op)
     notes = [f"on {device.type}, {path} ({why}): {', '.join(found)}" for (path, why), found in without.items()]
+    for _, vit in vits:
+        # of a prepared one
+        report = getattr(vit, "graph_report", lambda: None)()
+        notes += [] if report is None else str(report).splitlines()
     if device.type == "cpu":
         notes += _on_cpu.notes()
     return Explanation(rows, notes + (_built_in(rows, device) if device.type == "cuda" else []))
