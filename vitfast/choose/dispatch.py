@@ -41,6 +41,7 @@ KERNELS: dict[str, str] = {
     "linear_backward": "vitfast/kernels/triton/linear_product.py",
     "folded_linear": "vitfast/kernels/triton/linear_product.py",
     "added_linear": "vitfast/kernels/triton/linear_product.py",
+    "prepared_block": "vitfast/kernels/triton/layer_norm_rows.py",
     "mlp": "vitfast/kernels/triton/linear_product.py",
     "mlp_backward": "vitfast/kernels/triton/linear_product.py",
     "patch_embed": "csrc/cuda/patch_embed.cuh",
@@ -187,8 +188,10 @@ def stock_config(kernel: str, shape: tuple[Hashable, ...], device: Hashable) -> 
 def built_in(kernel: str, shape: tuple[Hashable, ...], device: Hashable) -> Builtin:
     """What `vitfast.choose.builtin` says for this device."""
     # without a device it is Triton's interpreter, which is there to test kernels
-    if device is None or builtin.EVERYWHERE:
+    if (device is None or builtin.EVERYWHERE) and kernel not in builtin.FORMS:
         return builtin.ALWAYS
+    if device is None:
+        return builtin.careful(kernel, shape, 0)
     return builtin.builtin(kernel, shape, _architecture(device))
 
 
