@@ -165,13 +165,13 @@ class FoldedBlock(nn.Module):
 
     def step(self, stream: Stream, attn_mask: Tensor | None = None, keep: int | None = None) -> Stream:
         """`forward` of tokens as they come from the block before, to the next one."""
-        if stream.x.is_meta and keep is None:
-            self._offer(stream)
-        if self._defers(stream):
+        if not stream.x.is_meta and self._defers(stream):
             return self._deferred(stream, attn_mask, keep)
         x = stream.whole()
         pieces = stream.pieces if x is stream.x else None
         x, pieces = self._through_mlp(*self._through_attention(x, pieces, attn_mask, keep))
+        if stream.x.is_meta:
+            self._offer(stream)
         return Stream(x, pieces, own=x.is_contiguous())
 
     def carry(self, added: Tensor | None, size: float) -> tuple[Tensor | None, float]:
@@ -215,15 +215,18 @@ class FoldedBlock(nn.Module):
         return Stream(h, None, self.leaving, True)
 
     def _offer(self, stream: Stream) -> None:
-        """Name the choice of a form to whoever records the calls of a model without memory."""
-        if self.too_large or self.qkv.kind != self.fc1.kind or self.inner != stream.x.shape[-1]:
+        """Name the choice of a form to whoever records the calls of a model without memory: after those it is made of.
+
+        Not for the first block, which is given no statistics of its rows.
+        """
+        if not stream.own or self.qkv.kind != self.fc1.kind:
             return
         qkv, fc1 = ((part.weight, part.sums, part.wide_bias, part.bias) for part in (self.qkv, self.fc1))
         proj, fc2 = ((part.weight, part.bias) for part in (self.proj, self.fc2))
         between = None if self.proj.bias is None else self.proj.bias.float()
         deferred.prepared_block(
             stream.x, stream.pieces, *qkv, *proj, *fc1, *fc2, between, self.num_heads, self.scale, self.qkv.eps,
-            fc1.eps, self.qkv.kind, self.act, self.gated,
+            self.fc1.eps, self.qkv.kind, self.act, self.gated,
         )  # fmt: skip
 
     def attention_branch(self, x: Tensor) -> Tensor:

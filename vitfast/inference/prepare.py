@@ -17,7 +17,7 @@ from vitfast.inference.gpu_block import AddedLinear, FoldedBlock, FoldedLinear, 
 from vitfast.inference.original import Source
 from vitfast.kernels import cpu as cpu_kernels
 from vitfast.model.block import Block, given, with_causal
-from vitfast.model.layers import reasons_of, run_norm
+from vitfast.model.layers import reasons_of
 from vitfast.model.patch_embed import check_pixels
 from vitfast.model.plain import METHODS, PLAIN_TENSORS, any_global_hook, plain, replaced, watched_view
 from vitfast.model.vit import ViT

@@ -63,11 +63,11 @@ def normed(
     if _launch.ready(NAME, h):
         from vitfast.kernels.triton import layer_norm
 
-        def launch() -> Tensor:
+        def launch() -> Tensor | None:
             norm = Norm(weight, bias, eps, kind)
             return layer_norm.forward(h, norm, h.dtype, added=added, total=total, statistics=False)[1]
 
-        found = _launch.launched(NAME, launch)
+        found: Tensor | None = _launch.launched(NAME, launch)
         if found is not None:
             return found
     wide = h.float() if added is None else h + added

@@ -1,4 +1,4 @@
-"""The entry of a prepared block, whose kernel is the form with deferred biases, and whose stock form the five kernels."""
+"""The entry of a prepared block: its kernel is the form with deferred biases, its stock form the five kernels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vitfast.choose.dispatch import Config
 
 
 def _draw(call: Call, generator: torch.Generator) -> tuple[Any, ...]:
-    """Parts that belong together. Biases of proj and fc2 cancel, for nobody adds those that the block leaves pending."""
+    """Parts that belong together. Biases of proj and fc2 cancel: nobody adds those that a block leaves pending."""
     of = draw_rows(call, generator)
     x, pieces = of["x"], of["pieces"]
     for part in ("qkv", "fc1"):
