@@ -58,7 +58,10 @@ class Stream(NamedTuple):
 
     def whole(self) -> Tensor:
         """The tokens: x itself where nothing is pending."""
-        return self.x if self.added is None else (self.x + self.added).to(self.x.dtype)
+        if self.added is None:
+            return self.x
+        # added in fp32, and rounded once, in one pass
+        return torch.add(self.x, self.added, out=torch.empty_like(self.x))
 
     def normed(self, norm: nn.Module) -> Tensor:
         """`run_norm` of the tokens."""
