@@ -21,7 +21,7 @@ def run_on_mutant(folder, name, text, *chosen, timeout=None):
     """Run tests, in Triton's interpreter up to the first that fails, on a copy of the package in `folder`.
 
     Args:
-        name: of a file of vitfast/kernels/triton.
+        name: of a file, as seen from vitfast/kernels/triton.
         text: all of its source, changed.
         chosen: pytest's arguments that choose tests.
         timeout: seconds, after which it raises subprocess.TimeoutExpired.
