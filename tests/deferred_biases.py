@@ -121,6 +121,7 @@ def huge_biases(dtype, device, forms):
     """Of 1e3: no block defers such, whose product may take them away again."""
     prepared = with_biases(dtype, device, forms, 1e3, deferred=0)
     assert [block.too_large for block in prepared.blocks] == [["attn.proj", "mlp.fc2"]] * 6
+    assert "never deferred: biases of attn.proj and mlp.fc2" in str(prepared)
 
 
 def cancelled_biases(dtype, device, forms, monkeypatch):

@@ -149,6 +149,9 @@ class FoldedBlock(nn.Module):
             and type(attn.proj) is nn.Linear
         )
 
+    def extra_repr(self) -> str:
+        return f"never deferred: biases of {' and '.join(self.too_large)}" if self.too_large else ""
+
     def fusion_report(self) -> list[tuple[str, str, list[str]]]:
         """`Block.fusion_report`: nothing here can be changed any more."""
         gate = [("mlp gate", "", ["the activation and the product with it are stock operators"])] if self.gated else []

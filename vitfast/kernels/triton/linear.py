@@ -397,6 +397,8 @@ def compilations(arch: int) -> Iterator[Compilation]:
     for name, flags in AROUND.items():
         if "norm" not in name and "pieces" not in name:
             yield _finish_compilation(name, flags)
+    # in place, after cuBLAS
+    yield _finish_compilation("gelu", {"ACT": "gelu", "BIAS": False})
     tile = layer_norm.forward_tile(768)
     yield Compilation(
         "fold_norm bf16 K768", linear_product.fold_norm,
