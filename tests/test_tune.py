@@ -232,7 +232,7 @@ def test_form_of_a_prepared_block_is_not_measured(place, monkeypatch):
 
     monkeypatch.setitem(FAMILIES, "prepared_block", replace(family, run=run, kernel="fake"))
     (row,) = tuning.tune_calls([call], place, 10.0, lambda text: None).rows
-    assert row.use == "kernel" and row.config is None and not row.wrong, row
+    assert row.use == "kernel" and row.config["kernel"] == "blas" and not row.wrong, row
     assert set(seen) == {(3, 2, 5 * 17)}
 
 

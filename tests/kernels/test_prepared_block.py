@@ -18,6 +18,7 @@ from vitfast.check.acceptance import accept
 from vitfast.check.calls import Prepared
 from vitfast.check.families import FAMILIES
 from vitfast.choose import builtin, dispatch
+from vitfast.choose.config_tables import BLAS, Product
 from vitfast.kernels.operands import Norm
 from vitfast.kernels.triton import attention, layer_norm, linear
 from vitfast.measure import device as devices
@@ -144,15 +145,23 @@ def test_unmeasured_form_is_taken(device):
 @pytest.mark.parametrize(
     "config", [{}, {"mlp": "swiglu_packed", "activation": "silu"}, {"proj_bias": False}, {"activation": "gelu_tanh"}]
 )
-def test_a_right_form_is_not_accepted(config, device):
+def test_a_right_form_is_not_accepted(config, device, monkeypatch):
     """Of the block as tuning times it: both are the same numbers, of small images and of the call's own."""
     (call,) = block_calls(device, **config)
     family = FAMILIES["prepared_block"]
-    assert family.configs(call, device) == [None]
     # a product before it has left statistics of its rows, which the other form reads
     assert call.args[1] is not None and len(family.smaller(call)) == 2
     for each in (call, *family.smaller(call)):
         assert warmup.check(family, each, None, devices.of(device)) == "right"
+    # cuBLAS for fc1, the choice where there is none, or a product of ours that activates before it writes
+    first, *others = family.configs(call, device)
+    assert Product(**first) == BLAS and bool(others) is ("mlp" not in config)
+    ran = Launches(monkeypatch, linear)
+    for chosen in (first, *others[:2]):
+        assert warmup.check(family, family.smaller(call)[1], chosen, devices.of(device)) == "right"
+        # and those of the other form, next to which it is judged
+        assert ran.names.count("finish_rows") == (chosen is first and "mlp" not in config)
+        assert ran.names.count("product") == 4 + (chosen is not first) and not ran.names.clear()
 
 
 @pytest.mark.usefixtures("stock_norms_of_a_gpu")

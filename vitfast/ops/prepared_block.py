@@ -10,7 +10,8 @@ stream h with `added` c, fp32 [D], pending (what h lacks of the tokens: the sum 
     h += act(y W1^T + b1) W2^T        the activation in place, by one kernel; the bias of fc2 joins c
 
 so that no pass over h is for a bias or a sum alone. Norms and LayerScale are in the weights. Which form runs, `defers`
-asks of `dispatch`: it is the careful choice nowhere, only a measured one.
+asks of `dispatch`: it is the careful choice nowhere, only a measured one. Its configuration is that of the product with
+W1: cuBLAS, or one of our own that activates before it writes.
 Shapes: B images, N tokens, D channels.
 """
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from vitfast import reference
 from vitfast.choose import dispatch
+from vitfast.choose.config_tables import BLAS, Product
 from vitfast.choose.exportable import stock_only
 from vitfast.kernels.operands import Norm
 from vitfast.ops import _launch, _register
@@ -41,12 +43,16 @@ def defers(x: Tensor, fc1_weight: Tensor, act: str, gated: bool) -> bool:
         return False
     from vitfast.kernels.triton import layer_norm
 
-    hidden, D = fc1_weight.shape
-    key = str(x.dtype)[6:], (x.numel() // D).bit_length(), D, hidden, f"gated {act}" if gated else act
     why_not = layer_norm.why_not(x)
     if x.dtype is not fc1_weight.dtype:
         why_not.append(f"tokens of {str(x.dtype)[6:]} beside weights of {str(fc1_weight.dtype)[6:]}")
-    return dispatch.choose(NAME, key, x.device.index, why_not)
+    return dispatch.choose(NAME, shape_of(x, fc1_weight, act, gated), x.device.index, why_not)
+
+
+def shape_of(x: Tensor, fc1_weight: Tensor, act: str, gated: bool) -> tuple[str | int, ...]:
+    """What choices are kept under: rows by powers of two."""
+    F, D = fc1_weight.shape
+    return str(x.dtype)[6:], (x.numel() // D).bit_length(), D, F, f"gated {act}" if gated else act
 
 
 def normed(
@@ -82,18 +88,37 @@ def hidden(y: Tensor, weight: Tensor, bias: Tensor, act: str, gated: bool) -> Te
     if gated:
         gate, value = F.linear(y, weight, bias).chunk(2, dim=-1)
         return reference.activation(gate, act) * value
+    ready = y.numel() and _launch.ready(NAME, y)
+    own: Tensor | None = _by_own_product(y, weight, bias, act) if ready else None
+    if own is not None:
+        return own
     if act == "gelu_tanh" and y.is_cuda:
         # cuBLASLt's epilogue; on a CPU this operator's GELU is the other one
         found = torch._addmm_activation(bias, y.flatten(0, -2), weight.t(), use_gelu=True)
         return found.view(*y.shape[:-1], -1)
     u = F.linear(y, weight, bias)
-    if _launch.ready(NAME, u):
+    if ready:
         from vitfast.kernels.triton import linear
 
         rows = u.view(-1, u.shape[-1])
         if _launch.launched(NAME, lambda: linear.finish(rows, linear.After(u.dtype, act=act), rows)) is not None:
             return u
     return reference.activation(u, act)
+
+
+def _by_own_product(y, weight, bias, act):
+    """`hidden` where another configuration than cuBLAS was chosen."""
+    found = dispatch.config_for(NAME, shape_of(y, weight, act, False), y.device.index)
+    config = Product(**found) if found else BLAS
+    if config.kernel == "blas":
+        return None
+    from vitfast.kernels.triton import linear
+
+    def launch():
+        return linear.product(linear.rows_of(y), weight, linear.After(y.dtype, bias, act), config)[0]
+
+    u = _launch.launched(NAME, launch)
+    return None if u is None else u.view(*y.shape[:-1], -1)
 
 
 def add_product(h: Tensor, x: Tensor, weight: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from typing import Any
 
 import torch
@@ -11,8 +11,9 @@ from vitfast import reference
 from vitfast.check.calls import Call
 from vitfast.check.families.family import Family, Results
 from vitfast.check.families.linear import pieces_of, shift_rows
-from vitfast.check.families.rows import SHARED, resized
+from vitfast.check.families.rows import SHARED, named_arguments, resized
 from vitfast.check.families.rows import draw_named as draw_rows
+from vitfast.choose.config_tables import BLAS
 from vitfast.choose.dispatch import Config
 
 
@@ -49,8 +50,15 @@ def _smaller(call: Call) -> list[Call]:
     return [resized(call, *size) for size in ((2, 197), (3, 17))]
 
 
-def _configs(call: Call, device: torch.device) -> Sequence[Config | None]:
-    return [None]
+def _configs(call: Call, device: torch.device) -> list[Config]:
+    """Of fc1; products with what is gated are cuBLAS's."""
+    from vitfast.kernels.triton import linear
+
+    of = named_arguments(call)
+    if of["gated"]:
+        return [BLAS.as_dict()]
+    found = linear.configs(device, call.dtype, math.prod(of["x"].shape[:-1]), *of["fc1_weight"].shape)
+    return [BLAS.as_dict(), *(config.as_dict() for config in found if config.kernel == "tiles")]
 
 
 # by the name of the torch op
