@@ -56,7 +56,7 @@ def results(config, dtype, device, forms):
 def masked(dtype, device, forms):
     mask = torch.ones(13, 13, dtype=torch.bool).tril(3).to(device)
     model = model_of(dtype, device, register_tokens=3)
-    check(model, forms, device, lambda model, x: model(x, attn_mask=mask))
+    check(model, forms, device, lambda model, x: model(x, attn_mask=mask.to(x.device)))
     check(model, forms, device, lambda model, x: model.forward_features(x, is_causal=True))
 
 

@@ -172,7 +172,7 @@ def test_wrong_form_stays_on(device, monkeypatch):
     prepared, images = vitfast.prepare(model), torch.randn(3, 3, 24, 24, device=device).half()
     expected, normed = prepared(images), prepared_block.normed
     calls = block_calls(device, pool="mean")
-    monkeypatch.setattr(builtin, "careful", lambda *asked: builtin.ALWAYS)
+    monkeypatch.setattr(dispatch, "built_in", lambda *asked: builtin.ALWAYS)
     with warnings.catch_warnings(action="error", category=RuntimeWarning):
         report = warmup.warm(calls, devices.of(device), lambda line: None)
     assert [(row.runs, row.check) for row in report.rows] == [("kernel", "right")]
@@ -198,7 +198,7 @@ def test_failing_kernel_leaves_a_block_half_done(device, monkeypatch):
     prepared = vitfast.prepare(model_of(torch.float16, device, pool="mean"))
     images = torch.randn(2, 3, 24, 24, device=device).half()
     expected = prepared(images)
-    monkeypatch.setattr(builtin, "careful", lambda *asked: builtin.ALWAYS)
+    monkeypatch.setattr(dispatch, "built_in", lambda *asked: builtin.ALWAYS)
     monkeypatch.setattr("vitfast.ops._launch.INTERPRETED", False)
     monkeypatch.setattr("vitfast.ops._launch.may_be_kernels", lambda t: True)
     monkeypatch.setattr("vitfast.ops._launch.why_no_triton", lambda: "")
