@@ -179,7 +179,7 @@ MUTANTS = {
 # one a file, and one a kind of bug
 QUICK = (
     "tail mask dropped", "lse read in base 2", "eps ten times as large", "32-bit row offset in linear",
-    "slope of another GELU", "residual added twice", "mask of a load dropped",
+    "slope of another GELU", "residual added twice", "mask of a load dropped", "deferred bias carried twice",
 )  # fmt: skip
 
 
