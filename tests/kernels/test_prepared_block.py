@@ -183,6 +183,27 @@ def test_wrong_form_stays_on(device, monkeypatch):
     assert torch.equal(prepared(images), expected)
 
 
+def test_form_is_forced_by_who_wants_kernels(device):
+    """The five are kernels too; and what somebody forced by its name stays forced."""
+    block = vitfast.prepare(model_of(torch.float16, device)).blocks[0]
+    tokens = torch.randn(1, 5, 64, device=device).half()
+
+    def taken():
+        with dispatch.watching() as seen:
+            block(tokens)
+        return {each.taken for each in seen if each.kernel == "prepared_block"}
+
+    with dispatch.backend("kernel"):
+        assert taken() == {False}
+    with dispatch.backend("kernel", op="prepared_block"):
+        with dispatch.backend("kernel"):
+            assert taken() == {True}
+        with dispatch.backend("stock"):
+            assert taken() == {False}
+        assert taken() == {True}
+    assert taken() == {False}
+
+
 def test_form_that_cannot_run_is_forced_in_silence(device):
     prepared = vitfast.prepare(model_of(torch.float16, device))
     with (

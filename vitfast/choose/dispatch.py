@@ -90,7 +90,8 @@ def set_backend(backend: str, op: str | None = None) -> None:
     Args:
         backend: "auto", the default: the faster one as far as it was measured, else a careful choice; "kernel": the
             kernel, or an error where it cannot run; "stock": stock PyTorch operators.
-        op: a name from `vitfast info`'s list of kernels; an op includes its backward. None: all of them.
+        op: a name from `vitfast info`'s list of kernels; an op includes its backward. None: all of them; "kernel" then
+            leaves `prepared_block` as it is, both of whose forms are made of kernels.
 
     Raises:
         ValueError: unknown backend or op.
@@ -98,7 +99,8 @@ def set_backend(backend: str, op: str | None = None) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"set_backend: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     for name in _names(op):
-        _force(name, backend)
+        if op is not None or backend != "kernel" or name not in builtin.FORMS:
+            _force(name, backend)
 
 
 @contextlib.contextmanager
