@@ -21,7 +21,7 @@ def run_on_mutant(folder, name, text, *chosen, timeout=None, room="kernels/trito
     """Run tests up to the first that fails, of kernels in Triton's interpreter, on a copy of the package in `folder`.
 
     Args:
-        name: of a file of the room.
+        name: of a file, as seen from the room.
         text: all of its source, changed.
         chosen: pytest's arguments that choose tests.
         timeout: seconds, after which it raises subprocess.TimeoutExpired.

@@ -27,7 +27,9 @@ GUARDED = "test_guarded.py::test_kernel_touches_what_is_not_its_own[{}]".format
 # by the beginning of a file's name, the longest first
 TESTS_OF = {
     "attention": ["test_attention.py", "test_attention_extras.py", GUARDED("attention")],
-    "layer_norm": ["test_layer_norm.py", "test_families.py", "test_linear_gradients.py", GUARDED("norm")],
+    "layer_norm": [
+        "test_layer_norm.py", "test_prepared_block.py", "test_families.py", "test_linear_gradients.py", GUARDED("norm"),
+    ],
     "linear": [
         "test_linear.py", "test_linear_gradients.py", "test_gpu_block.py",
         *map(GUARDED, ("linear", "statistics", "mlp")),

@@ -426,6 +426,26 @@ def test_explain_hides_what_was_measured(hopper):
     ]
 
 
+def test_explain_hides_the_other_form_of_a_prepared_block(hopper):
+    hopper(("prepared_block", ("bfloat16", 16, 768, 3072, "gelu"), True, None))
+    rows = [explain.Row("proj", "op added_linear", "")]
+    assert explain._built_in(rows, torch.device("cuda")) == [
+        "built in, added_linear: unmeasured on sm_90",
+        "built in, prepared_block: measured for 1 shape on Fake: the kernel for 1 (1.00 to 1.00 x stock), stock for 0",
+    ]
+
+
+def test_form_of_a_prepared_block_is_taken_unmeasured_or_far_from_what_was_measured(hopper):
+    hopper(("prepared_block", ("bfloat16", 16, 768, 3072, "gelu"), True, None))
+    for shape, expected in (
+        (("bfloat16", 16, 768, 3072, "gelu"), True), (("float16", 15, 768, 3072, "gelu"), True),
+        (("bfloat16", 14, 768, 3072, "gelu"), False), (("bfloat16", 16, 768, 3072, "gated silu"), False),
+        (("bfloat16", 16, 384, 1536, "gelu"), False), (("float32", 16, 768, 3072, "gelu"), False),
+    ):  # fmt: skip
+        choice = builtin.builtin("prepared_block", shape, 90)
+        assert choice.kernel is expected and choice.reason.startswith("row 0" if expected else "unmeasured")
+
+
 def test_the_readme_has_other_choices_than_ops(tables):
     tables(
         ("linear", product(8), True, config_tables.BLAS.as_dict()), ("linear", product(12), True, {"kernel": "tiles"}),

@@ -7,7 +7,8 @@ interpreter. On the package as it is the same tests pass, which `make test` show
 import pytest
 from mutants import KERNELS, TESTS, is_seen, run_on_mutant
 
-# file of vitfast/kernels/triton, text, what takes its place, and tests that are meant to see it
+BLOCK = "../../inference/gpu_block.py"
+# file, as seen from vitfast/kernels/triton, text, what takes its place, and tests that are meant to see it
 MUTANTS = {
     "tail mask dropped": (
         "attention_forward.py", "    if M:\n", "    if False:\n", "test_forward_kernel_is_wrong_at_a_length and fp32"
@@ -121,6 +122,40 @@ MUTANTS = {
         "linear_finish.py", "        v = tl.where((rows < M)[:, None], v, 0.0)\n", "",
         "test_mlp_is_wrong_in_one_way or test_gradient_of_an_mlp",
     ),
+    # of the form of a prepared block that defers biases
+    "deferred bias carried twice": (
+        BLOCK, "    return added + bias\n", "    return added + 2 * bias\n", "test_deferred_biases_are_lost and plain",
+    ),
+    "deferred bias not carried": (
+        BLOCK, "self.leaving = _with_bias(None if second else self.between, self.fc2.bias)",
+        "self.leaving = None if second else self.between", "test_deferred_biases_are_lost and plain",
+    ),
+    "deferred bias of the norm before": (
+        BLOCK, "deferred.normed(h, self.between, None", "deferred.normed(h, self.entering, None",
+        "test_deferred_biases_are_lost and plain",
+    ),
+    "deferred biases forgotten by the final norm": (
+        BLOCK, "deferred.normed(self.x, self.added, weight", "deferred.normed(self.x, None, weight",
+        "test_deferred_biases_are_lost and plain",
+    ),
+    "deferred biases forgotten where nobody norms": (
+        BLOCK, "torch.add(self.x, self.added, out", "torch.add(self.x, 0 * self.added, out",
+        "test_deferred_biases_are_lost and mean",
+    ),
+    "deferred biases added again after they were written": (
+        BLOCK, "_with_bias(None if first else added, self.proj.bias)", "_with_bias(added, self.proj.bias)",
+        "test_deferred_biases_change_a_model and aligned",
+    ),
+    "deferred biases not written back": (
+        "layer_norm_rows.py", "    if ADDED:\n        tile += load_vector(added, columns, C)[None, :]\n    if TOTAL:\n"
+        "        store_tile(total, first, left, columns, tile, C, BM)\n", "    if TOTAL:\n"
+        "        store_tile(total, first, left, columns, tile, C, BM)\n    if ADDED:\n"
+        "        tile += load_vector(added, columns, C)[None, :]\n",
+        "test_norm_of_rows_and_a_vector_is_wrong",
+    ),
+    "tokens of somebody else added to": (
+        BLOCK, "if not stream.own:", "if False:", "test_tensor_of_somebody_else_is_written_to",
+    ),
     # what has no other effect than on memory of somebody else
     "statistics written past their end": (
         "linear_finish.py", "inside = (rows < M) & (column < N)", "inside = rows < M",
@@ -144,7 +179,7 @@ MUTANTS = {
 # one a file, and one a kind of bug
 QUICK = (
     "tail mask dropped", "lse read in base 2", "eps ten times as large", "32-bit row offset in linear",
-    "slope of another GELU", "residual added twice", "mask of a load dropped",
+    "slope of another GELU", "residual added twice", "mask of a load dropped", "deferred bias carried twice",
 )  # fmt: skip
 
 

@@ -54,6 +54,7 @@ def test_the_most_valuable_rows_are_not_first_or_a_form_is_missing(like_hopper):
     assert all("attention" in call.op for call in first[:12])
     assert {call.likes()[0].shape[0] for call in first} == {256, 64, 1}
     ops = ("attention_qkv", "attention_qkv_backward", "patch_embed", "linear", "mlp", "folded_linear", "added_linear")
+    ops += ("prepared_block",)
     expected = {(op, B) for op in ops for B in (256, 64, 1)}
     expected |= {(op, B) for op in ("linear_backward", "mlp_backward", "patch_embed_backward") for B in (256, 64)}
     assert {(call.op, call.likes()[0].shape[0]) for call in first} == expected

@@ -216,6 +216,26 @@ def test_a_product_of_a_prepared_model_is_not_measured(place, monkeypatch, op):
         assert torch.equal(cut[5], given[5][..., : 2 * 17]) and cut[0].shape[0] == 2 and cut[1] is given[1]
 
 
+def test_form_of_a_prepared_block_is_not_measured(place, monkeypatch):
+    """With statistics of its rows, for the form that reads them."""
+    config = vitfast.config_for("vit_tiny_patch16_224", img_size=64, depth=2)
+    described = Prepared(config, torch.float32, torch.device("cpu"))
+    (call,) = [c for c in kernel_calls([described], (5,), torch.bfloat16, True) if c.op == "prepared_block"]
+    call = call._replace(args=(call.args[0], contiguous(3, 2, 5 * 17, dtype=torch.float32), *call.args[2:]))
+    family, seen = FAMILIES["prepared_block"], []
+
+    def run(*args):
+        taken = dispatch.choose("fake", ("rows",), DEVICE, [])
+        place.work(5e-6, 1e-3 if taken else 2e-3)
+        seen.append(tuple(args[1].shape))
+        return family.run(*args)
+
+    monkeypatch.setitem(FAMILIES, "prepared_block", replace(family, run=run, kernel="fake"))
+    (row,) = tuning.tune_calls([call], place, 10.0, lambda text: None).rows
+    assert row.use == "kernel" and row.config["kernel"] == "blas" and not row.wrong, row
+    assert set(seen) == {(3, 2, 5 * 17)}
+
+
 def test_a_kernel_that_is_switched_off_cannot_be_measured(fake, place):
     with pytest.warns(RuntimeWarning):
         dispatch.switch_off("fake", "its built-in configuration is wrong here")

@@ -293,7 +293,7 @@ def test_a_model_on_a_gpu_is_left_cold(monkeypatch, capsys):
 
 
 # ops and kernels of prepared models, by one name
-PREPARED = ("folded_linear", "added_linear")
+PREPARED = ("folded_linear", "added_linear", "prepared_block")
 
 
 def test_a_prepared_model_on_a_gpu_is_left_cold(monkeypatch):
@@ -309,7 +309,9 @@ def test_a_prepared_model_on_a_gpu_is_left_cold(monkeypatch):
     # in its own dtype, without a backward, qkv whole and cut, and five tokens or one in what comes after
     assert all("fp16" in call and "backward" not in call for call in calls)
     assert {row.kernel for row in report.rows} == {"patch_embed", "attention", "layer_norm", *PREPARED}
-    products = [call.split(" fp16")[0] for call in calls if call.startswith(PREPARED)]
+    products = [call.split(" fp16")[0] for call in calls if call.startswith(PREPARED[:2])]
+    # after its parts
+    assert [call.split()[0] for call in calls[-2:]] == ["prepared_block", "layer_norm"]
     assert [call for call in products if "[2, 1, 192]" in call or "[2, 1, 768]" in call] == products[4:5] + products[6:]
     assert len(products) == 9
 

@@ -101,7 +101,7 @@ def test_small_calls_have_the_rows_of_the_call_or_other_weights(op):
 # calls as a model makes them, of which some rows or images are compared
 
 
-PREPARED = ("folded_linear", "added_linear")
+PREPARED = ("folded_linear", "added_linear", "prepared_block")
 
 
 def own_calls(op):
@@ -115,8 +115,9 @@ def own_calls(op):
 def with_pieces(call):
     """On a CPU no product leaves statistics."""
     args = list(call.args)
-    if call.op == "folded_linear" and args[0].shape[1] > 1:
-        args[5] = contiguous(3, 2, args[0].shape[0] * args[0].shape[1], dtype=torch.float32)
+    at = {"folded_linear": 5, "prepared_block": 1}.get(call.op)
+    if at and args[0].shape[1] > 1:
+        args[at] = contiguous(3, 2, args[0].shape[0] * args[0].shape[1], dtype=torch.float32)
     return Call(call.op, tuple(args))
 
 

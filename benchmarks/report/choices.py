@@ -73,7 +73,8 @@ def _measured(arch: int) -> str:
 def _line(kernel: str, form: str, rows: Sequence[Measured]) -> Line:
     ours, stock = ([row for row in rows if row.choice.kernel is mine] for mine in (True, False))
     # how the kernel is computed, and by which stock operators, each with its number of shapes; and what else is said
-    ways = Counter(KINDS.get(_kind(row.choice), "") for row in ours)
+    kinds = KINDS | ({"tiles": "fc1 by a kernel, the rest as there"} if kernel == "prepared_block" else {})
+    ways = Counter(kinds.get(_kind(row.choice), "") for row in ours)
     ways += Counter("cuDNN" if row.choice.config else "" for row in stock)
     listed = ", ".join(f"{words} {count}" for words, count in ways.items() if words)
     # the same in words, with other numbers in each row

@@ -53,8 +53,8 @@ def named(configs):
 
 @cases(
     C=(8, 72, 192, 197, 384, 768, 1000, 1152, 4096, 8192), shape=((1, 1), (3, 19), (2, 65)), kind=("layer", "rms"),
-    form=("alone", "sum", "scaled sum", "wide sum"), programs=("few", "many"), dtype=(torch.float16, torch.float32),
-    **every_place, together=("C", "kind", "form", "place"),
+    form=("alone", "sum", "scaled sum", "wide sum", "vector"), programs=("few", "many"),
+    dtype=(torch.float16, torch.float32), **every_place, together=("C", "kind", "form", "place"),
     # many wide rows take their time
     allowed=lambda case: EVERY or case["C"] * math.prod(case["shape"]) < 1 << 16,
 )  # fmt: skip
@@ -65,6 +65,13 @@ def test_norm(C, shape, kind, form, programs, dtype, place, placement):
     x, weight = leaf(PLACES[place](new(*shape, C, seed=1))), leaf(new(C, seed=2))
     bias = leaf(new(C, seed=3)) if kind == "layer" else None
     with mock.patch.object(layer_norm, "multiprocessors", lambda device: {"few": 1, "many": 64}[programs]):
+        if form == "vector":
+            x, vector, total = x.detach(), new(C, seed=6, to=torch.float32), torch.empty_like(x).contiguous()
+            norm = Norm(weight.detach(), None if bias is None else bias.detach(), 1e-6, kind)
+            for written in (None, total, x if x.is_contiguous() else None):
+                found = layer_norm.forward(x, norm, dtype, added=vector, total=written, statistics=False)
+                finite(found=found[:2])
+            return
         if form == "alone":
             out = ops.layer_norm(x, weight, bias, 1e-6, kind)
             finite(out=out, gradients=gradients(out, [x, weight, bias]))

@@ -31,10 +31,11 @@ def choice(request, monkeypatch):
     monkeypatch.setattr(builtin, "EVERYWHERE", request.param == "kernels")
 
 
+@test_gpu_block_gpu.every_form
 @pytest.mark.parametrize("batch", [64, 256])
 @pytest.mark.parametrize("variant", MODELS)
-def test_prepared_model_is_less_exact_than_the_model(variant, batch, choice):
-    test_gpu_block_gpu.test_prepared_model_of_real_size_is_less_exact_than_the_model(variant, batch)
+def test_prepared_model_is_less_exact_than_the_model(variant, batch, choice, form):
+    test_gpu_block_gpu.test_prepared_model_of_real_size_is_less_exact_than_the_model(variant, batch, form)
 
 
 def step(model, images):
@@ -76,7 +77,8 @@ def test_replayed_graph_computes_something_else(name, device):
 
 
 def test_replayed_graph_of_a_prepared_model_computes_something_else():
-    test_gpu_block_gpu.test_graph_of_a_prepared_model_replays_something_else()
+    for form in test_gpu_block_gpu.FORMS:
+        test_gpu_block_gpu.test_graph_of_a_prepared_model_replays_something_else(form)
 
 
 @pytest.mark.parametrize("name", REPLAYED)

@@ -35,11 +35,13 @@ HOST = "of stock operators' time some may be the host's"
 NEAR = 1.0
 # where in a key the sizes are: those kept as bit lengths, and those kept as they are
 BITS = {"attention": (1,), "layer_norm": (1,), "linear": (2,), "folded_linear": (2,), "added_linear": (2,), "mlp": (2,),
-        "patch_embed": (2,)}  # fmt: skip
+        "patch_embed": (2,), "prepared_block": (1,)}  # fmt: skip
 LENGTHS = {"attention": (2, 3)}
 # rows of an MLP: fewer do not fill a device; and so many keep every multiprocessor busy with tiles of 64
 LEAST_ROWS, WHOLE_ROWS = 512, 8192
 SAFE_KEYS = 256
+# ways to compute the same by kernels too: there the other way is no stock operators
+FORMS = ("prepared_block",)
 
 
 class Builtin(NamedTuple):
@@ -188,6 +190,8 @@ def careful(kernel: str, shape: Shape, arch: int) -> Builtin:
     op = kernel.removesuffix("_backward")
     if op == "attention":
         return _careful_attention(kernel, shape)
+    if op in FORMS:
+        return _stock("the five kernels of a prepared block")
     if op == "layer_norm":
         return _kernel("a norm is one pass over memory, and the kernel needs no other")
     if op == "patch_embed":

@@ -41,6 +41,7 @@ KERNELS: dict[str, str] = {
     "linear_backward": "vitfast/kernels/triton/linear_product.py",
     "folded_linear": "vitfast/kernels/triton/linear_product.py",
     "added_linear": "vitfast/kernels/triton/linear_product.py",
+    "prepared_block": "vitfast/kernels/triton/layer_norm_rows.py",
     "mlp": "vitfast/kernels/triton/linear_product.py",
     "mlp_backward": "vitfast/kernels/triton/linear_product.py",
     "patch_embed": "csrc/cuda/patch_embed.cuh",
@@ -91,7 +92,8 @@ def set_backend(backend: str, op: str | None = None) -> None:
     Args:
         backend: "auto", the default: the faster one as far as it was measured, else a careful choice; "kernel": the
             kernel, or an error where it cannot run; "stock": stock PyTorch operators.
-        op: a name from `vitfast info`'s list of kernels; an op includes its backward. None: all of them.
+        op: a name from `vitfast info`'s list of kernels; an op includes its backward. None: all of them; "kernel" then
+            leaves `prepared_block` as it is, both of whose forms are made of kernels.
 
     Raises:
         ValueError: unknown backend or op.
@@ -99,7 +101,8 @@ def set_backend(backend: str, op: str | None = None) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"set_backend: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     for name in _names(op):
-        _force(name, backend)
+        if op is not None or backend != "kernel" or name not in builtin.FORMS:
+            _force(name, backend)
 
 
 @contextlib.contextmanager
@@ -189,8 +192,10 @@ def stock_config(kernel: str, shape: tuple[Hashable, ...], device: Hashable) -> 
 def built_in(kernel: str, shape: tuple[Hashable, ...], device: Hashable) -> Builtin:
     """What `vitfast.choose.builtin` says for this device."""
     # without a device it is Triton's interpreter, which is there to test kernels
-    if device is None or builtin.EVERYWHERE:
+    if (device is None or builtin.EVERYWHERE) and kernel not in builtin.FORMS:
         return builtin.ALWAYS
+    if device is None:
+        return builtin.careful(kernel, shape, 0)
     return builtin.builtin(kernel, shape, _architecture(device))
 
 

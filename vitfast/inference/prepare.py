@@ -14,12 +14,12 @@ from vitfast import reference
 from vitfast.inference.arguments import device_of, dtype_of, folds, graphs_for, normalisation_of, set_threads
 from vitfast.inference.cpu_block import PackedBlock, PackedLinear, PackedStem, frozen, own_product, refuse
 from vitfast.inference.cuda_graphs import capturing
-from vitfast.inference.gpu_block import AddedLinear, FoldedBlock, FoldedLinear
+from vitfast.inference.gpu_block import AddedLinear, FoldedBlock, FoldedLinear, Stream, carry
 from vitfast.inference.graphs import Graphs, Report
 from vitfast.inference.original import Source
 from vitfast.kernels import cpu as cpu_kernels
 from vitfast.model.block import Block, given, with_causal
-from vitfast.model.layers import reasons_of, run_norm
+from vitfast.model.layers import reasons_of
 from vitfast.model.patch_embed import check_pixels
 from vitfast.model.plain import METHODS, PLAIN_TENSORS, any_global_hook, plain, replaced, watched_view
 from vitfast.model.vit import ViT
@@ -235,6 +235,7 @@ class PreparedViT(ViT):
         self.blocks = nn.Sequential(
             *(self._prepared(block, i == last and self._keep is not None) for i, block in enumerate(model.blocks))
         )
+        carry(self.blocks)
         self._positions_of: dict[tuple[int, int] | None, Tensor] = {}
         self._source = Source(model)
         for module in self.modules():
@@ -430,15 +431,15 @@ class PreparedViT(ViT):
     def _transform(self, x: Tensor, keep: int | None = None, **how: Any) -> Tensor:
         if not self.folded:
             return super()._transform(x, keep, **how)
-        attn_mask, pieces = mask_of(x, **how), None
+        attn_mask, stream = mask_of(x, **how), Stream(x)
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
             first = keep if i == last else None
             if isinstance(block, FoldedBlock):
-                x, pieces = block.step(x, pieces, attn_mask, first)
+                stream = block.step(stream, attn_mask, first)
             else:
-                x, pieces = block(x, attn_mask, keep=first), None
-        return run_norm(self.norm, x)
+                stream = Stream(block(stream.whole(), attn_mask, keep=first))
+        return stream.normed(self.norm)
 
     def _run_block(self, block: nn.Module, x: Tensor, keep: int | None = None, **how: Any) -> Tensor:
         # the container of all blocks, which somebody watches

@@ -86,6 +86,8 @@ def explain(model: nn.Module) -> Explanation:
 def _built_in(rows: list[Row], device: torch.device) -> list[str]:
     """What was measured, on cards like this one, of each kernel that may run a part."""
     ops = {row.path.removeprefix("op ") for row in rows}
+    # another form of blocks that are made of this op
+    ops |= {"prepared_block"} if "added_linear" in ops else set()
     return [
         f"built in, {name}: {words}"
         for name in dispatch.KERNELS

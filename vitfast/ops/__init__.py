@@ -6,6 +6,7 @@ empty batches work with all of them.
 
 from vitfast.ops import _flops
 from vitfast.ops import linear_folded as linear_folded
+from vitfast.ops import prepared_block as prepared_block
 from vitfast.ops.attention import attention, attention_qkv, attention_weights
 from vitfast.ops.attention_varlen import attention_varlen
 from vitfast.ops.layer_norm import add_layer_norm, layer_norm

@@ -39,6 +39,16 @@ def added_linear(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
     return linear(x, weight)
 
 
+def prepared_block(
+    x: Shape, pieces: Any, qkv_weight: Shape, qkv_sums: Any, qkv_wide_bias: Any, qkv_bias: Any, proj_weight: Shape,
+    proj_bias: Any, fc1_weight: Shape, fc1_sums: Any, fc1_wide_bias: Any, fc1_bias: Any, fc2_weight: Shape, *_: Any,
+    **__: Any,
+) -> int:  # fmt: skip
+    B, N, _ = x
+    weights = sum(map(math.prod, (qkv_weight, proj_weight, fc1_weight, fc2_weight)))
+    return 2 * B * N * weights + _attention(FORWARD, B, 1, N, N, proj_weight[1])
+
+
 def mlp(x: Shape, norm_weight: Any, norm_bias: Any, eps: float, norm: str, w1: Shape, b1: Any, w2: Shape, *_: Any,
         **__: Any) -> int:  # fmt: skip
     return linear(x, w1) + 2 * _rows(x) * math.prod(w2)
@@ -118,8 +128,8 @@ def patch_embed_packed_backward(grad: Shape, images: Sequence[Shape], weight: Sh
 
 
 FORMULAS: tuple[Callable[..., int], ...] = (
-    linear, linear_backward, folded_linear, added_linear, mlp, mlp_backward, attention, attention_backward,
-    attention_qkv, attention_qkv_backward, patch_embed, patch_embed_backward, patch_embed_packed,
+    linear, linear_backward, folded_linear, added_linear, prepared_block, mlp, mlp_backward, attention,
+    attention_backward, attention_qkv, attention_qkv_backward, patch_embed, patch_embed_backward, patch_embed_packed,
     patch_embed_packed_backward,
 )  # fmt: skip
 # these read where images begin, the others shapes only

@@ -10,8 +10,9 @@ from vitfast.check.families.layer_norm import LAYER_NORM
 from vitfast.check.families.linear import LINEAR
 from vitfast.check.families.mlp import MLP
 from vitfast.check.families.patch_embed import PATCH_EMBED
+from vitfast.check.families.prepared_block import PREPARED_BLOCK
 
 __all__ = ["FAMILIES", "Family", "as_tuple", "draw_all", "present"]
 
 # by the name of the torch op
-FAMILIES: dict[str, Family] = {**ATTENTION, **LAYER_NORM, **LINEAR, **MLP, **PATCH_EMBED}
+FAMILIES: dict[str, Family] = {**ATTENTION, **LAYER_NORM, **LINEAR, **MLP, **PATCH_EMBED, **PREPARED_BLOCK}

@@ -168,6 +168,8 @@ class Family:
         )
 
     def _part(self, name: str, t: Tensor, places: Tensor, count: int) -> Tensor:
+        if not self.rows and name == PER_ROW:
+            return t.unflatten(-1, (count, -1))[..., places, :].flatten(-2)
         if not self.rows:
             return t[places]
         if name == PER_IMAGE:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vitfast import reference
 from vitfast.check.calls import Call
@@ -25,14 +26,24 @@ def _draw_folded(call: Call, generator: torch.Generator) -> tuple[Any, ...]:
     """Weights that belong together, and rows whose statistics matter, with those in as many pieces as the call has."""
     of = draw_named(call, generator)
     x, pieces = of["x"], of["pieces"]
-    x += 2 * torch.randn(*x.shape[:-1], 1, generator=generator, dtype=torch.float32, device=x.device).to(x.dtype)
+    shift_rows(x, generator)
     of |= {"sums": of["weight"].float().sum(1), "wide_bias": of["wide_bias"].mul_(0.1)}
     of["bias"] = of["wide_bias"].to(of["bias"].dtype)
     if pieces is not None:
-        parts = x.float().reshape(pieces.shape[2], pieces.shape[0], -1)
-        squares, mean = torch.var_mean(parts, -1, correction=0)
-        of["pieces"] = torch.stack([mean.T, squares.T * parts.shape[2]], 1)
+        of["pieces"] = pieces_of(x, pieces.shape[0])
     return tuple(of.values())
+
+
+def shift_rows(x: Tensor, generator: torch.Generator) -> None:
+    """Give each row a mean of its own."""
+    x += 2 * torch.randn(*x.shape[:-1], 1, generator=generator, dtype=torch.float32, device=x.device).to(x.dtype)
+
+
+def pieces_of(x: Tensor, count: int) -> Tensor:
+    """Statistics of x's rows in `count` pieces, as a product leaves them."""
+    parts = x.float().reshape(x.shape[:-1].numel(), count, -1)
+    squares, mean = torch.var_mean(parts, -1, correction=0)
+    return torch.stack([mean.T, squares.T * parts.shape[2]], 1)
 
 
 def _linear(

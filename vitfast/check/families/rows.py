@@ -13,9 +13,12 @@ from vitfast.check.calls import Call, Like, contiguous
 from vitfast.check.families.family import Family, Results, arguments, some_rows
 from vitfast.choose.dispatch import Config
 
-VECTORS = ("weight", "norm_weight", "bias", "norm_bias", "b1", "b2", "gamma")
-MATRICES = ("weight", "w1", "w2")
-SHARED = frozenset({*VECTORS, *MATRICES, "sums", "wide_bias"})
+VECTORS = (
+    "weight", "norm_weight", "bias", "norm_bias", "b1", "b2", "gamma", "qkv_bias", "proj_bias", "fc1_bias", "fc2_bias",
+)  # fmt: skip
+MATRICES = ("weight", "w1", "w2", "qkv_weight", "proj_weight", "fc1_weight", "fc2_weight")
+OF_WEIGHTS = ("sums", "wide_bias", "qkv_sums", "qkv_wide_bias", "fc1_sums", "fc1_wide_bias", "between")
+SHARED = frozenset({*VECTORS, *MATRICES, *OF_WEIGHTS})
 # what the forward leaves to the backward
 KEPT = ("mean", "rstd", "pre", "branch", "hidden")
 # of the results of a forward in a dict by name, what its backward is given

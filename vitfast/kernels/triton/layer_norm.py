@@ -70,35 +70,39 @@ class _Rows:
 
 def forward(
     x: Tensor, norm: Norm, out_dtype: torch.dtype | None, *, branch: Tensor | None = None, tail: Tail = PLAIN,
-    statistics: bool = True,
+    added: Tensor | None = None, total: Tensor | None = None, statistics: bool = True,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """(sum, normed, mean, rstd): the sum only with a branch; mean and rstd fp32 [..., 1], None unless asked for.
+    """(sum, normed, mean, rstd): the sum with a branch or `total`; mean and rstd fp32 [..., 1], None unless asked for.
 
     Args:
         x: [B, ..., C], the residual where there is a branch.
         out_dtype: of the normed rows; None: they are not made.
         branch: of x's shape.
+        added: fp32 [C], which is in the sum too.
+        total: contiguous, of x's shape, where the sum is written; x itself, where that is contiguous.
     """
     C, (weight, bias, eps, kind), (gamma, row_scale, _) = x.shape[-1], norm, tail
     tile = forward_tile(C)
-    rows, added = _Rows(x), _Rows(branch)
+    rows, branches = _Rows(x), _Rows(branch)
     count = rows.tensor.shape[0]
-    total = None if branch is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+    if branch is not None:
+        total = torch.empty_like(x, memory_format=torch.contiguous_format)
     out = None if out_dtype is None else torch.empty(x.shape, dtype=out_dtype, device=x.device)
     mean = rstd = None
     if statistics:
         mean, rstd = (x.new_empty(*x.shape[:-1], 1, dtype=torch.float32) for _ in range(2))
-    aligned = rows.aligned and added.aligned
+    aligned = rows.aligned and branches.aligned
     unit = UNIT if aligned and C % UNIT == 0 else 1
     constants = {
         "C": C, "BLOCK": triton.next_power_of_2(C), "BM": tile.rows, "UNIT": unit, "BRANCH": branch is not None,
-        "GAMMA": gamma is not None, "ROW_SCALE": row_scale is not None, "WEIGHT": weight is not None,
-        "BIAS": bias is not None, "OUT": out is not None, "STATISTICS": statistics, "RMS": kind == "rms",
+        "GAMMA": gamma is not None, "ROW_SCALE": row_scale is not None, "ADDED": added is not None,
+        "TOTAL": total is not None, "WEIGHT": weight is not None, "BIAS": bias is not None, "OUT": out is not None,
+        "STATISTICS": statistics, "RMS": kind == "rms",
     }  # fmt: skip
-    tensors = [rows.tensor, added.tensor, gamma, row_scale, weight, bias, total, out, mean, rstd]
+    tensors = [rows.tensor, branches.tensor, gamma, row_scale, added, weight, bias, total, out, mean, rstd]
     # a kernel takes no None; what stands in its place is not touched
     tensors = [x if t is None else t for t in tensors]
-    numbers = (count, tokens_of(x), rows.step // unit, added.step // unit, eps)
+    numbers = (count, tokens_of(x), rows.step // unit, branches.step // unit, eps)
     launch(layer_norm_rows.norm_forward, (-(-count // tile.rows),), tensors, numbers, constants, tile.warps)
     return total, out, mean, rstd
 
@@ -209,6 +213,7 @@ def compilations(arch: int) -> Iterator[Compilation]:
                 if not branch or C <= WIDEST_SUM_BACKWARD:
                     yield _backward_compilation(C, wide, dtype, branch)
         yield _forward_compilation(C, "bf16", "bf16", False, statistics=True, out=False)
+        yield from (_added_compilation(C, total) for total in (False, True) if C <= 1280)
     yield Compilation(
         "add_up C768", layer_norm_rows.add_up, {"sums": "*fp32", "out": "*bf16", "programs": "i32"},
         {"C": 768, "BM": 32, "BN": 32}, ("sums", "out"), 4, 1,
@@ -217,9 +222,17 @@ def compilations(arch: int) -> Iterator[Compilation]:
 
 def _forward_compilation(C, wide, dtype, branch, statistics, out) -> Compilation:
     tile = forward_tile(C)
-    flags = {"BRANCH": branch, "GAMMA": branch, "ROW_SCALE": branch, "WEIGHT": True, "BIAS": True}
-    flags |= {"OUT": out, "STATISTICS": statistics, "RMS": False}
+    flags = {"BRANCH": branch, "GAMMA": branch, "ROW_SCALE": branch, "ADDED": False, "TOTAL": branch, "WEIGHT": True}
+    flags |= {"BIAS": True, "OUT": out, "STATISTICS": statistics, "RMS": False}
     return _compilation(layer_norm_rows.norm_forward, C, wide, dtype, tile, flags, "of a sum" if branch else "")
+
+
+def _added_compilation(C, total) -> Compilation:
+    """As prepared blocks with deferred biases have it: a vector beside the rows, no parameters."""
+    flags = {"BRANCH": False, "GAMMA": False, "ROW_SCALE": False, "ADDED": True, "TOTAL": total, "WEIGHT": False}
+    flags |= {"BIAS": False, "OUT": True, "STATISTICS": False, "RMS": False}
+    variant = "with a vector, written" if total else "with a vector"
+    return _compilation(layer_norm_rows.norm_forward, C, "bf16", "bf16", forward_tile(C), flags, variant)
 
 
 def _backward_compilation(C, wide, dtype, branch) -> Compilation:
@@ -234,6 +247,7 @@ def _compilation(kernel, C, wide, dtype, tile, flags, variant) -> Compilation:
     """`wide`: the residual's dtype; `dtype`: the branch's and that of the normed rows."""
     constants = {"C": C, "BLOCK": triton.next_power_of_2(C), "BM": tile.rows, "UNIT": UNIT, **flags}
     own = {"x": wide, "total": wide, "dx": wide, "total_grad": wide, "mean": "fp32", "rstd": "fp32", "sums": "fp32"}
+    own |= {"added": "fp32"}
     types: dict[str, str] = {}
     for name in kernel.arg_names:
         if name in constants:

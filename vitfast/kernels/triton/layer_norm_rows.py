@@ -1,7 +1,8 @@
 """LayerNorm and RMSNorm of rows, alone or of a residual sum, and the gradients of all that.
 
 A program holds some whole rows of C columns; statistics in fp32, the variance as the mean of squared distances from the
-mean. With BRANCH the rows are x + row_scale * gamma * branch (LayerScale, stochastic depth), which is written as well.
+mean. With BRANCH the rows are x + row_scale * gamma * branch (LayerScale, stochastic depth), with ADDED x + added, a
+vector; with TOTAL that sum is written as well.
 Source: Ba et al., "Layer Normalization" (2016); Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
 
 Gradients of vectors (weight, bias, gamma) are sums over all rows. Each program adds up its own rows and writes what
@@ -83,15 +84,16 @@ def statistics(
 def norm_forward(
     x, branch,  # [rows, C], C contiguous
     gamma, row_scale,  # [C], [B]
+    added,  # fp32 [C], read where ADDED
     weight, bias,  # [C]
-    total, out,  # [rows, C], contiguous: the sum where BRANCH, the normed rows where OUT
+    total, out,  # [rows, C], contiguous: the sum where TOTAL, which may be x; the normed rows where OUT
     mean, rstd,  # fp32 [rows], written where STATISTICS
     rows, tokens,  # of all images, of one
     x_row, branch_row,  # strides in UNIT elements
     eps,  # added to the variance
     C: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, UNIT: tl.constexpr, BRANCH: tl.constexpr,
-    GAMMA: tl.constexpr, ROW_SCALE: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, OUT: tl.constexpr,
-    STATISTICS: tl.constexpr, RMS: tl.constexpr,
+    GAMMA: tl.constexpr, ROW_SCALE: tl.constexpr, ADDED: tl.constexpr, TOTAL: tl.constexpr, WEIGHT: tl.constexpr,
+    BIAS: tl.constexpr, OUT: tl.constexpr, STATISTICS: tl.constexpr, RMS: tl.constexpr,
 ):  # fmt: skip
     after_kernel_before()
     first = tl.program_id(0) * BM
@@ -99,12 +101,15 @@ def norm_forward(
     columns = tl.arange(0, BLOCK)
     tile = load_tile(x, first, x_row, left, columns, C, BM, UNIT)
     if BRANCH:
-        added = load_tile(branch, first, branch_row, left, columns, C, BM, UNIT)
+        beside = load_tile(branch, first, branch_row, left, columns, C, BM, UNIT)
         if GAMMA:
-            added = added * load_vector(gamma, columns, C)[None, :]
+            beside = beside * load_vector(gamma, columns, C)[None, :]
         if ROW_SCALE:
-            added = added * load_row_scale(row_scale, first, left, tokens, BM)[:, None]
-        tile += added
+            beside = beside * load_row_scale(row_scale, first, left, tokens, BM)[:, None]
+        tile += beside
+    if ADDED:
+        tile += load_vector(added, columns, C)[None, :]
+    if TOTAL:
         store_tile(total, first, left, columns, tile, C, BM)
         # the norm is of what was written, not of something more exact
         tile = tile.to(total.dtype.element_ty).to(tl.float32)

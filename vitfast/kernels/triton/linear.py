@@ -354,6 +354,7 @@ def forward_with_pieces(
 # around the products of a ViT's block, by name
 AROUND: dict[str, dict[str, Any]] = {
     "plain": {},
+    "gelu": {"ACT": "gelu"},
     "norm": {"NORM": "layer"},
     "residual": {"RESIDUAL": True},
     "scaled residual": {"RESIDUAL": True, "GAMMA": True, "ROW_SCALE": True, "ASIDE": True},
@@ -368,7 +369,7 @@ AROUND: dict[str, dict[str, Any]] = {
 # what of these an op has
 OWN_FORMS = {
     "linear": ("plain", "norm", "residual", "scaled residual", "norm gelu", "norm gelu aside"),
-    "folded_linear": ("pieces", "pieces gelu"), "added_linear": ("residual pieces",),
+    "folded_linear": ("pieces", "pieces gelu"), "added_linear": ("residual pieces",), "prepared_block": ("gelu",),
     "mlp": ("norm gelu", "norm gelu aside", "residual", "scaled residual"), "mlp_backward": ("slope",),
 }  # fmt: skip
 NO_FLAGS = {
