@@ -98,6 +98,8 @@ FORWARD = (
 BLOCKS = partial(Config, "blocks")
 BACKWARD = (
     Config("short", 32, warps=8), Config("short", 32, warps=8, stages=1),
+    # which spills 24 bytes a thread
+    Config("short", 32, 16, warps=8, delta_first=True),
     *(BLOCKS(64, 32, stages=3, keys_m=m, keys_n=n, keys_warps=w) for m, n, w in ((32, 64, 4), (64, 64, 4))),
     *(BLOCKS(128, 64, warps=8, stages=s, keys_m=m, keys_n=64, keys_warps=4) for s in (1, 2, 3) for m in (32, 64)),
     BLOCKS(64, 64, keys_m=64, keys_n=64, keys_warps=4), BLOCKS(64, 64, stages=3, keys_m=32, keys_n=64, keys_warps=4),

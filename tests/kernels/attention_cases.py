@@ -24,12 +24,13 @@ FORWARD = {
 }
 BACKWARD = {
     "short": Config("short", 32, warps=8),
-    "delta first": Config("short", 32, warps=8, stages=1, delta_first=True),
+    "delta first": Config("short", 32, warps=8, delta_first=True),
+    "three parts": Config("short", 16, 16, warps=8, stages=3, delta_first=True),
     "head": Config("head", 32, 64, stages=1),
     "blocks": Config("blocks", 64, 32, keys_m=32, keys_n=64, keys_warps=4),
 }
 # each kernel once, where every pair would take too long
-PAIRS = [("short", "short"), ("short loop", "head"), ("online", "blocks"), ("online small", "short")]
+PAIRS = [("short", "short"), ("short loop", "head"), ("online", "blocks"), ("online small", "three parts")]
 every_pair = pytest.mark.parametrize("forward, backward", PAIRS)
 pairs_of_kernels = {
     "forward": tuple(FORWARD), "backward": tuple(BACKWARD),

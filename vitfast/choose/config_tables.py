@@ -27,7 +27,8 @@ class Config:
     Attributes:
         kernel: "short" or "online" forward; "short", "head" or "blocks" backward.
         block_m: queries in a tile.
-        block_n: keys in a tile; 0 where a tile has all of them.
+        block_n: keys in a tile; 0 where a tile has all of them. Short backward: all keys, in up to three parts, fill a
+            multiple of so many; 0: two parts, each a power of two.
         warps, stages: of a program, and of its loop over memory.
         peel: the last block of keys in code of its own, without masks in that of the others.
         loop: a program takes all queries of a head in turn (short forward only).
@@ -154,9 +155,10 @@ BACKWARD: dict[int, list[Row]] = {
         Row(Config("blocks", 128, 64, warps=8, stages=3, keys_m=64, keys_n=64, keys_warps=4), width=64, dropout=False),
         Row(BACKWARD_HOPPER),
         Row(Config("blocks", 64, 64, keys_m=64, keys_n=64, keys_warps=4), width=80),
-        # with two stages each wgmma waits for the one before, and only that keeps the next rows out of the tile of
-        # gradients until it was multiplied
-        Row(Config("short", 32, warps=8, stages=1, delta_first=True), width=64, keys=256, dropout=False),
+        # a tile that is read for delta too has one buffer, which only a wait for all wgmma of a round keeps until then
+        Row(Config("short", 32, warps=8, delta_first=True), width=64, keys=256, dropout=False),
+        # 197 keys are 208 and not 256; tiles of 32 queries spill
+        Row(Config("short", 16, 16, warps=8, stages=3, delta_first=True), width=64, keys=256, dropout=False),
         *BACKWARD_FP32,
     ],
     100: [

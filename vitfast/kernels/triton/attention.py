@@ -253,16 +253,22 @@ def _forward_constants(call: _Call, config: Config) -> dict[str, Any]:
     return common | {"BN": config.block_n, "STAGES": config.stages, "PEEL": config.peel, "PACKED": call.packed}
 
 
+def _backward_parts(keys: int, config: Config) -> tuple[int, int, int]:
+    """As `backward_short` takes them."""
+    if config.block_n:
+        return key_parts(-(-keys // config.block_n) * config.block_n)
+    P0 = min(128, triton.next_power_of_2(max(keys, 16)))
+    P1 = 0 if keys <= P0 else triton.next_power_of_2(max(keys - P0, 16))
+    # on Hopper 64 spill, and 128 do not
+    return P0, 128 if P1 == 64 and (config.stages == 1 or config.delta_first) else P1, 0
+
+
 def _backward_constants(call: _Call, config: Config) -> list[tuple[Any, dict[str, Any], int]]:
     """Each kernel to launch, with its constants and warps."""
     common = call.constants() | {"BM": config.block_m, "STAGES": config.stages}
     if config.kernel == "short":
-        P0 = min(128, triton.next_power_of_2(max(call.Nk, 16)))
-        P1 = 0 if call.Nk <= P0 else triton.next_power_of_2(max(call.Nk - P0, 16))
-        if P1 == 64 and config.stages == 1:
-            # which spills, and 128 do not
-            P1 = 128
-        short = common | {"P0": P0, "P1": P1, "DELTA": config.delta_first}
+        P0, P1, P2 = _backward_parts(call.Nk, config)
+        short = common | {"P0": P0, "P1": P1, "P2": P2, "DELTA": config.delta_first}
         before = {name: common[name] for name in ("D", "W0", "W1", "WIDE")} | {"BM": 64}
         first = [(backward_kernels.backward_delta, before, 4)] if config.delta_first else []
         return [*first, (backward_kernels.backward_short, short, config.warps)]

@@ -3,8 +3,8 @@
 With P the weights, dP = grad v^T and delta = rowsum(grad * out): dS = P * (dP - delta), dq = scale dS k,
 dk = scale dS^T q, dv = P^T grad (Dao et al., "FlashAttention", 2022, appendix B.4). P is computed again from lse.
 
-`backward_short`: one program a head, up to 256 keys in registers, queries in blocks: five products a tile. It makes
-delta as it goes, or reads what `backward_delta` has left.
+`backward_short`: one program a head, up to 256 keys in registers, queries in blocks: five products a tile. Keys come in
+up to three parts, as in the forward. It makes delta as it goes, or reads what `backward_delta` has left.
 `backward_head`: one program a head that first makes dq, then dk and dv, in blocks of both: seven products a tile, small
 tiles, for devices and head dims where the first does not fit.
 `backward_queries`, `backward_keys`: the same two halves, one program a block of queries and one a block of keys, for
@@ -380,6 +380,32 @@ def backward_delta(
     tl.store(delta + bh.to(tl.int64) * queries + first + rows, row_dot(o0, o1, g0, g1, W1), mask=rows < left)
 
 
+@triton.jit
+def zero_columns(BM: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr):
+    first = tl.zeros((W0, BM), tl.float32)
+    second = first
+    if W1 > 0:
+        second = tl.zeros((W1, BM), tl.float32)
+    return first, second
+
+
+@triton.jit
+def query_rows(
+    ds,  # [BN, BM]
+    k0, k1,  # [BN, W0], [BN, W1]
+    dq0, dq1,  # fp32 [BM, W0], [BM, W1], where BM < W0 transposed
+    BM: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What BN keys add to dq of BM queries. The longer side is rows, of which wgmma wants 64."""
+    if BM < W0:
+        dq0 = tl.dot(tl.trans(k0), ds, dq0, input_precision=PRECISION)
+        if W1 > 0:
+            dq1 = tl.dot(tl.trans(k1), ds, dq1, input_precision=PRECISION)
+    else:
+        dq0, dq1 = add_product(tl.trans(ds), k0, k1, dq0, dq1, W1, PRECISION)
+    return dq0, dq1
+
+
 @triton.jit(do_not_specialize=RUNTIME)
 def backward_short(
     q, k, v,  # [B, queries, heads, D], twice [B, keys, heads, D]; D contiguous
@@ -392,10 +418,13 @@ def backward_short(
     heads, queries, keys,  # of an image
     scale, threshold, inv_keep,  # as in `key_step`
     D: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, BM: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
-    STAGES: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
-    DELTA: tl.constexpr, PRECISION: tl.constexpr,
+    P2: tl.constexpr, STAGES: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, LENGTHS: tl.constexpr,
+    DROPOUT: tl.constexpr, DELTA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Keys in one part, or in two of P0 and P1. DELTA: it is there already."""
+    """P0 + P1 + P2 is at least `keys`, and without the last of them less: only that one is masked.
+
+    DELTA: it is there already.
+    """
     bh = tl.program_id(0)
     b = bh // heads
     h = bh % heads
@@ -424,11 +453,17 @@ def backward_short(
     dk00, dk01 = zero_rows(P0, W0, W1)
     dv00, dv01 = zero_rows(P0, W0, W1)
     k10, k11, v10, v11, dk10, dk11, dv10, dv11 = k00, k01, v00, v01, dk00, dk01, dv00, dv01
+    k20, k21, v20, v21, dk20, dk21, dv20, dv21 = k00, k01, v00, v01, dk00, dk01, dv00, dv01
     if P1 > 0:
-        k10, k11 = load_rows(k + P0 * k_step, k_step, n - P0, P1, W0, W1, D, True, WIDE)
-        v10, v11 = load_rows(v + P0 * v_step, v_step, n - P0, P1, W0, W1, D, True, WIDE)
+        k10, k11 = load_rows(k + P0 * k_step, k_step, n - P0, P1, W0, W1, D, LENGTHS or P2 == 0, WIDE)
+        v10, v11 = load_rows(v + P0 * v_step, v_step, n - P0, P1, W0, W1, D, LENGTHS or P2 == 0, WIDE)
         dk10, dk11 = zero_rows(P1, W0, W1)
         dv10, dv11 = zero_rows(P1, W0, W1)
+    if P2 > 0:
+        k20, k21 = load_rows(k + (P0 + P1) * k_step, k_step, n - P0 - P1, P2, W0, W1, D, True, WIDE)
+        v20, v21 = load_rows(v + (P0 + P1) * v_step, v_step, n - P0 - P1, P2, W0, W1, D, True, WIDE)
+        dk20, dk21 = zero_rows(P2, W0, W1)
+        dv20, dv21 = zero_rows(P2, W0, W1)
     rows = tl.arange(0, BM)
     for i in tl.range(0, queries, BM, num_stages=STAGES):
         left = queries - i
@@ -443,21 +478,38 @@ def backward_short(
             o0, o1 = load_rows(advance(out, i, out_row, 8), row_step(out_row, 8, WIDE), left, BM, W0, W1, D, True, WIDE)
             sums = row_dot(o0, o1, g0, g1, W1)
         log_sum = tl.load(lse + i + rows, mask=rows < left, other=float("inf"))
+        # of the other kernels' form where the tile has as many queries as a wgmma wants rows
+        if BM < W0:
+            dq0, dq1 = zero_columns(BM, W0, W1)
+        else:
+            dq0, dq1 = zero_rows(BM, W0, W1)
         dk00, dk01, dv00, dv01, ds0 = key_step(
             q0, q1, g0, g1, log_sum, sums, k00, k01, v00, v01, dk00, dk01, dv00, dv01, i, 0, n, bh, number,
             scale, threshold, inv_keep, W1, BM, P0, LENGTHS or P1 == 0, DROPOUT, PRECISION,
         )  # fmt: skip
-        dq0, dq1 = zero_rows(BM, W0, W1)
-        dq0, dq1 = add_product(tl.trans(ds0), k00, k01, dq0, dq1, W1, PRECISION)
+        dq0, dq1 = query_rows(ds0, k00, k01, dq0, dq1, BM, W0, W1, PRECISION)
         if P1 > 0:
             dk10, dk11, dv10, dv11, ds1 = key_step(
                 q0, q1, g0, g1, log_sum, sums, k10, k11, v10, v11, dk10, dk11, dv10, dv11, i, P0, n, bh, number,
-                scale, threshold, inv_keep, W1, BM, P1, True, DROPOUT, PRECISION,
+                scale, threshold, inv_keep, W1, BM, P1, LENGTHS or P2 == 0, DROPOUT, PRECISION,
             )  # fmt: skip
-            dq0, dq1 = add_product(tl.trans(ds1), k10, k11, dq0, dq1, W1, PRECISION)
+            dq0, dq1 = query_rows(ds1, k10, k11, dq0, dq1, BM, W0, W1, PRECISION)
+        if P2 > 0:
+            dk20, dk21, dv20, dv21, ds2 = key_step(
+                q0, q1, g0, g1, log_sum, sums, k20, k21, v20, v21, dk20, dk21, dv20, dv21, i, P0 + P1, n, bh, number,
+                scale, threshold, inv_keep, W1, BM, P2, True, DROPOUT, PRECISION,
+            )  # fmt: skip
+            dq0, dq1 = query_rows(ds2, k20, k21, dq0, dq1, BM, W0, W1, PRECISION)
+        if BM < W0:
+            dq0 = tl.trans(dq0)
+            if W1 > 0:
+                dq1 = tl.trans(dq1)
         store_scaled(dq, i, left, dq_row, dq0, dq1, scale, BM, W0, W1, D, WIDE)
     store_scaled(dk, keys * 0, keys, dk_row, dk00, dk01, scale, P0, W0, W1, D, WIDE)
     store_scaled(dv, keys * 0, keys, dk_row, dv00, dv01, 1.0, P0, W0, W1, D, WIDE)
     if P1 > 0:
         store_scaled(dk, keys * 0 + P0, keys - P0, dk_row, dk10, dk11, scale, P1, W0, W1, D, WIDE)
         store_scaled(dv, keys * 0 + P0, keys - P0, dk_row, dv10, dv11, 1.0, P1, W0, W1, D, WIDE)
+    if P2 > 0:
+        store_scaled(dk, keys * 0 + (P0 + P1), keys - P0 - P1, dk_row, dk20, dk21, scale, P2, W0, W1, D, WIDE)
+        store_scaled(dv, keys * 0 + (P0 + P1), keys - P0 - P1, dk_row, dv20, dv21, 1.0, P2, W0, W1, D, WIDE)
