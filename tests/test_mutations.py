@@ -70,6 +70,22 @@ MUTANTS = {
         "            sums = tl.load(delta + i + rows + 1, mask=rows < left - 1, other=0.0)\n",
         "test_backward_kernel_is_wrong_at_a_length and fp32 and first",
     ),
+    "bulk copy of another part of a row": (
+        "attention_tiles.py", "second.load([image, head, row, W0])", "second.load([image, head, row, 0])",
+        "test_head_dim_is_padded_wrongly and descriptors",
+    ),
+    "bulk copy of the next keys": (
+        "attention_tiles.py", "first.load([image, head, row, 0])", "first.load([image, head, row + 1, 0])",
+        "test_forward_kernel_is_wrong_at_a_length and descriptors",
+    ),
+    "bulk copy of another head": (
+        "attention_tiles.py", "first.load([image, head, row, 0])", "first.load([image, 0, row, 0])",
+        "test_forward_kernel_is_wrong_at_a_length and descriptors",
+    ),
+    "bulk copies of padding": (
+        "attention.py", "return not self.packed and not self.has_lengths", "return not self.packed",
+        "test_padding_takes_part and descriptors",
+    ),
     "eps ten times as large": (
         "layer_norm_rows.py", "tl.sqrt_rn(variance + eps)", "tl.sqrt_rn(variance + 10.0 * eps)",
         "test_width_is_padded_wrongly and fp32",

@@ -21,6 +21,7 @@ FORWARD = {
     "short loop": Config("short", 64, loop=True),
     "online": Config("online", 64, 64),
     "online small": Config("online", 16, 32, warps=1),
+    "descriptors": Config("online", 64, 64, stages=3, descriptors=True),
 }
 BACKWARD = {
     "short": Config("short", 32, warps=8),
@@ -30,7 +31,8 @@ BACKWARD = {
     "blocks": Config("blocks", 64, 32, keys_m=32, keys_n=64, keys_warps=4),
 }
 # each kernel once, where every pair would take too long
-PAIRS = [("short", "short"), ("short loop", "head"), ("online", "blocks"), ("online small", "three parts")]
+PAIRS = [("short", "short"), ("short loop", "head"), ("online", "blocks"), ("online small", "three parts"),
+         ("descriptors", "blocks")]  # fmt: skip
 every_pair = pytest.mark.parametrize("forward, backward", PAIRS)
 pairs_of_kernels = {
     "forward": tuple(FORWARD), "backward": tuple(BACKWARD),

@@ -1,5 +1,7 @@
 """The attention kernels against fp64, by the rule that stock attention sets: lengths, head dims, layouts."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from attention_cases import (
@@ -22,6 +24,7 @@ from attention_cases import (
 from pairwise import product
 
 from vitfast.choose import config_tables
+from vitfast.kernels.operands import Extras, Starts
 from vitfast.kernels.triton import attention
 from vitfast.kernels.triton.launch import architecture
 
@@ -79,6 +82,32 @@ def test_stride_is_ignored(layout, dtype, device):
         plain = [t.contiguous() for t in laid_out(layout, 2, 33, 33, 2, D, dtype, device)]
         for got, expected in zip(found, attention.forward(*plain, D**-0.5, config=forward), strict=True):
             assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "lengths", "packed sequences"])
+def test_bulk_copies_bring_what_they_cannot_or_must_not(layout, monkeypatch, device):
+    """Rows that lie in one another; rows behind an image's last key, which are another image's or may hold NaN."""
+    boxes, started = [], attention.launch
+    monkeypatch.setattr(
+        attention, "launch", lambda *given: boxes.append([box for box in given[-1] if box]) or started(*given)
+    )
+    extras, starts = {}, None
+    if layout == "lengths":
+        extras = {"extras": Extras(torch.tensor([9, 70], dtype=torch.int32, device=device))}
+    if layout == "packed sequences":
+        at = torch.tensor([0, 9, 70], dtype=torch.int32, device=device)
+        starts = Starts(at, at, 61, 61)
+    q, k, v = laid_out(
+        layout if layout in LAYOUTS else "separate", 2 - bool(starts), 70, 70, 2, 72, torch.float16, device
+    )
+    found = attention.forward(q, k, v, 0.1, **extras, starts=starts, config=FORWARD["descriptors"])
+    pointers = replace(FORWARD["descriptors"], descriptors=False)
+    for got, expected in zip(
+        found, attention.forward(q, k, v, 0.1, **extras, starts=starts, config=pointers), strict=True
+    ):
+        assert torch.equal(got, expected)
+    copied = [] if layout in ("expanded", "lengths", "packed sequences") else [[1, 1, 64, w] for w in (64, 64, 16, 16)]
+    assert boxes == [copied, []]
 
 
 @product(lengths=((1, 197), (1, 17), (65, 33), (33, 130), (17, 577)), dtype=DTYPES, strength=1)

@@ -36,6 +36,7 @@ class Config:
             (forward only).
         delta_first: the sums of grad * out by a kernel of their own (short backward only).
         keys_m, keys_n, keys_warps: the same of the half that makes dk and dv, where that is a kernel of its own.
+        descriptors: keys and values come by bulk copies, which want rows at multiples of 16 bytes (online only).
     """
 
     kernel: str
@@ -50,9 +51,11 @@ class Config:
     keys_m: int = 0
     keys_n: int = 0
     keys_warps: int = 0
+    descriptors: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Without what came later where it says nothing: records of before have the same words for the same."""
+        return {name: value for name, value in asdict(self).items() if name != "descriptors" or value}
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,14 @@ FORWARD_FEW = [
     Row(Config("online", 16, 64, warps=1), width=64, programs_at_most=FEW, dropout=False),
     Row(Config("online", 16, 32, warps=2), programs_at_most=FEW),
 ]
+# bulk copies need fewer registers; a barrier for each stage takes the room of a fourth program from three stages of 64
+FORWARD_BOXES = [
+    Row(Config("online", 64, 32, stages=3, registers=96, descriptors=True), width=80, dropout=False),
+    Row(Config("online", 64, 64, stages=2, descriptors=True), dropout=False),
+    Row(Config("online", 64, 64, stages=3, descriptors=True), dropout=False),
+    Row(Config("online", 64, 128, stages=2, descriptors=True), width=80, dropout=False),
+    Row(Config("online", 128, 64, warps=8, stages=3, descriptors=True), width=80, dropout=False),
+]
 FORWARD_BLACKWELL = [
     *FORWARD_FEW,
     Row(Config("short", 64), width=64, keys=272, programs_at_most=SOME, dropout=False),
@@ -116,6 +127,7 @@ FORWARD: dict[int, list[Row]] = {
         Row(Config("online", 64, 64)),
         *FORWARD_FEW,
         Row(Config("short", 64, stages=2, loop=True), width=64, keys=272, dropout=False),
+        *FORWARD_BOXES,
         *FORWARD_FP32[90],
     ],
     100: [

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -88,18 +89,27 @@ def forward(
         out.zero_()
         lse.fill_(float("-inf"))
     config = config or forward_config(call)
+    if config.descriptors and not (call.plain and _describable(k) and _describable(v)):
+        config = replace(config, descriptors=False)
     tiles = -(-call.Nq // config.block_m)
     constants = _forward_constants(call, config)
     tensors = [q, k, v, out, lse, call.lengths, call.seed]
     sizes = [*call.strides, call.H, call.Nq, call.Nk]
     numbers = (call.scale, call.scale * LOG2E, call.threshold, call.inv_keep)
+    boxes: list[Sequence[int] | None] = []
     if config.kernel == "short":
         kernel, programs = forward_kernels.forward_short, call.B * call.H * (1 if config.loop else tiles)
     else:
         kernel, programs = forward_kernels.forward_online, call.B * call.H * tiles
-        tensors, sizes = [*tensors, call.q_starts, call.k_starts], [*sizes, q.shape[1]]
+        if config.descriptors:
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
+            first, second = _boxes(constants)
+            boxes = [None, first, first, second, second]
+        tensors = [q, k, v, k, v, *tensors[3:], call.q_starts, call.k_starts]
+        sizes = [*sizes, q.shape[1]]
     numbers = (*sizes, *numbers)
-    launch(kernel, (programs,), tensors, numbers, constants, config.warps, config.stages, config.registers)
+    how = config.warps, config.stages, config.registers, boxes
+    launch(kernel, (programs,), tensors, numbers, constants, *how)
     return out, lse
 
 
@@ -181,6 +191,11 @@ class _Call:
         self.wide = TILE * max(3 * self.H * self.D, *(abs(t.stride(1)) for t in (q, k, v))) >= 1 << 31
 
     @property
+    def plain(self) -> bool:
+        """Whether all keys of an image take part, and no other's lie where its own end."""
+        return not self.packed and not self.has_lengths
+
+    @property
     def bits(self) -> int:
         return _bits(self.dtype)
 
@@ -213,6 +228,16 @@ def _in_units(t: Tensor) -> Tensor:
 
 def _units(t: Tensor, dims: int) -> list[int]:
     return [stride // UNIT for stride in t.stride()[:dims]]
+
+
+def _describable(t: Tensor) -> bool:
+    """Whether bulk copies take rows of `_in_units`: of tensors none of whose numbers is there twice."""
+    return t.stride(1) >= t.shape[3] and t.stride(0) > 0 and t.stride(2) > 0
+
+
+def _boxes(constants: dict[str, Any]) -> tuple[list[int], list[int]]:
+    """Rows of a head, first and second parts, of [B, H, N, D]; the first again in place of second ones that are not."""
+    return [1, 1, constants["BN"], constants["W0"]], [1, 1, constants["BN"], constants["W1"] or constants["W0"]]
 
 
 def forward_configs(device: torch.device, dtype: torch.dtype, heads: int, D: int, Nq: int, Nk: int) -> list[Config]:
@@ -250,7 +275,8 @@ def _forward_constants(call: _Call, config: Config) -> dict[str, Any]:
     if config.kernel == "short":
         P0, P1, P2 = key_parts(call.Nk)
         return common | {"P0": P0, "P1": P1, "P2": P2, "LOOP": config.loop}
-    return common | {"BN": config.block_n, "STAGES": config.stages, "PEEL": config.peel, "PACKED": call.packed}
+    how = {"PEEL": config.peel, "PACKED": call.packed, "DESC": config.descriptors and call.plain}
+    return common | {"BN": config.block_n, "STAGES": config.stages, **how}
 
 
 def _backward_parts(keys: int, config: Config) -> tuple[int, int, int]:
@@ -298,8 +324,8 @@ VARIANTS = {"dropout": {"dropout_p": 0.1}, "lengths": {"lengths": True}, "packed
 def compilations(arch: int) -> Iterator[Compilation]:
     """What the tables of `arch` choose for the shapes of ViTs, in batches large and small and for one image.
 
-    And what was measured to be fastest, at the shapes that it runs; and at (197, 64) what else they list, for `vitfast
-    tune`.
+    And what was measured to be fastest, at the shapes that it runs; and at (197, 64) and (577, 80) what else they list,
+    for `vitfast tune`.
     """
     seen: set[str] = set()
     for B in (1, 8, 64):
@@ -315,7 +341,8 @@ def compilations(arch: int) -> Iterator[Compilation]:
             config = Config(**row.choice.config)
             only = ([], [config]) if row.kernel.endswith("_backward") else ([config], [])
             yield from _compilations(arch, 64, *row.shape[3:], torch.bfloat16, seen, only=only)
-    yield from _compilations(arch, 64, 197, 64, torch.bfloat16, seen, default=False)
+    for N, D in ((197, 64), (577, 80)):
+        yield from _compilations(arch, 64, N, D, torch.bfloat16, seen, default=False)
 
 
 def _compilations(
@@ -351,7 +378,7 @@ def _compilation(kernel, call, constants, warps, stages, default, registers, see
     sizes = [f"{name}{constants[name]}" for name in ("D", "BM", "BN", "P0", "P1", "P2") if constants.get(name)]
     more = [constants["PRECISION"]] if call.dtype is torch.float32 and "PRECISION" in constants else []
     more += ["loop"] * bool(constants.get("LOOP")) + ["masked"] * (constants.get("PEEL") is False)
-    more += [f"r{registers}"] * bool(registers)
+    more += [f"r{registers}"] * bool(registers) + ["desc"] * bool(constants.get("DESC"))
     more += ["delta first"] * bool(constants.get("DELTA"))
     more += [variant] * bool(variant and "LENGTHS" in constants)
     dtype = DTYPES[call.dtype]
@@ -363,7 +390,10 @@ def _compilation(kernel, call, constants, warps, stages, default, registers, see
     own["lengths"] = "*i32" if call.has_lengths else f"*{dtype}"
     own |= dict.fromkeys(("q_starts", "k_starts"), "*i32" if call.packed else f"*{dtype}")
     own |= dict.fromkeys(("scale", "scale_log2", "inv_keep"), "fp32")
-    tensors = ("q", "k", "v", "out", "grad", "dq", "dk", "dv")
+    if constants.get("DESC"):
+        for names, box in zip((("k", "v"), ("k_rest", "v_rest")), _boxes(constants), strict=True):
+            own |= dict.fromkeys(names, f"tensordesc<{dtype}[{','.join(map(str, box))}]>")
+    tensors = ("q", "k", "v", "k_rest", "v_rest", "out", "grad", "dq", "dk", "dv")
     types = {
         argument: own.get(argument, f"*{dtype}" if argument in tensors else "i32")
         for argument in kernel.arg_names

@@ -22,7 +22,9 @@ from vitfast.kernels.triton.attention_tiles import (
     kept,
     load_rows,
     products,
+    query_rows,
     store_rows,
+    zero_columns,
     zero_rows,
 )
 
@@ -378,32 +380,6 @@ def backward_delta(
     o0, o1 = load_rows(advance(out + at_out, first, out_row, 8), step, left, BM, W0, W1, D, True, WIDE)
     rows = tl.arange(0, BM)
     tl.store(delta + bh.to(tl.int64) * queries + first + rows, row_dot(o0, o1, g0, g1, W1), mask=rows < left)
-
-
-@triton.jit
-def zero_columns(BM: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr):
-    first = tl.zeros((W0, BM), tl.float32)
-    second = first
-    if W1 > 0:
-        second = tl.zeros((W1, BM), tl.float32)
-    return first, second
-
-
-@triton.jit
-def query_rows(
-    ds,  # [BN, BM]
-    k0, k1,  # [BN, W0], [BN, W1]
-    dq0, dq1,  # fp32 [BM, W0], [BM, W1], where BM < W0 transposed
-    BM: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """What BN keys add to dq of BM queries. The longer side is rows, of which wgmma wants 64."""
-    if BM < W0:
-        dq0 = tl.dot(tl.trans(k0), ds, dq0, input_precision=PRECISION)
-        if W1 > 0:
-            dq1 = tl.dot(tl.trans(k1), ds, dq1, input_precision=PRECISION)
-    else:
-        dq0, dq1 = add_product(tl.trans(ds), k0, k1, dq0, dq1, W1, PRECISION)
-    return dq0, dq1
 
 
 @triton.jit(do_not_specialize=RUNTIME)
