@@ -58,15 +58,15 @@ MUTANTS = {
         "test_head_dim_is_padded_wrongly and fp32",
     ),
     "third part of the keys without their gradient of q": (
-        "attention_backward.py", "dq0, dq1 = query_rows(ds2, k20, k21, dq0, dq1, BM, W0, W1, PRECISION)", "pass",
+        "attention_backward_short.py", "dq0, dq1 = query_rows(ds2, k20, k21, dq0, dq1, BM, W0, W1, PRECISION)", "pass",
         "test_backward_kernel_is_wrong_at_a_length and three",
     ),
     "third part of the keys masked as if further on": (
-        "attention_backward.py", "dv20, dv21, i, P0 + P1, n,", "dv20, dv21, i, P0 + P1 + P2, n,",
+        "attention_backward_short.py", "dv20, dv21, i, P0 + P1, n,", "dv20, dv21, i, P0 + P1 + P2, n,",
         "test_backward_kernel_is_wrong_at_a_length and three",
     ),
     "delta of the next row": (
-        "attention_backward.py", "            sums = tl.load(delta + i + rows, mask=rows < left, other=0.0)\n",
+        "attention_backward_short.py", "            sums = tl.load(delta + i + rows, mask=rows < left, other=0.0)\n",
         "            sums = tl.load(delta + i + rows + 1, mask=rows < left - 1, other=0.0)\n",
         "test_backward_kernel_is_wrong_at_a_length and fp32 and first",
     ),

@@ -1,5 +1,6 @@
 """The attention kernels against fp64, by the rule that stock attention sets: lengths, head dims, layouts."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -77,7 +78,8 @@ def test_configuration_of_a_table_is_wrong_at_the_widest_head_that_it_is_for(dir
 @product(layout=LAYOUTS, dtype=DTYPES, strength=1)
 def test_stride_is_ignored(layout, dtype, device):
     D = 72 if dtype is torch.float16 else 64
-    for forward, backward in zip(FORWARD.values(), BACKWARD.values(), strict=True):
+    # there are more of the second
+    for forward, backward in zip(itertools.cycle(FORWARD.values()), BACKWARD.values(), strict=False):
         found = check(dtype, D, 33, 33, forward=forward, backward=backward, layout=layout, device=device)
         plain = [t.contiguous() for t in laid_out(layout, 2, 33, 33, 2, D, dtype, device)]
         for got, expected in zip(found, attention.forward(*plain, D**-0.5, config=forward), strict=True):

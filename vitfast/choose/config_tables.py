@@ -36,7 +36,8 @@ class Config:
             (forward only).
         delta_first: the sums of grad * out by a kernel of their own (short backward only).
         keys_m, keys_n, keys_warps: the same of the half that makes dk and dv, where that is a kernel of its own.
-        descriptors: keys and values come by bulk copies, which want rows at multiples of 16 bytes (online only).
+        descriptors: what a loop reads comes by bulk copies, which want rows at multiples of 16 bytes (online forward
+            and blocks backward).
     """
 
     kernel: str
@@ -146,6 +147,11 @@ BACKWARD_FP32 = tuple(
 
 BACKWARD_HOPPER = Config("blocks", 64, 32, stages=3, keys_m=32, keys_n=64, keys_warps=4)
 
+BACKWARD_BOXES = [
+    Row(Config("blocks", 64, n, stages=stages, keys_m=m, keys_n=64, keys_warps=4, descriptors=True), dropout=False)
+    for n, stages, m in ((32, 3, 32), (32, 3, 16), (64, 2, 32))
+]
+
 BACKWARD: dict[int, list[Row]] = {
     80: [
         Row(Config("blocks", 32, 64, keys_m=32, keys_n=64, keys_warps=4), width=64, programs_at_most=FEW),
@@ -171,6 +177,7 @@ BACKWARD: dict[int, list[Row]] = {
         Row(Config("short", 32, warps=8, delta_first=True), width=64, keys=256, dropout=False),
         # 197 keys are 208 and not 256; tiles of 32 queries spill
         Row(Config("short", 16, 16, warps=8, stages=3, delta_first=True), width=64, keys=256, dropout=False),
+        *BACKWARD_BOXES,
         *BACKWARD_FP32,
     ],
     100: [

@@ -14,6 +14,7 @@ from vitfast.choose import builtin, config_tables
 from vitfast.choose.config_tables import Config
 from vitfast.kernels.operands import Extras, Starts
 from vitfast.kernels.triton import attention_backward as backward_kernels
+from vitfast.kernels.triton import attention_backward_short as short_kernels
 from vitfast.kernels.triton import attention_forward as forward_kernels
 from vitfast.kernels.triton.compilation import Compilation
 from vitfast.kernels.triton.launch import (
@@ -103,7 +104,7 @@ def forward(
         kernel, programs = forward_kernels.forward_online, call.B * call.H * tiles
         if config.descriptors:
             k, v = k.transpose(1, 2), v.transpose(1, 2)
-            first, second = _boxes(constants)
+            first, second = _boxes(constants, "BN")
             boxes = [None, first, first, second, second]
         tensors = [q, k, v, k, v, *tensors[3:], call.q_starts, call.k_starts]
         sizes = [*sizes, q.shape[1]]
@@ -140,29 +141,41 @@ def backward(
     fresh = torch.zeros_like if call.packed else torch.empty_like
     dq, dk, dv = into or tuple(fresh(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     config = config or backward_config(call)
+    by_head = grad.view(*q.shape)
+    if config.descriptors and not (call.plain and all(map(_describable, (q, k, v, by_head)))):
+        config = replace(config, descriptors=False)
     delta = torch.empty_like(lse) if config.kernel != "short" or config.delta_first else lse
     q_strides, k_strides = _units(dq, 2), _units(dk, 2)
     sizes = (call.H, call.Nq, call.Nk)
     numbers = (call.scale, call.threshold, call.inv_keep)
+    beside = (call.lengths, call.seed, call.q_starts, call.k_starts)
     for each in _backward_constants(call, config):
         kernel, constants, warps = each
         programs, own = call.B * call.H, sizes
-        if kernel is backward_kernels.backward_delta:
+        boxes: list[Sequence[int] | None] = []
+        if kernel is short_kernels.backward_delta:
             programs *= -(-call.Nq // constants["BM"])
             launch(kernel, (programs,), (grad, out, delta), sizes[:2], constants, warps)
             continue
-        if kernel in (backward_kernels.backward_short, backward_kernels.backward_head):
+        if kernel in (short_kernels.backward_short, backward_kernels.backward_head):
             tensors = (q, k, v, grad, out, lse, delta, dq, dk, dv, call.lengths, call.seed)
             strides = (*call.strides, *q_strides, *k_strides)
         elif kernel is backward_kernels.backward_queries:
-            tensors = (q, k, v, grad, out, lse, delta, dq, call.lengths, call.seed, call.q_starts, call.k_starts)
+            first, second = _boxes(constants, "BN")
+            boxes = [None, first, first, second, second] if config.descriptors else []
+            ours = [t.transpose(1, 2) if config.descriptors else t for t in (k, v)]
+            tensors = (q, *ours, *ours, grad, out, lse, delta, dq, *beside)
             strides, own = (*call.strides, *q_strides), (*sizes, q.shape[1])
             programs *= -(-call.Nq // constants["BM"])
         else:
-            tensors = (q, k, v, grad, lse, delta, dk, dv, call.lengths, call.seed, call.q_starts, call.k_starts)
+            first, second = _boxes(constants, "BM")
+            boxes = [first, None, None, first, second, second] if config.descriptors else []
+            ours = [t.transpose(1, 2) for t in (q, by_head)] if config.descriptors else [q, grad]
+            tensors = (ours[0], k, v, ours[1], *ours, lse, delta, dk, dv, *beside)
             strides, own = (*call.strides, *k_strides), (*sizes, q.shape[1])
             programs *= -(-call.Nk // constants["BN"])
-        launch(kernel, (programs,), tensors, (*strides, *own, *numbers), constants, warps, config.stages)
+        numbers_of = (*strides, *own, *numbers)
+        launch(kernel, (programs,), tensors, numbers_of, constants, warps, config.stages, boxes=boxes)
     return into or (dq, dk, dv)
 
 
@@ -235,9 +248,13 @@ def _describable(t: Tensor) -> bool:
     return t.stride(1) >= t.shape[3] and t.stride(0) > 0 and t.stride(2) > 0
 
 
-def _boxes(constants: dict[str, Any]) -> tuple[list[int], list[int]]:
-    """Rows of a head, first and second parts, of [B, H, N, D]; the first again in place of second ones that are not."""
-    return [1, 1, constants["BN"], constants["W0"]], [1, 1, constants["BN"], constants["W1"] or constants["W0"]]
+def _boxes(constants: dict[str, Any], rows: str) -> tuple[list[int], list[int]]:
+    """First and second parts of a head's rows, of [B, H, N, D]; the first again in place of second ones that are not.
+
+    rows: the constant that says how many.
+    """
+    W0, W1 = constants["W0"], constants["W1"]
+    return [1, 1, constants[rows], W0], [1, 1, constants[rows], W1 or W0]
 
 
 def forward_configs(device: torch.device, dtype: torch.dtype, heads: int, D: int, Nq: int, Nk: int) -> list[Config]:
@@ -296,12 +313,12 @@ def _backward_constants(call: _Call, config: Config) -> list[tuple[Any, dict[str
         P0, P1, P2 = _backward_parts(call.Nk, config)
         short = common | {"P0": P0, "P1": P1, "P2": P2, "DELTA": config.delta_first}
         before = {name: common[name] for name in ("D", "W0", "W1", "WIDE")} | {"BM": 64}
-        first = [(backward_kernels.backward_delta, before, 4)] if config.delta_first else []
-        return [*first, (backward_kernels.backward_short, short, config.warps)]
+        first = [(short_kernels.backward_delta, before, 4)] if config.delta_first else []
+        return [*first, (short_kernels.backward_short, short, config.warps)]
     if config.kernel == "head":
         constants = common | {"BN": config.block_n, "PEEL": config.peel}
         return [(backward_kernels.backward_head, constants, config.warps)]
-    common |= {"PACKED": call.packed}
+    common |= {"PACKED": call.packed, "DESC": config.descriptors and call.plain}
     return [
         (backward_kernels.backward_queries, common | {"BN": config.block_n, "PEEL": config.peel}, config.warps),
         (
@@ -391,9 +408,10 @@ def _compilation(kernel, call, constants, warps, stages, default, registers, see
     own |= dict.fromkeys(("q_starts", "k_starts"), "*i32" if call.packed else f"*{dtype}")
     own |= dict.fromkeys(("scale", "scale_log2", "inv_keep"), "fp32")
     if constants.get("DESC"):
-        for names, box in zip((("k", "v"), ("k_rest", "v_rest")), _boxes(constants), strict=True):
+        moved, rows = (("q", "grad"), "BM") if kernel is backward_kernels.backward_keys else (("k", "v"), "BN")
+        for names, box in zip((moved, [f"{name}_rest" for name in moved]), _boxes(constants, rows), strict=True):
             own |= dict.fromkeys(names, f"tensordesc<{dtype}[{','.join(map(str, box))}]>")
-    tensors = ("q", "k", "v", "k_rest", "v_rest", "out", "grad", "dq", "dk", "dv")
+    tensors = ("q", "k", "v", "k_rest", "v_rest", "q_rest", "grad_rest", "out", "grad", "dq", "dk", "dv")
     types = {
         argument: own.get(argument, f"*{dtype}" if argument in tensors else "i32")
         for argument in kernel.arg_names
