@@ -82,6 +82,13 @@ MUTANTS = {
         "attention_tiles.py", "first.load([image, head, row, 0])", "first.load([image, 0, row, 0])",
         "test_forward_kernel_is_wrong_at_a_length and descriptors",
     ),
+    "rows of zeros seen by a key of infinities": (
+        "attention_backward.py", "    if TAIL:\n", "    if False:\n", "test_a_key_that_no_query_sees",
+    ),
+    "bulk copy of grad as of q": (
+        "attention_backward.py", "load_boxes(grad, grad_rest, b", "load_boxes(q, q_rest, b",
+        "test_backward_kernel_is_wrong_at_a_length and descriptors",
+    ),
     "bulk copies of padding": (
         "attention.py", "return not self.packed and not self.has_lengths", "return not self.packed",
         "test_padding_takes_part and descriptors",

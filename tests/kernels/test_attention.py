@@ -89,27 +89,48 @@ def test_stride_is_ignored(layout, dtype, device):
 @pytest.mark.parametrize("layout", [*LAYOUTS, "lengths", "packed sequences"])
 def test_bulk_copies_bring_what_they_cannot_or_must_not(layout, monkeypatch, device):
     """Rows that lie in one another; rows behind an image's last key, which are another image's or may hold NaN."""
-    boxes, started = [], attention.launch
-    monkeypatch.setattr(
-        attention, "launch", lambda *given: boxes.append([box for box in given[-1] if box]) or started(*given)
-    )
-    extras, starts = {}, None
+    boxes, launch = [], attention.launch
+
+    def started(*given, **more):
+        boxes.extend(box for box in more["boxes"] if box)
+        launch(*given, **more)
+
+    monkeypatch.setattr(attention, "launch", started)
+    extras, starts = Extras(), None
     if layout == "lengths":
-        extras = {"extras": Extras(torch.tensor([9, 70], dtype=torch.int32, device=device))}
+        extras = Extras(torch.tensor([9, 70], dtype=torch.int32, device=device))
     if layout == "packed sequences":
         at = torch.tensor([0, 9, 70], dtype=torch.int32, device=device)
         starts = Starts(at, at, 61, 61)
-    q, k, v = laid_out(
-        layout if layout in LAYOUTS else "separate", 2 - bool(starts), 70, 70, 2, 72, torch.float16, device
-    )
-    found = attention.forward(q, k, v, 0.1, **extras, starts=starts, config=FORWARD["descriptors"])
-    pointers = replace(FORWARD["descriptors"], descriptors=False)
-    for got, expected in zip(
-        found, attention.forward(q, k, v, 0.1, **extras, starts=starts, config=pointers), strict=True
-    ):
+    lies, images = layout if layout in LAYOUTS else "separate", 1 if starts else 2
+    heads = laid_out(lies, images, 70, 70, 2, 72, torch.float16, device)
+    grad = draw(*heads[0].shape[:2], 144, dtype=torch.float16, device=device)
+    refused = layout in ("expanded", "lengths", "packed sequences")
+
+    def both(**changed):
+        boxes.clear()
+        out, lse = attention.forward(*heads, 0.1, extras, starts, config=replace(FORWARD["descriptors"], **changed))
+        yield from (out, lse)
+        assert boxes == ([] if refused or changed else [[1, 1, 64, w] for w in (64, 64, 16, 16)])
+        boxes.clear()
+        config = replace(BACKWARD["descriptors"], **changed)
+        yield from attention.backward(grad, *heads, out, lse, 0.1, extras, starts, config=config)
+        assert boxes == ([] if refused or changed else 2 * [[1, 1, 32, w] for w in (64, 64, 16, 16)])
+
+    for got, expected in zip(list(both()), list(both(descriptors=False)), strict=True):
         assert torch.equal(got, expected)
-    copied = [] if layout in ("expanded", "lengths", "packed sequences") else [[1, 1, 64, w] for w in (64, 64, 16, 16)]
-    assert boxes == [copied, []]
+
+
+def test_a_key_that_no_query_sees_gets_nan(device):
+    """Of infinities, of which rows of zeros past the last query would make NaN."""
+    q, k, v = (draw(1, 33, 2, 64, device=device, seed=i) for i in range(3))
+    grad = draw(1, 33, 128, device=device, seed=9)
+    q[..., 5] = q[..., 5].abs() + 1
+    k[0, 7, :, 5] = float("-inf")
+    out, lse = attention.forward(q, k, v, 0.125)
+    for config in BACKWARD.values():
+        _, dk, dv = attention.backward(grad, q, k, v, out, lse, 0.125, config=config)
+        assert dk.isfinite().all() and dv.isfinite().all() and not dk[0, 7].any() and not dv[0, 7].any()
 
 
 @product(lengths=((1, 197), (1, 17), (65, 33), (33, 130), (17, 577)), dtype=DTYPES, strength=1)

@@ -109,8 +109,8 @@ def forward(
         tensors = [q, k, v, k, v, *tensors[3:], call.q_starts, call.k_starts]
         sizes = [*sizes, q.shape[1]]
     numbers = (*sizes, *numbers)
-    how = config.warps, config.stages, config.registers, boxes
-    launch(kernel, (programs,), tensors, numbers, constants, *how)
+    how = config.warps, config.stages, config.registers
+    launch(kernel, (programs,), tensors, numbers, constants, *how, boxes=boxes)
     return out, lse
 
 
