@@ -43,7 +43,9 @@ def key_step(
     first_query, first_key, n, bh,  # n: keys of the head; bh: head of all images
     seed, scale, threshold, inv_keep,  # scale of the logits; of dropout: the rate times 2**31, 1 / (1 - rate)
     W1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, left=0, TAIL: tl.constexpr = False,
+    PRECISION: tl.constexpr,
+    left=0,  # queries that are there, read where TAIL
+    TAIL: tl.constexpr = False,
 ):  # fmt: skip
     """What BM queries add to dk and dv of BN keys, and their dS^T [BN, BM], not yet scaled.
 
@@ -214,7 +216,7 @@ def keys_tile(
 def backward_queries(
     q,  # [B, queries, heads, D], with PACKED [1, all_queries, heads, D]; D contiguous
     k, v,  # [B, keys, heads, D], with PACKED [1, all keys, heads, D]; D contiguous. With DESC as in `load_boxes`
-    k_rest, v_rest,  # the same for the second parts of rows, read where DESC and W1
+    k_rest, v_rest,  # the same, with DESC and W1 for the second parts of rows: boxes of [1, 1, BN, W1]
     grad, out,  # [B, queries, heads * D], with PACKED [1, all_queries, heads * D]; contiguous
     lse, delta,  # fp32 [B, heads, queries], with PACKED [1, heads, all_queries]; contiguous
     dq,  # [B, queries, heads, D], with PACKED [1, all_queries, heads, D]; heads D apart
@@ -275,7 +277,7 @@ def backward_keys(
     q,  # [B, queries, heads, D], with PACKED [1, all_queries, heads, D]; D contiguous. With DESC as in `load_boxes`
     k, v,  # [B, keys, heads, D], with PACKED [1, all keys, heads, D]; D contiguous
     grad,  # [B, queries, heads * D], with PACKED [1, all_queries, heads * D]; contiguous. With DESC as q
-    q_rest, grad_rest,  # the same for the second parts of rows, read where DESC and W1
+    q_rest, grad_rest,  # the same, with DESC and W1 for the second parts of rows: boxes of [1, 1, BM, W1]
     lse, delta,  # fp32 [B, heads, queries], with PACKED [1, heads, all_queries]; contiguous
     dk, dv,  # [B, keys, heads, D], with PACKED [1, all keys, heads, D]; heads D apart
     lengths, seed,  # int32 [B], read where LENGTHS; int64 [1], read where DROPOUT

@@ -242,7 +242,7 @@ def online_step(
 def forward_online(
     q,  # [B, queries, heads, D], with PACKED [1, all_queries, heads, D]; D contiguous
     k, v,  # [B, keys, heads, D], with PACKED [1, all keys, heads, D]; D contiguous. With DESC as in `load_boxes`
-    k_rest, v_rest,  # the same for the second parts of rows, read where DESC and W1
+    k_rest, v_rest,  # the same, with DESC and W1 for the second parts of rows: boxes of [1, 1, BN, W1]
     out,  # [B, queries, heads * D], with PACKED [1, all_queries, heads * D]; contiguous
     lse,  # fp32 [B, heads, queries], with PACKED [1, heads, all_queries]; contiguous
     lengths, seed,  # int32 [B], read where LENGTHS; int64 [1], read where DROPOUT
