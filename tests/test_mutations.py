@@ -58,7 +58,7 @@ MUTANTS = {
         "test_head_dim_is_padded_wrongly and fp32",
     ),
     "third part of the keys without their gradient of q": (
-        "attention_backward_short.py", "dq0, dq1 = query_rows(ds2, k20, k21, dq0, dq1, BM, W0, W1, PRECISION)", "pass",
+        "attention_backward_short.py", "dq0, dq1 = query_rows(ds2, k20, k21, dq0, dq1, W1, TURNED, PRECISION)", "pass",
         "test_backward_kernel_is_wrong_at_a_length and three",
     ),
     "third part of the keys masked as if further on": (

@@ -34,7 +34,7 @@ class Config:
         loop: a program takes all queries of a head in turn (short forward only).
         registers: of a thread at most, so that more programs share a multiprocessor; 0: as many as the compiler wants
             (forward only).
-        delta_first: the sums of grad * out by a kernel of their own (short backward only).
+        delta_first: the sums of grad * out by a kernel of their own, and dq by wgmma (short backward only).
         keys_m, keys_n, keys_warps: the same of the half that makes dk and dv, where that is a kernel of its own.
         descriptors: what a loop reads comes by bulk copies, which want rows at multiples of 16 bytes (online forward
             and blocks backward).

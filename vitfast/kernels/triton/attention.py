@@ -311,7 +311,8 @@ def _backward_constants(call: _Call, config: Config) -> list[tuple[Any, dict[str
     common = call.constants() | {"BM": config.block_m, "STAGES": config.stages}
     if config.kernel == "short":
         P0, P1, P2 = _backward_parts(call.Nk, config)
-        short = common | {"P0": P0, "P1": P1, "P2": P2, "DELTA": config.delta_first}
+        turned = config.delta_first and config.block_m < common["W0"]
+        short = common | {"P0": P0, "P1": P1, "P2": P2, "DELTA": config.delta_first, "TURNED": turned}
         before = {name: common[name] for name in ("D", "W0", "W1", "WIDE")} | {"BM": 64}
         first = [(short_kernels.backward_delta, before, 4)] if config.delta_first else []
         return [*first, (short_kernels.backward_short, short, config.warps)]

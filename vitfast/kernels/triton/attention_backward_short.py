@@ -45,11 +45,11 @@ def backward_short(
     scale, threshold, inv_keep,  # as in `key_step`
     D: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, BM: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
     P2: tl.constexpr, STAGES: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, LENGTHS: tl.constexpr,
-    DROPOUT: tl.constexpr, DELTA: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, DELTA: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """P0 + P1 + P2 is at least `keys`, and without the last of them less: only that one is masked.
 
-    DELTA: it is there already.
+    DELTA: it is there already. TURNED: dq is made with its columns as rows, of which there are 64 for a wgmma.
     """
     bh = tl.program_id(0)
     b = bh // heads
@@ -104,8 +104,7 @@ def backward_short(
             o0, o1 = load_rows(advance(out, i, out_row, 8), row_step(out_row, 8, WIDE), left, BM, W0, W1, D, True, WIDE)
             sums = row_dot(o0, o1, g0, g1, W1)
         log_sum = tl.load(lse + i + rows, mask=rows < left, other=float("inf"))
-        # of the other kernels' form where the tile has as many queries as a wgmma wants rows
-        if BM < W0:
+        if TURNED:
             dq0, dq1 = zero_columns(BM, W0, W1)
         else:
             dq0, dq1 = zero_rows(BM, W0, W1)
@@ -113,20 +112,20 @@ def backward_short(
             q0, q1, g0, g1, log_sum, sums, k00, k01, v00, v01, dk00, dk01, dv00, dv01, i, 0, n, bh, number,
             scale, threshold, inv_keep, W1, BM, P0, LENGTHS or P1 == 0, DROPOUT, PRECISION,
         )  # fmt: skip
-        dq0, dq1 = query_rows(ds0, k00, k01, dq0, dq1, BM, W0, W1, PRECISION)
+        dq0, dq1 = query_rows(ds0, k00, k01, dq0, dq1, W1, TURNED, PRECISION)
         if P1 > 0:
             dk10, dk11, dv10, dv11, ds1 = key_step(
                 q0, q1, g0, g1, log_sum, sums, k10, k11, v10, v11, dk10, dk11, dv10, dv11, i, P0, n, bh, number,
                 scale, threshold, inv_keep, W1, BM, P1, LENGTHS or P2 == 0, DROPOUT, PRECISION,
             )  # fmt: skip
-            dq0, dq1 = query_rows(ds1, k10, k11, dq0, dq1, BM, W0, W1, PRECISION)
+            dq0, dq1 = query_rows(ds1, k10, k11, dq0, dq1, W1, TURNED, PRECISION)
         if P2 > 0:
             dk20, dk21, dv20, dv21, ds2 = key_step(
                 q0, q1, g0, g1, log_sum, sums, k20, k21, v20, v21, dk20, dk21, dv20, dv21, i, P0 + P1, n, bh, number,
                 scale, threshold, inv_keep, W1, BM, P2, True, DROPOUT, PRECISION,
             )  # fmt: skip
-            dq0, dq1 = query_rows(ds2, k20, k21, dq0, dq1, BM, W0, W1, PRECISION)
-        if BM < W0:
+            dq0, dq1 = query_rows(ds2, k20, k21, dq0, dq1, W1, TURNED, PRECISION)
+        if TURNED:
             dq0 = tl.trans(dq0)
             if W1 > 0:
                 dq1 = tl.trans(dq1)

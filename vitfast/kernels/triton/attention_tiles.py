@@ -155,11 +155,11 @@ def zero_columns(BM: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr):
 def query_rows(
     ds,  # [BN, BM]
     k0, k1,  # [BN, W0], [BN, W1]
-    dq0, dq1,  # fp32 [BM, W0], [BM, W1], where BM < W0 transposed
-    BM: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, PRECISION: tl.constexpr,
+    dq0, dq1,  # fp32 [BM, W0], [BM, W1], with TURNED [W0, BM], [W1, BM]
+    W1: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What BN keys add to dq of BM queries. The longer side is rows, of which wgmma wants 64."""
-    if BM < W0:
+    """What BN keys add to dq of BM queries."""
+    if TURNED:
         dq0 = tl.dot(tl.trans(k0), ds, dq0, input_precision=PRECISION)
         if W1 > 0:
             dq1 = tl.dot(tl.trans(k1), ds, dq1, input_precision=PRECISION)
