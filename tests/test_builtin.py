@@ -1,5 +1,6 @@
 """`vitfast.choose.builtin`: which row of a table a call takes, and what is chosen where none was measured."""
 
+import importlib
 import json
 
 import pytest
@@ -326,8 +327,15 @@ def cudnn(monkeypatch):
     def flash(q, k, v, *rest, scale):
         return (*Cudnn()(q, k, v, None, True, 0, False, False, scale=scale)[:1], torch.zeros(q.shape[:3]))
 
+    def flash_backward(grad, q, k, v, *rest, scale):
+        return tuple(torch.zeros_like(t) for t in (q, k, v))
+
     def use(made):
         calls = {"_scaled_dot_product_cudnn_attention": made, "_scaled_dot_product_flash_attention": flash}
+        calls = {
+            **calls,
+            **{f"{name}_backward": call for name, call in zip(calls, (made, flash_backward), strict=True)},
+        }
         monkeypatch.setattr(stock, "aten", type("aten", (), {name: staticmethod(f) for name, f in calls.items()}))
         return stock
 
@@ -409,6 +417,82 @@ def test_a_full_memory_or_a_lost_device_is_taken_for_cudnns_refusal(cudnn, probl
     with pytest.raises(type(problem)):
         stock.attention_cuda(q, k, v, 0.125, backend="cudnn")
     assert list(stock._agrees.values()) == [True]
+
+
+class CudnnBackward:
+    """What is called in place of cuDNN's backward, of [B, H, N, D], which reads the lse [B, H, N, 1]."""
+
+    def __init__(self, wrong=0.0):
+        self.calls, self.wrong = 0, wrong
+
+    def __call__(self, grad, q, k, v, out, lse, seed, offset, bias, starts, ends, queries, keys, dropout, causal, *,
+                 scale):  # fmt: skip
+        from vitfast.ops import _attention_stock as stock
+
+        self.calls += 1
+        assert bias is starts is ends is None and not dropout and not causal and (queries, keys) == (q.shape[2],) * 2
+        assert lse.shape == (*q.shape[:3], 1)
+        rows = [t.transpose(1, 2) for t in (grad, q, k, v, out)]
+        return tuple(
+            g.transpose(1, 2)
+            for g in stock.attention_formula_backward(
+                rows[0].flatten(2), *rows[1:4], rows[4].flatten(2), lse[..., 0] + self.wrong, scale
+            )
+        )
+
+
+def backward_of_cudnn(stock):
+    q, k, v = torch.randn(2, 33, 3, 4, 64).unbind(2)
+    out, lse = stock.attention_formula(q, k, v, 0.125)
+    grad = torch.randn_like(out)
+    run = lambda **how: stock.attention_backward_cuda(grad, q, k, v, out, lse, 0.125, **how)  # noqa: E731
+    return run, stock.attention_formula_backward(grad, q, k, v, out, lse, 0.125)
+
+
+def test_the_backward_of_cudnn_gets_something_else_than_flash_attention(cudnn):
+    stock = cudnn(made := CudnnBackward())
+    run, expected = backward_of_cudnn(stock)
+    for got, right in zip(run(backend="cudnn"), expected, strict=True):
+        torch.testing.assert_close(got, right)
+        assert got.is_contiguous()
+    assert made.calls == 2
+    assert not any(g.any() for g in run()) and made.calls == 2
+
+
+@pytest.mark.parametrize("problem", ["another lse", "an error"])
+def test_a_backward_of_cudnn_that_differs_or_refuses_is_used_or_not_told(cudnn, problem):
+    def refuses(*_, **__):
+        raise RuntimeError("cuDNN Frontend error: no valid execution plans built.")
+
+    run, _ = backward_of_cudnn(cudnn(CudnnBackward(wrong=0.7) if problem == "another lse" else refuses))
+    why = "differs from the formula" if problem == "another lse" else "no valid execution plans"
+    with pytest.warns(RuntimeWarning, match=f"cuDNN's attention's backward.*{why}"):
+        assert not any(g.any() for g in run(backend="cudnn"))  # flash attention's
+    assert not any(g.any() for g in run(backend="cudnn"))
+
+
+def test_a_refusal_of_one_direction_is_taken_for_one_of_the_other(cudnn):
+    """Each is tried for itself: their inputs are what any forward leaves."""
+    stock = cudnn(Cudnn(wrong=0.7))
+    q, k, v = torch.randn(2, 33, 3, 4, 64).unbind(2)
+    with pytest.warns(RuntimeWarning, match="differs from the formula"):
+        stock.attention_cuda(q, k, v, 0.125, backend="cudnn")
+    stock = cudnn(made := CudnnBackward())
+    run, _ = backward_of_cudnn(stock)
+    run(backend="cudnn")
+    assert made.calls == 2
+
+
+def test_the_backward_that_was_measured_to_be_faster_does_not_run(cudnn, monkeypatch):
+    """In either direction: the one that runs is that of the table, whoever ran the other."""
+    module = importlib.import_module("vitfast.ops.attention")
+    monkeypatch.setattr(dispatch, "stock_config", lambda kernel, *_: (
+        {"backend": "cudnn"} if kernel == "attention_backward" else None))  # fmt: skip
+    stock = cudnn(made := CudnnBackward())
+    q, k, v = torch.randn(2, 33, 3, 4, 64).unbind(2)
+    out, lse = stock.attention_formula(q, k, v, 0.125)
+    found = module._stock_backward_cuda(torch.randn_like(out), q, k, v, out, lse, 0.125)
+    assert made.calls == 2 and all(g.any() for g in found)
 
 
 # in words

@@ -72,14 +72,17 @@ def test_exportable_mode_runs_ops_or_changes_results(variant):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("D", [64, 72, 20])
-def test_cuda_implementation_differs_from_the_shape_function(monkeypatch, dtype, D):
-    """Wrong arguments or layouts of the CUDA kernels, seen without a GPU: flash, and the formula where it can't."""
+@pytest.mark.parametrize("backend", ["flash", "cudnn"])
+def test_cuda_implementation_differs_from_the_shape_function(monkeypatch, dtype, D, backend):
+    """Wrong arguments or layouts of the CUDA kernels, seen without a GPU: and the formula where they can't."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(stock, "cudnn_sdp_enabled", lambda: True)
+    monkeypatch.setattr(stock, "_cudnn_agrees", lambda *key: True)
     with FakeTensorMode():
         q, kv = (torch.empty(2, n, parts, 3, D, device="cuda", dtype=dtype) for n, parts in ((5, 1), (9, 2)))
         q, k, v = q[:, :, 0], *kv.unbind(2)
-        found = stock.attention_cuda(q, k, v, 0.3)
-        found += stock.attention_backward_cuda(found[0], q, k, v, *found, 0.3)
+        found = stock.attention_cuda(q, k, v, 0.3, backend=backend)
+        found += stock.attention_backward_cuda(found[0], q, k, v, *found, 0.3, backend=backend)
         expected = attention_module._attention_fake(q, k, v, 0.3)
         expected += attention_module._attention_backward_fake(found[0], q, k, v, *expected, 0.3)
         described = [[(t.shape, t.stride(), t.dtype, t.device) for t in ts] for ts in (found, expected)]

@@ -147,11 +147,18 @@ def test_a_configuration_that_no_launcher_takes_is_written():
 
 
 def test_what_an_op_cannot_call_decides_or_is_not_named():
-    rows = row(stock(2.0, {"backend": "flash"}), stock(0.5, {"backend": "cudnn"}), timed(1.0, config=A),
+    rows = row(stock(2.0, {"backend": "flash"}), stock(0.5, {"backend": "efficient"}), timed(1.0, config=A),
                kernel="attention_backward", shape=HEADS)  # fmt: skip
     ((line,),) = (data["rows"] for data in defaults.tables({"r": record(rows)}).values())
     assert (line["use"], line["ratio"]) == ("kernel", {"NVIDIA H200": 2.0})
     assert line["note"] == "v1 faster, which the op can't call" and line["note"] in builtin.reason_of(line)
+
+
+def test_a_backward_that_loses_to_cudnns_runs():
+    rows = row(stock(2.0, {"backend": "flash"}), stock(0.5, {"backend": "cudnn"}), timed(1.0, config=A),
+               kernel="attention_backward", shape=HEADS)  # fmt: skip
+    ((line,),) = (data["rows"] for data in defaults.tables({"r": record(rows)}).values())
+    assert (line["use"], line["config"], line["ratio"]) == ("stock", {"backend": "cudnn"}, {"NVIDIA H200": 0.5})
 
 
 @pytest.mark.parametrize("ms, use", [(1.0, "kernel"), (1.5, "stock")])

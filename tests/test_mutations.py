@@ -58,6 +58,42 @@ MUTANTS = {
         "        total += 0\n",
         "test_head_dim_is_padded_wrongly and fp32",
     ),
+    "third part of the keys without their gradient of q": (
+        "attention_backward_short.py", "dq0, dq1 = query_rows(ds2, k20, k21, dq0, dq1, W1, TURNED, PRECISION)", "pass",
+        "test_backward_kernel_is_wrong_at_a_length and three",
+    ),
+    "third part of the keys masked as if further on": (
+        "attention_backward_short.py", "dv20, dv21, i, P0 + P1, n,", "dv20, dv21, i, P0 + P1 + P2, n,",
+        "test_backward_kernel_is_wrong_at_a_length and three",
+    ),
+    "delta of the next row": (
+        "attention_backward_short.py", "            sums = tl.load(delta + i + rows, mask=rows < left, other=0.0)\n",
+        "            sums = tl.load(delta + i + rows + 1, mask=rows < left - 1, other=0.0)\n",
+        "test_backward_kernel_is_wrong_at_a_length and fp32 and first",
+    ),
+    "bulk copy of another part of a row": (
+        "attention_tiles.py", "second.load([image, head, row, W0])", "second.load([image, head, row, 0])",
+        "test_head_dim_is_padded_wrongly and descriptors",
+    ),
+    "bulk copy of the next keys": (
+        "attention_tiles.py", "first.load([image, head, row, 0])", "first.load([image, head, row + 1, 0])",
+        "test_forward_kernel_is_wrong_at_a_length and descriptors",
+    ),
+    "bulk copy of another head": (
+        "attention_tiles.py", "first.load([image, head, row, 0])", "first.load([image, 0, row, 0])",
+        "test_forward_kernel_is_wrong_at_a_length and descriptors",
+    ),
+    "rows of zeros seen by a key of infinities": (
+        "attention_backward.py", "    if TAIL:\n", "    if False:\n", "test_a_key_that_no_query_sees",
+    ),
+    "bulk copy of grad as of q": (
+        "attention_backward.py", "load_boxes(grad, grad_rest, b", "load_boxes(q, q_rest, b",
+        "test_backward_kernel_is_wrong_at_a_length and descriptors",
+    ),
+    "bulk copies of padding": (
+        "attention.py", "return not self.packed and not self.has_lengths", "return not self.packed",
+        "test_padding_takes_part and descriptors",
+    ),
     "eps ten times as large": (
         "layer_norm_rows.py", "tl.sqrt_rn(variance + eps)", "tl.sqrt_rn(variance + 10.0 * eps)",
         "test_width_is_padded_wrongly and fp32",

@@ -8,6 +8,7 @@ import pytest
 import torch
 from bench_runs import do, runs_in, written
 from simulated_device import SimulatedDevice
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.core.harness import DeviceLost
 from benchmarks.gpu import plans, stages, sweep, sweep_rows, sweep_time, workers
@@ -319,6 +320,30 @@ def test_a_variant_that_fails_in_the_end_ends_its_row_or_keeps_its_times():
     last = {name: each.get("rounds") for name, each in found["variants"].items()}
     assert last == {"stock": 8, "bad": None, "good": 8}, len(calls)
     assert found["variants"]["bad"]["failed"] == "ValueError: not any more"
+
+
+def test_why_a_call_is_in_no_graph_is_not_said():
+    place = SimulatedDevice()
+    made = variant(place, role=sweep_rows.STOCK)
+
+    def make(args):
+        call = made.make(args)
+        return lambda: (place.work(1e-6, 1e-5, can_be_captured=False), call())[1]
+
+    variants = {"stock": dataclasses.replace(made, make=make), "ours": variant(place)}
+    found = run(row_of(variants), place)["variants"]
+    assert (found["stock"]["graph"], found["stock"]["why_no_graph"]) == (False, "it synchronises")
+    assert found["ours"]["graph"] and "why_no_graph" not in found["ours"] and "ms" in found["stock"]
+
+
+@pytest.mark.parametrize("backend", sweep_rows.BACKENDS)
+def test_stock_backward_needs_autograd_or_is_given_something_else(backend):
+    """Autograd's work is the host's too, and no graph holds it whose forward ran on another stream."""
+    with FakeTensorMode(), torch.no_grad():
+        qkv, grad = (torch.empty(2, 197, *n, dtype=torch.bfloat16, device="cuda") for n in ((3, 12, 64), (768,)))
+        call = sweep_rows._sdpa_backward(sweep_rows.BACKENDS[backend], (grad, qkv, None, None, 0.125))
+        found = call()
+    assert (found.shape, found.dtype) == (qkv.shape, qkv.dtype) and found.is_contiguous()
 
 
 def test_gradients_that_are_mostly_0_are_timed():

@@ -477,3 +477,25 @@ def test_stock_operators_that_the_table_prefers_are_no_rival_or_lost_to_those_th
     for _ in range(2):
         assert fake.who(8, 64) == "stock" and used[-1] == {"backend": "fast"}
         restart(monkeypatch)
+
+
+@pytest.mark.parametrize("ms, use", [(1.0, "stock"), (1.98, "stock"), (3.0, "kernel")])
+def test_a_kernel_that_loses_to_other_stock_operators_runs(fake, place, monkeypatch, ms, use):
+    """As to cuDNN's attention where nobody has measured yet: the kernel only beats PyTorch's flash attention."""
+    rivals = {"backend": "usual"}, {"backend": "fast"}
+    monkeypatch.setitem(FAMILIES, "fake_softmax", replace(fake.family(), rivals=rivals))
+    used = []
+
+    def stock(x):
+        used.append(dispatch.stock_config("fake", ("rows", *x.shape), DEVICE))
+        place.work(5e-6, (ms if used[-1] == rivals[1] else STOCK_MS) * 1e-3)
+        return torch.softmax(x, -1)
+
+    fake.stock = stock
+    (row,) = tune(place)[0].rows
+    assert row.use == use and row.kernel_ms == pytest.approx(2, 0.01) and row.stock == {"backend": "fast"}
+    assert row.stock_ms == pytest.approx(ms, rel=0.01)
+    for _ in range(2):
+        assert fake.who(8, 64) == use
+        assert use == "kernel" or used[-1] == {"backend": "fast"}
+        restart(monkeypatch)

@@ -37,7 +37,7 @@ EQUAL = 1.02
 # of a ratio that is a win only with what is saved elsewhere
 NARROW = 0.05
 # what an op can call in a kernel's place, of the stock operators that a row has beside the usual one
-REACHABLE = {"attention": ("flash", "cudnn"), "attention_backward": ("flash",)}
+REACHABLE = {"attention": ("flash", "cudnn"), "attention_backward": ("flash", "cudnn")}
 STANDS = ("device", "driver", "torch", "triton", "commit", "date")
 
 Key = tuple[str, tuple[Any, ...]]

@@ -15,7 +15,7 @@ where they fit. All is in the record after every row, and goes on from there:
          "config",                            ours: null for the kernel's own choice; stock: null or {"backend"} of SDPA
          "accepted", "why_not_accepted",      of stock and ours; what is not accepted is not timed
          "ms", "lowest", "highest", "rounds", of one call: the median of so many samples
-         "graph",                             whether a graph repeated it: else the host's time counts as well
+         "graph", "why_no_graph",             whether a graph repeated it: else the host's time counts as well
          "failed", "tries"}}}}}               why there are no times; how often a compiler did not get ready in time
 
 On 16 cores of an H200 2,400 variants compiled in 43 s and took 120 s to time: all 290 rows take two calls.

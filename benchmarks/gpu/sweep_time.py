@@ -161,10 +161,12 @@ class RowInMaking:
             sampler = self.place.sampler()
             once_ms = min(sampler(call, 1) for _ in range(2))
             count = max(1, min(MOST_CALLS, int(SAMPLE_MS / max(once_ms, 1e-4))))
-            with contextlib.suppress(NotCaptured):
+            try:
                 repeated = Repeated(self.place.capture(call, count), count)
                 self.found[self.running]["graph"] = True
                 return repeated
+            except NotCaptured as problem:
+                self.found[self.running]["why_no_graph"] = str(problem)
         return Repeated(call, 1)
 
     def _time_last(self, kept: dict[str, Repeated]) -> None:

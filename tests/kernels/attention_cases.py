@@ -21,15 +21,19 @@ FORWARD = {
     "short loop": Config("short", 64, loop=True),
     "online": Config("online", 64, 64),
     "online small": Config("online", 16, 32, warps=1),
+    "descriptors": Config("online", 64, 64, stages=3, descriptors=True),
 }
 BACKWARD = {
     "short": Config("short", 32, warps=8),
-    "delta first": Config("short", 32, warps=8, stages=1, delta_first=True),
+    "delta first": Config("short", 32, warps=8, delta_first=True),
+    "three parts": Config("short", 16, 16, warps=8, stages=3, delta_first=True),
     "head": Config("head", 32, 64, stages=1),
     "blocks": Config("blocks", 64, 32, keys_m=32, keys_n=64, keys_warps=4),
+    "descriptors": Config("blocks", 64, 32, keys_m=32, keys_n=64, keys_warps=4, descriptors=True),
 }
 # each kernel once, where every pair would take too long
-PAIRS = [("short", "short"), ("short loop", "head"), ("online", "blocks"), ("online small", "short")]
+PAIRS = [("short", "short"), ("short loop", "head"), ("online", "blocks"), ("online small", "three parts"),
+         ("descriptors", "descriptors")]  # fmt: skip
 every_pair = pytest.mark.parametrize("forward, backward", PAIRS)
 pairs_of_kernels = {
     "forward": tuple(FORWARD), "backward": tuple(BACKWARD),

@@ -29,7 +29,7 @@ VALUES = ("normal", "large", "nan", "inf")
 LONG = 130
 LONG_FORWARD = {name: FORWARD[name] for name in ("short", "short loop")} | {"online": Config("online", 128, 64)}
 LONG_BACKWARD = {
-    **{name: BACKWARD[name] for name in ("short", "delta first")},
+    **{name: BACKWARD[name] for name in ("short", "delta first", "three parts")},
     "head": Config("head", 64, 128, stages=1),
     "blocks": Config("blocks", 128, 64, keys_m=64, keys_n=128),
 }

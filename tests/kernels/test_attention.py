@@ -1,5 +1,8 @@
 """The attention kernels against fp64, by the rule that stock attention sets: lengths, head dims, layouts."""
 
+import itertools
+from dataclasses import replace
+
 import pytest
 import torch
 from attention_cases import (
@@ -22,6 +25,7 @@ from attention_cases import (
 from pairwise import product
 
 from vitfast.choose import config_tables
+from vitfast.kernels.operands import Extras, Starts
 from vitfast.kernels.triton import attention
 from vitfast.kernels.triton.launch import architecture
 
@@ -74,11 +78,59 @@ def test_configuration_of_a_table_is_wrong_at_the_widest_head_that_it_is_for(dir
 @product(layout=LAYOUTS, dtype=DTYPES, strength=1)
 def test_stride_is_ignored(layout, dtype, device):
     D = 72 if dtype is torch.float16 else 64
-    for forward, backward in zip(FORWARD.values(), BACKWARD.values(), strict=True):
+    # there are more of the second
+    for forward, backward in zip(itertools.cycle(FORWARD.values()), BACKWARD.values(), strict=False):
         found = check(dtype, D, 33, 33, forward=forward, backward=backward, layout=layout, device=device)
         plain = [t.contiguous() for t in laid_out(layout, 2, 33, 33, 2, D, dtype, device)]
         for got, expected in zip(found, attention.forward(*plain, D**-0.5, config=forward), strict=True):
             assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "lengths", "packed sequences"])
+def test_bulk_copies_bring_what_they_cannot_or_must_not(layout, monkeypatch, device):
+    """Rows that lie in one another; rows behind an image's last key, which are another image's or may hold NaN."""
+    boxes, launch = [], attention.launch
+
+    def started(*given, **more):
+        boxes.extend(box for box in more["boxes"] if box)
+        launch(*given, **more)
+
+    monkeypatch.setattr(attention, "launch", started)
+    extras, starts = Extras(), None
+    if layout == "lengths":
+        extras = Extras(torch.tensor([9, 70], dtype=torch.int32, device=device))
+    if layout == "packed sequences":
+        at = torch.tensor([0, 9, 70], dtype=torch.int32, device=device)
+        starts = Starts(at, at, 61, 61)
+    lies, images = layout if layout in LAYOUTS else "separate", 1 if starts else 2
+    heads = laid_out(lies, images, 70, 70, 2, 72, torch.float16, device)
+    grad = draw(*heads[0].shape[:2], 144, dtype=torch.float16, device=device)
+    refused = layout in ("expanded", "lengths", "packed sequences")
+
+    def both(**changed):
+        boxes.clear()
+        out, lse = attention.forward(*heads, 0.1, extras, starts, config=replace(FORWARD["descriptors"], **changed))
+        yield from (out, lse)
+        assert boxes == ([] if refused or changed else [[1, 1, 64, w] for w in (64, 64, 16, 16)])
+        boxes.clear()
+        config = replace(BACKWARD["descriptors"], **changed)
+        yield from attention.backward(grad, *heads, out, lse, 0.1, extras, starts, config=config)
+        assert boxes == ([] if refused or changed else 2 * [[1, 1, 32, w] for w in (64, 64, 16, 16)])
+
+    for got, expected in zip(list(both()), list(both(descriptors=False)), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_a_key_that_no_query_sees_gets_nan(device):
+    """Of infinities, of which rows of zeros past the last query would make NaN."""
+    q, k, v = (draw(1, 33, 2, 64, device=device, seed=i) for i in range(3))
+    grad = draw(1, 33, 128, device=device, seed=9)
+    q[..., 5] = q[..., 5].abs() + 1
+    k[0, 7, :, 5] = float("-inf")
+    out, lse = attention.forward(q, k, v, 0.125)
+    for config in BACKWARD.values():
+        _, dk, dv = attention.backward(grad, q, k, v, out, lse, 0.125, config=config)
+        assert dk.isfinite().all() and dv.isfinite().all() and not dk[0, 7].any() and not dv[0, 7].any()
 
 
 @product(lengths=((1, 197), (1, 17), (65, 33), (33, 130), (17, 577)), dtype=DTYPES, strength=1)

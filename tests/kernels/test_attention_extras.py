@@ -257,14 +257,15 @@ def test_projection_is_copied_or_more_is_kept_than_the_backward_needs(monkeypatc
     """The kernels read qkv where it lies and write what the op returns; qkv, out and lse wait for the backward."""
     seen = []
     launch = attention.launch
-    monkeypatch.setattr(attention, "launch", lambda *given: (seen.append(given[2]), launch(*given)))
+    monkeypatch.setattr(attention, "launch", lambda *given, **more: (seen.append(given[2]), launch(*given, **more)))
     saved = []
     qkv = draw(2, 37, 3, 2, 64, device=device).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         out, lse = ops.attention_qkv(qkv, return_lse=True)
     (grad,) = torch.autograd.grad(out, qkv, draw(*out.shape, device=device, seed=1))
     places = [t.data_ptr() for t in (qkv, qkv[:, :, 1], qkv[:, :, 2], out, lse)]
-    assert [t.data_ptr() for t in seen[0][:5]] == places
+    # keys and values once more, for the second parts of rows
+    assert list(dict.fromkeys(t.data_ptr() for t in seen[0]))[:5] == places
     assert {t.untyped_storage().data_ptr() for t in saved} == {places[0], *places[3:]}
     assert len(seen) >= 2 and all(tensors[0].data_ptr() == places[0] for tensors in seen)
     assert grad.is_contiguous() and grad.shape == qkv.shape

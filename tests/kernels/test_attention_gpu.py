@@ -25,12 +25,29 @@ def test_more_heads_than_a_grid_has_rows(images, device):
 def test_attention_of_cudnn_leaves_another_lse(B, H, N, D, device):
     """Where it was measured to be fastest, our backward reads what it leaves."""
     q, k, v = draw(B, N, 3, H, D, dtype=torch.bfloat16, device=device).unbind(2)
-    assert _attention_stock._cudnn_agrees(q.device, q.dtype, D)
+    assert _attention_stock._cudnn_agrees("attention", q.device, q.dtype, D)
     found = _attention_stock.attention_cuda(q, k, v, D**-0.5, backend="cudnn")
     low = _attention_stock.attention_cuda(q, k, v, D**-0.5)
     truth = _attention_stock.attention_formula(q.double(), k.double(), v.double(), D**-0.5)
     for each, ref, theirs in zip(found, truth, low, strict=True):
         accept(each, ref, theirs)
+
+
+@pytest.mark.parametrize("B, H, N, D", ((64, 12, 197, 64), (16, 16, 729, 72), (2, 12, 577, 64)))
+def test_backward_of_cudnn_reads_another_lse(B, H, N, D, device):
+    """Our forward's, and in a row of heads that lies in a packed projection."""
+    q, k, v = draw(B, N, 3, H, D, dtype=torch.bfloat16, device=device).unbind(2)
+    grad = draw(B, N, H * D, dtype=torch.bfloat16, device=device, seed=7)
+    assert _attention_stock._cudnn_agrees("attention_backward", q.device, q.dtype, D)
+    of_forward = attention.forward(q, k, v, D**-0.5)
+    found = _attention_stock.attention_backward_cuda(grad, q, k, v, *of_forward, D**-0.5, backend="cudnn")
+    low = _attention_stock.attention_backward_cuda(grad, q, k, v, *of_forward, D**-0.5)
+    wide = [t.double() for t in (q, k, v)]
+    truth = _attention_stock.attention_formula_backward(
+        grad.double(), *wide, *_attention_stock.attention_formula(*wide, D**-0.5), D**-0.5
+    )
+    for each, ref, theirs in zip(found, truth, low, strict=True):
+        accept(each, ref, theirs, grad=True)
 
 
 @pytest.mark.parametrize("N", (197, 577))

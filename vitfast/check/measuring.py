@@ -43,6 +43,7 @@ class Row(NamedTuple):
         config: the fastest configuration; None where that is the built-in choice, or nothing was timed.
         why: what decided.
         wrong: configurations with a wrong result.
+        stock: the stock operators that were fastest; None where that are the built-in ones.
     """
 
     kernel: str
@@ -53,6 +54,7 @@ class Row(NamedTuple):
     config: dispatch.Config | None = None
     why: str = ""
     wrong: tuple[str, ...] = ()
+    stock: dispatch.Config | None = None
 
 
 class Measurer:

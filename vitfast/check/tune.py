@@ -134,7 +134,7 @@ def tune_calls(calls: Sequence[Call], place: Place, budget_s: float, say: Callab
         report.rows.append(row)
         if row.use:
             done.add(name)
-            choice = Choice(row.use == "kernel", row.config, row.kernel_ms, row.stock_ms)
+            choice = Choice(row.use == "kernel", row.config, row.kernel_ms, row.stock_ms, row.stock)
             report.path = keep(asked.device, {name: choice}, "tune", stacklevel=4) or report.path
         left = budget_s - (place.clock() - began)
         say(f"tune {i + 1}/{len(calls)}, {max(left, 0):.0f} s left: {call}: {row.use or 'as before'}, {row.why}")
@@ -156,9 +156,10 @@ def _tune_one(
     by_image: tuple[bool, ...], place: Place, left: float, seconds: float,
 ) -> Row:  # fmt: skip
     configs = {words(config) or BUILT_IN: config for config in listed}
-    case = _case(family, call, by_image, configs, stock, place)
+    rivals = {f"{STOCK} {words(each)}": each for each in family.rivals if each != (stock or family.rivals[0])}
+    case = _case(family, call, by_image, configs, {STOCK: stock, **rivals}, place)
     row = compare(case, seconds=seconds, place=place, deadline=place.clock() + left)
-    return _decided(family.kernel, call, row["variants"], configs)
+    return _decided(family.kernel, call, row["variants"], configs, rivals)
 
 
 def _case(
@@ -171,6 +172,9 @@ def _case(
     def way(run: Callable[[Sequence[Any]], tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor, ...]]:
         return lambda *tensors: family.measurable(run(call.fill(tensors)))
 
+    def operators(config: dispatch.Config | None) -> Variant:
+        return Variant(lambda: way(lambda args: family.stock(args, config)))
+
     def kernel(config: dispatch.Config | None) -> Variant:
         return Variant(lambda: way(lambda args: family.with_config(args, config)), ours=True)
 
@@ -181,7 +185,7 @@ def _case(
         device=place.device, inputs=inputs, reference=way(family.true),
         cut=lambda tensors, n: family.cut(call, tensors, n), per_image=by_image,
         variants={
-            STOCK: Variant(lambda: way(lambda args: family.stock(args, stock))),
+            **{name: operators(config) for name, config in stock.items()},
             **{name: kernel(each) for name, each in configs.items()},
         },
         baseline=STOCK, yardstick=STOCK, check_images=CHECK_IMAGES,
@@ -189,22 +193,36 @@ def _case(
 
 
 def _decided(
-    kernel: str, call: Call, variants: Mapping[str, Any], configs: Mapping[str, dispatch.Config | None]
-) -> Row:
+    kernel: str, call: Call, variants: Mapping[str, Any], configs: Mapping[str, dispatch.Config | None],
+    rivals: Mapping[str, dispatch.Config],
+) -> Row:  # fmt: skip
     stock, wrong = variants[STOCK], tuple(name for name in configs if variants[name].get("accepted") is False)
     if "ms" not in stock or not stock["accepted"]:
         why = stock.get("not_timed") or stock.get("why_not_accepted")
         return Row(kernel, str(call), "", why=f"stock operators are no measure: {why}")
+    faster = [name for name in rivals if variants[name].get("accepted") and _beyond_noise(variants[name])]
+    rival = min(faster, key=lambda name: variants[name]["ms"], default=None)
+    chosen = {"stock_ms": stock["ms"], "wrong": wrong}
+    if rival is not None:
+        chosen |= {"stock_ms": variants[rival]["ms"], "stock": rivals[rival]}
     timed = [name for name in configs if "ms" in variants[name]]
     if timed:
         best = min(timed, key=lambda name: variants[name]["ms"])
         found = variants[best]
         use, why = verdict(found["ratio"], found["within_noise"])
-        return Row(kernel, str(call), use, stock["ms"], found["ms"], configs[best], why, wrong)
+        if rival is not None and use == "kernel":
+            against, clear = variants[rival], found["ratio_25"] > variants[rival]["ratio_75"]
+            use, why = verdict(against["ms"] / found["ms"], not clear)
+        return Row(kernel, str(call), use, kernel_ms=found["ms"], config=configs[best], why=why, **chosen)
     reasons = [variants[name].get("not_timed", "not timed") for name in configs]
     open_yet = any(reason.startswith(UNDECIDED) for reason in reasons)
     why = reasons[0] if reasons else "the kernel has no configuration for it"
-    return Row(kernel, str(call), "" if open_yet or not reasons else "stock", stock["ms"], why=why, wrong=wrong)
+    return Row(kernel, str(call), "" if open_yet or not reasons else "stock", why=why, **chosen)
+
+
+def _beyond_noise(found: Mapping[str, Any]) -> bool:
+    """Whether it was timed, and faster than the baseline."""
+    return "ms" in found and verdict(found["ratio"], found["within_noise"])[0] == "kernel"
 
 
 def words(config: dispatch.Config | None) -> str:

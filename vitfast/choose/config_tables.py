@@ -27,14 +27,17 @@ class Config:
     Attributes:
         kernel: "short" or "online" forward; "short", "head" or "blocks" backward.
         block_m: queries in a tile.
-        block_n: keys in a tile; 0 where a tile has all of them.
+        block_n: keys in a tile; 0 where a tile has all of them. Short backward: all keys, in up to three parts, fill a
+            multiple of so many; 0: two parts, each a power of two.
         warps, stages: of a program, and of its loop over memory.
         peel: the last block of keys in code of its own, without masks in that of the others.
         loop: a program takes all queries of a head in turn (short forward only).
         registers: of a thread at most, so that more programs share a multiprocessor; 0: as many as the compiler wants
             (forward only).
-        delta_first: the sums of grad * out by a kernel of their own (short backward only).
+        delta_first: the sums of grad * out by a kernel of their own, and dq by wgmma (short backward only).
         keys_m, keys_n, keys_warps: the same of the half that makes dk and dv, where that is a kernel of its own.
+        descriptors: what a loop reads comes by bulk copies, which want rows at multiples of 16 bytes (online forward
+            and blocks backward).
     """
 
     kernel: str
@@ -49,9 +52,11 @@ class Config:
     keys_m: int = 0
     keys_n: int = 0
     keys_warps: int = 0
+    descriptors: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Without what came later where it says nothing: records of before have the same words for the same."""
+        return {name: value for name, value in asdict(self).items() if name != "descriptors" or value}
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,14 @@ FORWARD_FEW = [
     Row(Config("online", 16, 64, warps=1), width=64, programs_at_most=FEW, dropout=False),
     Row(Config("online", 16, 32, warps=2), programs_at_most=FEW),
 ]
+# bulk copies need fewer registers; a barrier for each stage takes the room of a fourth program from three stages of 64
+FORWARD_BOXES = [
+    Row(Config("online", 64, 32, stages=3, registers=96, descriptors=True), width=80, dropout=False),
+    Row(Config("online", 64, 64, stages=2, descriptors=True), dropout=False),
+    Row(Config("online", 64, 64, stages=3, descriptors=True), dropout=False),
+    Row(Config("online", 64, 128, stages=2, descriptors=True), width=80, dropout=False),
+    Row(Config("online", 128, 64, warps=8, stages=3, descriptors=True), width=80, dropout=False),
+]
 FORWARD_BLACKWELL = [
     *FORWARD_FEW,
     Row(Config("short", 64), width=64, keys=272, programs_at_most=SOME, dropout=False),
@@ -115,6 +128,7 @@ FORWARD: dict[int, list[Row]] = {
         Row(Config("online", 64, 64)),
         *FORWARD_FEW,
         Row(Config("short", 64, stages=2, loop=True), width=64, keys=272, dropout=False),
+        *FORWARD_BOXES,
         *FORWARD_FP32[90],
     ],
     100: [
@@ -132,6 +146,11 @@ BACKWARD_FP32 = tuple(
 )
 
 BACKWARD_HOPPER = Config("blocks", 64, 32, stages=3, keys_m=32, keys_n=64, keys_warps=4)
+
+BACKWARD_BOXES = [
+    Row(Config("blocks", 64, n, stages=stages, keys_m=m, keys_n=64, keys_warps=4, descriptors=True), dropout=False)
+    for n, stages, m in ((32, 3, 32), (32, 3, 16), (64, 2, 32))
+]
 
 BACKWARD: dict[int, list[Row]] = {
     80: [
@@ -154,9 +173,11 @@ BACKWARD: dict[int, list[Row]] = {
         Row(Config("blocks", 128, 64, warps=8, stages=3, keys_m=64, keys_n=64, keys_warps=4), width=64, dropout=False),
         Row(BACKWARD_HOPPER),
         Row(Config("blocks", 64, 64, keys_m=64, keys_n=64, keys_warps=4), width=80),
-        # with two stages each wgmma waits for the one before, and only that keeps the next rows out of the tile of
-        # gradients until it was multiplied
-        Row(Config("short", 32, warps=8, stages=1, delta_first=True), width=64, keys=256, dropout=False),
+        # a tile that is read for delta too has one buffer, which only a wait for all wgmma of a round keeps until then
+        Row(Config("short", 32, warps=8, delta_first=True), width=64, keys=256, dropout=False),
+        # 197 keys are 208 and not 256; tiles of 32 queries spill
+        Row(Config("short", 16, 16, warps=8, stages=3, delta_first=True), width=64, keys=256, dropout=False),
+        *BACKWARD_BOXES,
         *BACKWARD_FP32,
     ],
     100: [

@@ -180,11 +180,14 @@ def config_for(kernel: str, shape: tuple[Hashable, ...], device: Hashable) -> Co
 def stock_config(kernel: str, shape: tuple[Hashable, ...], device: Hashable) -> Config | None:
     """Which stock operators shall run this shape where the kernel does not; None for the usual ones.
 
-    Where they were tuned against a kernel these are the ones that it was timed against.
+    Where they were tuned against a kernel these are the ones that were the fastest.
     """
     trial = _thread.trial
     if trial is not None and trial.kernel == kernel:
         return trial.config if trial.backend == "stock" else None
+    choice = None if kernel in _forced else _table(device).get((kernel, shape))
+    if choice is not None and choice.stock is not None:
+        return choice.stock
     found = built_in(kernel, shape, device)
     return None if found.kernel or kernel in _forced else found.config
 

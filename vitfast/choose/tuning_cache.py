@@ -4,7 +4,7 @@
 
     {"schema": 1,
      "key": {"device", "driver", "torch", "triton", "vitfast", "kernels"},   for which it holds, and for nothing else
-     "choices": [{"kernel", "shape", "use": "kernel" | "stock", "config", "kernel_ms", "stock_ms"}]}
+     "choices": [{"kernel", "shape", "use": "kernel" | "stock", "config", "kernel_ms", "stock_ms", "stock"}]}
 
 Reading happens in the middle of somebody's training step, so a file that cannot be used is no error: it is as if there
 were none, with one warning. Writing replaces the whole file at once. Of two processes that tune at the same time the
@@ -36,12 +36,16 @@ CONFIGS = "choose/config_tables.py"
 
 
 class Choice(NamedTuple):
-    """What runs a shape: the kernel with `config` (None: its built-in one), or stock operators. Times in ms."""
+    """What runs a shape: the kernel with `config` (None: its built-in one), or stock operators. Times in ms.
+
+    `stock` says which of these, where others than the built-in ones were faster, as `dispatch.stock_config` does.
+    """
 
     kernel: bool
     config: Mapping[str, int | str] | None = None
     kernel_ms: float | None = None
     stock_ms: float | None = None
+    stock: Mapping[str, int | str] | None = None
 
 
 # by name of the kernel and its key of the shape
@@ -149,6 +153,7 @@ def _line(name: tuple[str, tuple[Hashable, ...]], choice: Choice) -> dict[str, A
         "config": None if choice.config is None else dict(choice.config),
         "kernel_ms": choice.kernel_ms,
         "stock_ms": choice.stock_ms,
+        "stock": None if choice.stock is None else dict(choice.stock),
     }
 
 
@@ -168,14 +173,17 @@ def _parsed(text: bytes, key: Mapping[str, str]) -> Table:
 
 def _choice(line: Any) -> tuple[tuple[str, tuple[Hashable, ...]], Choice]:
     plain = (str, int)
-    config = line["config"]
+    configs = line["config"], line.get("stock")
     whole = (
         isinstance(line["kernel"], str)
         and all(isinstance(part, plain) for part in line["shape"])
         and line["use"] in ("kernel", "stock")
-        and (config is None or (isinstance(config, dict) and all(isinstance(v, plain) for v in config.values())))
+        and all(
+            config is None or (isinstance(config, dict) and all(isinstance(v, plain) for v in config.values()))
+            for config in configs
+        )
     )
     if not whole:
         raise ValueError(f"this line of it is not understood: {line}")
-    choice = Choice(line["use"] == "kernel", config, line.get("kernel_ms"), line.get("stock_ms"))
+    choice = Choice(line["use"] == "kernel", configs[0], line.get("kernel_ms"), line.get("stock_ms"), configs[1])
     return (line["kernel"], tuple(line["shape"])), choice

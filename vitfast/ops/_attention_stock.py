@@ -84,15 +84,25 @@ def attention_cuda(q, k, v, scale, backend="flash"):
     if not _flash_takes(q):
         return attention_formula(q, k, v, scale)
     q, k, v = (_rows_of_heads(t) for t in (q, k, v))
-    if backend == "cudnn" and cudnn_sdp_enabled() and _cudnn_agrees(q.device, q.dtype, q.shape[-1]):
-        try:
-            return _by_cudnn(q, k, v, scale)
-        # it may have no plan for these sizes
-        except RuntimeError as problem:
-            dispatch.spare("attention", problem)
-            _refused((q.device, q.dtype, q.shape[-1]), f"{type(problem).__name__}: {problem}")
+    if backend == "cudnn":
+        found = _cudnn_if_it_can("attention", q, lambda: _by_cudnn(q, k, v, scale))
+        if found is not None:
+            return found
     out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)
     return _rows(out), lse.contiguous()
+
+
+def _cudnn_if_it_can(op, q, run):
+    """What `run` returns; None where cuDNN is not to be used, or has no plan for these sizes."""
+    key = op, q.device, q.dtype, q.shape[-1]
+    if not cudnn_sdp_enabled() or not _cudnn_agrees(*key):
+        return None
+    try:
+        return run()
+    except RuntimeError as problem:
+        dispatch.spare(op, problem)
+        _refused(key, f"{type(problem).__name__}: {problem}")
+        return None
 
 
 def _by_cudnn(q, k, v, scale):
@@ -101,26 +111,43 @@ def _by_cudnn(q, k, v, scale):
     return _rows(out), lse.reshape(q.shape[:3]).contiguous()
 
 
-# known by device, dtype and head dim
+def _by_cudnn_backward(grad, q, k, v, out, lse, scale):
+    """Of [B, H, N, D], and lse [B, H, N], by whatever made them."""
+    # of dropout, which there is none of
+    unused = torch.zeros((), dtype=torch.int64, device=q.device)
+    return aten._scaled_dot_product_cudnn_attention_backward(
+        grad, q, k, v, out, lse.unsqueeze(-1), unused, unused, None, None, None, q.shape[2], k.shape[2], 0.0, False,
+        scale=scale,
+    )  # fmt: skip
+
+
+# known by op, device, dtype and head dim
 _agrees: dict[tuple, bool] = {}
 
 
-def _cudnn_agrees(device, dtype, head_dim):
+def _cudnn_agrees(op, device, dtype, head_dim):
     """Whether cuDNN's attention takes this, and its lse is the one that our backward and flash attention's read.
 
-    Nothing that PyTorch documents says so: it is tried once, on few numbers; until then a graph gets flash attention.
+    Of the backward: whether it reads that one. Nothing that PyTorch documents says so: it is tried once, on few
+    numbers; until then a graph gets flash attention.
     """
-    key = device, dtype, head_dim
+    key = op, device, dtype, head_dim
     if key not in _agrees:
         if torch.cuda.is_current_stream_capturing():
             return False
         generator = torch.Generator(device).manual_seed(0)
-        drawn = torch.randn(3, 2, 3, 40, head_dim, generator=generator, dtype=torch.float32, device=device)
-        q, k, v = drawn.to(dtype).unbind(0)
-        q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))
-        expected = attention_formula(*(t.transpose(1, 2) for t in (q, k, v)), head_dim**-0.5)
+        drawn = torch.randn(4, 2, 40, 3, head_dim, generator=generator, dtype=torch.float32, device=device)
+        grad, q, k, v = drawn.to(dtype).unbind(0)
+        scale, rows = head_dim**-0.5, lambda *ts: (t.transpose(1, 2) for t in ts)
+        expected = made = attention_formula(q, k, v, scale)
+        if op == "attention_backward":
+            expected = attention_formula_backward(grad.flatten(2), q, k, v, *made, scale)
         try:
-            found = _by_cudnn(q, k, v, head_dim**-0.5)
+            if op == "attention_backward":
+                out = made[0].view(q.shape)
+                found = tuple(rows(*_by_cudnn_backward(*rows(grad, q, k, v, out), made[1], scale)))
+            else:
+                found = _by_cudnn(*rows(q, k, v), scale)
             pairs = zip(found, expected, strict=True)
             # another question than `check.acceptance`'s: whether this computes attention and its logsumexp at all
             _agrees[key] = all(torch.allclose(a.float(), b.float(), 0.02, 0.02) for a, b in pairs)
@@ -128,7 +155,7 @@ def _cudnn_agrees(device, dtype, head_dim):
                 _refused(key, "it differs from the formula")
         # cuDNN refuses in many ways
         except RuntimeError as problem:
-            dispatch.spare("attention", problem)
+            dispatch.spare(op, problem)
             _refused(key, f"{type(problem).__name__}: {problem}")
     return _agrees[key]
 
@@ -136,16 +163,18 @@ def _cudnn_agrees(device, dtype, head_dim):
 def _refused(key, why):
     """Leave cuDNN's attention out from now on, and say so."""
     _agrees[key] = False
-    _, dtype, head_dim = key
+    op, _, dtype, head_dim = key
+    what = "cuDNN's attention" + ("'s backward" if op == "attention_backward" else "")
     warnings.warn(
-        f"cuDNN's attention, measured to be the fastest here, is not used for {dtype} and head dim {head_dim}: "
+        f"{what}, measured to be the fastest here, is not used for {dtype} and head dim {head_dim}: "
         f"{why.splitlines()[0]}. PyTorch's flash attention takes its place",
         RuntimeWarning,
         stacklevel=2,
     )
 
 
-def attention_backward_cuda(grad, q, k, v, out, lse, scale):
+def attention_backward_cuda(grad, q, k, v, out, lse, scale, backend="flash"):
+    """`attention_backward` below its checks; `backend` as in `attention_cuda`, whoever made out and lse."""
     if not q.numel() or not k.numel():
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     if not _flash_takes(q):
@@ -153,6 +182,12 @@ def attention_backward_cuda(grad, q, k, v, out, lse, scale):
     B, N, H, D = q.shape
     q, k, v = (_rows_of_heads(t) for t in (q, k, v))
     grad, out = (_rows_of_heads(t.contiguous().view(B, N, H, D)) for t in (grad, out))
+    if backend == "cudnn":
+        grads = _cudnn_if_it_can(
+            "attention_backward", q, lambda: _by_cudnn_backward(grad, q, k, v, out, lse, scale)
+        )  # fmt: skip
+        if grads is not None:
+            return tuple(g.transpose(1, 2).contiguous() for g in grads)
     unused = torch.zeros(2, dtype=torch.uint64, device=q.device)
     grads = aten._scaled_dot_product_flash_attention_backward(
         grad, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, False, unused, unused, scale=scale

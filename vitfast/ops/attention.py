@@ -350,12 +350,17 @@ def _packed_backward(backward):
         packed = torch.empty_like(qkv, memory_format=torch.contiguous_format)
         parts = packed.unbind(2)
         grads = backward(grad, heads, out, lse, scale, extras, parts)
-        return packed if grads is parts else torch.stack(grads, dim=2)
+        return packed if grads is parts else torch.stack(grads, dim=2, out=packed)
 
     return run
 
 
-_backward_cpu, _backward_cuda = _backward(stock.attention_backward_cpu), _backward(stock.attention_backward_cuda)
+def _stock_backward_cuda(grad, q, k, v, out, lse, scale):
+    which = dispatch.stock_config("attention_backward", shape_key(q, k), q.device.index)
+    return stock.attention_backward_cuda(grad, q, k, v, out, lse, scale, **(which or {}))
+
+
+_backward_cpu, _backward_cuda = _backward(stock.attention_backward_cpu), _backward(_stock_backward_cuda)
 
 
 def _attention_fake(q, k, v, scale, *given):

@@ -132,6 +132,7 @@ def _attention(op: str, truth: Callable[..., Any], grad: bool = False) -> Family
         draw=_draw_backward if grad else draw_all,
         grad=grad,
         places=_images,
+        rivals=({"backend": "flash"}, {"backend": "cudnn"}),
     )
 
 

@@ -71,6 +71,7 @@ class Family:
         rows: whether what is not a sum comes row by row (all dims but the last), each from the same row of the
             arguments; else it comes image by image.
         places: of a call, which rows or images to compare, of results that are too many to know all of the truth.
+        rivals: of several stock operators all that `dispatch.stock_config` may name, the usual ones first.
         extra: of an op whose last result only its kernel leaves, and in a form of its own: the results with something
             in its place that can be compared.
     """
@@ -87,6 +88,7 @@ class Family:
     sums: frozenset[int] = frozenset()
     rows: bool = False
     places: Callable[[Call, torch.Generator], Tensor] = some_images
+    rivals: tuple[Config, ...] = ()
     extra: Callable[[Results], Results] | None = None
 
     def results(self, args: Sequence[Any]) -> Results:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from vitfast.choose import builtin, config_tables
 from vitfast.choose.config_tables import Config
 from vitfast.kernels.operands import Extras, Starts
 from vitfast.kernels.triton import attention_backward as backward_kernels
+from vitfast.kernels.triton import attention_backward_short as short_kernels
 from vitfast.kernels.triton import attention_forward as forward_kernels
 from vitfast.kernels.triton.compilation import Compilation
 from vitfast.kernels.triton.launch import (
@@ -88,18 +90,27 @@ def forward(
         out.zero_()
         lse.fill_(float("-inf"))
     config = config or forward_config(call)
+    if config.descriptors and not (call.plain and _describable(k) and _describable(v)):
+        config = replace(config, descriptors=False)
     tiles = -(-call.Nq // config.block_m)
     constants = _forward_constants(call, config)
     tensors = [q, k, v, out, lse, call.lengths, call.seed]
     sizes = [*call.strides, call.H, call.Nq, call.Nk]
     numbers = (call.scale, call.scale * LOG2E, call.threshold, call.inv_keep)
+    boxes: list[Sequence[int] | None] = []
     if config.kernel == "short":
         kernel, programs = forward_kernels.forward_short, call.B * call.H * (1 if config.loop else tiles)
     else:
         kernel, programs = forward_kernels.forward_online, call.B * call.H * tiles
-        tensors, sizes = [*tensors, call.q_starts, call.k_starts], [*sizes, q.shape[1]]
+        if config.descriptors:
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
+            first, second = _boxes(constants, "BN")
+            boxes = [None, first, first, second, second]
+        tensors = [q, k, v, k, v, *tensors[3:], call.q_starts, call.k_starts]
+        sizes = [*sizes, q.shape[1]]
     numbers = (*sizes, *numbers)
-    launch(kernel, (programs,), tensors, numbers, constants, config.warps, config.stages, config.registers)
+    how = config.warps, config.stages, config.registers
+    launch(kernel, (programs,), tensors, numbers, constants, *how, boxes=boxes)
     return out, lse
 
 
@@ -130,29 +141,41 @@ def backward(
     fresh = torch.zeros_like if call.packed else torch.empty_like
     dq, dk, dv = into or tuple(fresh(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     config = config or backward_config(call)
+    by_head = grad.view(*q.shape)
+    if config.descriptors and not (call.plain and all(map(_describable, (q, k, v, by_head)))):
+        config = replace(config, descriptors=False)
     delta = torch.empty_like(lse) if config.kernel != "short" or config.delta_first else lse
     q_strides, k_strides = _units(dq, 2), _units(dk, 2)
     sizes = (call.H, call.Nq, call.Nk)
     numbers = (call.scale, call.threshold, call.inv_keep)
+    beside = (call.lengths, call.seed, call.q_starts, call.k_starts)
     for each in _backward_constants(call, config):
         kernel, constants, warps = each
         programs, own = call.B * call.H, sizes
-        if kernel is backward_kernels.backward_delta:
+        boxes: list[Sequence[int] | None] = []
+        if kernel is short_kernels.backward_delta:
             programs *= -(-call.Nq // constants["BM"])
             launch(kernel, (programs,), (grad, out, delta), sizes[:2], constants, warps)
             continue
-        if kernel in (backward_kernels.backward_short, backward_kernels.backward_head):
+        if kernel in (short_kernels.backward_short, backward_kernels.backward_head):
             tensors = (q, k, v, grad, out, lse, delta, dq, dk, dv, call.lengths, call.seed)
             strides = (*call.strides, *q_strides, *k_strides)
         elif kernel is backward_kernels.backward_queries:
-            tensors = (q, k, v, grad, out, lse, delta, dq, call.lengths, call.seed, call.q_starts, call.k_starts)
+            first, second = _boxes(constants, "BN")
+            boxes = [None, first, first, second, second] if config.descriptors else []
+            ours = [t.transpose(1, 2) if config.descriptors else t for t in (k, v)]
+            tensors = (q, *ours, *ours, grad, out, lse, delta, dq, *beside)
             strides, own = (*call.strides, *q_strides), (*sizes, q.shape[1])
             programs *= -(-call.Nq // constants["BM"])
         else:
-            tensors = (q, k, v, grad, lse, delta, dk, dv, call.lengths, call.seed, call.q_starts, call.k_starts)
+            first, second = _boxes(constants, "BM")
+            boxes = [first, None, None, first, second, second] if config.descriptors else []
+            ours = [t.transpose(1, 2) for t in (q, by_head)] if config.descriptors else [q, grad]
+            tensors = (ours[0], k, v, ours[1], *ours, lse, delta, dk, dv, *beside)
             strides, own = (*call.strides, *k_strides), (*sizes, q.shape[1])
             programs *= -(-call.Nk // constants["BN"])
-        launch(kernel, (programs,), tensors, (*strides, *own, *numbers), constants, warps, config.stages)
+        numbers_of = (*strides, *own, *numbers)
+        launch(kernel, (programs,), tensors, numbers_of, constants, warps, config.stages, boxes=boxes)
     return into or (dq, dk, dv)
 
 
@@ -179,6 +202,11 @@ class _Call:
         self.strides = [stride for t in (q, k, v) for stride in _units(t, 3)]
         # of rows, within a tile; `out` and the gradients have the rows of packed q, k and v or smaller ones
         self.wide = TILE * max(3 * self.H * self.D, *(abs(t.stride(1)) for t in (q, k, v))) >= 1 << 31
+
+    @property
+    def plain(self) -> bool:
+        """Whether all keys of an image take part, and no other's lie where its own end."""
+        return not self.packed and not self.has_lengths
 
     @property
     def bits(self) -> int:
@@ -213,6 +241,20 @@ def _in_units(t: Tensor) -> Tensor:
 
 def _units(t: Tensor, dims: int) -> list[int]:
     return [stride // UNIT for stride in t.stride()[:dims]]
+
+
+def _describable(t: Tensor) -> bool:
+    """Whether bulk copies take rows of `_in_units`: of tensors none of whose numbers is there twice."""
+    return t.stride(1) >= t.shape[3] and t.stride(0) > 0 and t.stride(2) > 0
+
+
+def _boxes(constants: dict[str, Any], rows: str) -> tuple[list[int], list[int]]:
+    """First and second parts of a head's rows, of [B, H, N, D]; the first again in place of second ones that are not.
+
+    rows: the constant that says how many.
+    """
+    W0, W1 = constants["W0"], constants["W1"]
+    return [1, 1, constants[rows], W0], [1, 1, constants[rows], W1 or W0]
 
 
 def forward_configs(device: torch.device, dtype: torch.dtype, heads: int, D: int, Nq: int, Nk: int) -> list[Config]:
@@ -250,26 +292,34 @@ def _forward_constants(call: _Call, config: Config) -> dict[str, Any]:
     if config.kernel == "short":
         P0, P1, P2 = key_parts(call.Nk)
         return common | {"P0": P0, "P1": P1, "P2": P2, "LOOP": config.loop}
-    return common | {"BN": config.block_n, "STAGES": config.stages, "PEEL": config.peel, "PACKED": call.packed}
+    how = {"PEEL": config.peel, "PACKED": call.packed, "DESC": config.descriptors and call.plain}
+    return common | {"BN": config.block_n, "STAGES": config.stages, **how}
+
+
+def _backward_parts(keys: int, config: Config) -> tuple[int, int, int]:
+    """As `backward_short` takes them."""
+    if config.block_n:
+        return key_parts(-(-keys // config.block_n) * config.block_n)
+    P0 = min(128, triton.next_power_of_2(max(keys, 16)))
+    P1 = 0 if keys <= P0 else triton.next_power_of_2(max(keys - P0, 16))
+    # on Hopper 64 spill, and 128 do not
+    return P0, 128 if P1 == 64 and (config.stages == 1 or config.delta_first) else P1, 0
 
 
 def _backward_constants(call: _Call, config: Config) -> list[tuple[Any, dict[str, Any], int]]:
     """Each kernel to launch, with its constants and warps."""
     common = call.constants() | {"BM": config.block_m, "STAGES": config.stages}
     if config.kernel == "short":
-        P0 = min(128, triton.next_power_of_2(max(call.Nk, 16)))
-        P1 = 0 if call.Nk <= P0 else triton.next_power_of_2(max(call.Nk - P0, 16))
-        if P1 == 64 and config.stages == 1:
-            # which spills, and 128 do not
-            P1 = 128
-        short = common | {"P0": P0, "P1": P1, "DELTA": config.delta_first}
+        P0, P1, P2 = _backward_parts(call.Nk, config)
+        turned = config.delta_first and config.block_m < common["W0"]
+        short = common | {"P0": P0, "P1": P1, "P2": P2, "DELTA": config.delta_first, "TURNED": turned}
         before = {name: common[name] for name in ("D", "W0", "W1", "WIDE")} | {"BM": 64}
-        first = [(backward_kernels.backward_delta, before, 4)] if config.delta_first else []
-        return [*first, (backward_kernels.backward_short, short, config.warps)]
+        first = [(short_kernels.backward_delta, before, 4)] if config.delta_first else []
+        return [*first, (short_kernels.backward_short, short, config.warps)]
     if config.kernel == "head":
         constants = common | {"BN": config.block_n, "PEEL": config.peel}
         return [(backward_kernels.backward_head, constants, config.warps)]
-    common |= {"PACKED": call.packed}
+    common |= {"PACKED": call.packed, "DESC": config.descriptors and call.plain}
     return [
         (backward_kernels.backward_queries, common | {"BN": config.block_n, "PEEL": config.peel}, config.warps),
         (
@@ -292,8 +342,8 @@ VARIANTS = {"dropout": {"dropout_p": 0.1}, "lengths": {"lengths": True}, "packed
 def compilations(arch: int) -> Iterator[Compilation]:
     """What the tables of `arch` choose for the shapes of ViTs, in batches large and small and for one image.
 
-    And what was measured to be fastest, at the shapes that it runs; and at (197, 64) what else they list, for `vitfast
-    tune`.
+    And what was measured to be fastest, at the shapes that it runs; and at (197, 64) and (577, 80) what else they list,
+    for `vitfast tune`.
     """
     seen: set[str] = set()
     for B in (1, 8, 64):
@@ -309,7 +359,8 @@ def compilations(arch: int) -> Iterator[Compilation]:
             config = Config(**row.choice.config)
             only = ([], [config]) if row.kernel.endswith("_backward") else ([config], [])
             yield from _compilations(arch, 64, *row.shape[3:], torch.bfloat16, seen, only=only)
-    yield from _compilations(arch, 64, 197, 64, torch.bfloat16, seen, default=False)
+    for N, D in ((197, 64), (577, 80)):
+        yield from _compilations(arch, 64, N, D, torch.bfloat16, seen, default=False)
 
 
 def _compilations(
@@ -345,7 +396,7 @@ def _compilation(kernel, call, constants, warps, stages, default, registers, see
     sizes = [f"{name}{constants[name]}" for name in ("D", "BM", "BN", "P0", "P1", "P2") if constants.get(name)]
     more = [constants["PRECISION"]] if call.dtype is torch.float32 and "PRECISION" in constants else []
     more += ["loop"] * bool(constants.get("LOOP")) + ["masked"] * (constants.get("PEEL") is False)
-    more += [f"r{registers}"] * bool(registers)
+    more += [f"r{registers}"] * bool(registers) + ["desc"] * bool(constants.get("DESC"))
     more += ["delta first"] * bool(constants.get("DELTA"))
     more += [variant] * bool(variant and "LENGTHS" in constants)
     dtype = DTYPES[call.dtype]
@@ -357,7 +408,11 @@ def _compilation(kernel, call, constants, warps, stages, default, registers, see
     own["lengths"] = "*i32" if call.has_lengths else f"*{dtype}"
     own |= dict.fromkeys(("q_starts", "k_starts"), "*i32" if call.packed else f"*{dtype}")
     own |= dict.fromkeys(("scale", "scale_log2", "inv_keep"), "fp32")
-    tensors = ("q", "k", "v", "out", "grad", "dq", "dk", "dv")
+    if constants.get("DESC"):
+        moved, rows = (("q", "grad"), "BM") if kernel is backward_kernels.backward_keys else (("k", "v"), "BN")
+        for names, box in zip((moved, [f"{name}_rest" for name in moved]), _boxes(constants, rows), strict=True):
+            own |= dict.fromkeys(names, f"tensordesc<{dtype}[{','.join(map(str, box))}]>")
+    tensors = ("q", "k", "v", "k_rest", "v_rest", "q_rest", "grad_rest", "out", "grad", "dq", "dk", "dv")
     types = {
         argument: own.get(argument, f"*{dtype}" if argument in tensors else "i32")
         for argument in kernel.arg_names

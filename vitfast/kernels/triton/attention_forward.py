@@ -15,6 +15,7 @@ from vitfast.kernels.triton.addresses import advance, row_step
 from vitfast.kernels.triton.attention_tiles import (
     add_product,
     kept,
+    load_boxes,
     load_rows,
     products,
     store_rows,
@@ -207,16 +208,20 @@ def forward_short(
 @triton.jit
 def online_step(
     q0, q1,  # [BM, W0], [BM, W1]
-    k, v,  # [n, D] of a head, D contiguous
+    k, v,  # [n, D] of a head, D contiguous; with DESC those of `forward_online`
+    k_rest, v_rest, b, h,  # read with DESC: the same for second parts, the image, its head
     acc0, acc1,  # fp32 [BM, W0], [BM, W1]
     top, shift, total,  # fp32 [BM], as in `finish_tile`
     j, n, bh, m,  # first key, keys of the head, head of all images, tile of queries
     seed, k_row, v_row, scale_log2, threshold,  # strides in UNIT elements; the rest as in `short_tile`
     D: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr,
-    WIDE: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, MASKED: tl.constexpr, DESC: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Keys j to j + BN, all of them there unless MASKED."""
-    k0, k1 = load_rows(advance(k, j, k_row, UNIT), row_step(k_row, UNIT, WIDE), n - j, BN, W0, W1, D, MASKED, WIDE)
+    if DESC:
+        k0, k1 = load_boxes(k, k_rest, b, h, j, BN, W0, W1)
+    else:
+        k0, k1 = load_rows(advance(k, j, k_row, UNIT), row_step(k_row, UNIT, WIDE), n - j, BN, W0, W1, D, MASKED, WIDE)
     s = part_scores(q0, q1, k0, k1, j, n, BN, W1, MASKED, PRECISION)
     higher = tl.maximum(top, tl.max(s, 1))
     # as long as every logit was -inf there is nothing to scale, and -inf - -inf is no number
@@ -227,7 +232,10 @@ def online_step(
     acc0 = acc0 * shrink[:, None]
     if W1 > 0:
         acc1 = acc1 * shrink[:, None]
-    v0, v1 = load_rows(advance(v, j, v_row, UNIT), row_step(v_row, UNIT, WIDE), n - j, BN, W0, W1, D, MASKED, WIDE)
+    if DESC:
+        v0, v1 = load_boxes(v, v_rest, b, h, j, BN, W0, W1)
+    else:
+        v0, v1 = load_rows(advance(v, j, v_row, UNIT), row_step(v_row, UNIT, WIDE), n - j, BN, W0, W1, D, MASKED, WIDE)
     acc0, acc1 = add_product(p.to(v0.dtype), v0, v1, acc0, acc1, W1, PRECISION)
     return acc0, acc1, higher, shift_now, total * shrink + more
 
@@ -235,7 +243,8 @@ def online_step(
 @triton.jit(do_not_specialize=RUNTIME)
 def forward_online(
     q,  # [B, queries, heads, D], with PACKED [1, all_queries, heads, D]; D contiguous
-    k, v,  # [B, keys, heads, D], with PACKED [1, all keys, heads, D]; D contiguous
+    k, v,  # [B, keys, heads, D], with PACKED [1, all keys, heads, D]; D contiguous. With DESC as in `load_boxes`
+    k_rest, v_rest,  # the same, with DESC and W1 for the second parts of rows: boxes of [1, 1, BN, W1]
     out,  # [B, queries, heads * D], with PACKED [1, all_queries, heads * D]; contiguous
     lse,  # fp32 [B, heads, queries], with PACKED [1, heads, all_queries]; contiguous
     lengths, seed,  # int32 [B], read where LENGTHS; int64 [1], read where DROPOUT
@@ -245,11 +254,11 @@ def forward_online(
     scale, scale_log2, threshold, inv_keep,  # of the logits, and that / ln 2; the rate times 2**31, 1 / (1 - rate)
     D: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
     PEEL: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, LENGTHS: tl.constexpr, PACKED: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    DESC: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """PEEL: the last block of keys apart, so that only that one is masked, at the price of its code twice.
 
-    PACKED: images of any length, one after the other.
+    PACKED: images of any length, one after the other. DESC, not with it: keys and values come by bulk copies.
     """
     after_kernel_before()
     tiles = tl.cdiv(queries, BM)
@@ -273,8 +282,9 @@ def forward_online(
         v = advance(v, first, v_row, UNIT)
     else:
         q = advance(q, b, q_batch, UNIT)
-        k = advance(k, b, k_batch, UNIT)
-        v = advance(v, b, v_batch, UNIT)
+        if not DESC:
+            k = advance(k, b, k_batch, UNIT)
+            v = advance(v, b, v_batch, UNIT)
         out = out + (b.to(tl.int64) * queries * heads + h) * D
         lse = lse + bh.to(tl.int64) * queries
     if LENGTHS:
@@ -283,8 +293,9 @@ def forward_online(
     if DROPOUT:
         number = tl.load(seed)
     q = advance(q, h, q_head, UNIT)
-    k = advance(k, h, k_head, UNIT)
-    v = advance(v, h, v_head, UNIT)
+    if not DESC:
+        k = advance(k, h, k_head, UNIT)
+        v = advance(v, h, v_head, UNIT)
     left = rows - m * BM
     if left > 0:
         q0, q1 = load_rows(
@@ -299,13 +310,13 @@ def forward_online(
             whole = n // BN * BN
         for j in tl.range(0, whole, BN, num_stages=STAGES):
             acc0, acc1, top, shift, total = online_step(
-                q0, q1, k, v, acc0, acc1, top, shift, total, j, n, bh, m, number, k_row, v_row, scale_log2, threshold,
-                D, W0, W1, BM, BN, UNIT, WIDE, not PEEL, DROPOUT, PRECISION,
+                q0, q1, k, v, k_rest, v_rest, b, h, acc0, acc1, top, shift, total, j, n, bh, m, number, k_row, v_row,
+                scale_log2, threshold, D, W0, W1, BM, BN, UNIT, WIDE, not PEEL, DESC, DROPOUT, PRECISION,
             )  # fmt: skip
         if PEEL and whole < n:
             acc0, acc1, top, shift, total = online_step(
-                q0, q1, k, v, acc0, acc1, top, shift, total, whole, n, bh, m, number, k_row, v_row, scale_log2,
-                threshold, D, W0, W1, BM, BN, UNIT, WIDE, True, DROPOUT, PRECISION,
+                q0, q1, k, v, k_rest, v_rest, b, h, acc0, acc1, top, shift, total, whole, n, bh, m, number, k_row,
+                v_row, scale_log2, threshold, D, W0, W1, BM, BN, UNIT, WIDE, True, DESC, DROPOUT, PRECISION,
             )  # fmt: skip
         finish_tile(
             out, lse, m, n, left, out_row, acc0, acc1, top, shift, total, scale, scale_log2, inv_keep,

@@ -61,6 +61,20 @@ def load_rows(
 
 
 @triton.jit
+def load_boxes(
+    first, second,  # descriptors of [B, heads, rows, D] with boxes of [1, 1, ROWS, W0] and [1, 1, ROWS, W1]
+    image, head, row,  # int32: the first row
+    ROWS: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr,
+):  # fmt: skip
+    """As `load_rows`, by bulk copies: zeros from the image's last row and the head's last column on."""
+    tile = tl.reshape(first.load([image, head, row, 0]), (ROWS, W0))
+    rest = tile
+    if W1 > 0:
+        rest = tl.reshape(second.load([image, head, row, W0]), (ROWS, W1))
+    return tile, rest
+
+
+@triton.jit
 def store_part(
     ptr,  # [left, D], D contiguous
     step, left,  # elements from row to row; rows that are there
@@ -126,6 +140,32 @@ def zero_rows(ROWS: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr):
     if W1 > 0:
         second = tl.zeros((ROWS, W1), tl.float32)
     return first, second
+
+
+@triton.jit
+def zero_columns(BM: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr):
+    first = tl.zeros((W0, BM), tl.float32)
+    second = first
+    if W1 > 0:
+        second = tl.zeros((W1, BM), tl.float32)
+    return first, second
+
+
+@triton.jit
+def query_rows(
+    ds,  # [BN, BM]
+    k0, k1,  # [BN, W0], [BN, W1]
+    dq0, dq1,  # fp32 [BM, W0], [BM, W1], with TURNED [W0, BM], [W1, BM]
+    W1: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What BN keys add to dq of BM queries."""
+    if TURNED:
+        dq0 = tl.dot(tl.trans(k0), ds, dq0, input_precision=PRECISION)
+        if W1 > 0:
+            dq1 = tl.dot(tl.trans(k1), ds, dq1, input_precision=PRECISION)
+    else:
+        dq0, dq1 = add_product(tl.trans(ds), k0, k1, dq0, dq1, W1, PRECISION)
+    return dq0, dq1
 
 
 @triton.jit
