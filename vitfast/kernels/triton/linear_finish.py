@@ -24,7 +24,7 @@ computing sample variances", 1979).
 import triton
 import triton.language as tl
 
-from vitfast.kernels.triton.activations import activate, activate_and_slope
+from vitfast.kernels.triton.activations import activate, activate_and_slope, laid_out_as
 from vitfast.kernels.triton.addresses import advance
 
 
@@ -71,32 +71,46 @@ def load_statistics(
     mean,  # fp32 [M], or [PIECES, 2, M] where PIECES is not 0
     rstd,  # fp32 [M], not read where PIECES is not 0
     row, M,  # the first row, and all
+    BM: tl.constexpr, NORM: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """What `row_statistics` makes mean and rstd of: loads only, so that the product before it hides how long they take.
+
+    fp32 [BM] each, or of pieces [PIECES and zeros, BM].
+    """
+    rows = row + tl.arange(0, BM)
+    if PIECES > 0:
+        piece = tl.arange(0, triton.next_power_of_2(PIECES))[:, None]
+        at = mean + piece * (2 * tl.cast(M, tl.int64)) + rows[None, :]
+        inside = (piece < PIECES) & (rows < M)[None, :]
+        means = tl.load(at, mask=inside, other=0.0)
+        rstds = tl.load(at + M, mask=inside, other=0.0)
+    else:
+        means = tl.zeros((BM,), tl.float32)
+        rstds = means
+        if NORM != "none":
+            rstds = tl.load(rstd + rows, mask=rows < M, other=0.0)
+            if NORM == "layer":
+                means = tl.load(mean + rows, mask=rows < M, other=0.0)
+    return means, rstds
+
+
+@triton.jit
+def row_statistics(
+    means, rstds,  # of `load_statistics`
     eps,  # added to the variance of pieces
-    BM: tl.constexpr, NORM: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr,
+    NORM: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """Mean and 1 / standard deviation of the rows, fp32 [BM] each."""
-    rows = row + tl.arange(0, BM)
-    means = tl.zeros((BM,), tl.float32)
     if PIECES > 0:
-        squares = tl.zeros((BM,), tl.float32)
-        at = mean
-        for _ in tl.range(PIECES):
-            means += tl.load(at + rows, mask=rows < M, other=0.0)
-            squares += tl.load(at + M + rows, mask=rows < M, other=0.0)
-            at += 2 * tl.cast(M, tl.int64)
-        means = means / PIECES
-        at = mean
-        for _ in tl.range(PIECES):
-            away = tl.load(at + rows, mask=rows < M, other=0.0)
-            if NORM == "layer":
-                away = away - means
-            squares += PIECE * (away * away)
-            at += 2 * tl.cast(M, tl.int64)
-        rstds = tl.div_rn(1.0, tl.sqrt_rn(squares / (PIECES * PIECE) + eps))
-    else:
+        away, squares = means, rstds
         if NORM == "layer":
-            means = tl.load(mean + rows, mask=rows < M, other=0.0)
-        rstds = tl.load(rstd + rows, mask=rows < M, other=0.0)
+            means = tl.sum(away, 0) * (1.0 / PIECES)
+            piece = tl.arange(0, triton.next_power_of_2(PIECES))[:, None]
+            away = tl.where(piece < PIECES, away - means[None, :], 0.0)
+        squares = tl.sum(squares + away * away * PIECE, 0)
+        rstds = tl.rsqrt(squares * (1.0 / (PIECES * PIECE)) + eps)
+        if NORM != "layer":
+            means = rstds
     return means, rstds
 
 
@@ -122,14 +136,15 @@ def finish_part(
     if BIAS:
         v = v + load_columns(bias, columns, N)[None, :]
     if SLOPE:
-        y, slope = activate_and_slope(load_tile(beside, row, column, beside_step, M, N, BM, BN, UNIT, DESC), ACT)
+        before = load_tile(beside, row, column, beside_step, M, N, BM, BN, UNIT, DESC)
+        y, slope = activate_and_slope(laid_out_as(before, v), ACT)
         if ASIDE:
             store_tile(aside, row, column, y, n_step, M, N, BM, BN, UNIT, DESC)
         v = v * slope
     else:
         if ASIDE:
             store_tile(aside, row, column, v, n_step, M, N, BM, BN, UNIT, DESC)
-        v = activate(v, ACT)
+        v = activate(v, ACT, out.dtype if DESC else out.dtype.element_ty)
     if GAMMA:
         v = v * load_columns(gamma, columns, N)[None, :]
     if ROW_SCALE:

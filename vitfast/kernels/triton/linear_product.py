@@ -18,7 +18,7 @@ import triton.language as tl
 
 from vitfast.kernels.triton import layer_norm_rows
 from vitfast.kernels.triton.addresses import advance
-from vitfast.kernels.triton.linear_finish import finish, finish_part, load_statistics, load_tile
+from vitfast.kernels.triton.linear_finish import finish, finish_part, load_statistics, load_tile, row_statistics
 
 RUNTIME = ("M", "n_units", "k_units", "x_step", "w_step", "beside_step", "tokens", "programs")
 
@@ -81,11 +81,6 @@ def multiply(
     return acc
 
 
-@triton.jit
-def no_statistics(BM: tl.constexpr):
-    return tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
-
-
 @triton.jit(do_not_specialize=RUNTIME)
 def product(
     x,  # [M, K], K contiguous; with DESC a descriptor of boxes [BM, BK]
@@ -116,13 +111,12 @@ def product(
     if PERSISTENT:
         for t in tl.range(tl.program_id(0), tiles_m * tiles_n, programs):
             m, n = place_of(t, tiles_m, tiles_n, GROUP)
+            means, rstds = load_statistics(mean, rstd, m * BM, M, BM, NORM, PIECES)
             acc = multiply(
                 x, w, m, n, 0, K, M, N, K, x_step, w_step,
                 BM, BN, BK, STAGES, UNIT, DESC, ACROSS, SWAP, EVEN_K, PRECISION,
             )  # fmt: skip
-            means, rstds = no_statistics(BM)
-            if NORM != "none":
-                means, rstds = load_statistics(mean, rstd, m * BM, M, eps, BM, NORM, PIECES, PIECE)
+            means, rstds = row_statistics(means, rstds, eps, NORM, PIECES, PIECE)
             finish(
                 acc, m * BM, n * BN, means, rstds, out, aside, beside, bias, gamma, row_scale, column_sums, sums,
                 pieces, M, N, n_units, beside_step, tokens,
@@ -131,6 +125,7 @@ def product(
     else:
         t, s = tl.program_id(0) // SPLIT, tl.program_id(0) % SPLIT
         m, n = place_of(t, tiles_m, tiles_n, GROUP)
+        means, rstds = load_statistics(mean, rstd, m * BM, M, BM, NORM, PIECES)
         each = tl.cdiv(tl.cdiv(K, BK), SPLIT) * BK
         begin = (s.to(tl.int64) * each).to(tl.int32)
         acc = multiply(
@@ -153,9 +148,7 @@ def product(
                 acc = tl.zeros((BM, BN), tl.float32)
                 for i in tl.static_range(SPLIT):
                     acc += tl.load(own + i * (BM * BN) + inside, cache_modifier=".cg")
-            means, rstds = no_statistics(BM)
-            if NORM != "none":
-                means, rstds = load_statistics(mean, rstd, m * BM, M, eps, BM, NORM, PIECES, PIECE)
+            means, rstds = row_statistics(means, rstds, eps, NORM, PIECES, PIECE)
             finish(
                 acc, m * BM, n * BN, means, rstds, out, aside, beside, bias, gamma, row_scale, column_sums, sums,
                 pieces, M, N, n_units, beside_step, tokens,
@@ -179,7 +172,7 @@ def finish_rows(
     tiles_n = tl.cdiv(N, BN)
     m, n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
     v = load_tile(x, m * BM, n * BN, x_step, M, N, BM, BN, UNIT, False)
-    means, rstds = no_statistics(BM)
+    means, rstds = load_statistics(x, x, 0, M, BM, "none", 0)
     finish_part(
         v, m * BM, n * BN, means, rstds, out, aside, beside, bias, gamma, row_scale, out, sums, out,
         M, N, n_units, beside_step, tokens,

@@ -39,7 +39,7 @@ def gated_forward(
     gate = advance(pre, row, row_step, UNIT) + start
     g = tl.load(gate + columns, mask=there, other=0.0).to(tl.float32)
     v = tl.load(gate + F + columns, mask=there, other=0.0).to(tl.float32)
-    y = activate(g, ACT) * v
+    y = activate(g, ACT, hidden.dtype.element_ty) * v
     tl.store(hidden + row * F + start + columns, y.to(hidden.dtype.element_ty), mask=there)
 
 
