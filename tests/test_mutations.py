@@ -70,7 +70,7 @@ MUTANTS = {
         "variance = tl.sum(tile * tile, 1) / C - mean * mean", "test_variance_is_a_difference",
     ),
     "GELU of tanh": (
-        "activations.py", '    if ACT == "gelu":\n        x = gelu(x, TYPE == tl.float32)\n',
+        "activations.py", '    if ACT == "gelu":\n        x = gelu(x, TYPE.primitive_bitwidth == 32)\n',
         '    if ACT == "gelu":\n        x = x * sigmoid(TANH_SCALE * (x + TANH_CUBE * x * x * x))\n',
         "test_activation_is_of_another_flavour and fp32",
     ),

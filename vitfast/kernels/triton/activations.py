@@ -85,7 +85,7 @@ def normal_cdf(x):  # fp32 [...]
 def activate(x, ACT: tl.constexpr, TYPE: tl.constexpr):  # fp32 [...]
     """ACT: "none", "gelu", "gelu_tanh", "quick_gelu", "silu"; TYPE: what the result is rounded to."""
     if ACT == "gelu":
-        x = gelu(x, TYPE == tl.float32)
+        x = gelu(x, TYPE.primitive_bitwidth == 32)
     elif ACT == "gelu_tanh":
         near = tl.minimum(tl.maximum(x, -TANH_ENDS, tl.PropagateNan.ALL), TANH_ENDS, tl.PropagateNan.ALL)
         x = x * sigmoid((near + near * TANH_CUBE * near * near) * TANH_SCALE)
