@@ -70,12 +70,12 @@ MUTANTS = {
         "variance = tl.sum(tile * tile, 1) / C - mean * mean", "test_variance_is_a_difference",
     ),
     "GELU of tanh": (
-        "activations.py", '    if ACT == "gelu":\n        x = gelu(x, TYPE.primitive_bitwidth == 32)\n',
+        "activations.py", '    if ACT == "gelu":\n        x, _ = gelu_and_tail(x, TYPE.primitive_bitwidth == 32)\n',
         '    if ACT == "gelu":\n        x = x * sigmoid(TANH_SCALE * (x + TANH_CUBE * x * x * x))\n',
         "test_activation_is_of_another_flavour and fp32",
     ),
     "slope of another GELU": (
-        "activations.py", "slope = cdf + x * bell * 0.3989422804014327", "slope = cdf + x * bell * 0.4",
+        "activations.py", "+ x * bell * 0.3989422804014327", "+ x * bell * 0.4",
         "test_activation_is_of_another_flavour and fp32",
     ),
     "cube that overflows": (
@@ -112,6 +112,31 @@ MUTANTS = {
     "fold without the mean": (
         "linear_finish.py", "v = v - means[:, None] * load_columns(column_sums, columns, N)[None, :]", "v = v",
         "test_size_leaves_a_tail_out",
+    ),
+    "sums of another column": (
+        "linear_finish.py", "load_columns(column_sums, columns, N)", "load_columns(column_sums, columns ^ 1, N)",
+        "test_size_leaves_a_tail_out",
+    ),
+    "statistics of other rows": (
+        "linear_finish.py", "    rows = row + tl.arange(0, BM)\n    if PIECES",
+        "    rows = row + 1 + tl.arange(0, BM)\n    if PIECES", "test_statistics_that_travel",
+    ),
+    "one piece's mean for all": (
+        "linear_finish.py", "tl.where(piece < PIECES, away - means[None, :], 0.0)", "away * 0.0",
+        "test_statistics_that_travel",
+    ),
+    "statistics of what was not rounded": (
+        "linear_finish.py", "v = rounded(v, ", "v = v + 0.0 * rounded(v, ", "test_statistics_that_travel",
+    ),
+    "bias added twice": (
+        "linear_finish.py", "v = v + load_columns(bias, columns, N)[None, :]",
+        "v = v + 2.0 * load_columns(bias, columns, N)[None, :]", "test_size_leaves_a_tail_out",
+    ),
+    "counters of a split sum left as they are": (
+        "linear_product.py", "                tl.store(arrived + t, 0)\n", "", "test_next_product_counts_on",
+    ),
+    "GELU of half precision in fp32": (
+        "activations.py", "TYPE.primitive_bitwidth == 32", "False", "test_prepared_model_is_less_exact and fp32",
     ),
     "one program's sums of columns lost": (
         "layer_norm_rows.py", "(first + rows < programs)[:, None]", "(first + rows < programs - 1)[:, None]",

@@ -208,6 +208,8 @@ class Product:
         swap: the weight's rows are the rows of the matrix instruction, of which it wants 64.
         split: up to so many programs a tile, where tiles are too few.
         programs: of a persistent kernel, a multiprocessor: one multiplies while the other finishes.
+        flatten: a persistent kernel's loops over tiles and depth as one, so that the next tile's first loads are under
+            way while this one is finished.
     """
 
     kernel: str = "tiles"
@@ -222,6 +224,7 @@ class Product:
     swap: bool = False
     split: int = 1
     programs: int = 1
+    flatten: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -278,6 +281,15 @@ PRODUCT: dict[int, list[ProductRow]] = {
         ProductRow(Product("tiles", 128, 128, 64, stages=3, parts=2, descriptors=True, persistent=True, programs=2)),
         ProductRow(Product("tiles", 128, 128, 64, warps=8, stages=3, parts=2, descriptors=True)),
         ProductRow(Product("tiles", 128, 256, 64, warps=8, parts=4, descriptors=True, persistent=True)),
+        # where only a measurement says so: less shared memory and fewer registers for two programs, the next tile's
+        # first loads during this one's end, a stage more
+        ProductRow(Product("tiles", 128, 128, 64, stages=3, parts=4, descriptors=True, persistent=True, programs=2)),
+        ProductRow(
+            Product(
+                "tiles", 128, 128, 64, stages=3, parts=4, descriptors=True, persistent=True, programs=2, flatten=True
+            )
+        ),
+        ProductRow(Product("tiles", 128, 256, 64, warps=8, stages=4, parts=4, descriptors=True, persistent=True)),
         *PRODUCT_POINTERS,
         *PRODUCT_FP32,
     ],

@@ -2,12 +2,9 @@
 
 GELU is max(x, 0) - a Phi(-a) with a = |x|. log2(Phi(-a)) is smooth, and a polynomial in its place, fitted for the
 least largest error of GELU, makes that differ from the true one by at most 5.4e-7 (degree 5, for results in half
-precision) or 1.3e-8 (degree 8), before what fp32 rounds; torch's own, in fp32, differs by 1.2e-6. At 0 it is exact, so
-that small numbers lose no digits, and for large a it falls until exp2 gives 0: GELU(-1e4) = 0, where rational
-approximations that clamp their argument are wrong (6e-4).
-
-The derivative needs exp(-x^2 / 2) as well, and has Phi from that by Abramowitz and Stegun 26.2.17: five terms, to
-7.5e-8.
+precision) or 1.3e-8 (degree 8), before what fp32 rounds; torch's own, in fp32, differs by 1.2e-6. Phi itself, which the
+derivative needs, differs by 2.6e-6 or 2.5e-8. At 0 it is exact, so that small numbers lose no digits, and for large a
+it falls until exp2 gives 0: GELU(-1e4) = 0, where rational approximations that clamp their argument are wrong (6e-4).
 """
 
 import triton
@@ -38,14 +35,6 @@ def reciprocal(x):  # fp32 [...], at least 1
 
 
 @triton.jit
-def laid_out_as(x, y):  # fp32 [...], both of one shape
-    """x, from here on in the threads that have y: else all that follows may be computed in both layouts."""
-    if COMPILED:
-        x = tl.inline_asm_elementwise("mov.f32 $0, $1;", "=f,f,f", [x, y], tl.float32, True, 1)
-    return x
-
-
-@triton.jit
 def sigmoid(x):  # fp32 [...]
     return reciprocal(1.0 + tl.exp2(x * -LOG2E))
 
@@ -59,33 +48,29 @@ def sigmoid_and_slope(x):  # fp32 [...]
 
 
 @triton.jit
-def gelu(x, FINE: tl.constexpr):  # fp32 [...]
-    """In one exponential, and no division."""
-    # finite where the tail is 0
-    a = tl.abs(tl.minimum(x, GELU_END, tl.PropagateNan.ALL))
+def normal_tail(a, FINE: tl.constexpr):  # fp32 [...], at least 0
+    """Phi(-a), in one exponential and no division."""
     if FINE:
         p = a * (a * (a * -2.15602995e-06 + 3.14582176e-05) - 0.000149778847) - 0.000221173003
         p = a * (a * (a * (a * p + 0.00716727786) - 0.0525623448) - 0.459189028) - 1.15110695
     else:
         p = a * (a * (a * (a * -0.000488101621 + 0.00719871512) - 0.0521466248) - 0.459595859) - 1.1510005
-    return tl.maximum(x, 0.0) - a * tl.exp2(a * p - 1.0)
+    return tl.exp2(a * p - 1.0)
 
 
 @triton.jit
-def normal_cdf(x):  # fp32 [...]
-    """Phi(x) and exp(-x^2 / 2)."""
-    bell = tl.exp2(x * x * (0.5 * -LOG2E))
-    t = reciprocal(tl.abs(x) * 0.2316419 + 1.0)
-    p = t * (0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145))))
-    tail = p * bell
-    return tl.where(x < 0.0, tail, 1.0 - tail), bell
+def gelu_and_tail(x, FINE: tl.constexpr):  # fp32 [...]
+    # finite where the tail is 0
+    a = tl.abs(tl.minimum(x, GELU_END, tl.PropagateNan.ALL))
+    tail = normal_tail(a, FINE)
+    return tl.maximum(x, 0.0) - a * tail, tail
 
 
 @triton.jit
 def activate(x, ACT: tl.constexpr, TYPE: tl.constexpr):  # fp32 [...]
     """ACT: "none", "gelu", "gelu_tanh", "quick_gelu", "silu"; TYPE: what the result is rounded to."""
     if ACT == "gelu":
-        x = gelu(x, TYPE.primitive_bitwidth == 32)
+        x, _ = gelu_and_tail(x, TYPE.primitive_bitwidth == 32)
     elif ACT == "gelu_tanh":
         near = tl.minimum(tl.maximum(x, -TANH_ENDS, tl.PropagateNan.ALL), TANH_ENDS, tl.PropagateNan.ALL)
         x = x * sigmoid((near + near * TANH_CUBE * near * near) * TANH_SCALE)
@@ -97,14 +82,14 @@ def activate(x, ACT: tl.constexpr, TYPE: tl.constexpr):  # fp32 [...]
 
 
 @triton.jit
-def activate_and_slope(x, ACT: tl.constexpr):  # fp32 [...]
-    """The activation at x, and its derivative."""
+def activate_and_slope(x, ACT: tl.constexpr, TYPE: tl.constexpr):  # fp32 [...]
+    """The activation at x, to the bit as `activate` has it, and its derivative."""
     slope = x * 0.0 + 1.0
     y = x
     if ACT == "gelu":
-        cdf, bell = normal_cdf(x)
-        y = x * cdf
-        slope = cdf + x * bell * 0.3989422804014327
+        y, tail = gelu_and_tail(x, TYPE.primitive_bitwidth == 32)
+        bell = tl.exp2(x * x * (0.5 * -LOG2E))
+        slope = tl.where(x < 0.0, tail, 1.0 - tail) + x * bell * 0.3989422804014327
     elif ACT == "gelu_tanh":
         near = tl.minimum(tl.maximum(x, -TANH_ENDS, tl.PropagateNan.ALL), TANH_ENDS, tl.PropagateNan.ALL)
         square = near * near

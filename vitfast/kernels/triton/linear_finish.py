@@ -24,8 +24,43 @@ computing sample variances", 1979).
 import triton
 import triton.language as tl
 
-from vitfast.kernels.triton.activations import activate, activate_and_slope, laid_out_as
+from vitfast.kernels.triton.activations import COMPILED, activate, activate_and_slope
 from vitfast.kernels.triton.addresses import advance
+
+
+@triton.jit
+def widened(tile, like):  # [BM, W]; fp32 [BM, W]
+    """`tile` in fp32, in the threads that have `like`.
+
+    Two numbers at a time, which takes fewer instructions; and all that follows is computed there only, where it may
+    otherwise be in the threads that read the tile as well.
+    """
+    if COMPILED:
+        if tile.dtype == tl.bfloat16:
+            tile = tl.inline_asm_elementwise(
+                "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r,r,r", [tile, like], tl.float32, True, 2
+            )
+        elif tile.dtype == tl.float16:
+            tile = tl.inline_asm_elementwise(
+                "{ .reg .b16 low, high; mov.b32 {low, high}, $2; cvt.f32.f16 $0, low; cvt.f32.f16 $1, high; }",
+                "=f,=f,r,r,r", [tile, like], tl.float32, True, 2,
+            )  # fmt: skip
+        else:
+            tile = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r", [tile, like], tl.float32, True, 1)
+    return tile.to(tl.float32)
+
+
+@triton.jit
+def rounded(v, TYPE: tl.constexpr):  # fp32 [BM, W]
+    """v to the numbers that TYPE has, in fp32: two at a time as well."""
+    if COMPILED and TYPE.is_bf16():
+        v = tl.inline_asm_elementwise(
+            "{ .reg .b32 both; cvt.rn.bf16x2.f32 both, $3, $2; shl.b32 $0, both, 16; and.b32 $1, both, 0xffff0000; }",
+            "=r,=r,r,r", [v], tl.float32, True, 2,
+        )  # fmt: skip
+    else:
+        v = v.to(TYPE).to(tl.float32)
+    return v
 
 
 @triton.jit
@@ -35,14 +70,14 @@ def load_tile(
     M, N,  # rows and columns that are there
     BM: tl.constexpr, W: tl.constexpr, UNIT: tl.constexpr, DESC: tl.constexpr,
 ):  # fmt: skip
-    """fp32 [BM, W]; zeros outside of [M, N]."""
+    """[BM, W]; zeros outside of [M, N]."""
     if DESC:
         tile = ptr.load([row, column])
     else:
         rows, columns = tl.arange(0, BM), column + tl.arange(0, W)
         where = advance(ptr, row, step, UNIT) + (rows[:, None] * (step * UNIT) + columns[None, :])
         tile = tl.load(where, mask=(row + rows < M)[:, None] & (columns < N)[None, :], other=0.0)
-    return tile.to(tl.float32)
+    return tile
 
 
 @triton.jit
@@ -129,6 +164,7 @@ def finish_part(
     RESIDUAL: tl.constexpr, SUMS: tl.constexpr, PIECES_OUT: tl.constexpr,
 ):  # fmt: skip
     rows, columns = row + tl.arange(0, BM), column + tl.arange(0, BN)
+    TYPE: tl.constexpr = out.dtype if DESC else out.dtype.element_ty
     if NORM != "none":
         if NORM == "layer":
             v = v - means[:, None] * load_columns(column_sums, columns, N)[None, :]
@@ -137,27 +173,27 @@ def finish_part(
         v = v + load_columns(bias, columns, N)[None, :]
     if SLOPE:
         before = load_tile(beside, row, column, beside_step, M, N, BM, BN, UNIT, DESC)
-        y, slope = activate_and_slope(laid_out_as(before, v), ACT)
+        y, slope = activate_and_slope(widened(before, v), ACT, TYPE)
         if ASIDE:
             store_tile(aside, row, column, y, n_step, M, N, BM, BN, UNIT, DESC)
         v = v * slope
     else:
         if ASIDE:
             store_tile(aside, row, column, v, n_step, M, N, BM, BN, UNIT, DESC)
-        v = activate(v, ACT, out.dtype if DESC else out.dtype.element_ty)
+        v = activate(v, ACT, TYPE)
     if GAMMA:
         v = v * load_columns(gamma, columns, N)[None, :]
     if ROW_SCALE:
         v = v * tl.load(row_scale + rows // tokens, mask=rows < M, other=0.0).to(tl.float32)[:, None]
     if RESIDUAL:
-        v = v + load_tile(beside, row, column, beside_step, M, N, BM, BN, UNIT, DESC)
+        v = v + widened(load_tile(beside, row, column, beside_step, M, N, BM, BN, UNIT, DESC), v)
     store_tile(out, row, column, v, n_step, M, N, BM, BN, UNIT, DESC)
     if SUMS:
         v = tl.where((rows < M)[:, None], v, 0.0)
         at = sums + (row // BM).to(tl.int64) * N + columns
         tl.store(at, tl.sum(v, 0), mask=columns < N)
     if PIECES_OUT:
-        v = v.to(out.dtype if DESC else out.dtype.element_ty).to(tl.float32)
+        v = rounded(v, TYPE)
         center = tl.sum(v, 1) / BN
         away = v - center[:, None]
         at = pieces + (column // BN).to(tl.int64) * 2 * M + rows

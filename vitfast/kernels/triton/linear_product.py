@@ -95,13 +95,13 @@ def product(
     sums,  # fp32 [ceil(M / BM), N], written where SUMS
     pieces,  # fp32 [N / (BN / PARTS), 2, M], written where PIECES_OUT
     partials,  # fp32 [tiles, SPLIT, BM, BN], where SPLIT > 1
-    arrived,  # int32 [tiles], zeros, where SPLIT > 1
+    arrived,  # int32 [tiles], zeros before and after, where SPLIT > 1
     M, n_units, k_units,  # N and K in UNIT elements
     x_step, w_step, beside_step,  # strides in UNIT elements
     tokens, programs, eps,  # rows of an image; programs where PERSISTENT; added to the variance of pieces
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
     STAGES: tl.constexpr, UNIT: tl.constexpr, DESC: tl.constexpr, ACROSS: tl.constexpr, SWAP: tl.constexpr,
-    EVEN_K: tl.constexpr, PERSISTENT: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_K: tl.constexpr, PERSISTENT: tl.constexpr, FLATTEN: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     NORM: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr, ASIDE: tl.constexpr,
     GAMMA: tl.constexpr, ROW_SCALE: tl.constexpr, RESIDUAL: tl.constexpr, SUMS: tl.constexpr,
     PIECES_OUT: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr,
@@ -109,7 +109,7 @@ def product(
     N, K = n_units * UNIT, k_units * UNIT
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
     if PERSISTENT:
-        for t in tl.range(tl.program_id(0), tiles_m * tiles_n, programs):
+        for t in tl.range(tl.program_id(0), tiles_m * tiles_n, programs, flatten=FLATTEN):
             m, n = place_of(t, tiles_m, tiles_n, GROUP)
             means, rstds = load_statistics(mean, rstd, m * BM, M, BM, NORM, PIECES)
             acc = multiply(
@@ -144,6 +144,8 @@ def product(
             last = tl.atomic_add(arrived + t, 1, sem="acq_rel") == SPLIT - 1
         if last:
             if SPLIT > 1:
+                # for the next product
+                tl.store(arrived + t, 0)
                 # whoever comes last adds them up, in one order: the same bits in every run
                 acc = tl.zeros((BM, BN), tl.float32)
                 for i in tl.static_range(SPLIT):
@@ -171,7 +173,7 @@ def finish_rows(
     N = n_units * UNIT
     tiles_n = tl.cdiv(N, BN)
     m, n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
-    v = load_tile(x, m * BM, n * BN, x_step, M, N, BM, BN, UNIT, False)
+    v = load_tile(x, m * BM, n * BN, x_step, M, N, BM, BN, UNIT, False).to(tl.float32)
     means, rstds = load_statistics(x, x, 0, M, BM, "none", 0)
     finish_part(
         v, m * BM, n * BN, means, rstds, out, aside, beside, bias, gamma, row_scale, out, sums, out,
