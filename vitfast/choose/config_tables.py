@@ -210,6 +210,8 @@ class Product:
         programs: of a persistent kernel, a multiprocessor: one multiplies while the other finishes.
         flatten: a persistent kernel's loops over tiles and depth as one, so that the next tile's first loads are under
             way while this one is finished.
+        ahead: each part of the residual is read, by pointers, while the part before it is finished, and the first one
+            while the tile is multiplied.
     """
 
     kernel: str = "tiles"
@@ -225,6 +227,7 @@ class Product:
     split: int = 1
     programs: int = 1
     flatten: bool = False
+    ahead: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

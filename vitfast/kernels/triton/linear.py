@@ -161,6 +161,7 @@ def product(
     split = _split(config, tiles_m * tiles_n, K, multiprocessors(x.device))
     unit = UNIT if _aligned(x, weight, out, aside, beside) else 1
     constants = _constants(config, split, unit, K, across, x.dtype) | after.flags()
+    constants["AHEAD"] = config.ahead and beside is not None
     if folded is not None:
         constants |= {"NORM": folded.kind, "BIAS": True}
         if folded.pieces is not None:
@@ -235,13 +236,14 @@ def _constants(config: Product, split: int, unit: int, K: int, across: bool, dty
         "PARTS": config.parts, "STAGES": config.stages, "UNIT": unit, "DESC": config.descriptors, "ACROSS": across,
         "SWAP": config.swap, "EVEN_K": each == K, "PERSISTENT": config.persistent, "FLATTEN": config.flatten,
         "SPLIT": split, "PRECISION": dot_precision(dtype), "NORM": "none", "PIECES_OUT": False, "PIECES": 0, "PIECE": 1,
+        "AHEAD": False,
     }  # fmt: skip
 
 
 def _boxes(tiles: list[Tensor | None], config: Product, across: bool) -> list[list[int] | None]:
     part = [config.block_m, config.block_n // config.parts]
     of_weight = [config.block_k, config.block_n] if across else [config.block_n, config.block_k]
-    boxes = [[config.block_m, config.block_k], of_weight, part, part, part]
+    boxes = [[config.block_m, config.block_k], of_weight, part, part, None if config.ahead else part]
     return [None if t is None else box for t, box in zip(tiles, boxes, strict=True)]
 
 
@@ -419,12 +421,14 @@ def _product_compilation(
 ) -> Compilation:
     constants = _constants(config, split, UNIT, 1 << 20, False, torch.bfloat16) | NO_FLAGS | flags
     wide = "wide" in name
+    has_beside = constants["RESIDUAL"] or constants["SLOPE"]
+    constants["AHEAD"] = config.ahead and has_beside
     types = _types(linear_product.product.arg_names, constants, wide, folded=constants["NORM"] != "none")
     if config.descriptors:
         part = (config.block_m, config.block_n // config.parts)
         of_weight = (config.block_n, config.block_k)
         boxes = {"x": (config.block_m, config.block_k), "w": of_weight[::-1] if constants["ACROSS"] else of_weight}
-        there = {"aside": constants["ASIDE"], "beside": constants["RESIDUAL"] or constants["SLOPE"]}
+        there = {"aside": constants["ASIDE"], "beside": has_beside and not config.ahead}
         for argument in ("x", "w", "out", *(name for name in there if there[name])):
             rows, columns = boxes.get(argument, part)
             types[argument] = f"tensordesc<{types[argument][1:]}[{rows},{columns}]>"
@@ -432,7 +436,8 @@ def _product_compilation(
     words = [
         f"product {config.block_m}x{config.block_n}x{config.block_k} w{config.warps} s{config.stages}",
         f"p{config.parts}" if config.parts > 1 else "", "desc" * config.descriptors,
-        f"persistent{config.programs}" if config.persistent else "", "flat" * config.flatten, "swap" * config.swap,
+        f"persistent{config.programs}" if config.persistent else "", "flat" * config.flatten,
+        "ahead" * config.ahead, "swap" * config.swap,
         f"split{split}" if split > 1 else "", name,
     ]  # fmt: skip
     return Compilation(

@@ -150,8 +150,23 @@ def row_statistics(
 
 
 @triton.jit
+def load_ahead(
+    beside,  # [M, N] as in `product`
+    row, column, step,  # as in `load_tile`
+    M, N,  # rows and columns that are there
+    BM: tl.constexpr, W: tl.constexpr, UNIT: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """The part of `beside` that is needed next, [BM, W], on its way while something else is computed; or nothing."""
+    tile = tl.zeros((1, 1), tl.float32)
+    if AHEAD:
+        tile = load_tile(beside, row, column, step, M, N, BM, W, UNIT, False)
+    return tile
+
+
+@triton.jit
 def finish_part(
     v,  # fp32 [BM, BN]
+    ahead,  # of `load_ahead`
     row, column,  # where it begins
     means, rstds,  # fp32 [BM], read where NORM
     out, aside, beside,  # [M, N] as in `product`
@@ -161,7 +176,7 @@ def finish_part(
     M, N, n_step, beside_step, tokens,  # as in `product`; n_step: stride of out and aside in UNIT elements
     BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr, DESC: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
     ACT: tl.constexpr, SLOPE: tl.constexpr, ASIDE: tl.constexpr, GAMMA: tl.constexpr, ROW_SCALE: tl.constexpr,
-    RESIDUAL: tl.constexpr, SUMS: tl.constexpr, PIECES_OUT: tl.constexpr,
+    RESIDUAL: tl.constexpr, SUMS: tl.constexpr, PIECES_OUT: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     rows, columns = row + tl.arange(0, BM), column + tl.arange(0, BN)
     TYPE: tl.constexpr = out.dtype if DESC else out.dtype.element_ty
@@ -172,8 +187,9 @@ def finish_part(
     if BIAS:
         v = v + load_columns(bias, columns, N)[None, :]
     if SLOPE:
-        before = load_tile(beside, row, column, beside_step, M, N, BM, BN, UNIT, DESC)
-        y, slope = activate_and_slope(widened(before, v), ACT, TYPE)
+        if not AHEAD:
+            ahead = load_tile(beside, row, column, beside_step, M, N, BM, BN, UNIT, DESC)
+        y, slope = activate_and_slope(widened(ahead, v), ACT, TYPE)
         if ASIDE:
             store_tile(aside, row, column, y, n_step, M, N, BM, BN, UNIT, DESC)
         v = v * slope
@@ -186,7 +202,9 @@ def finish_part(
     if ROW_SCALE:
         v = v * tl.load(row_scale + rows // tokens, mask=rows < M, other=0.0).to(tl.float32)[:, None]
     if RESIDUAL:
-        v = v + widened(load_tile(beside, row, column, beside_step, M, N, BM, BN, UNIT, DESC), v)
+        if not AHEAD:
+            ahead = load_tile(beside, row, column, beside_step, M, N, BM, BN, UNIT, DESC)
+        v = v + widened(ahead, v)
     store_tile(out, row, column, v, n_step, M, N, BM, BN, UNIT, DESC)
     if SUMS:
         v = tl.where((rows < M)[:, None], v, 0.0)
@@ -206,6 +224,7 @@ def finish_part(
 @triton.jit
 def finish(
     v,  # fp32 [BM, BN]
+    ahead,  # of `load_ahead`, for the first part
     row, column,  # where it begins
     means, rstds,  # fp32 [BM], read where NORM
     out, aside, beside,  # [M, N] as in `product`
@@ -216,24 +235,26 @@ def finish(
     BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr, DESC: tl.constexpr,
     NORM: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr, ASIDE: tl.constexpr,
     GAMMA: tl.constexpr, ROW_SCALE: tl.constexpr, RESIDUAL: tl.constexpr, SUMS: tl.constexpr,
-    PIECES_OUT: tl.constexpr,
+    PIECES_OUT: tl.constexpr, AHEAD: tl.constexpr, MORE: tl.constexpr = False,
 ):  # fmt: skip
-    """Finish the tile and write what comes out."""
+    """Finish the tile and write what comes out; of MORE parts of a tile the next one's `ahead`."""
     if PARTS == 1:
+        following = load_ahead(beside, row, column + BN, beside_step, M, N, BM, BN, UNIT, AHEAD and MORE)
         finish_part(
-            v, row, column, means, rstds, out, aside, beside, bias, gamma, row_scale, column_sums, sums, pieces,
+            v, ahead, row, column, means, rstds, out, aside, beside, bias, gamma, row_scale, column_sums, sums, pieces,
             M, N, n_step, beside_step, tokens,
-            BM, BN, UNIT, DESC, NORM, BIAS, ACT, SLOPE, ASIDE, GAMMA, ROW_SCALE, RESIDUAL, SUMS, PIECES_OUT,
+            BM, BN, UNIT, DESC, NORM, BIAS, ACT, SLOPE, ASIDE, GAMMA, ROW_SCALE, RESIDUAL, SUMS, PIECES_OUT, AHEAD,
         )  # fmt: skip
     else:
         first, second = tl.split(tl.permute(tl.reshape(v, (BM, 2, BN // 2)), (0, 2, 1)))
-        finish(
-            first, row, column, means, rstds, out, aside, beside, bias, gamma, row_scale, column_sums, sums, pieces,
-            M, N, n_step, beside_step, tokens, BM, BN // 2, PARTS // 2,
-            UNIT, DESC, NORM, BIAS, ACT, SLOPE, ASIDE, GAMMA, ROW_SCALE, RESIDUAL, SUMS, PIECES_OUT,
-        )  # fmt: skip
-        finish(
-            second, row, column + BN // 2, means, rstds, out, aside, beside, bias, gamma, row_scale, column_sums, sums,
+        ahead = finish(
+            first, ahead, row, column, means, rstds, out, aside, beside, bias, gamma, row_scale, column_sums, sums,
             pieces, M, N, n_step, beside_step, tokens, BM, BN // 2, PARTS // 2,
-            UNIT, DESC, NORM, BIAS, ACT, SLOPE, ASIDE, GAMMA, ROW_SCALE, RESIDUAL, SUMS, PIECES_OUT,
+            UNIT, DESC, NORM, BIAS, ACT, SLOPE, ASIDE, GAMMA, ROW_SCALE, RESIDUAL, SUMS, PIECES_OUT, AHEAD, True,
         )  # fmt: skip
+        following = finish(
+            second, ahead, row, column + BN // 2, means, rstds, out, aside, beside, bias, gamma, row_scale,
+            column_sums, sums, pieces, M, N, n_step, beside_step, tokens, BM, BN // 2, PARTS // 2,
+            UNIT, DESC, NORM, BIAS, ACT, SLOPE, ASIDE, GAMMA, ROW_SCALE, RESIDUAL, SUMS, PIECES_OUT, AHEAD, MORE,
+        )  # fmt: skip
+    return following

@@ -18,7 +18,14 @@ import triton.language as tl
 
 from vitfast.kernels.triton import layer_norm_rows
 from vitfast.kernels.triton.addresses import advance
-from vitfast.kernels.triton.linear_finish import finish, finish_part, load_statistics, load_tile, row_statistics
+from vitfast.kernels.triton.linear_finish import (
+    finish,
+    finish_part,
+    load_ahead,
+    load_statistics,
+    load_tile,
+    row_statistics,
+)
 
 RUNTIME = ("M", "n_units", "k_units", "x_step", "w_step", "beside_step", "tokens", "programs")
 
@@ -87,7 +94,7 @@ def product(
     w,  # [N, K], K contiguous, with ACROSS [K, N], N contiguous; with DESC a descriptor of [BN, BK] or [BK, BN]
     out,  # [M, N], contiguous; this and the next two with DESC descriptors of boxes [BM, BN / PARTS]
     aside,  # [M, N], contiguous, written where ASIDE
-    beside,  # [M, N], N contiguous: the residual, or with SLOPE the numbers in front of the activation
+    beside,  # [M, N], N contiguous: the residual, or with SLOPE the numbers before the activation; with AHEAD a pointer
     bias, gamma,  # [N], each read where its flag says so
     row_scale,  # [B], a number an image
     mean, rstd,  # fp32 [M], or where PIECES is not 0 [PIECES, 2, M] and none: as in `load_statistics`
@@ -104,7 +111,7 @@ def product(
     EVEN_K: tl.constexpr, PERSISTENT: tl.constexpr, FLATTEN: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     NORM: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr, ASIDE: tl.constexpr,
     GAMMA: tl.constexpr, ROW_SCALE: tl.constexpr, RESIDUAL: tl.constexpr, SUMS: tl.constexpr,
-    PIECES_OUT: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr,
+    PIECES_OUT: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     N, K = n_units * UNIT, k_units * UNIT
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
@@ -112,20 +119,22 @@ def product(
         for t in tl.range(tl.program_id(0), tiles_m * tiles_n, programs, flatten=FLATTEN):
             m, n = place_of(t, tiles_m, tiles_n, GROUP)
             means, rstds = load_statistics(mean, rstd, m * BM, M, BM, NORM, PIECES)
+            ahead = load_ahead(beside, m * BM, n * BN, beside_step, M, N, BM, BN // PARTS, UNIT, AHEAD)
             acc = multiply(
                 x, w, m, n, 0, K, M, N, K, x_step, w_step,
                 BM, BN, BK, STAGES, UNIT, DESC, ACROSS, SWAP, EVEN_K, PRECISION,
             )  # fmt: skip
             means, rstds = row_statistics(means, rstds, eps, NORM, PIECES, PIECE)
             finish(
-                acc, m * BM, n * BN, means, rstds, out, aside, beside, bias, gamma, row_scale, column_sums, sums,
-                pieces, M, N, n_units, beside_step, tokens,
-                BM, BN, PARTS, UNIT, DESC, NORM, BIAS, ACT, SLOPE, ASIDE, GAMMA, ROW_SCALE, RESIDUAL, SUMS, PIECES_OUT,
+                acc, ahead, m * BM, n * BN, means, rstds, out, aside, beside, bias, gamma, row_scale, column_sums,
+                sums, pieces, M, N, n_units, beside_step, tokens, BM, BN, PARTS,
+                UNIT, DESC, NORM, BIAS, ACT, SLOPE, ASIDE, GAMMA, ROW_SCALE, RESIDUAL, SUMS, PIECES_OUT, AHEAD,
             )  # fmt: skip
     else:
         t, s = tl.program_id(0) // SPLIT, tl.program_id(0) % SPLIT
         m, n = place_of(t, tiles_m, tiles_n, GROUP)
         means, rstds = load_statistics(mean, rstd, m * BM, M, BM, NORM, PIECES)
+        ahead = load_ahead(beside, m * BM, n * BN, beside_step, M, N, BM, BN // PARTS, UNIT, AHEAD)
         each = tl.cdiv(tl.cdiv(K, BK), SPLIT) * BK
         begin = (s.to(tl.int64) * each).to(tl.int32)
         acc = multiply(
@@ -152,9 +161,9 @@ def product(
                     acc += tl.load(own + i * (BM * BN) + inside, cache_modifier=".cg")
             means, rstds = row_statistics(means, rstds, eps, NORM, PIECES, PIECE)
             finish(
-                acc, m * BM, n * BN, means, rstds, out, aside, beside, bias, gamma, row_scale, column_sums, sums,
-                pieces, M, N, n_units, beside_step, tokens,
-                BM, BN, PARTS, UNIT, DESC, NORM, BIAS, ACT, SLOPE, ASIDE, GAMMA, ROW_SCALE, RESIDUAL, SUMS, PIECES_OUT,
+                acc, ahead, m * BM, n * BN, means, rstds, out, aside, beside, bias, gamma, row_scale, column_sums,
+                sums, pieces, M, N, n_units, beside_step, tokens, BM, BN, PARTS,
+                UNIT, DESC, NORM, BIAS, ACT, SLOPE, ASIDE, GAMMA, ROW_SCALE, RESIDUAL, SUMS, PIECES_OUT, AHEAD,
             )  # fmt: skip
 
 
@@ -176,9 +185,9 @@ def finish_rows(
     v = load_tile(x, m * BM, n * BN, x_step, M, N, BM, BN, UNIT, False).to(tl.float32)
     means, rstds = load_statistics(x, x, 0, M, BM, "none", 0)
     finish_part(
-        v, m * BM, n * BN, means, rstds, out, aside, beside, bias, gamma, row_scale, out, sums, out,
+        v, v, m * BM, n * BN, means, rstds, out, aside, beside, bias, gamma, row_scale, out, sums, out,
         M, N, n_units, beside_step, tokens,
-        BM, BN, UNIT, False, "none", BIAS, ACT, SLOPE, ASIDE, GAMMA, ROW_SCALE, RESIDUAL, SUMS, False,
+        BM, BN, UNIT, False, "none", BIAS, ACT, SLOPE, ASIDE, GAMMA, ROW_SCALE, RESIDUAL, SUMS, False, False,
     )  # fmt: skip
 
 
