@@ -95,7 +95,7 @@ MUTANTS = {
         "test_residual_and_scales_are_forgotten",
     ),
     "residual added twice": (
-        "linear_finish.py", "    if RESIDUAL:\n        v = v + ", "    if RESIDUAL:\n        v = v + 2.0 * ",
+        "linear_finish.py", "v = v + widened(tile, v)", "v = v + 2.0 * widened(tile, v)",
         "test_residual_and_scales_are_forgotten",
     ),
     "residual of the MLP without a gradient": (
@@ -110,12 +110,16 @@ MUTANTS = {
         "test_residual_and_scales_are_forgotten",
     ),
     "fold without the mean": (
-        "linear_finish.py", "v = v - means[:, None] * load_columns(column_sums, columns, N)[None, :]", "v = v",
+        "linear_finish.py", "v = v - means[:, None] * of_mean[None, :]", "v = v",
         "test_size_leaves_a_tail_out",
     ),
     "sums of another column": (
         "linear_finish.py", "load_columns(column_sums, columns, N)", "load_columns(column_sums, columns ^ 1, N)",
         "test_size_leaves_a_tail_out",
+    ),
+    "what is read ahead is of this part": (
+        "linear_finish.py", "row, column + BN, beside_step, M, N,", "row, column, beside_step, M, N,",
+        "test_residual_and_scales_are_forgotten and ahead",
     ),
     "statistics of other rows": (
         "linear_finish.py", "    rows = row + tl.arange(0, BM)\n    if PIECES",
@@ -129,8 +133,7 @@ MUTANTS = {
         "linear_finish.py", "v = rounded(v, ", "v = v + 0.0 * rounded(v, ", "test_statistics_that_travel",
     ),
     "bias added twice": (
-        "linear_finish.py", "v = v + load_columns(bias, columns, N)[None, :]",
-        "v = v + 2.0 * load_columns(bias, columns, N)[None, :]", "test_size_leaves_a_tail_out",
+        "linear_finish.py", "v = v + offsets[None, :]", "v = v + 2.0 * offsets[None, :]", "test_size_leaves_a_tail_out",
     ),
     "counters of a split sum left as they are": (
         "linear_product.py", "                tl.store(arrived + t, 0)\n", "", "test_next_product_counts_on",

@@ -210,8 +210,8 @@ class Product:
         programs: of a persistent kernel, a multiprocessor: one multiplies while the other finishes.
         flatten: a persistent kernel's loops over tiles and depth as one, so that the next tile's first loads are under
             way while this one is finished.
-        ahead: each part of the residual is read, by pointers, while the part before it is finished, and the first one
-            while the tile is multiplied.
+        ahead: what a part reads, the residual by pointers, is on its way while the part before it is finished, and that
+            of the first while the tile is multiplied.
     """
 
     kernel: str = "tiles"

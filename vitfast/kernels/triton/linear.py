@@ -161,7 +161,6 @@ def product(
     split = _split(config, tiles_m * tiles_n, K, multiprocessors(x.device))
     unit = UNIT if _aligned(x, weight, out, aside, beside) else 1
     constants = _constants(config, split, unit, K, across, x.dtype) | after.flags()
-    constants["AHEAD"] = config.ahead and beside is not None
     if folded is not None:
         constants |= {"NORM": folded.kind, "BIAS": True}
         if folded.pieces is not None:
@@ -236,7 +235,7 @@ def _constants(config: Product, split: int, unit: int, K: int, across: bool, dty
         "PARTS": config.parts, "STAGES": config.stages, "UNIT": unit, "DESC": config.descriptors, "ACROSS": across,
         "SWAP": config.swap, "EVEN_K": each == K, "PERSISTENT": config.persistent, "FLATTEN": config.flatten,
         "SPLIT": split, "PRECISION": dot_precision(dtype), "NORM": "none", "PIECES_OUT": False, "PIECES": 0, "PIECE": 1,
-        "AHEAD": False,
+        "AHEAD": config.ahead,
     }  # fmt: skip
 
 
@@ -422,7 +421,6 @@ def _product_compilation(
     constants = _constants(config, split, UNIT, 1 << 20, False, torch.bfloat16) | NO_FLAGS | flags
     wide = "wide" in name
     has_beside = constants["RESIDUAL"] or constants["SLOPE"]
-    constants["AHEAD"] = config.ahead and has_beside
     types = _types(linear_product.product.arg_names, constants, wide, folded=constants["NORM"] != "none")
     if config.descriptors:
         part = (config.block_m, config.block_n // config.parts)

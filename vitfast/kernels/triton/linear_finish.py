@@ -151,16 +151,28 @@ def row_statistics(
 
 @triton.jit
 def load_ahead(
-    beside,  # [M, N] as in `product`
+    beside, bias, column_sums,  # as in `product`
     row, column, step,  # as in `load_tile`
     M, N,  # rows and columns that are there
-    BM: tl.constexpr, W: tl.constexpr, UNIT: tl.constexpr, AHEAD: tl.constexpr,
+    BM: tl.constexpr, W: tl.constexpr, UNIT: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
+    BESIDE: tl.constexpr, NOW: tl.constexpr,
 ):  # fmt: skip
-    """The part of `beside` that is needed next, [BM, W], on its way while something else is computed; or nothing."""
+    """What a part reads of beside, [BM, W], column sums and bias, fp32 [W]; nothing of what it does not, or unless NOW.
+
+    Loads only: where they stand before other work, that hides how long they take.
+    """
     tile = tl.zeros((1, 1), tl.float32)
-    if AHEAD:
-        tile = load_tile(beside, row, column, step, M, N, BM, W, UNIT, False)
-    return tile
+    of_mean = tl.zeros((1,), tl.float32)
+    offsets = of_mean
+    if NOW:
+        columns = column + tl.arange(0, W)
+        if BESIDE:
+            tile = load_tile(beside, row, column, step, M, N, BM, W, UNIT, False)
+        if NORM == "layer":
+            of_mean = load_columns(column_sums, columns, N)
+        if BIAS:
+            offsets = load_columns(bias, columns, N)
+    return tile, of_mean, offsets
 
 
 @triton.jit
@@ -180,16 +192,21 @@ def finish_part(
 ):  # fmt: skip
     rows, columns = row + tl.arange(0, BM), column + tl.arange(0, BN)
     TYPE: tl.constexpr = out.dtype if DESC else out.dtype.element_ty
+    tile, of_mean, offsets = ahead
+    if not AHEAD:
+        _, of_mean, offsets = load_ahead(
+            beside, bias, column_sums, row, column, beside_step, M, N, BM, BN, UNIT, NORM, BIAS, False, True
+        )
     if NORM != "none":
         if NORM == "layer":
-            v = v - means[:, None] * load_columns(column_sums, columns, N)[None, :]
+            v = v - means[:, None] * of_mean[None, :]
         v = v * rstds[:, None]
     if BIAS:
-        v = v + load_columns(bias, columns, N)[None, :]
+        v = v + offsets[None, :]
     if SLOPE:
         if not AHEAD:
-            ahead = load_tile(beside, row, column, beside_step, M, N, BM, BN, UNIT, DESC)
-        y, slope = activate_and_slope(widened(ahead, v), ACT, TYPE)
+            tile = load_tile(beside, row, column, beside_step, M, N, BM, BN, UNIT, DESC)
+        y, slope = activate_and_slope(widened(tile, v), ACT, TYPE)
         if ASIDE:
             store_tile(aside, row, column, y, n_step, M, N, BM, BN, UNIT, DESC)
         v = v * slope
@@ -203,8 +220,8 @@ def finish_part(
         v = v * tl.load(row_scale + rows // tokens, mask=rows < M, other=0.0).to(tl.float32)[:, None]
     if RESIDUAL:
         if not AHEAD:
-            ahead = load_tile(beside, row, column, beside_step, M, N, BM, BN, UNIT, DESC)
-        v = v + widened(ahead, v)
+            tile = load_tile(beside, row, column, beside_step, M, N, BM, BN, UNIT, DESC)
+        v = v + widened(tile, v)
     store_tile(out, row, column, v, n_step, M, N, BM, BN, UNIT, DESC)
     if SUMS:
         v = tl.where((rows < M)[:, None], v, 0.0)
@@ -237,9 +254,12 @@ def finish(
     GAMMA: tl.constexpr, ROW_SCALE: tl.constexpr, RESIDUAL: tl.constexpr, SUMS: tl.constexpr,
     PIECES_OUT: tl.constexpr, AHEAD: tl.constexpr, MORE: tl.constexpr = False,
 ):  # fmt: skip
-    """Finish the tile and write what comes out; of MORE parts of a tile the next one's `ahead`."""
+    """Finish the tile and write what comes out; where MORE of a larger tile follow, `ahead` of the next part."""
     if PARTS == 1:
-        following = load_ahead(beside, row, column + BN, beside_step, M, N, BM, BN, UNIT, AHEAD and MORE)
+        following = load_ahead(
+            beside, bias, column_sums, row, column + BN, beside_step, M, N,
+            BM, BN, UNIT, NORM, BIAS, RESIDUAL or SLOPE, AHEAD and MORE,
+        )  # fmt: skip
         finish_part(
             v, ahead, row, column, means, rstds, out, aside, beside, bias, gamma, row_scale, column_sums, sums, pieces,
             M, N, n_step, beside_step, tokens,

@@ -119,7 +119,10 @@ def product(
         for t in tl.range(tl.program_id(0), tiles_m * tiles_n, programs, flatten=FLATTEN):
             m, n = place_of(t, tiles_m, tiles_n, GROUP)
             means, rstds = load_statistics(mean, rstd, m * BM, M, BM, NORM, PIECES)
-            ahead = load_ahead(beside, m * BM, n * BN, beside_step, M, N, BM, BN // PARTS, UNIT, AHEAD)
+            ahead = load_ahead(
+                beside, bias, column_sums, m * BM, n * BN, beside_step, M, N,
+                BM, BN // PARTS, UNIT, NORM, BIAS, RESIDUAL or SLOPE, AHEAD,
+            )  # fmt: skip
             acc = multiply(
                 x, w, m, n, 0, K, M, N, K, x_step, w_step,
                 BM, BN, BK, STAGES, UNIT, DESC, ACROSS, SWAP, EVEN_K, PRECISION,
@@ -134,7 +137,10 @@ def product(
         t, s = tl.program_id(0) // SPLIT, tl.program_id(0) % SPLIT
         m, n = place_of(t, tiles_m, tiles_n, GROUP)
         means, rstds = load_statistics(mean, rstd, m * BM, M, BM, NORM, PIECES)
-        ahead = load_ahead(beside, m * BM, n * BN, beside_step, M, N, BM, BN // PARTS, UNIT, AHEAD)
+        ahead = load_ahead(
+            beside, bias, column_sums, m * BM, n * BN, beside_step, M, N,
+            BM, BN // PARTS, UNIT, NORM, BIAS, RESIDUAL or SLOPE, AHEAD,
+        )  # fmt: skip
         each = tl.cdiv(tl.cdiv(K, BK), SPLIT) * BK
         begin = (s.to(tl.int64) * each).to(tl.int32)
         acc = multiply(
@@ -185,7 +191,7 @@ def finish_rows(
     v = load_tile(x, m * BM, n * BN, x_step, M, N, BM, BN, UNIT, False).to(tl.float32)
     means, rstds = load_statistics(x, x, 0, M, BM, "none", 0)
     finish_part(
-        v, v, m * BM, n * BN, means, rstds, out, aside, beside, bias, gamma, row_scale, out, sums, out,
+        v, (v, means, means), m * BM, n * BN, means, rstds, out, aside, beside, bias, gamma, row_scale, out, sums, out,
         M, N, n_units, beside_step, tokens,
         BM, BN, UNIT, False, "none", BIAS, ACT, SLOPE, ASIDE, GAMMA, ROW_SCALE, RESIDUAL, SUMS, False, False,
     )  # fmt: skip
