@@ -277,6 +277,19 @@ def test_activation_is_of_another_flavour(act, dtype, device):
     assert torch.equal(for_bad.isnan(), expected.isnan()) and torch.equal(for_bad.isinf(), expected.isinf())
 
 
+@every_dtype
+def test_gelu_is_further_off_than_its_polynomial(dtype, device):
+    """Before the result is rounded: the one for fp32 no more than its arithmetic, the other by what its fit left."""
+    y = torch.linspace(-10, 10, 64 * 1024, device=device).view(64, 1024).to(dtype)
+    ref, eps = reference.activation(y.double(), "gelu"), torch.finfo(dtype).eps
+    out, *_ = linear.finish(y, After(dtype, act="gelu"))
+    # of numbers below the smallest normal one half the distance between them
+    rounding = (eps / 2 * ref.abs()).clamp(min=torch.finfo(dtype).tiny * eps / 2)
+    limit = 1.3e-8 if dtype is torch.float32 else 5.4e-7
+    excess = (out.double() - ref).abs() - rounding - limit - 2 * 2.0**-24 * y.double().abs().clamp(max=4)
+    assert excess.max() <= 0
+
+
 @pytest.mark.alone
 def test_row_past_two_to_the_31_is_read_elsewhere(device):
     """Rows and residual whose offsets need 64 bits, in every way to share the work that takes such strides."""
