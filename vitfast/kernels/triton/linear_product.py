@@ -118,7 +118,7 @@ def product(
     if PERSISTENT:
         for t in tl.range(tl.program_id(0), tiles_m * tiles_n, programs, flatten=FLATTEN):
             m, n = place_of(t, tiles_m, tiles_n, GROUP)
-            means, rstds = load_statistics(mean, rstd, m * BM, M, BM, NORM, PIECES)
+            first, second = load_statistics(mean, rstd, m * BM, M, BM, NORM, PIECES)
             ahead = load_ahead(
                 beside, bias, column_sums, m * BM, n * BN, beside_step, M, N,
                 BM, BN // PARTS, UNIT, NORM, BIAS, RESIDUAL or SLOPE, AHEAD,
@@ -127,7 +127,7 @@ def product(
                 x, w, m, n, 0, K, M, N, K, x_step, w_step,
                 BM, BN, BK, STAGES, UNIT, DESC, ACROSS, SWAP, EVEN_K, PRECISION,
             )  # fmt: skip
-            means, rstds = row_statistics(means, rstds, eps, NORM, PIECES, PIECE)
+            means, rstds = row_statistics(first, second, eps, NORM, PIECES, PIECE)
             finish(
                 acc, ahead, m * BM, n * BN, means, rstds, out, aside, beside, bias, gamma, row_scale, column_sums,
                 sums, pieces, M, N, n_units, beside_step, tokens, BM, BN, PARTS,
@@ -136,7 +136,7 @@ def product(
     else:
         t, s = tl.program_id(0) // SPLIT, tl.program_id(0) % SPLIT
         m, n = place_of(t, tiles_m, tiles_n, GROUP)
-        means, rstds = load_statistics(mean, rstd, m * BM, M, BM, NORM, PIECES)
+        first, second = load_statistics(mean, rstd, m * BM, M, BM, NORM, PIECES)
         ahead = load_ahead(
             beside, bias, column_sums, m * BM, n * BN, beside_step, M, N,
             BM, BN // PARTS, UNIT, NORM, BIAS, RESIDUAL or SLOPE, AHEAD,
@@ -165,7 +165,7 @@ def product(
                 acc = tl.zeros((BM, BN), tl.float32)
                 for i in tl.static_range(SPLIT):
                     acc += tl.load(own + i * (BM * BN) + inside, cache_modifier=".cg")
-            means, rstds = row_statistics(means, rstds, eps, NORM, PIECES, PIECE)
+            means, rstds = row_statistics(first, second, eps, NORM, PIECES, PIECE)
             finish(
                 acc, ahead, m * BM, n * BN, means, rstds, out, aside, beside, bias, gamma, row_scale, column_sums,
                 sums, pieces, M, N, n_units, beside_step, tokens, BM, BN, PARTS,
