@@ -107,12 +107,12 @@ MUTANTS = {
         "variance = tl.sum(tile * tile, 1) / C - mean * mean", "test_variance_is_a_difference",
     ),
     "GELU of tanh": (
-        "activations.py", '    if ACT == "gelu":\n        cdf, _ = normal_cdf(x)\n        x = x * cdf\n',
+        "activations.py", '    if ACT == "gelu":\n        x, _ = gelu_and_tail(x, TYPE.primitive_bitwidth == 32)\n',
         '    if ACT == "gelu":\n        x = x * sigmoid(TANH_SCALE * (x + TANH_CUBE * x * x * x))\n',
         "test_activation_is_of_another_flavour and fp32",
     ),
     "slope of another GELU": (
-        "activations.py", "slope = cdf + x * bell * 0.3989422804014327", "slope = cdf + x * bell * 0.4",
+        "activations.py", "+ x * bell * 0.3989422804014327", "+ x * bell * 0.4",
         "test_activation_is_of_another_flavour and fp32",
     ),
     "cube that overflows": (
@@ -132,7 +132,7 @@ MUTANTS = {
         "test_residual_and_scales_are_forgotten",
     ),
     "residual added twice": (
-        "linear_finish.py", "    if RESIDUAL:\n        v = v + ", "    if RESIDUAL:\n        v = v + 2.0 * ",
+        "linear_finish.py", "v = v + widened(tile, v)", "v = v + 2.0 * widened(tile, v)",
         "test_residual_and_scales_are_forgotten",
     ),
     "residual of the MLP without a gradient": (
@@ -147,8 +147,36 @@ MUTANTS = {
         "test_residual_and_scales_are_forgotten",
     ),
     "fold without the mean": (
-        "linear_finish.py", "v = v - means[:, None] * load_columns(column_sums, columns, N)[None, :]", "v = v",
+        "linear_finish.py", "v = v - means[:, None] * of_mean[None, :]", "v = v",
         "test_size_leaves_a_tail_out",
+    ),
+    "sums of another column": (
+        "linear_finish.py", "load_columns(column_sums, columns, N)", "load_columns(column_sums, columns ^ 1, N)",
+        "test_size_leaves_a_tail_out",
+    ),
+    "what is read ahead is of this part": (
+        "linear_finish.py", "row, column + BN, beside_step, M, N,", "row, column, beside_step, M, N,",
+        "test_residual_and_scales_are_forgotten and ahead",
+    ),
+    "statistics of other rows": (
+        "linear_finish.py", "    rows = row + tl.arange(0, BM)\n    if PIECES",
+        "    rows = row + 1 + tl.arange(0, BM)\n    if PIECES", "test_statistics_that_travel",
+    ),
+    "one piece's mean for all": (
+        "linear_finish.py", "tl.where(piece < PIECES, away - means[None, :], 0.0)", "away * 0.0",
+        "test_statistics_that_travel",
+    ),
+    "statistics of what was not rounded": (
+        "linear_finish.py", "v = rounded(v, ", "v = v + 0.0 * rounded(v, ", "test_statistics_that_travel",
+    ),
+    "bias added twice": (
+        "linear_finish.py", "v = v + offsets[None, :]", "v = v + 2.0 * offsets[None, :]", "test_size_leaves_a_tail_out",
+    ),
+    "counters of a split sum left as they are": (
+        "linear_product.py", "                tl.store(arrived + t, 0)\n", "", "test_next_product_counts_on",
+    ),
+    "GELU of half precision in fp32": (
+        "activations.py", "TYPE.primitive_bitwidth == 32", "False", "test_gelu_is_further_off and fp32",
     ),
     "one program's sums of columns lost": (
         "layer_norm_rows.py", "(first + rows < programs)[:, None]", "(first + rows < programs - 1)[:, None]",

@@ -19,6 +19,7 @@ from vitfast.kernels.triton import layer_norm, linear, mlp
 MECHANISMS = {
     "pointers": Product("tiles", 64, 64, 32, parts=2),
     "persistent": Product("tiles", 64, 64, 32, parts=2, descriptors=True, persistent=True),
+    "ahead": Product("tiles", 64, 64, 32, parts=4, descriptors=True, persistent=True, flatten=True, ahead=True),
     "descriptors": Product("tiles", 32, 32, 64, stages=2, descriptors=True),
     "swap": Product("tiles", 16, 64, 32, descriptors=True, swap=True, split=2),
     "split": Product("tiles", 64, 64, 16, parts=2, split=4),

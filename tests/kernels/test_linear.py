@@ -187,8 +187,8 @@ def test_descriptor_is_made_of_rows_that_overlap(mechanism, which, rows, describ
     """Bulk copies are for rows of which none lies in another."""
     given = layer(1, 5, 64, 64, torch.float16, device, residual="same")
     plain = check_forward(MECHANISMS[mechanism], given)
-    # x, weight, result and residual; there is no second output
-    assert len(described) == 4
+    # x, weight, result and, unless it is read by pointers, residual; there is no second output
+    assert len(described) == 4 - MECHANISMS[mechanism].ahead
     given[which] = OVERLAPPING[rows](given[which][None] if which == "weight" else given[which])
     if which == "weight":
         given[which] = given[which][0]
@@ -275,6 +275,19 @@ def test_activation_is_of_another_flavour(act, dtype, device):
     for_bad, *_ = linear.finish(bad, After(dtype, act=act))
     expected = reference.activation(bad.double(), act)
     assert torch.equal(for_bad.isnan(), expected.isnan()) and torch.equal(for_bad.isinf(), expected.isinf())
+
+
+@every_dtype
+def test_gelu_is_further_off_than_its_polynomial(dtype, device):
+    """Before the result is rounded: the one for fp32 no more than its arithmetic, the other by what its fit left."""
+    y = torch.linspace(-10, 10, 64 * 1024, device=device).view(64, 1024).to(dtype)
+    ref, eps = reference.activation(y.double(), "gelu"), torch.finfo(dtype).eps
+    out, *_ = linear.finish(y, After(dtype, act="gelu"))
+    # of numbers below the smallest normal one half the distance between them
+    rounding = (eps / 2 * ref.abs()).clamp(min=torch.finfo(dtype).tiny * eps / 2)
+    limit = 1.3e-8 if dtype is torch.float32 else 5.4e-7
+    excess = (out.double() - ref).abs() - rounding - limit - 2 * 2.0**-24 * y.double().abs().clamp(max=4)
+    assert excess.max() <= 0
 
 
 @pytest.mark.alone

@@ -8,7 +8,7 @@ Architectures: 80 (A100), 89 (its kin with 99 KB of shared memory: RTX 30 to 50,
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 ARCHITECTURES = (80, 89, 90, 100)
@@ -229,6 +229,10 @@ class Product:
         swap: the weight's rows are the rows of the matrix instruction, of which it wants 64.
         split: up to so many programs a tile, where tiles are too few.
         programs: of a persistent kernel, a multiprocessor: one multiplies while the other finishes.
+        flatten: a persistent kernel's loops over tiles and depth as one, so that the next tile's first loads are under
+            way while this one is finished.
+        ahead: what a part reads, the residual by pointers, is on its way while the part before it is finished, and that
+            of the first while the tile is multiplied.
     """
 
     kernel: str = "tiles"
@@ -243,6 +247,8 @@ class Product:
     swap: bool = False
     split: int = 1
     programs: int = 1
+    flatten: bool = False
+    ahead: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -278,6 +284,18 @@ PRODUCT_POINTERS = [
     ProductRow(Product("tiles", 64, 64, 64, stages=4, split=4), tiles_at_most=1.0),
     ProductRow(Product("tiles", 128, 64, 64, warps=4, stages=4, parts=2)),
 ]
+# on Hopper, where a measurement says so only: tensor cores that do not wait for what follows a product. With four parts
+# fewer registers and less shared memory for two programs; loops that are one; what is read for the end read ahead.
+# Loops that are one with warps of two groups would overwrite operands (`benchmarks.aot` refuses them)
+TWO = Product("tiles", 128, 128, 64, stages=3, parts=4, descriptors=True, persistent=True, programs=2)
+PRODUCT_OVERLAPPED = (
+    TWO,
+    replace(TWO, flatten=True),
+    replace(TWO, ahead=True),
+    replace(TWO, parts=2, ahead=True),
+    Product("tiles", 128, 256, 64, warps=8, parts=4, descriptors=True, persistent=True, ahead=True),
+    Product("tiles", 64, 64, 64, stages=4, descriptors=True, ahead=True),
+)
 
 PRODUCT: dict[int, list[ProductRow]] = {
     80: [
@@ -299,6 +317,7 @@ PRODUCT: dict[int, list[ProductRow]] = {
         ProductRow(Product("tiles", 128, 128, 64, stages=3, parts=2, descriptors=True, persistent=True, programs=2)),
         ProductRow(Product("tiles", 128, 128, 64, warps=8, stages=3, parts=2, descriptors=True)),
         ProductRow(Product("tiles", 128, 256, 64, warps=8, parts=4, descriptors=True, persistent=True)),
+        *(ProductRow(config) for config in PRODUCT_OVERLAPPED),
         *PRODUCT_POINTERS,
         *PRODUCT_FP32,
     ],
@@ -310,6 +329,7 @@ PRODUCT: dict[int, list[ProductRow]] = {
             tiles_at_most=4.0,
         ),
         ProductRow(Product("tiles", 128, 256, 64, warps=8, parts=4, descriptors=True, persistent=True)),
+        ProductRow(TWO),
         *PRODUCT_POINTERS,
         *PRODUCT_FP32,
     ],

@@ -16,6 +16,7 @@ from vitfast.choose.config_tables import Product
 from vitfast.kernels.operands import Norm, Tail
 from vitfast.kernels.triton import layer_norm, linear_product
 from vitfast.kernels.triton.compilation import Compilation
+from vitfast.kernels.triton.counters import counters, forget
 from vitfast.kernels.triton.launch import (
     DTYPES,
     UNIT,
@@ -172,7 +173,7 @@ def product(
         constants["PIECES_OUT"] = True
     if split > 1:
         partials = new(tiles_m * tiles_n * split * config.block_m * config.block_n)
-        arrived = torch.zeros(tiles_m * tiles_n, dtype=torch.int32, device=x.device)
+        arrived = counters(x.device, tiles_m * tiles_n)
     bias = after.bias if folded is None else folded.bias
     mean = rstd = columns = None
     if folded is not None:
@@ -188,7 +189,13 @@ def product(
     numbers = (M, N // unit, K // unit, *steps, after.tokens, programs, 0.0 if folded is None else folded.eps)
     # a kernel takes no None; what stands in its place is not touched
     tensors = [out if t is None else t for t in (*tiles, *rest)]
-    launch(linear_product.product, (programs,), tensors, numbers, constants, config.warps, config.stages, boxes=boxes)
+    try:
+        launch(
+            linear_product.product, (programs,), tensors, numbers, constants, config.warps, config.stages, boxes=boxes
+        )
+    except BaseException:
+        forget(x.device)
+        raise
     if after.pieces:
         return out, aside, pieces
     return out, aside, None if sums is None else layer_norm.add_up(sums, torch.float32)
@@ -226,15 +233,16 @@ def _constants(config: Product, split: int, unit: int, K: int, across: bool, dty
     return {
         "BM": config.block_m, "BN": config.block_n, "BK": config.block_k, "GROUP": config_tables.GROUP,
         "PARTS": config.parts, "STAGES": config.stages, "UNIT": unit, "DESC": config.descriptors, "ACROSS": across,
-        "SWAP": config.swap, "EVEN_K": each == K, "PERSISTENT": config.persistent, "SPLIT": split,
-        "PRECISION": dot_precision(dtype), "NORM": "none", "PIECES_OUT": False, "PIECES": 0, "PIECE": 1,
+        "SWAP": config.swap, "EVEN_K": each == K, "PERSISTENT": config.persistent, "FLATTEN": config.flatten,
+        "SPLIT": split, "PRECISION": dot_precision(dtype), "NORM": "none", "PIECES_OUT": False, "PIECES": 0, "PIECE": 1,
+        "AHEAD": config.ahead,
     }  # fmt: skip
 
 
 def _boxes(tiles: list[Tensor | None], config: Product, across: bool) -> list[list[int] | None]:
     part = [config.block_m, config.block_n // config.parts]
     of_weight = [config.block_k, config.block_n] if across else [config.block_n, config.block_k]
-    boxes = [[config.block_m, config.block_k], of_weight, part, part, part]
+    boxes = [[config.block_m, config.block_k], of_weight, part, part, None if config.ahead else part]
     return [None if t is None else box for t, box in zip(tiles, boxes, strict=True)]
 
 
@@ -413,12 +421,13 @@ def _product_compilation(
 ) -> Compilation:
     constants = _constants(config, split, UNIT, 1 << 20, False, torch.bfloat16) | NO_FLAGS | flags
     wide = "wide" in name
+    has_beside = constants["RESIDUAL"] or constants["SLOPE"]
     types = _types(linear_product.product.arg_names, constants, wide, folded=constants["NORM"] != "none")
     if config.descriptors:
         part = (config.block_m, config.block_n // config.parts)
         of_weight = (config.block_n, config.block_k)
         boxes = {"x": (config.block_m, config.block_k), "w": of_weight[::-1] if constants["ACROSS"] else of_weight}
-        there = {"aside": constants["ASIDE"], "beside": constants["RESIDUAL"] or constants["SLOPE"]}
+        there = {"aside": constants["ASIDE"], "beside": has_beside and not config.ahead}
         for argument in ("x", "w", "out", *(name for name in there if there[name])):
             rows, columns = boxes.get(argument, part)
             types[argument] = f"tensordesc<{types[argument][1:]}[{rows},{columns}]>"
@@ -426,7 +435,8 @@ def _product_compilation(
     words = [
         f"product {config.block_m}x{config.block_n}x{config.block_k} w{config.warps} s{config.stages}",
         f"p{config.parts}" if config.parts > 1 else "", "desc" * config.descriptors,
-        f"persistent{config.programs}" if config.persistent else "", "swap" * config.swap,
+        f"persistent{config.programs}" if config.persistent else "", "flat" * config.flatten,
+        "ahead" * config.ahead, "swap" * config.swap,
         f"split{split}" if split > 1 else "", name,
     ]  # fmt: skip
     return Compilation(

@@ -18,7 +18,14 @@ import triton.language as tl
 
 from vitfast.kernels.triton import layer_norm_rows
 from vitfast.kernels.triton.addresses import advance
-from vitfast.kernels.triton.linear_finish import finish, finish_part, load_statistics, load_tile
+from vitfast.kernels.triton.linear_finish import (
+    finish,
+    finish_part,
+    load_ahead,
+    load_statistics,
+    load_tile,
+    row_statistics,
+)
 from vitfast.kernels.triton.overlap import after_kernel_before
 
 RUNTIME = ("M", "n_units", "k_units", "x_step", "w_step", "beside_step", "tokens", "programs")
@@ -82,18 +89,13 @@ def multiply(
     return acc
 
 
-@triton.jit
-def no_statistics(BM: tl.constexpr):
-    return tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
-
-
 @triton.jit(do_not_specialize=RUNTIME)
 def product(
     x,  # [M, K], K contiguous; with DESC a descriptor of boxes [BM, BK]
     w,  # [N, K], K contiguous, with ACROSS [K, N], N contiguous; with DESC a descriptor of [BN, BK] or [BK, BN]
     out,  # [M, N], contiguous; this and the next two with DESC descriptors of boxes [BM, BN / PARTS]
     aside,  # [M, N], contiguous, written where ASIDE
-    beside,  # [M, N], N contiguous: the residual, or with SLOPE the numbers in front of the activation
+    beside,  # [M, N], N contiguous: the residual, or with SLOPE the numbers before the activation; with AHEAD a pointer
     bias, gamma,  # [N], each read where its flag says so
     row_scale,  # [B], a number an image
     mean, rstd,  # fp32 [M], or where PIECES is not 0 [PIECES, 2, M] and none: as in `load_statistics`
@@ -101,38 +103,46 @@ def product(
     sums,  # fp32 [ceil(M / BM), N], written where SUMS
     pieces,  # fp32 [N / (BN / PARTS), 2, M], written where PIECES_OUT
     partials,  # fp32 [tiles, SPLIT, BM, BN], where SPLIT > 1
-    arrived,  # int32 [tiles], zeros, where SPLIT > 1
+    arrived,  # int32 [tiles], zeros before and after, where SPLIT > 1
     M, n_units, k_units,  # N and K in UNIT elements
     x_step, w_step, beside_step,  # strides in UNIT elements
     tokens, programs, eps,  # rows of an image; programs where PERSISTENT; added to the variance of pieces
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
     STAGES: tl.constexpr, UNIT: tl.constexpr, DESC: tl.constexpr, ACROSS: tl.constexpr, SWAP: tl.constexpr,
-    EVEN_K: tl.constexpr, PERSISTENT: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_K: tl.constexpr, PERSISTENT: tl.constexpr, FLATTEN: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     NORM: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr, ASIDE: tl.constexpr,
     GAMMA: tl.constexpr, ROW_SCALE: tl.constexpr, RESIDUAL: tl.constexpr, SUMS: tl.constexpr,
-    PIECES_OUT: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr,
+    PIECES_OUT: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     after_kernel_before()
     N, K = n_units * UNIT, k_units * UNIT
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
     if PERSISTENT:
-        for t in tl.range(tl.program_id(0), tiles_m * tiles_n, programs):
+        for t in tl.range(tl.program_id(0), tiles_m * tiles_n, programs, flatten=FLATTEN):
             m, n = place_of(t, tiles_m, tiles_n, GROUP)
+            first, second = load_statistics(mean, rstd, m * BM, M, BM, NORM, PIECES)
+            ahead = load_ahead(
+                beside, bias, column_sums, m * BM, n * BN, beside_step, M, N,
+                BM, BN // PARTS, UNIT, NORM, BIAS, RESIDUAL or SLOPE, AHEAD,
+            )  # fmt: skip
             acc = multiply(
                 x, w, m, n, 0, K, M, N, K, x_step, w_step,
                 BM, BN, BK, STAGES, UNIT, DESC, ACROSS, SWAP, EVEN_K, PRECISION,
             )  # fmt: skip
-            means, rstds = no_statistics(BM)
-            if NORM != "none":
-                means, rstds = load_statistics(mean, rstd, m * BM, M, eps, BM, NORM, PIECES, PIECE)
+            means, rstds = row_statistics(first, second, eps, NORM, PIECES, PIECE)
             finish(
-                acc, m * BM, n * BN, means, rstds, out, aside, beside, bias, gamma, row_scale, column_sums, sums,
-                pieces, M, N, n_units, beside_step, tokens,
-                BM, BN, PARTS, UNIT, DESC, NORM, BIAS, ACT, SLOPE, ASIDE, GAMMA, ROW_SCALE, RESIDUAL, SUMS, PIECES_OUT,
+                acc, ahead, m * BM, n * BN, means, rstds, out, aside, beside, bias, gamma, row_scale, column_sums,
+                sums, pieces, M, N, n_units, beside_step, tokens, BM, BN, PARTS,
+                UNIT, DESC, NORM, BIAS, ACT, SLOPE, ASIDE, GAMMA, ROW_SCALE, RESIDUAL, SUMS, PIECES_OUT, AHEAD,
             )  # fmt: skip
     else:
         t, s = tl.program_id(0) // SPLIT, tl.program_id(0) % SPLIT
         m, n = place_of(t, tiles_m, tiles_n, GROUP)
+        first, second = load_statistics(mean, rstd, m * BM, M, BM, NORM, PIECES)
+        ahead = load_ahead(
+            beside, bias, column_sums, m * BM, n * BN, beside_step, M, N,
+            BM, BN // PARTS, UNIT, NORM, BIAS, RESIDUAL or SLOPE, AHEAD,
+        )  # fmt: skip
         each = tl.cdiv(tl.cdiv(K, BK), SPLIT) * BK
         begin = (s.to(tl.int64) * each).to(tl.int32)
         acc = multiply(
@@ -151,17 +161,17 @@ def product(
             last = tl.atomic_add(arrived + t, 1, sem="acq_rel") == SPLIT - 1
         if last:
             if SPLIT > 1:
+                # for the next product
+                tl.store(arrived + t, 0)
                 # whoever comes last adds them up, in one order: the same bits in every run
                 acc = tl.zeros((BM, BN), tl.float32)
                 for i in tl.static_range(SPLIT):
                     acc += tl.load(own + i * (BM * BN) + inside, cache_modifier=".cg")
-            means, rstds = no_statistics(BM)
-            if NORM != "none":
-                means, rstds = load_statistics(mean, rstd, m * BM, M, eps, BM, NORM, PIECES, PIECE)
+            means, rstds = row_statistics(first, second, eps, NORM, PIECES, PIECE)
             finish(
-                acc, m * BM, n * BN, means, rstds, out, aside, beside, bias, gamma, row_scale, column_sums, sums,
-                pieces, M, N, n_units, beside_step, tokens,
-                BM, BN, PARTS, UNIT, DESC, NORM, BIAS, ACT, SLOPE, ASIDE, GAMMA, ROW_SCALE, RESIDUAL, SUMS, PIECES_OUT,
+                acc, ahead, m * BM, n * BN, means, rstds, out, aside, beside, bias, gamma, row_scale, column_sums,
+                sums, pieces, M, N, n_units, beside_step, tokens, BM, BN, PARTS,
+                UNIT, DESC, NORM, BIAS, ACT, SLOPE, ASIDE, GAMMA, ROW_SCALE, RESIDUAL, SUMS, PIECES_OUT, AHEAD,
             )  # fmt: skip
 
 
@@ -181,12 +191,12 @@ def finish_rows(
     N = n_units * UNIT
     tiles_n = tl.cdiv(N, BN)
     m, n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
-    v = load_tile(x, m * BM, n * BN, x_step, M, N, BM, BN, UNIT, False)
-    means, rstds = no_statistics(BM)
+    v = load_tile(x, m * BM, n * BN, x_step, M, N, BM, BN, UNIT, False).to(tl.float32)
+    means, rstds = load_statistics(x, x, 0, M, BM, "none", 0)
     finish_part(
-        v, m * BM, n * BN, means, rstds, out, aside, beside, bias, gamma, row_scale, out, sums, out,
+        v, (v, means, means), m * BM, n * BN, means, rstds, out, aside, beside, bias, gamma, row_scale, out, sums, out,
         M, N, n_units, beside_step, tokens,
-        BM, BN, UNIT, False, "none", BIAS, ACT, SLOPE, ASIDE, GAMMA, ROW_SCALE, RESIDUAL, SUMS, False,
+        BM, BN, UNIT, False, "none", BIAS, ACT, SLOPE, ASIDE, GAMMA, ROW_SCALE, RESIDUAL, SUMS, False, False,
     )  # fmt: skip
 
 

@@ -41,7 +41,7 @@ def gated_forward(
     gate = advance(pre, row, row_step, UNIT) + start
     g = tl.load(gate + columns, mask=there, other=0.0).to(tl.float32)
     v = tl.load(gate + F + columns, mask=there, other=0.0).to(tl.float32)
-    y = activate(g, ACT) * v
+    y = activate(g, ACT, hidden.dtype.element_ty) * v
     tl.store(hidden + row * F + start + columns, y.to(hidden.dtype.element_ty), mask=there)
 
 
@@ -61,7 +61,7 @@ def gated_backward(
     d = tl.load(grad + row * F + start + columns, mask=there, other=0.0).to(tl.float32)
     g = tl.load(gate + columns, mask=there, other=0.0).to(tl.float32)
     v = tl.load(gate + F + columns, mask=there, other=0.0).to(tl.float32)
-    y, slope = activate_and_slope(g, ACT)
+    y, slope = activate_and_slope(g, ACT, dpre.dtype.element_ty)
     tl.store(dgate + columns, (d * v * slope).to(dpre.dtype.element_ty), mask=there)
     tl.store(dgate + F + columns, (d * y).to(dpre.dtype.element_ty), mask=there)
     if HIDDEN:

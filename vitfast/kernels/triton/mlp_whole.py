@@ -130,7 +130,7 @@ def mlp_whole(
             s = tl.dot(h1, b, s, input_precision=PRECISION)
         if B1:
             s = s + tl.load(b1 + f + tl.arange(0, BH)).to(tl.float32)[None, :]
-        hidden = activate(s, ACT).to(dtype)
+        hidden = activate(s, ACT, dtype).to(dtype)
         b = tl.trans(load_rows(w20, 0, f, F, W0, W0, BH, 1, False, DESC))
         acc0 = tl.dot(hidden, b, acc0, input_precision=PRECISION)
         if W1 > 0:
