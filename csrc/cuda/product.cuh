@@ -59,8 +59,10 @@ struct Ring {
     show_barriers();
   }
 
-  // by one lane of each warp that has read the stage
+  // by each warp that has read the stage
   __device__ void leave(uint32_t at) const {
+    __syncwarp();
+    if (threadIdx.x % 32) return;
     if constexpr (P::CLUSTER == 1) {
       arrive(empty(at));
     } else {
@@ -209,7 +211,6 @@ template <class P>
 __device__ __forceinline__ void multiply_tiles(const Multiplication& a, const Ring<P>& ring, int group) {
   const Tiles<P> tiles;
   const int thread = threadIdx.x % GROUP_THREADS;
-  const bool speaks = thread % 32 == 0;
   for (int i = group; tiles.number(i) < a.tiles; i += P::GROUPS) {
     Sums<P> sums = {};
     RowNorm norms[P::ROWS / 64][2];
@@ -224,12 +225,12 @@ __device__ __forceinline__ void multiply_tiles(const Multiplication& a, const Ri
       multiply_stage<P>(sums, ring.rows(at), ring.weight(at));
       // all but the last
       wait_for_wgmma<1>();
-      if (step > 0 && speaks) ring.leave(at - 1);
+      if (step > 0) ring.leave(at - 1);
     }
-    if (speaks) arrive(ring.turn(1 - group));
+    if (thread % 32 == 0) arrive(ring.turn(1 - group));
     wait_for_wgmma<0>();
     keep_all_in_place<P>(sums);
-    if (speaks) ring.leave(at - 1);
+    ring.leave(at - 1);
     const int first_column = tiles.first_column(a, i);
     if (a.after == After::gelu)
       write_tile<P, After::gelu>(a, sums, norms, first_row, first_column);

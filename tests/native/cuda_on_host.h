@@ -1,8 +1,6 @@
-// A GPU's words on the host: csrc/cuda compiled with this runs block by block, each CUDA thread as a fiber that runs
-// until it has to wait for others. What a GPU leaves open is taken at its worst: copies and wgmma happen when they are
-// waited for, shared memory begins as NaN, and what needs an alignment or a fence stops the program where that is
-// missing. See fibers_on_host.h for what
-// runs them.
+// A GPU's words on the host, for csrc/cuda. What a GPU leaves open is taken at its worst: copies and wgmma happen when
+// they are waited for, shared memory begins as NaN, and what needs an alignment or a fence stops the program where that
+// is missing. mma orders no threads. fibers_on_host.h runs the blocks; what only 9.0 has is in hopper_on_host.h.
 #pragma once
 
 #include "fibers_on_host.h"
@@ -22,6 +20,7 @@ enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
 #define blockDim (on_host::gpu.threads)
 
 inline void __syncthreads() { on_host::barrier(); }
+inline void __syncwarp() { on_host::warp_barrier(); }
 
 inline cudaError_t cudaGetDevice(int* device) {
   *device = on_host::gpu.device;

@@ -82,9 +82,10 @@ struct Block {
   uint64_t met[64] = {};  // of each warp
   uint32_t exchange[64][2][32][8];
   const void* addresses[64][2][32];
-  char barrier[2];  // what the thread sanitizer knows of it
+  char barrier[2], of_warp[64][2];  // what the thread sanitizer knows of them
   Meeting meetings[MOST_MEETINGS];
   int meetings_begun = 0;
+  int threads_left = 0;
 };
 
 // A copy of a box of a matrix to a block's shared memory, see copy_box; a thread of its own to the thread sanitizer.
@@ -207,6 +208,18 @@ UNSEEN_BY_SANITIZERS inline int meet(const uint32_t* words, int count, const voi
   return side;
 }
 
+inline void warp_barrier() {
+#if defined(__SANITIZE_THREAD__)
+  Fiber* const me = gpu.running;
+  char* const which = &me->block->of_warp[me->thread.x / 32][me->meetings % 2];
+  __tsan_release(which);
+#endif
+  meet(nullptr, 0, nullptr);
+#if defined(__SANITIZE_THREAD__)
+  __tsan_acquire(which);
+#endif
+}
+
 UNSEEN_BY_SANITIZERS inline uint32_t word_of(int side, int lane, int i) {
   return gpu.running->block->exchange[gpu.running->thread.x / 32][side][lane][i];
 }
@@ -216,6 +229,7 @@ UNSEEN_BY_SANITIZERS inline const void* address_of(int side, int lane) {
 
 UNSEEN_BY_SANITIZERS inline void mark_done() {
   gpu.running->done = true;
+  --gpu.running->block->threads_left;
   ++gpu.events;
 }
 
@@ -281,7 +295,7 @@ UNSEEN_BY_SANITIZERS inline void add_block(int64_t block, int rank, int threads,
   __asan_poison_memory_region(added.shared + shared, room - shared);
 #endif
   added.index = {static_cast<unsigned>(block)};
-  added.rank = rank;
+  added.rank = rank, added.threads_left = threads;
   for (int t = 0; t < threads; ++t) {
     const size_t place = gpu.fibers.size();
     gpu.fibers.push_back(std::make_unique<Fiber>());
