@@ -7,12 +7,13 @@ namespace {
 
 // numbers of `product_tiles()`
 constexpr int SQUARE = 0, WIDE = 1;
+constexpr int STAGES = 4, CLUSTER = 2;
 
 template <class T>
 cudaError_t product_in(const ProductArgs& args) {
   switch (args.tile) {
-    case SQUARE: return multiply_with<ProductPlan<T, 128, 128, 4, 2>>(args);
-    case WIDE: return multiply_with<ProductPlan<T, 64, 256, 4, 2>>(args);
+    case SQUARE: return multiply_with<ProductPlan<T, 128, 128, STAGES, CLUSTER>>(args);
+    case WIDE: return multiply_with<ProductPlan<T, 64, 256, STAGES, CLUSTER>>(args);
   }
   return cudaErrorInvalidValue;
 }
@@ -20,7 +21,7 @@ cudaError_t product_in(const ProductArgs& args) {
 }  // namespace
 
 std::vector<ProductTile> product_tiles() {
-  return {{.rows = 128, .columns = 128, .cluster = 2}, {.rows = 64, .columns = 256, .cluster = 2}};
+  return {{.rows = 128, .columns = 128, .stages = STAGES}, {.rows = 64, .columns = 256, .stages = STAGES}};
 }
 
 int product(const ProductArgs& args) {

@@ -255,6 +255,7 @@ __global__ void __launch_bounds__(P::THREADS, 1) multiply_by_turns(const __grid_
   if (group == 0) {
     give_registers<40>();
     if (threadIdx.x == 0) copy_tiles<P>(a, ring);
+    __syncwarp();
   } else {
     take_registers<232>();
     multiply_tiles<P>(a, ring, group - 1);

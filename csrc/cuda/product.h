@@ -34,8 +34,7 @@ struct ProductArgs {
 
 // What a group of four warps computes at a time, of two that take turns with the tensor cores.
 struct ProductTile {
-  int rows, columns;
-  int cluster;  // blocks that share the weight's tile
+  int rows, columns, stages;
 };
 
 std::vector<ProductTile> product_tiles();
