@@ -123,9 +123,7 @@ PLANTED_IN_PRODUCT = {
     "words of another lane": (
         "product.cuh", "const bool upper = lane & distance;", "const bool upper = (lane ^ BUG) & distance;", "address"
     ),
-    "GELU without its tail": (
-        "product_math.cuh", "x < 0 ? tail : 1 - tail", "x < 0 && !BUG ? tail : 1 - tail", "address"
-    ),
+    "GELU without its tail": ("product_math.cuh", "- a * exp2_about", "- (BUG ? 0 : a) * exp2_about", "address"),
 }  # fmt: skip
 
 PLANTS = {"check_patch_embed": PLANTED, "check_product": PLANTED_IN_PRODUCT}

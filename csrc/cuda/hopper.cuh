@@ -59,6 +59,12 @@ __device__ __forceinline__ float reciprocal_about(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// NaN where x is
+__device__ __forceinline__ float smaller(float x, float y) {
+  float z;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+}
 
 #ifdef VITFAST_WGMMA
 

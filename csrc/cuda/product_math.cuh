@@ -8,19 +8,18 @@ namespace {
 
 enum class After { none, gelu, gelu_tanh };
 
-// Phi by Abramowitz and Stegun 7.1.26, as vitfast/kernels/triton/activations.py has it.
+// max(x, 0) - a Phi(-a) with a = |x|: log2(Phi(-a)) is a polynomial, as for results in half precision in
+// vitfast/kernels/triton/activations.py.
 VITFAST_BOTH float gelu(float x) {
-  const float a = (x < 0 ? -x : x) * 0.7071067811865476f;
-  const float t = reciprocal_about(1 + 0.3275911f * a);
-  const float p =
-      t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
-  const float tail = 0.5f * p * exp2_about(a * -1.4426950408889634f * a);
-  return x * (x < 0 ? tail : 1 - tail);
+  // finite where the tail is 0
+  const float least = smaller(x, 16), a = least < 0 ? -least : least;
+  const float p = a * (a * (a * (a * -0.000488101621f + 0.00719871512f) - 0.0521466248f) - 0.459595859f) - 1.1510005f;
+  return fmaxf(x, 0) - a * exp2_about(a * p - 1);
 }
 
 VITFAST_BOTH float gelu_tanh(float x) {
-  // beyond it the sigmoid is 0 or 1, and the cube of the largest numbers is infinite; NaN stays
-  const float near = x > 16 ? 16 : x < -16 ? -16 : x;
+  // beyond it the sigmoid is 0 or 1, and the cube of the largest numbers is infinite
+  const float near = -smaller(-smaller(x, 16), 16);
   const float inner = (near + near * 0.044715f * near * near) * 1.5957691216057308f;
   return x * reciprocal_about(1 + exp2_about(inner * -1.4426950408889634f));
 }

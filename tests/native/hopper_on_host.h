@@ -132,6 +132,7 @@ inline uint32_t exchanged(uint32_t word, int distance) {
 
 inline float exp2_about(float x) { return exp2f(x); }
 inline float reciprocal_about(float x) { return 1 / x; }
+inline float smaller(float x, float y) { return x > y ? y : x; }
 
 template <int count>
 inline void give_registers() {}
