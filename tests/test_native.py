@@ -89,7 +89,9 @@ PLANTED_IN_PRODUCT = {
     "more bytes expected than come": (
         "product.cuh", "      copy_box<1>(ring.rows(at)", "      if (!BUG) copy_box<1>(ring.rows(at)", "address"
     ),
-    "lanes that a warp has left behind": ("product.cuh", "    __syncwarp();", "    if (!BUG) __syncwarp();", "thread"),
+    "lanes that a warp has left behind": (
+        "product.cuh", "__syncwarp();\n    if (threadIdx", "if (!BUG) __syncwarp();\n    if (threadIdx", "thread"
+    ),
     "turn that is not passed on": (
         "product.cuh", "== 0) arrive(ring.turn", "< !BUG) arrive(ring.turn", "address"
     ),
