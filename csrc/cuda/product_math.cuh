@@ -10,14 +10,14 @@ enum class After { none, gelu, gelu_tanh };
 
 // max(x, 0) - a Phi(-a) with a = |x|: log2(Phi(-a)) is a polynomial, as for results in half precision in
 // vitfast/kernels/triton/activations.py.
-VITFAST_BOTH float gelu(float x) {
+__device__ __forceinline__ float gelu(float x) {
   // finite where the tail is 0
   const float least = smaller(x, 16), a = least < 0 ? -least : least;
   const float p = a * (a * (a * (a * -0.000488101621f + 0.00719871512f) - 0.0521466248f) - 0.459595859f) - 1.1510005f;
   return fmaxf(x, 0) - a * exp2_about(a * p - 1);
 }
 
-VITFAST_BOTH float gelu_tanh(float x) {
+__device__ __forceinline__ float gelu_tanh(float x) {
   // beyond it the sigmoid is 0 or 1, and the cube of the largest numbers is infinite
   const float near = -smaller(-smaller(x, 16), 16);
   const float inner = (near + near * 0.044715f * near * near) * 1.5957691216057308f;
@@ -25,7 +25,7 @@ VITFAST_BOTH float gelu_tanh(float x) {
 }
 
 template <After after>
-VITFAST_BOTH float followed(float x) {
+__device__ __forceinline__ float followed(float x) {
   return after == After::gelu ? gelu(x) : after == After::gelu_tanh ? gelu_tanh(x) : x;
 }
 
@@ -34,14 +34,14 @@ struct RowNorm {
   float mean, rstd;
 };
 
-VITFAST_BOTH float normed(float sum, RowNorm row, float column_sum, float bias) {
+__device__ __forceinline__ float normed(float sum, RowNorm row, float column_sum, float bias) {
   return (sum - row.mean * column_sum) * row.rstd + bias;
 }
 
 // Of mean and sum of squared distances of `count` parts of `length` numbers each (Chan et al., "Updating formulae and a
 // pairwise algorithm for computing sample variances"); `statistics` gives number i of part p.
 template <class Statistics>
-VITFAST_BOTH RowNorm put_together(int count, int length, bool centred, float eps, Statistics statistics) {
+__device__ __forceinline__ RowNorm put_together(int count, int length, bool centred, float eps, Statistics statistics) {
   float mean = 0, squares = 0;
 #pragma unroll 4
   for (int p = 0; p < count; ++p) mean += statistics(p, 0);
