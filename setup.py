@@ -31,7 +31,7 @@ SOURCES = ["bindings.cpp", "cpu/features.cpp"]
 KERNELS = "cpu/kernels.cpp"
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
 X86_FLAGS = {"avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
-CUDA_SOURCES = ["cuda/patch_embed.cu", "cuda/probe.cu"]
+CUDA_SOURCES = ["cuda/patch_embed.cu", "cuda/product.cu", "cuda/probe.cu"]
 CUDA_BINDINGS = "cuda/bindings.cpp"
 # sm_80 runs on 8.6 and 8.9 too; PTX of 90a would not run on anything newer, so compute_80 and compute_100 are kept
 ARCHS = "80+PTX;90a;100+PTX"

@@ -106,6 +106,7 @@ def planted(bugs, folder):
         bugs: file of csrc/cuda, what stands there, and what takes its place, in which BUG is whether it is this one.
     """
     csrc = folder / "csrc-planted"
+    folder.mkdir(exist_ok=True)
     shutil.copytree(CSRC, csrc, dirs_exist_ok=True)
     (folder / "which_bug.h").write_text(WHICH_BUG)
     for number, (file, right, wrong) in enumerate(bugs):
@@ -115,20 +116,21 @@ def planted(bugs, folder):
     return ["-include", folder / "which_bug.h", f"-I{csrc}"]
 
 
-def run_kernels_on_host(tmp_path_factory, sanitizers, bugs=(), bug=-1):
-    """Compile tests/native/check_patch_embed.cpp, which runs kernels for GPUs on the host; what running it gives.
+def run_kernels_on_host(tmp_path_factory, program, sanitizers, bugs=(), bug=-1):
+    """Compile tests/native/<program>.cpp, which runs kernels for GPUs on the host; what running it gives.
 
     Args:
         bugs: planted ones, all in one program.
         bug: number of the one that is there.
     """
     flags = [*HOST_FLAGS, f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-O1", "-g1", f"-I{PROGRAMS}"]
-    name = f"check_patch_embed-{sanitizers}-{len(bugs)}"
-    program = built_once(
-        tmp_path_factory, name, *flags, PROGRAMS / "check_patch_embed.cpp",
-        sources=lambda folder: planted(bugs, folder) if bugs else [f"-I{CSRC}"],
+    name = f"{program}-{sanitizers}-{len(bugs)}"
+    built = built_once(
+        tmp_path_factory, name, *flags, PROGRAMS / f"{program}.cpp",
+        sources=lambda folder: planted(bugs, folder / program) if bugs else [f"-I{CSRC}"],
     )  # fmt: skip
-    return _run([program, "4"], PLANTED=str(bug))
+    # each report of a race takes time, and there may be thousands
+    return _run([built, "4"], PLANTED=str(bug), TSAN_OPTIONS="halt_on_error=1")
 
 
 def kernels_on_host(tmp_path_factory):

@@ -224,7 +224,8 @@ def cuda_rows(source: str, key: str, arch: int) -> dict[str, Row]:
         counts = {name: len(re.findall(pattern, machine[kernel])) for name, pattern in SASS.items()}
         refused = _memory(found, arch)
         refused += [f"{counts['local']} accesses to local memory"] if counts["local"] else []
-        refused += [f"ptxas: {line}" for line in re.findall(rf".*\bC75(?!19)\d\d\b.*\b{kernel}\b.*", done.stderr)]
+        said = "\n".join(line for line in done.stderr.splitlines() if kernel in line)
+        refused += machine_code.serialised(codes[kernel], machine[kernel], said)
         rows[f"{key} {readable(kernel)}"] = found.row(refused) | {"sass": _listed(counts)}
     return rows or {key: {"kernels": 0}}
 

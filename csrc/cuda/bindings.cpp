@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "cuda/patch_embed.h"
+#include "cuda/product.h"
 
 namespace py = pybind11;
 using namespace vitfast;
@@ -26,17 +27,7 @@ void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
 ImagesArgs images_of(const ImagesGiven& given) {
   const auto& [data, shape, strides, patch, P, order, dtype, mean, std, patches, packed, on_device] = given;
-  ImagesArgs args{.geometry = {.C = shape[1],
-                               .H = shape[2],
-                               .W = shape[3],
-                               .ph = patch[0],
-                               .pw = patch[1],
-                               .P = P,
-                               .order = static_cast<PatchOrder>(order),
-                               .image = strides[0],
-                               .channel = strides[1],
-                               .y = strides[2],
-                               .x = strides[3]},
+  ImagesArgs args{.geometry = patch_geometry(shape, strides, patch, P, order),
                   .data = pointer(data),
                   .B = shape[0],
                   .dtype = static_cast<DType>(dtype),
@@ -107,12 +98,54 @@ int gradient(const ImagesGiven& images, const Tensor& grad, int64_t D, uintptr_t
   return weight_gradient(args);
 }
 
+using Matrix = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;  // address, rows, columns, stride of rows
+// column sums, mean or pieces, rstd, count of pieces, whether the norm takes the mean away, eps
+using FoldedNorm = std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, bool, float>;
+
+int multiply(const Matrix& x, const Matrix& weight, uintptr_t bias, const FoldedNorm& norm, int act, const Tensor& out,
+             int tile, const Place& place) {
+  const auto& [x_data, M, K, x_row] = x;
+  const auto& [weight_data, N, K_of_weight, weight_row] = weight;
+  const auto& [column_sums, mean, rstd, pieces, centred, eps] = norm;
+  const auto& [out_data, dtype] = out;
+  const auto& [device, stream] = place;
+  const ProductArgs args{.x = pointer(x_data),
+                         .M = M,
+                         .K = K,
+                         .x_row = x_row,
+                         .weight = pointer(weight_data),
+                         .N = N,
+                         .weight_row = weight_row,
+                         .column_sums = static_cast<const float*>(pointer(column_sums)),
+                         .bias = static_cast<const float*>(pointer(bias)),
+                         .mean = static_cast<const float*>(pointer(mean)),
+                         .rstd = static_cast<const float*>(pointer(rstd)),
+                         .pieces = pieces,
+                         .centred = centred,
+                         .eps = eps,
+                         .out = pointer(out_data),
+                         .dtype = static_cast<DType>(dtype),
+                         .act = act,
+                         .tile = tile,
+                         .device = device,
+                         .stream = pointer(stream)};
+  if (K_of_weight != K) throw py::value_error("rows of x and of the weight have other lengths");
+  py::gil_scoped_release release;
+  return product(args);
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
   m.def("patch_embed", &embed, "Starts the kernel; returns a cudaError_t.");
   m.def("patch_rows", &rows, "Starts the kernel; returns a cudaError_t.");
   m.def("weight_gradient", &gradient, "Starts two kernels; returns a cudaError_t.");
+  m.def("product", &multiply, "Starts the kernel; returns a cudaError_t.");
+  m.def("product_tiles", [] {
+    std::vector<std::tuple<int, int, int>> found;
+    for (const ProductTile& tile : product_tiles()) found.emplace_back(tile.rows, tile.columns, tile.stages);
+    return found;
+  });
   m.def("cuda_error_text", &cuda_error_text);
   m.def("tiles", [] {
     std::vector<std::tuple<int, int, bool, bool>> found;

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "cuda/device.cuh"
+#include "cuda/on_device.cuh"
 #include "cuda/patch_embed.cuh"
 #include "cuda/patch_embed.h"
 #include "cuda/patch_gradient.cuh"
@@ -11,31 +11,6 @@
 
 namespace vitfast {
 namespace {
-
-// The current device of this thread, put back at the end.
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    error = cudaGetDevice(&before);
-    if (error == cudaSuccess && device != before) error = cudaSetDevice(device);
-    // or the next call would report it
-    if (error != cudaSuccess) cudaGetLastError();
-  }
-  ~OnDevice() {
-    int now = before;
-    if (cudaGetDevice(&now) == cudaSuccess && now != before) cudaSetDevice(before);
-  }
-  OnDevice(const OnDevice&) = delete;
-
-  cudaError_t error;
-
- private:
-  int before = 0;
-};
-
-inline int bytes_of(DType dtype) { return dtype == DType::fp32 ? 4 : dtype == DType::uint8 ? 1 : 2; }
-
-inline bool aligned(const void* address, int64_t bytes) { return reinterpret_cast<uintptr_t>(address) % bytes == 0; }
 
 // Whether `side` pixels load together in all images; see loads_together.
 inline bool all_load_together(const ImagesArgs& args, int64_t side, int64_t step) {

@@ -2,6 +2,7 @@
 // All in int64: a batch of large images has more than 2^31 pixels.
 #pragma once
 
+#include <array>
 #include <cstdint>
 
 #ifdef __CUDACC__
@@ -23,6 +24,22 @@ struct PatchGeometry {
   PatchOrder order;
   int64_t image, channel, y, x;  // strides
 };
+
+// As Python gives it: shape and strides of images [B, C, H, W]; patch: ph, pw.
+inline PatchGeometry patch_geometry(const std::array<int64_t, 4>& shape, const std::array<int64_t, 4>& strides,
+                                    const std::array<int64_t, 2>& patch, int64_t P, int order) {
+  return {.C = shape[1],
+          .H = shape[2],
+          .W = shape[3],
+          .ph = patch[0],
+          .pw = patch[1],
+          .P = P,
+          .order = static_cast<PatchOrder>(order),
+          .image = strides[0],
+          .channel = strides[1],
+          .y = strides[2],
+          .x = strides[3]};
+}
 
 struct Pixel {
   int64_t b, c, y, x;

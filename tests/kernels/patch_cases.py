@@ -15,7 +15,7 @@ MEAN, STD = torch.linspace(0.3, 0.6, 8), torch.linspace(0.2, 0.4, 8)
 
 def forget():
     """What the module remembers of the functions and of devices."""
-    for name in ("_code_of", "device_reasons", "_multiprocessors", "configs"):
+    for name in ("code_of", "device_reasons", "_multiprocessors", "configs"):
         getattr(patch_embed, name).cache_clear()
 
 

@@ -220,7 +220,8 @@ class Product:
 
     Attributes:
         kernel: "tiles": `linear_product.product`; "blas": cuBLAS, and a kernel for what is around it; "whole":
-            `mlp_whole.mlp_whole`, whose tiles have all columns and take block_n of the hidden numbers at a time.
+            `mlp_whole.mlp_whole`, whose tiles have all columns and take block_n of the hidden numbers at a time;
+            "turns": csrc/cuda/product.cuh, `folded_linear` only, and no choice but a tuned one.
         block_m, block_n, block_k: rows, columns and depth of a tile.
         warps, stages: of a program, and of its loop over the depth.
         parts: columns of a tile are finished in so many parts.

@@ -61,6 +61,11 @@ def _folded_stock(x, weight, sums, wide_bias, bias, pieces, norm_eps, norm, act)
 def _folded_kernel(x, weight, sums, wide_bias, bias, pieces, norm_eps, norm, act):
     def launch(config):
         config = Product(**config) if config else None
+        if config is not None and config.kernel == "turns":
+            found = _by_turns(x, weight, sums, wide_bias, pieces, norm_eps, norm, act, config)
+            if found is not None:
+                return found
+            config = None
         folded = launcher.Folded(weight, sums, wide_bias, norm, pieces=pieces, eps=norm_eps)
         found = launcher.folded_forward(x, folded, act, config)
         if found is None:
@@ -78,6 +83,25 @@ def _folded_kernel(x, weight, sums, wide_bias, bias, pieces, norm_eps, norm, act
             shape_of(x, weight, norm, act, "" if pieces is None else "pieces"), launch,
         )  # fmt: skip
     return _folded_stock(x, weight, sums, wide_bias, bias, pieces, norm_eps, norm, act) if found is None else found
+
+
+def _by_turns(x, weight, sums, wide_bias, pieces, norm_eps, norm, act, config):
+    """By csrc/cuda/product.cuh; None where that cannot run this call, as where its rows begin anywhere."""
+    from vitfast.kernels.cuda import product
+    from vitfast.kernels.triton import layer_norm
+    from vitfast.kernels.triton.launch import rows_of
+
+    rows, mean, rstd = rows_of(x), None, None
+    if product.why_not(rows, weight, act):
+        return None
+    if pieces is None:
+        *_, mean, rstd = layer_norm.forward(x, Norm(None, None, norm_eps, norm), None)
+        mean, rstd = mean.flatten() if norm == "layer" else None, rstd.flatten()
+    out = product.product(
+        rows, weight, wide_bias, act, config, column_sums=sums, mean=mean, rstd=rstd, pieces=pieces, kind=norm,
+        eps=norm_eps,
+    )  # fmt: skip
+    return out.view(*x.shape[:-1], weight.shape[0])
 
 
 def _folded_fake(x, weight, sums, wide_bias, bias, pieces, norm_eps, norm, act):

@@ -106,10 +106,19 @@ def _linear_configs(call: Call, device: torch.device) -> list[Config]:
     return product_configs(call, device, *named_arguments(call)["weight"].shape)
 
 
+def _folded_configs(call: Call, device: torch.device) -> list[Config]:
+    from vitfast.kernels.cuda import product
+
+    of = named_arguments(call)
+    half = of["x"].dtype == of["weight"].dtype != torch.float32
+    turns = product.configs(device) if half and of["act"] in product.ACTIVATIONS else []
+    return [*_linear_configs(call, device), *(config.as_dict() for config in turns)]
+
+
 # by the name of the torch op
 LINEAR: dict[str, Family] = {
     "linear": forward("linear", "linear", _linear, configs=_linear_configs),
     "linear_backward": backward("linear_backward", "linear_backward", _linear_backward, (1, 2, 3, 4, 5), _kept),
-    "folded_linear": forward("folded_linear", "folded_linear", _folded, configs=_linear_configs, draw=_draw_folded),
+    "folded_linear": forward("folded_linear", "folded_linear", _folded, configs=_folded_configs, draw=_draw_folded),
     "added_linear": forward("added_linear", "added_linear", _added, configs=_linear_configs, extra=_with_statistics),
 }

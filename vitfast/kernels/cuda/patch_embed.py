@@ -76,7 +76,8 @@ def code_for(capability: tuple[int, int], archs: Sequence[str]) -> str:
 
 
 @functools.cache
-def _code_of(device: torch.device) -> str:
+def code_of(device: torch.device) -> str:
+    """`code_for` this device in this build; "host" where the tests run the kernels."""
     if on_host():
         return "host"
     return code_for(torch.cuda.get_device_capability(device), extension.build_report().get("archs", []))
@@ -96,7 +97,7 @@ def device_reasons(device: torch.device) -> tuple[str, ...]:
     status = extension.cuda_status()
     if not status["usable"]:
         return (status["why"],)
-    if not _code_of(device):
+    if not code_of(device):
         major, minor = torch.cuda.get_device_capability(device)
         has = ", ".join(extension.build_report()["archs"])
         return (f"built for {has}, which compute capability {major}.{minor} does not run (VITFAST_CUDA_ARCHS)",)
@@ -131,9 +132,9 @@ def why_not(images: Tensor, dtype: torch.dtype, patch: Sequence[int], *others: T
 @functools.lru_cache(1024)
 def configs(device: torch.device, dtype: torch.dtype, patches: int, D: int) -> tuple[Tile, ...]:
     """The tiles for weights [D, ...] in `dtype` and so many patches, the built-in choice first."""
-    wgmma = _code_of(device) in ("sm_90a", "host")
+    wgmma = code_of(device) in ("sm_90a", "host")
     usable = [tile for tile in tiles() if tile.fp32 == (dtype not in HALVES)]
-    if _code_of(device) != "host":
+    if code_of(device) != "host":
         # code for 9.0a has wgmma in the place of the other tile of so many rows
         usable = [tile for tile in usable if tile.fp32 or tile.rows < WGMMA_ROWS or tile.wgmma == wgmma]
     multiprocessors = _multiprocessors(device)
@@ -153,7 +154,7 @@ def gradient_configs(device: torch.device, dtype: torch.dtype) -> list[dict[str,
     if dtype not in HALVES:
         return [{"way": "rows"}]
     # cuBLAS has wgmma, by which it makes up for the rows' way through memory; the kernel has mma.sync
-    first, second = reversed(GRADIENTS) if _code_of(device) == "sm_90a" else GRADIENTS
+    first, second = reversed(GRADIENTS) if code_of(device) == "sm_90a" else GRADIENTS
     return [{"way": first}, {"way": second}]
 
 
@@ -224,15 +225,19 @@ class _Images:
             *map(_address, self.scaling), self.patches, rows, _address(self.table),
         )  # fmt: skip
 
-    def place(self) -> tuple[int, int]:
-        """Device and stream that the kernel shall run on."""
-        device = self.like.device
-        if device.type != "cuda":
-            return 0, 0
-        return device.index, torch.cuda.current_stream(device).cuda_stream
+
+def place_of(device: torch.device) -> tuple[int, int]:
+    """Device and stream that a kernel shall run on."""
+    if device.type != "cuda":
+        return 0, 0
+    return device.index, torch.cuda.current_stream(device).cuda_stream
 
 
-def _started(error: int, what: str) -> None:
+def started(error: int, what: str) -> None:
+    """
+    Raises:
+        RuntimeError: the kernel did not start; with CUDA's error.
+    """
     if error:
         raise RuntimeError(f"{what} did not start: CUDA error {error}: {functions().cuda_error_text(error)}")
 
@@ -285,9 +290,9 @@ def embed(
     error = functions().patch_embed(
         given.view, _typed(weight), _address(bias), D, (_address(positions), _typed(like_positions)[1]),
         _typed(prefix), P * D if prefix is not None and prefix.dim() == 3 else 0, _address(prefix_positions),
-        _typed(tokens), tile, given.place(),
+        _typed(tokens), tile, place_of(given.like.device),
     )  # fmt: skip
-    _started(error, "patch_embed")
+    started(error, "patch_embed")
     return tokens.view(count, rows // count, D) if isinstance(images, Tensor) else tokens
 
 
@@ -330,9 +335,9 @@ def weight_gradient(
     splits = max(1, min(2 * _multiprocessors(weight.device) // tiles, given.patches // 256))
     parts = weight.new_empty(splits, D, K, dtype=torch.float32)
     error = functions().weight_gradient(
-        given.view, _typed(grad), D, parts.data_ptr(), splits, out.data_ptr(), given.place()
+        given.view, _typed(grad), D, parts.data_ptr(), splits, out.data_ptr(), place_of(given.like.device)
     )  # fmt: skip
-    _started(error, "patch_embed_backward")
+    started(error, "patch_embed_backward")
     return out
 
 
@@ -347,5 +352,5 @@ def rows(
     """
     given = _Images(images, patch, 0, order, mean, std)
     out = given.like.new_empty(given.patches, given.like.shape[-3] * patch[0] * patch[1], dtype=dtype)
-    _started(functions().patch_rows(given.view, _typed(out), given.place()), "patch_rows")
+    started(functions().patch_rows(given.view, _typed(out), place_of(given.like.device)), "patch_rows")
     return out
