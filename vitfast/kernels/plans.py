@@ -13,6 +13,7 @@ elsewhere has no plan and runs as ever.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -133,19 +134,22 @@ class Recorder(TorchDispatchMode):
         if name in FRESH:
             self.make(made)
             return
-        if name not in REPEATABLE or any(isinstance(each, Tensor) for each in named.values()):
+        nested = [each for each in args if isinstance(each, (list, tuple))]
+        hidden = any(isinstance(each, Tensor) for each in (*named.values(), *itertools.chain(*nested)))
+        if name not in REPEATABLE or hidden:
             raise Unplanned(f"{func} need not do the same again")
         sources = [n for _, n in places]
+        step = Step(func, tuple(None if isinstance(each, Tensor) else each for each in args), places, named)
+        in_place = name.endswith("_")
+        if in_place:
+            self.steps.append(step)
         if len(results) == 1 and (same := [n for n in sources if self._is(n, made)]):
-            # the same tensor under another name
+            # the same tensor, or another Python object for it
             self.numbers[id(made)] = same[0]
             self.names.append(made)
             return
-        step = Step(func, tuple(None if isinstance(each, Tensor) else each for each in args), places, named)
-        if id(results[0]) in self.numbers:
-            if name.endswith("_"):
-                self.steps.append(step)
-            return
+        if in_place:
+            raise Unplanned(f"{func} returned something else than what it changed")
         self.steps.append(step._replace(first=len(self.tensors), results=len(results)))
         for each in results:
             self.add(each, sources)
@@ -158,14 +162,25 @@ class Recorder(TorchDispatchMode):
         self.steps.append(step)
 
     def _is(self, number: int, t: Tensor) -> bool:
-        """Whether `t` is another Python object for a tensor that is known."""
         known, layout = self.tensors[number], lambda t: (t.data_ptr(), t.dtype, t.shape, t.stride())
-        return known is not t and t.numel() > 0 and layout(known) == layout(t)
+        return known is t or (t.numel() > 0 and layout(known) == layout(t))
 
     def supply(self, t: Tensor, again: Callable[[], Tensor]) -> None:
         """`t` came from elsewhere, where `again` gets one for each call."""
         self.steps.append(Step(again, (), (), {}, len(self.tensors), 1))
         self.add(t, ())
+
+    def unwritten(self) -> bool:
+        """Whether some memory was made that neither a kernel nor an operator got to write to: by whom was it then?"""
+        memory = lambda n: self.tensors[n].untyped_storage().data_ptr()  # noqa: E731
+        written = set()
+        for step in self.steps:
+            if step.named is None:
+                written.update(memory(n) for _, n in step.places)
+            elif step.places and not step.results:
+                written.add(memory(step.places[0][1]))
+        made = [step.first for step in self.steps if step.run is torch.empty_strided]
+        return any(self.tensors[n].numel() and memory(n) not in written for n in made)
 
     def started(self, run: Callable, tensors: Sequence[Tensor]) -> None:
         """A kernel was started: `run` of tensors of the same layouts will do it again."""
@@ -210,8 +225,7 @@ class Plan:
         results = [result] if self.single else result
         self.results = [None if t is None else seen.number(t) for t in results]
         self.more = len(seen.tensors) - given
-        touched = {n for step in seen.steps for _, n in step.places}
-        if any(step.run is torch.empty_strided and step.first not in touched for step in seen.steps):
+        if seen.unwritten():
             raise Unplanned("nobody was seen to write to memory that it made")
         self.steps = self._without_views(seen)
         last = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from vitfast.choose import builtin, config_tables
 from vitfast.choose.config_tables import Product
+from vitfast.kernels import plans
 from vitfast.kernels.operands import Norm, Tail
 from vitfast.kernels.triton import layer_norm, linear_product
 from vitfast.kernels.triton.compilation import Compilation
@@ -150,13 +152,14 @@ def product(
     """
     if folded is not None:
         weight = folded.weight
+    if config.kernel == "blas":
+        return _by_blas(x, weight, after, across)
     (M, K), N = x.shape, weight.shape[1 if across else 0]
     out, aside, beside = _results(x, M, N, after)
     bits = torch.finfo(x.dtype).bits
     if config.descriptors and not describable(x, weight, out, aside, beside):
+        # of 16 bits, which have rows without descriptors
         config = config_tables.product_config(architecture(x.device), bits, M, N, K, multiprocessors(x.device), False)
-    if config.kernel == "blas":
-        return _by_blas(x, weight, after, out, beside, across)
     tiles_m, tiles_n = -(-M // config.block_m), -(-N // config.block_n)
     split = _split(config, tiles_m * tiles_n, K, multiprocessors(x.device))
     unit = UNIT if _aligned(x, weight, out, aside, beside) else 1
@@ -173,7 +176,7 @@ def product(
         constants["PIECES_OUT"] = True
     if split > 1:
         partials = new(tiles_m * tiles_n * split * config.block_m * config.block_n)
-        arrived = counters(x.device, tiles_m * tiles_n)
+        arrived = plans.supplied(functools.partial(counters, x.device, tiles_m * tiles_n))
     bias = after.bias if folded is None else folded.bias
     mean = rstd = columns = None
     if folded is not None:
@@ -246,7 +249,7 @@ def _boxes(tiles: list[Tensor | None], config: Product, across: bool) -> list[li
     return [None if t is None else box for t, box in zip(tiles, boxes, strict=True)]
 
 
-def _by_blas(x, weight, after, out, beside, across):
+def _by_blas(x, weight, after, across):
     """The product by cuBLAS, with the bias where that is enough, and a kernel for the rest."""
     y = x @ weight if across else F.linear(x, weight, after.bias)
     if across and after.bias is not None:
@@ -258,7 +261,7 @@ def _by_blas(x, weight, after, out, beside, across):
         aside, rest = y, replace(rest, aside=False)
     if rest.is_nothing(y.dtype):
         return y, aside, None
-    out, second, sums = finish(y, rest, out)
+    out, second, sums = finish(y, rest)
     return out, second if aside is None else aside, sums
 
 
