@@ -138,7 +138,8 @@ def product(
     else:
         t, s = tl.program_id(0) // SPLIT, tl.program_id(0) % SPLIT
         m, n = place_of(t, tiles_m, tiles_n, GROUP)
-        first, second = load_statistics(mean, rstd, m * BM, M, BM, NORM, PIECES)
+        if DESC:
+            first, second = load_statistics(mean, rstd, m * BM, M, BM, NORM, PIECES)
         ahead = load_ahead(
             beside, bias, column_sums, m * BM, n * BN, beside_step, M, N,
             BM, BN // PARTS, UNIT, NORM, BIAS, RESIDUAL or SLOPE, AHEAD,
@@ -167,6 +168,9 @@ def product(
                 acc = tl.zeros((BM, BN), tl.float32)
                 for i in tl.static_range(SPLIT):
                     acc += tl.load(own + i * (BM * BN) + inside, cache_modifier=".cg")
+            if not DESC:
+                # addresses leave no registers for them before
+                first, second = load_statistics(mean, rstd, m * BM, M, BM, NORM, PIECES)
             means, rstds = row_statistics(first, second, eps, NORM, PIECES, PIECE)
             finish(
                 acc, ahead, m * BM, n * BN, means, rstds, out, aside, beside, bias, gamma, row_scale, column_sums,
