@@ -139,6 +139,45 @@ def cancelled_biases(dtype, device, forms, monkeypatch):
         check(model, forms, device)
 
 
+def small_cancelled_biases(dtype, device, forms):
+    """Of one channel, a third of fc2's size, and fc2 takes each away again: the sum is what rounding is of."""
+    model = model_of(dtype, device, depth=24, dim=192, mlp_dim=768, heads=3)
+    with torch.no_grad():
+        for block in model.blocks:
+            fc1, fc2 = block.mlp.fc1, block.mlp.fc2
+            # most hidden numbers are near 0, one is 64 in every row
+            fc1.bias -= 3
+            fc1.weight[0], fc1.bias[0] = 0, 64
+            size = fc2.weight.float().norm().item()
+            fc2.weight[:, 0] = 0
+            fc2.weight[0, 0] = 0.3 * size / 64
+            fc2.bias.zero_()[0] = -64 * fc2.weight[0, 0]
+    check(model, forms, device, lambda model, x: model.forward_features(x), images=8)
+
+
+def hooked(dtype, device, forms):
+    """Of a part, whichever form runs, or of all modules."""
+    prepared, images = vitfast.prepare(model_of(dtype, device)), images_of(dtype, device)
+    expected = prepared(images)
+    names = [f"blocks.1{name}" for name in ("", ".qkv", ".proj", ".fc1", ".fc2")]
+    for takes in (True, False):
+        forms.takes = lambda i, takes=takes: takes
+        for part in ("blocks", *names, "norm"):
+            seen, forms.deferred = [], 0
+            handle = prepared.get_submodule(part).register_forward_hook(lambda *_, seen=seen: seen.append(1))
+            out = prepared(images)
+            handle.remove()
+            assert seen, part
+            torch.testing.assert_close(out, expected, rtol=0, atol=0.05 * expected.abs().max().item())
+        seen = []
+        handle = nn.modules.module.register_module_forward_hook(
+            lambda module, *_, seen=seen: seen.append(module)
+        )  # fmt: skip
+        prepared(images)
+        handle.remove()
+        assert {prepared.get_submodule(name) for name in names} <= {*seen}
+
+
 class Kept(nn.Module):
     """A stem that keeps what it gave."""
 

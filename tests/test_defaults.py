@@ -146,6 +146,15 @@ def test_a_configuration_that_no_launcher_takes_is_written():
         defaults.tables({"r": record(row(stock(1.0), older, kernel="attention", shape=HEADS))})
 
 
+def test_a_field_that_came_later_makes_another_configuration_of_it():
+    """Of two cards' records the older one does not say what nothing had."""
+    later = A | {"flatten": False, "ahead": False}
+    rows = [record(row(stock(2.0), timed(1.0, config=config)), card=card) for card, config in (("H", A), ("I", later))]
+    assert only(*rows) == ("kernel", A, {"H": 2.0, "I": 2.0})
+    rows = [record(row(stock(2.0), timed(1.0, config=A), timed(0.5, config=later | {"ahead": True})))]
+    assert only(*rows)[1] == A | {"ahead": True}
+
+
 def test_what_an_op_cannot_call_decides_or_is_not_named():
     rows = row(stock(2.0, {"backend": "flash"}), stock(0.5, {"backend": "efficient"}), timed(1.0, config=A),
                kernel="attention_backward", shape=HEADS)  # fmt: skip

@@ -26,6 +26,15 @@ def test_bias_that_its_product_takes_away_is_deferred(forms, monkeypatch):  # no
     deferred_biases.cancelled_biases(torch.bfloat16, CPU, forms, monkeypatch)
 
 
+def test_biases_that_products_take_away_pile_up(forms):  # noqa: F811
+    deferred_biases.small_cancelled_biases(torch.bfloat16, CPU, forms)
+
+
+@every_dtype
+def test_hook_of_a_prepared_part_is_not_called(dtype, forms):  # noqa: F811
+    deferred_biases.hooked(dtype, CPU, forms)
+
+
 @every_dtype
 @pytest.mark.parametrize("what", ["foreign_tensors", "replaced_stem", "strange_calls"])
 def test_tensor_of_somebody_else_is_written_to(what, dtype, forms):  # noqa: F811

@@ -36,6 +36,9 @@ from vitfast.model.plain import any_global_hook, plain, stands_for
 from vitfast.ops import prepared_block as deferred
 from vitfast.ops.linear_folded import added_linear, folded_linear
 
+# of the square of all weights: what that of pending biases may be, see `carry`
+PENDING = 0.5
+
 
 def _rounded(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if t is None else t.detach().to(dtype)
@@ -187,9 +190,9 @@ class FoldedBlock(nn.Module):
         self.too_large = [name for name, bias, square in parts if _square(bias) > square]
         if self.too_large:
             return None, size + of_proj + of_fc2
-        self.entering, first = added, _square(added) > size
+        self.entering, first = added, _square(added) > PENDING * size
         self.between = _with_bias(None if first else added, self.proj.bias)
-        second = _square(self.between) > size + of_proj
+        second = _square(self.between) > PENDING * (size + of_proj)
         self.leaving = _with_bias(None if second else self.between, self.fc2.bias)
         self.writes = first, second
         return self.leaving, size + of_proj + of_fc2
@@ -198,7 +201,12 @@ class FoldedBlock(nn.Module):
         # not a block alone out of the middle, whose tokens are whole
         if self.too_large or stream.added is not self.entering:
             return False
-        return deferred.defers(stream.x, self.fc1.weight, self.act, self.gated)
+        # what somebody watches or has replaced has to run
+        return deferred.defers(stream.x, self.fc1.weight, self.act, self.gated) and self._untouched()
+
+    def _untouched(self) -> bool:
+        parts = self.qkv, self.proj, self.fc1, self.fc2
+        return not any_global_hook() and all(plain(part, FoldedLinear, AddedLinear) for part in parts)
 
     def _deferred(self, stream: Stream, mask: Tensor | None, keep: int | None) -> Stream:
         h, fc1 = stream.x, self.fc1
@@ -275,10 +283,10 @@ def carry(blocks: Iterable[nn.Module]) -> None:
     """Decide for each block which biases are pending before and behind it, where it takes the form that defers them.
 
     A residual stream without its biases may be larger than the tokens are, and is rounded as it is. What a product
-    adds to a row has, for inputs of unit size, the size of its weight: |W| (Frobenius). So biases stay pending while
-    their sum's square is at most that of all weights so far; a norm adds the others, and writes the sum back. A bias
-    larger than its own weight could cancel with its product, which only the product's own epilogue adds without
-    rounding: such a block keeps its five kernels.
+    adds to a row has, for inputs of unit size, the size of its weight: |W| (Frobenius). Inputs are smaller than that,
+    so biases stay pending while their sum's square is at most half that of all weights so far; a norm adds the others,
+    and writes the sum back. A bias larger than its own weight could cancel with its product, which only the product's
+    own epilogue adds without rounding: such a block keeps its five kernels.
     """
     added, size = None, 0.0
     for block in blocks:
@@ -297,4 +305,4 @@ def _with_bias(added: Tensor | None, bias: Tensor | None) -> Tensor | None:
     return added + bias
 
 
-stands_for(FoldedBlock)
+stands_for(FoldedBlock, FoldedLinear, AddedLinear)

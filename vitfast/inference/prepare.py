@@ -429,13 +429,15 @@ class PreparedViT(ViT):
         return self._keep
 
     def _transform(self, x: Tensor, keep: int | None = None, **how: Any) -> Tensor:
-        if not self.folded:
+        # somebody watches the container of all blocks, or every module
+        watched = not plain(self.blocks, nn.Sequential) or any_global_hook()
+        if watched or not self.folded:
             return super()._transform(x, keep, **how)
         attn_mask, stream = mask_of(x, **how), Stream(x)
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
             first = keep if i == last else None
-            if isinstance(block, FoldedBlock):
+            if plain(block, FoldedBlock):
                 stream = block.step(stream, attn_mask, first)
             else:
                 stream = Stream(block(stream.whole(), attn_mask, keep=first))

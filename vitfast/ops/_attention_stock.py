@@ -166,7 +166,7 @@ def _refused(key, why):
     op, _, dtype, head_dim = key
     what = "cuDNN's attention" + ("'s backward" if op == "attention_backward" else "")
     warnings.warn(
-        f"{what}, measured to be the fastest here, is not used for {dtype} and head dim {head_dim}: "
+        f"{what}, which was chosen or is to be timed, is not used for {dtype} and head dim {head_dim}: "
         f"{why.splitlines()[0]}. PyTorch's flash attention takes its place",
         RuntimeWarning,
         stacklevel=2,
