@@ -38,8 +38,6 @@ EQUAL = 1.02
 NARROW = 0.05
 # what an op can call in a kernel's place, of the stock operators that a row has beside the usual one
 REACHABLE = {"attention": ("flash", "cudnn"), "attention_backward": ("flash", "cudnn")}
-# fields of configurations that records from before do not have
-LATER = ("flatten", "ahead")
 STANDS = ("device", "driver", "torch", "triton", "commit", "date")
 
 Key = tuple[str, tuple[Any, ...]]
@@ -75,9 +73,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def named(config: Mapping[str, Any] | None) -> str:
     """The same for the same, whether or not a record is from before there was a field."""
-    if config is None:
-        return ""
-    return json.dumps({field: value for field, value in config.items() if value or field not in LATER}, sort_keys=True)
+    return "" if config is None else json.dumps(config, sort_keys=True)
 
 
 def config_of(name: str) -> dict[str, Any] | None:

@@ -20,6 +20,11 @@ def architecture_of(capability: tuple[int, int]) -> int:
     return 10 * major if (major, minor) == (8, 0) or major in (9, 10) else 89
 
 
+def _without_later(fields: dict[str, Any], *later: str) -> dict[str, Any]:
+    """Without what came later where it says nothing: records of before have the same words for the same."""
+    return {name: value for name, value in fields.items() if name not in later or value}
+
+
 @dataclass(frozen=True)
 class Config:
     """How one kernel is compiled.
@@ -55,8 +60,7 @@ class Config:
     descriptors: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        """Without what came later where it says nothing: records of before have the same words for the same."""
-        return {name: value for name, value in asdict(self).items() if name != "descriptors" or value}
+        return _without_later(asdict(self), "descriptors")
 
 
 @dataclass(frozen=True)
@@ -252,7 +256,7 @@ class Product:
     ahead: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return _without_later(asdict(self), "flatten", "ahead")
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 GELU is max(x, 0) - a Phi(-a) with a = |x|. log2(Phi(-a)) is smooth, and a polynomial in its place, fitted for the
 least largest error of GELU, makes that differ from the true one by at most 5.4e-7 (degree 5, for results in half
-precision) or 1.3e-8 (degree 8), before what fp32 rounds; torch's own, in fp32, differs by 1.2e-6. Phi itself, which the
-derivative needs, differs by 2.6e-6 or 2.5e-8. At 0 it is exact, so that small numbers lose no digits, and for large a
+precision) or 1.5e-8 (degree 8), before what fp32 rounds; torch's own, in fp32, differs by 1.2e-6. Phi itself, which the
+derivative needs, differs by 2.6e-6 or 2.7e-8. At 0 it is exact, so that small numbers lose no digits, and for large a
 it falls until exp2 gives 0: GELU(-1e4) = 0, where rational approximations that clamp their argument are wrong (6e-4).
 """
 
@@ -83,7 +83,7 @@ def activate(x, ACT: tl.constexpr, TYPE: tl.constexpr):  # fp32 [...]
 
 @triton.jit
 def activate_and_slope(x, ACT: tl.constexpr, TYPE: tl.constexpr):  # fp32 [...]
-    """The activation at x, to the bit as `activate` has it, and its derivative."""
+    """The activation at x, GELU to the bit as `activate` has it, and its derivative."""
     slope = x * 0.0 + 1.0
     y = x
     if ACT == "gelu":
