@@ -127,15 +127,15 @@ class Recorder(TorchDispatchMode):
     def _note(self, func, args, named, made):
         places = tuple((i, self.number(each)) for i, each in enumerate(args) if isinstance(each, Tensor))
         results = made if isinstance(made, (list, tuple)) else [made]
-        if not places and not any(isinstance(each, Tensor) for each in results):
+        nested = [each for each in args if isinstance(each, (list, tuple))]
+        hidden = any(isinstance(each, Tensor) for each in (*named.values(), *itertools.chain(*nested)))
+        if not places and not hidden and not any(isinstance(each, Tensor) for each in results):
             # a question about dtypes
             return
         name = func.overloadpacket.__name__
         if name in FRESH:
             self.make(made)
             return
-        nested = [each for each in args if isinstance(each, (list, tuple))]
-        hidden = any(isinstance(each, Tensor) for each in (*named.values(), *itertools.chain(*nested)))
         if name not in REPEATABLE or hidden:
             raise Unplanned(f"{func} need not do the same again")
         sources = [n for _, n in places]
@@ -281,6 +281,8 @@ class Plan:
                     at[first] = made
                 elif results:
                     at[first : first + results] = made
+                # it may be dead by the time that the next one is made
+                made = None
             for n in dead:
                 at[n] = None
         if self.single:
@@ -318,7 +320,8 @@ class Plans:
         where = tensors[0]
         kind = where.device.type
         key += (where.get_device(), torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind))
-        if where.dtype is torch.float32:
+        # weights may be wider than the first of them
+        if torch.float32 in key:
             key.append(torch.backends.cuda.matmul.fp32_precision)
         at = tuple(key)
         plan = self.plans.get(at, self)
@@ -339,14 +342,15 @@ class Plans:
             return self.run(*args)
         # one tensor given twice is two the next time
         own = [torch.ops.aten.alias(each) if isinstance(each, Tensor) else each for each in args]
-        given, before = [each for each in own if isinstance(each, Tensor)], dispatch.decided()
+        given = [each for each in own if isinstance(each, Tensor)]
         with Recorder(given) as seen:
             result = self.run(*own)
         try:
             plan = Plan(seen, len(given), result)
         except Unplanned:
             plan = None
-        if dispatch.decided() == before:
+        # what the plan is kept under
+        if dispatch.decided() == at[0]:
             if len(self.plans) >= MOST:
                 self.plans.clear()
             self.plans[at] = plan
