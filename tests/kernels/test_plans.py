@@ -284,6 +284,58 @@ def test_a_plan_keeps_memory_that_nobody_reads_any_more(monkeypatch):
     assert call(torch.ones(1)).tolist() == [1.0] * 4 and alive == [0, 0, 0]
 
 
+def test_a_call_that_is_watched_keeps_what_it_made(monkeypatch):
+    """Memory that the call itself gives back while it runs: there may be no more of it."""
+    alive = []
+
+    def run(x):
+        made = []
+        for _ in range(3):
+            out = torch.zeros(4)
+            made.append(weakref.ref(out))
+            out = out.add_(x).view(2, 2)
+        alive.append(sum(each() is not None for each in made))
+        return out
+
+    call, x = plans.Plans(run), torch.ones(1)
+    run(x)
+    assert call(x).tolist() == call(x).tolist() == [[1.0] * 2] * 2
+    assert alive == [1, 1] and None not in call.plans.values()
+
+
+def test_a_tensor_from_elsewhere_is_taken_for_one_that_is_gone():
+    """Python gives an id again."""
+    numbers, ids = iter(range(3)), []
+
+    def run(x):
+        gone, number = [torch.zeros(2) for _ in range(100)], float(next(numbers))
+        gone = {id(each) for each in gone}
+        with plans.unwatched():
+            others = [torch.full((2,), number) for _ in range(100)]
+        other = next((each for each in others if id(each) in gone), others[0])
+        ids.append(id(other) in gone)
+        return torch.zeros(2).add_(other)
+
+    call = plans.Plans(run)
+    assert [call(torch.ones(1)).tolist() for _ in range(3)] == [[float(i)] * 2 for i in range(3)]
+    assert ids[0] and list(call.plans.values()) == [None]
+
+
+def test_memory_is_taken_for_that_of_one_that_is_gone():
+    """Addresses are given again."""
+
+    def run(x):
+        for _ in range(20):
+            out = torch.empty(4).copy_(x.view(4)).add_(x.t().reshape(4))
+            x = out.view(2, 2)
+        return x
+
+    call, x = plans.Plans(run), torch.arange(4.0).view(2, 2)
+    for i in range(3):
+        assert torch.equal(call(x + i), run(x + i))
+    assert None not in call.plans.values()
+
+
 def test_a_choice_that_changed_before_the_call_began_is_kept_under_the_one_before(device, monkeypatch):
     """Another thread's: between a plan's key and the call that is watched."""
     x = torch.randn(2, 5, 64, device=device, dtype=torch.float16)
