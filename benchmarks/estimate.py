@@ -7,7 +7,7 @@ A product's tiles go through five pipes; each is charged with all that its kerne
 tensor      matrix instructions, overhanging tiles in full, at the rate that cuBLAS was measured to sustain
 issue       instructions around the products, as counted in the compiled kernel (benchmarks/aot.json), one a cycle and
             scheduler, at the clock that was sustained then
-special     exponentials and reciprocals of the activation, 16 a cycle and multiprocessor
+special     exponentials of the activation, 16 a cycle and multiprocessor
 l2          bytes of tiles' operands, and what is read and written once a number
 dram        bytes that have to cross once, if the L2 cache keeps the rest
 
@@ -44,8 +44,8 @@ ARCH = 90
 # of a multiprocessor and cycle: instructions, special functions, bytes from the L2 cache. The record has products whose
 # operands came at 10 TB/s, four fifths of 64 bytes
 SCHEDULERS, SPECIAL, L2_BYTES = 4, 16, 64
-# special functions a number: GELU by erf has an exponential and a reciprocal
-SPECIALS = {"none": 0, "gelu": 2}
+# special functions a number: GELU by erf has an exponential
+SPECIALS = {"none": 0, "gelu": 1}
 
 
 @dataclass(frozen=True)

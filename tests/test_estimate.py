@@ -17,7 +17,7 @@ def test_pipes_are_charged_with_something_else_than_what_tiles_do():
     assert us["tiles"] == 16 and us["waves"] == 16 / 20
     assert us["tensor"] == pytest.approx(2 * 2 * 128 * 128 * 128 / 1e12 * 1e6)
     assert us["issue"] == pytest.approx(2 * 500 * 4 / 4 / 1e9 * 1e6)
-    assert us["special"] == pytest.approx(2 * 128 * 128 * 2 / 16 / 1e9 * 1e6)
+    assert us["special"] == pytest.approx(2 * 128 * 128 / 16 / 1e9 * 1e6)
     assert us["l2"] == pytest.approx(2 * (256 * 128 + 128 * 128) * 2 / 64 / 1e9 * 1e6)
     assert us["dram"] == pytest.approx(2 * (1000 * 100 + 256 * 100 + 1000 * 256) / 1e12 * 1e6)
     assert us["overlap"] == max(us[name] for name in ("tensor", "issue", "special", "l2", "dram"))

@@ -88,7 +88,8 @@ struct Block {
   int threads_left = 0;
 };
 
-// A copy of a box of a matrix to a block's shared memory, see copy_box; a thread of its own to the thread sanitizer.
+// A copy of a box of a matrix to a block's shared memory, see hopper_on_host.h; a thread of its own to the thread
+// sanitizer.
 struct Bulk {
   const char* matrix;
   int64_t rows, columns, row_bytes, row, column;
@@ -96,6 +97,7 @@ struct Bulk {
   Block* block;
   char* to;
   Meeting* meeting;
+  void (*run)(const Bulk&);
   void* sanitizer;
 };
 
@@ -267,9 +269,6 @@ UNSEEN_BY_SANITIZERS inline void run_until_it_waits(Fiber& fiber) {
 #endif
 }
 
-// in hopper_on_host.h
-inline void copy_bulk(const Bulk& bulk);
-
 UNSEEN_BY_SANITIZERS inline void run_bulk() {
   const Bulk& bulk = gpu.bulks[gpu.bulks_done++ % MOST_BULKS];
   ++gpu.events;
@@ -277,7 +276,7 @@ UNSEEN_BY_SANITIZERS inline void run_bulk() {
   void* const mine = __tsan_get_current_fiber();
   __tsan_switch_to_fiber(bulk.sanitizer, __tsan_switch_to_fiber_no_sync);
 #endif
-  copy_bulk(bulk);
+  bulk.run(bulk);
 #if defined(__SANITIZE_THREAD__)
   __tsan_switch_to_fiber(mine, __tsan_switch_to_fiber_no_sync);
   __tsan_destroy_fiber(bulk.sanitizer);

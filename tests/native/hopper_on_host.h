@@ -193,6 +193,7 @@ inline void copy_box(void* to, const TensorMap& map, int64_t row, int column, Ba
                        .block = nullptr,
                        .to = nullptr,
                        .meeting = nullptr,
+                       .run = on_host::copy_bulk,
                        .sanitizer = nullptr},
                       to, &barrier, blocks);
 }
