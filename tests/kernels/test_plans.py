@@ -362,5 +362,24 @@ def test_a_kernel_that_fails_in_a_plan_is_not_told(device, monkeypatch):
     monkeypatch.setattr(launch, "launch", fails)
 
 
-def fails(*_):
+def test_memory_of_a_plan_that_failed_is_there_while_the_call_is_made_again():
+    made, alive = [], []
+
+    def run(x):
+        alive.append(sum(each() is not None for each in made))
+        return torch.zeros(4).add_(x)
+
+    def zeros(*how, **named):
+        made.append(weakref.ref(t := torch.zeros(4)))
+        return t
+
+    call, x = plans.Plans(run), torch.ones(1)
+    call(x)
+    (plan,) = call.plans.values()
+    plan.steps = [step._replace(run=fails if step.places else zeros) for step in plan.steps]
+    assert call(x).tolist() == [1.0] * 4
+    assert alive == [0, 0] and len(made) == 1
+
+
+def fails(*_, **named):
     raise RuntimeError("no")

@@ -357,7 +357,8 @@ class Plans:
         # memory is full, or a kernel does not start any more: the implementation knows what to do about it
         except Exception:
             self.plans.pop(at, None)
-            return self.run(*args)
+        # outside, where the problem no longer holds what the plan has made
+        return self.run(*args)
 
     def _first(self, at: tuple, args: tuple) -> Any:
         if torch._C._len_torch_dispatch_stack():
