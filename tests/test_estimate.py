@@ -18,12 +18,26 @@ def test_pipes_are_charged_with_something_else_than_what_tiles_do():
     assert us["tensor"] == pytest.approx(2 * 2 * 128 * 128 * 128 / 1e12 * 1e6)
     assert us["issue"] == pytest.approx(2 * 500 * 4 / 4 / 1e9 * 1e6)
     assert us["special"] == pytest.approx(2 * 128 * 128 / 16 / 1e9 * 1e6)
-    assert us["l2"] == pytest.approx((16 * 256 * 128 * 2 + 2 * 1000 * 256) / (64 * 10 * 1e9) * 1e6)
+    assert us["l2"] == pytest.approx(2 * (256 * 128 + 128 * 128) * 2 / 64 / 1e9 * 1e6)
     assert us["dram"] == pytest.approx(2 * (1000 * 100 + 256 * 100 + 1000 * 256) / 1e12 * 1e6)
     assert us["overlap"] == max(us[name] for name in ("tensor", "issue", "special", "l2", "dram"))
     assert us["serial"] == pytest.approx(max(us["tensor"], us["l2"], us["dram"]) + max(us["issue"], us["special"]))
     more = estimate.pipes(Layer("fc2", 1000, 256, 100, "residual pieces", residual=True), CONFIG, 500, DEVICE)
     assert more["dram"] - us["dram"] == pytest.approx(2 * 1000 * 256 / 1e12 * 1e6) and more["special"] == 0
+
+
+def test_attention_of_a_few_tiles_is_charged_as_if_all_multiprocessors_shared_them():
+    us = estimate.attention(1, 100, 3, 64, DEVICE)
+    # 3 heads with 2 tiles each, 112 keys
+    assert us["tiles"] == 6 and us["waves"] == 6 / 10
+    assert us["tensor"] == pytest.approx(4 * 64 * 112 * 64 / 1e12 * 1e6)
+    assert us["special"] == pytest.approx(64 * 112 / 16 / 1e9 * 1e6)
+    assert us["dram"] == pytest.approx(2 * 4 * 100 * 3 * 64 / 1e12 * 1e6)
+    # 12 heads: the busiest has 3 of 24
+    more = estimate.attention(1, 100, 12, 64, DEVICE)
+    assert more["tensor"] == pytest.approx(3 * us["tensor"]) and more["special"] == pytest.approx(3 * us["special"])
+    # nobody counted them
+    assert "issue" not in us and "l2" not in us
 
 
 @pytest.mark.parametrize("batch", (64, 256))

@@ -1,6 +1,8 @@
 """Plans of ops: the second call on tensors of one layout does what the first did, to the bit, and nothing else."""
 
 import ctypes
+import gc
+import weakref
 
 import pytest
 import torch
@@ -163,11 +165,30 @@ def test_two_arguments_that_were_one_tensor_are_read_as_one(config, device):
                 assert torch.equal(made, ops.linear(x, weight, bias, residual=residual))
 
 
+def test_a_plan_computes_as_another_precision_said(monkeypatch, device):
+    """Of weights that are wider than the rows, which a norm makes as wide."""
+    seen, started = [], launch.launch
+
+    def launched(kernel, grid, tensors, numbers, constants, *rest, **more):
+        seen.append(constants["PRECISION"])
+        started(kernel, grid, tensors, numbers, constants, *rest, **more)
+
+    monkeypatch.setattr(linear, "config_for", lambda *asked, **how: Product("tiles", 16, 32, 32))
+    monkeypatch.setattr(linear, "launch", launched)
+    draw = Draw(0, torch.float32, device)
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision in ("highest", "high", "highest"):
+            torch.set_float32_matmul_precision(precision)
+            ops.linear(draw(B, N, D, dtype=torch.float16), *draw.layer(D, D), norm="layer")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    # the third follows the first's plan
+    assert seen == ["ieee", "tf32"]
+
+
 def test_a_plan_outlives_what_it_was_made_of(device):
     """A plan holds no tensor: neither what it was first called on nor what came out."""
-    import gc
-    import weakref
-
     x = torch.randn(2, 5, 64, device=device)
     made = ops.layer_norm(x, None, None, 1e-6)
     alive = [weakref.ref(t) for t in (x, made)]
@@ -222,6 +243,114 @@ def test_a_tensor_from_elsewhere_is_kept_in_a_plan():
     assert None not in asked.plans.values() and list(taken.plans.values()) == [None]
 
 
+def test_what_is_changed_in_a_list_is_left_out():
+    """An operator whose tensors are all in a list, and which returns none."""
+
+    def run(x):
+        made = torch.zeros_like(x)
+        torch._foreach_copy_([made], [x])
+        return made
+
+    call = plans.Plans(run)
+    for i in range(3):
+        assert call(torch.full((2,), float(i))).tolist() == [i, i]
+
+
+def test_a_plan_keeps_memory_that_nobody_reads_any_more(monkeypatch):
+    """What two kernels write one after the other is there one after the other."""
+    made, alive = [], []
+
+    def counted(*how, **named):
+        alive.append(sum(each() is not None for each in made))
+        t = torch.empty(4)
+        made.append(weakref.ref(t))
+        return t
+
+    def kernel(tensors):
+        tensors[0].fill_(1.0)
+
+    def run(x):
+        for _ in range(3):
+            out = torch.empty(4)
+            with plans.unwatched():
+                kernel([out])
+            if (seen := plans.recorder()) is not None:
+                seen.started(kernel, [out])
+        return out
+
+    monkeypatch.setattr(torch, "empty_strided", counted)
+    call = plans.Plans(run)
+    call(torch.ones(1))
+    assert call(torch.ones(1)).tolist() == [1.0] * 4 and alive == [0, 0, 0]
+
+
+def test_a_call_that_is_watched_keeps_what_it_made(monkeypatch):
+    """Memory that the call itself gives back while it runs: there may be no more of it."""
+    alive = []
+
+    def run(x):
+        made = []
+        for _ in range(3):
+            out = torch.zeros(4)
+            made.append(weakref.ref(out))
+            out = out.add_(x).view(2, 2)
+        alive.append(sum(each() is not None for each in made))
+        return out
+
+    call, x = plans.Plans(run), torch.ones(1)
+    run(x)
+    assert call(x).tolist() == call(x).tolist() == [[1.0] * 2] * 2
+    assert alive == [1, 1] and None not in call.plans.values()
+
+
+def test_a_tensor_from_elsewhere_is_taken_for_one_that_is_gone():
+    """Python gives an id again."""
+    numbers, ids = iter(range(3)), []
+
+    def run(x):
+        gone, number = [torch.zeros(2) for _ in range(100)], float(next(numbers))
+        gone = {id(each) for each in gone}
+        with plans.unwatched():
+            others = [torch.full((2,), number) for _ in range(100)]
+        other = next((each for each in others if id(each) in gone), others[0])
+        ids.append(id(other) in gone)
+        return torch.zeros(2).add_(other)
+
+    call = plans.Plans(run)
+    assert [call(torch.ones(1)).tolist() for _ in range(3)] == [[float(i)] * 2 for i in range(3)]
+    assert ids[0] and list(call.plans.values()) == [None]
+
+
+def test_memory_is_taken_for_that_of_one_that_is_gone():
+    """Addresses are given again."""
+
+    def run(x):
+        for _ in range(20):
+            out = torch.empty(4).copy_(x.view(4)).add_(x.t().reshape(4))
+            x = out.view(2, 2)
+        return x
+
+    call, x = plans.Plans(run), torch.arange(4.0).view(2, 2)
+    for i in range(3):
+        assert torch.equal(call(x + i), run(x + i))
+    assert None not in call.plans.values()
+
+
+def test_a_choice_that_changed_before_the_call_began_is_kept_under_the_one_before(device, monkeypatch):
+    """Another thread's: between a plan's key and the call that is watched."""
+    x = torch.randn(2, 5, 64, device=device, dtype=torch.float16)
+    first = plans.Plans._first
+
+    def later(self, at, args):
+        with vitfast.backend("stock", op="layer_norm"):
+            return first(self, at, args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(plans.Plans, "_first", later)
+        ops.layer_norm(x, None, None, 1e-6)
+    assert made_plans() == []
+
+
 def test_a_kernel_that_fails_in_a_plan_is_not_told(device, monkeypatch):
     """The call is made again the long way, where failures are judged."""
     x = torch.randn(2, 5, 64, device=device)
@@ -233,5 +362,24 @@ def test_a_kernel_that_fails_in_a_plan_is_not_told(device, monkeypatch):
     monkeypatch.setattr(launch, "launch", fails)
 
 
-def fails(*_):
+def test_memory_of_a_plan_that_failed_is_there_while_the_call_is_made_again():
+    made, alive = [], []
+
+    def run(x):
+        alive.append(sum(each() is not None for each in made))
+        return torch.zeros(4).add_(x)
+
+    def zeros(*how, **named):
+        made.append(weakref.ref(t := torch.zeros(4)))
+        return t
+
+    call, x = plans.Plans(run), torch.ones(1)
+    call(x)
+    (plan,) = call.plans.values()
+    plan.steps = [step._replace(run=fails if step.places else zeros) for step in plan.steps]
+    assert call(x).tolist() == [1.0] * 4
+    assert alive == [0, 0] and len(made) == 1
+
+
+def fails(*_, **named):
     raise RuntimeError("no")

@@ -62,6 +62,24 @@ class Step(NamedTuple):
         return range(self.first, self.first + self.results)
 
 
+class Layout(NamedTuple):
+    """Of a tensor, which may be gone.
+
+    Attributes:
+        begin, storage: addresses of its first number and of its memory.
+        root: the number of the tensor that it is a view of, where both begin at the same number; its own elsewhere.
+        memory: the number of the tensor that its memory was made for.
+    """
+
+    begin: int
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+    storage: int
+    root: int
+    memory: int
+
+
 class _Thread(threading.local):
     recorder: Recorder | None = None
 
@@ -72,18 +90,19 @@ _thread = _Thread()
 class Recorder(TorchDispatchMode):
     """Watches one call on `tensors`, which are numbered, and those that it makes after them.
 
+    It keeps none of them alive: a call that is watched needs no more memory than another.
+
     Attributes:
         why: what keeps the call from being planned, "" where nothing does.
-        roots: of each tensor the one that it is a view of, where both begin at the same number; itself elsewhere.
+        layouts: by number of the tensor.
     """
 
     def __init__(self, tensors: Sequence[Tensor]):
         super().__init__()
+        # by id of a tensor as long as it is there
         self.numbers: dict[int, int] = {}
-        # they stay alive, so that no other gets the id of one
-        self.tensors: list[Tensor] = []
-        self.names: list[Tensor] = []
-        self.roots: list[int] = []
+        self.alive: list[weakref.ref] = []
+        self.layouts: list[Layout] = []
         self.steps: list[Step] = []
         self.why = ""
         for t in tensors:
@@ -91,11 +110,17 @@ class Recorder(TorchDispatchMode):
 
     def add(self, t: Tensor, sources: Sequence[int]) -> None:
         """Number a tensor that was made of those with the numbers `sources`."""
-        begin, number = (t.data_ptr(), t.dtype), len(self.tensors)
-        same = [n for n in sources if begin == (self.tensors[n].data_ptr(), self.tensors[n].dtype)]
-        self.roots.append(self.roots[same[0]] if same and t.numel() else number)
-        self.numbers[id(t)] = number
-        self.tensors.append(t)
+        begin, storage, number = t.data_ptr(), t.untyped_storage().data_ptr(), len(self.layouts)
+        own = [n for n in sources if self.layouts[n].storage == storage and t.numel()]
+        same = [n for n in own if self.layouts[n][:2] == (begin, t.dtype)]
+        root, memory = self.layouts[same[0]].root if same else number, self.layouts[own[0]].memory if own else number
+        self.layouts.append(Layout(begin, t.dtype, t.shape, t.stride(), storage, root, memory))
+        self.follow(t, number)
+
+    def follow(self, t: Tensor, number: int) -> None:
+        key, numbers = id(t), self.numbers
+        numbers[key] = number
+        self.alive.append(weakref.ref(t, lambda _: numbers.pop(key, None)))
 
     def number(self, t: Tensor) -> int:
         """
@@ -127,15 +152,15 @@ class Recorder(TorchDispatchMode):
     def _note(self, func, args, named, made):
         places = tuple((i, self.number(each)) for i, each in enumerate(args) if isinstance(each, Tensor))
         results = made if isinstance(made, (list, tuple)) else [made]
-        if not places and not any(isinstance(each, Tensor) for each in results):
+        nested = [each for each in args if isinstance(each, (list, tuple))]
+        hidden = any(isinstance(each, Tensor) for each in (*named.values(), *itertools.chain(*nested)))
+        if not places and not hidden and not any(isinstance(each, Tensor) for each in results):
             # a question about dtypes
             return
         name = func.overloadpacket.__name__
         if name in FRESH:
             self.make(made)
             return
-        nested = [each for each in args if isinstance(each, (list, tuple))]
-        hidden = any(isinstance(each, Tensor) for each in (*named.values(), *itertools.chain(*nested)))
         if name not in REPEATABLE or hidden:
             raise Unplanned(f"{func} need not do the same again")
         sources = [n for _, n in places]
@@ -145,42 +170,40 @@ class Recorder(TorchDispatchMode):
             self.steps.append(step)
         if len(results) == 1 and (same := [n for n in sources if self._is(n, made)]):
             # the same tensor, or another Python object for it
-            self.numbers[id(made)] = same[0]
-            self.names.append(made)
+            self.follow(made, same[0])
             return
         if in_place:
             raise Unplanned(f"{func} returned something else than what it changed")
-        self.steps.append(step._replace(first=len(self.tensors), results=len(results)))
+        self.steps.append(step._replace(first=len(self.layouts), results=len(results)))
         for each in results:
             self.add(each, sources)
 
     def make(self, t: Tensor) -> None:
         # the fastest of torch's ways to say so
         how = {"dtype": t.dtype, "device": t.device}
-        step = Step(torch.empty_strided, (tuple(t.shape), t.stride()), (), how, len(self.tensors), 1)
+        step = Step(torch.empty_strided, (tuple(t.shape), t.stride()), (), how, len(self.layouts), 1)
         self.add(t, ())
         self.steps.append(step)
 
     def _is(self, number: int, t: Tensor) -> bool:
-        known, layout = self.tensors[number], lambda t: (t.data_ptr(), t.dtype, t.shape, t.stride())
-        return known is t or (t.numel() > 0 and layout(known) == layout(t))
+        layout = t.data_ptr(), t.dtype, t.shape, t.stride()
+        return self.numbers.get(id(t)) == number or (t.numel() > 0 and self.layouts[number][:4] == layout)
 
     def supply(self, t: Tensor, again: Callable[[], Tensor]) -> None:
         """`t` came from elsewhere, where `again` gets one for each call."""
-        self.steps.append(Step(again, (), (), {}, len(self.tensors), 1))
+        self.steps.append(Step(again, (), (), {}, len(self.layouts), 1))
         self.add(t, ())
 
     def unwritten(self) -> bool:
         """Whether some memory was made that neither a kernel nor an operator got to write to: by whom was it then?"""
-        memory = lambda n: self.tensors[n].untyped_storage().data_ptr()  # noqa: E731
         written = set()
         for step in self.steps:
             if step.named is None:
-                written.update(memory(n) for _, n in step.places)
+                written.update(self.layouts[n].memory for _, n in step.places)
             elif step.places and not step.results:
-                written.add(memory(step.places[0][1]))
+                written.add(self.layouts[step.places[0][1]].memory)
         made = [step.first for step in self.steps if step.run is torch.empty_strided]
-        return any(self.tensors[n].numel() and memory(n) not in written for n in made)
+        return any(self.layouts[n].shape.numel() and n not in written for n in made)
 
     def started(self, run: Callable, tensors: Sequence[Tensor]) -> None:
         """A kernel was started: `run` of tensors of the same layouts will do it again."""
@@ -189,7 +212,7 @@ class Recorder(TorchDispatchMode):
         except Unplanned as problem:
             self.why = self.why or str(problem)
             return
-        self.steps.append(Step(run, (), tuple(enumerate(self.roots[n] for n in numbers)), None))
+        self.steps.append(Step(run, (), tuple(enumerate(self.layouts[n].root for n in numbers)), None))
 
 
 def recorder() -> Recorder | None:
@@ -224,7 +247,7 @@ class Plan:
         self.single = isinstance(result, Tensor)
         results = [result] if self.single else result
         self.results = [None if t is None else seen.number(t) for t in results]
-        self.more = len(seen.tensors) - given
+        self.more = len(seen.layouts) - given
         if seen.unwritten():
             raise Unplanned("nobody was seen to write to memory that it made")
         self.steps = self._without_views(seen)
@@ -241,7 +264,7 @@ class Plan:
 
         Memory whose only view is the result is made in the layout of that.
         """
-        roots, tensors = seen.roots, seen.tensors
+        layouts, roots = seen.layouts, [each.root for each in seen.layouts]
         is_view = lambda step: step.results > 0 and all(roots[n] != n for n in step.makes())  # noqa: E731
         used = {n for n in self.results if n is not None}
         for step in seen.steps:
@@ -251,7 +274,7 @@ class Plan:
         for step in seen.steps:
             if step.run is torch.empty_strided and step.first not in used:
                 views = [n for n in used if roots[n] == step.first]
-                if len(views) == 1 and tensors[views[0]].numel() == tensors[step.first].numel():
+                if len(views) == 1 and layouts[views[0]].shape.numel() == layouts[step.first].shape.numel():
                     instead[step.first] = views[0]
         needed = used - set(instead.values())
         steps = []
@@ -262,7 +285,7 @@ class Plan:
                 needed.update(n for _, n in step.places)
             if step.first in instead:
                 n = instead[step.first]
-                step = step._replace(constants=(tuple(tensors[n].shape), tensors[n].stride()), first=n)
+                step = step._replace(constants=(tuple(layouts[n].shape), layouts[n].stride), first=n)
             steps.append(step._replace(places=tuple((i, instead.get(n, n)) for i, n in step.places)))
         return steps[::-1]
 
@@ -281,6 +304,8 @@ class Plan:
                     at[first] = made
                 elif results:
                     at[first : first + results] = made
+                # it may be dead by the time that the next one is made
+                made = None
             for n in dead:
                 at[n] = None
         if self.single:
@@ -318,7 +343,8 @@ class Plans:
         where = tensors[0]
         kind = where.device.type
         key += (where.get_device(), torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind))
-        if where.dtype is torch.float32:
+        # weights may be wider than the first of them
+        if torch.float32 in key:
             key.append(torch.backends.cuda.matmul.fp32_precision)
         at = tuple(key)
         plan = self.plans.get(at, self)
@@ -331,7 +357,8 @@ class Plans:
         # memory is full, or a kernel does not start any more: the implementation knows what to do about it
         except Exception:
             self.plans.pop(at, None)
-            return self.run(*args)
+        # outside, where the problem no longer holds what the plan has made
+        return self.run(*args)
 
     def _first(self, at: tuple, args: tuple) -> Any:
         if torch._C._len_torch_dispatch_stack():
@@ -339,14 +366,15 @@ class Plans:
             return self.run(*args)
         # one tensor given twice is two the next time
         own = [torch.ops.aten.alias(each) if isinstance(each, Tensor) else each for each in args]
-        given, before = [each for each in own if isinstance(each, Tensor)], dispatch.decided()
+        given = [each for each in own if isinstance(each, Tensor)]
         with Recorder(given) as seen:
             result = self.run(*own)
         try:
             plan = Plan(seen, len(given), result)
         except Unplanned:
             plan = None
-        if dispatch.decided() == before:
+        # what the plan is kept under
+        if dispatch.decided() == at[0]:
             if len(self.plans) >= MOST:
                 self.plans.clear()
             self.plans[at] = plan
