@@ -100,3 +100,12 @@ def test_a_kernel_is_compiled_or_loaded_twice(driver):
     for at in (64, 160):
         copy(sample, x=tensor(at=at))
     assert driver.loaded == 1 and driver.started == ["function"] * 2
+
+
+def test_numbers_past_31_bits_trade_places(driver):
+    """Each whole number is compiled for its own width."""
+    sample = triton.JITFunction(aot_samples.copy_rows.fn)
+    for numbers in ((1 << 32, 32), (32, 1 << 32)):
+        constants = {"HOW": "narrow", "BM": 16, "C": 32}
+        launch.launch(sample, (1,), (ALIGNED, ALIGNED), numbers, constants, 4)
+    assert driver.loaded == 2

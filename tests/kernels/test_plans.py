@@ -187,6 +187,34 @@ def test_a_plan_computes_as_another_precision_said(monkeypatch, device):
     assert seen == ["ieee", "tf32"]
 
 
+def test_counters_of_a_plan_that_failed_are_used_again(monkeypatch, device):
+    """By the call that is made again: a kernel may have left anything in them."""
+    monkeypatch.setattr(linear, "config_for", lambda *asked, **how: Product("tiles", 16, 32, 32, split=2))
+    monkeypatch.setattr(linear, "multiprocessors", lambda device: 64)
+    draw = Draw(0, torch.float16, device)
+    x, residual, (weight, bias) = draw.rows(), draw.rows(), draw.layer(D, D)
+
+    def call():
+        return ops.linear(x, weight, bias, residual=residual)
+
+    with torch.no_grad():
+        wanted = call()
+        (plan,) = made_plans()
+        plan.steps = [step._replace(run=dirty(step.run)) if step.named is None else step for step in plan.steps]
+        assert torch.equal(call(), wanted)
+
+
+def dirty(start):
+    """A kernel that fails behind its first program."""
+
+    def run(tensors):
+        (counters,) = (t for t in tensors if t.dtype is torch.int32)
+        counters.fill_(1)
+        raise RuntimeError("no")
+
+    return run
+
+
 def test_a_plan_outlives_what_it_was_made_of(device):
     """A plan holds no tensor: neither what it was first called on nor what came out."""
     x = torch.randn(2, 5, 64, device=device)
@@ -235,7 +263,7 @@ def test_a_number_that_is_read_back_is_that_of_the_first_call():
 def test_a_tensor_from_elsewhere_is_kept_in_a_plan():
     """One that is asked for anew each time may be another one; any other keeps the call from being planned."""
     kept = [torch.full((2,), 1.0)]
-    asked = plans.Plans(lambda x: torch.zeros(2).add_(plans.supplied(lambda: kept[0])).add_(x))
+    asked = plans.Plans(lambda x: torch.zeros(2).add_(plans.supplied(lambda: kept[0], kept.clear)).add_(x))
     taken = plans.Plans(lambda x: torch.zeros(2).add_(kept[0]).add_(x))
     for i in range(3):
         kept[0] = torch.full((2,), float(i))

@@ -104,6 +104,7 @@ class Recorder(TorchDispatchMode):
         self.alive: list[weakref.ref] = []
         self.layouts: list[Layout] = []
         self.steps: list[Step] = []
+        self.drops: list[Callable[[], None]] = []
         self.why = ""
         for t in tensors:
             self.add(t, ())
@@ -189,8 +190,9 @@ class Recorder(TorchDispatchMode):
         layout = t.data_ptr(), t.dtype, t.shape, t.stride()
         return self.numbers.get(id(t)) == number or (t.numel() > 0 and self.layouts[number][:4] == layout)
 
-    def supply(self, t: Tensor, again: Callable[[], Tensor]) -> None:
-        """`t` came from elsewhere, where `again` gets one for each call."""
+    def supply(self, t: Tensor, again: Callable[[], Tensor], drop: Callable[[], None]) -> None:
+        """`t` came from elsewhere, as in `supplied`."""
+        self.drops.append(drop)
         self.steps.append(Step(again, (), (), {}, len(self.layouts), 1))
         self.add(t, ())
 
@@ -220,12 +222,15 @@ def recorder() -> Recorder | None:
     return _thread.recorder
 
 
-def supplied(get: Callable[[], Tensor]) -> Tensor:
-    """What `get` returns, a tensor that is kept between calls: a plan asks anew each time."""
+def supplied(get: Callable[[], Tensor], drop: Callable[[], None]) -> Tensor:
+    """What `get` returns, a tensor that is kept between calls: a plan asks anew each time.
+
+    A plan that fails calls `drop`, since nobody knows what is in the tensor then.
+    """
     with unwatched():
         t = get()
     if _thread.recorder is not None:
-        _thread.recorder.supply(t, get)
+        _thread.recorder.supply(t, get, drop)
     return t
 
 
@@ -250,7 +255,7 @@ class Plan:
         self.more = len(seen.layouts) - given
         if seen.unwritten():
             raise Unplanned("nobody was seen to write to memory that it made")
-        self.steps = self._without_views(seen)
+        self.steps, self.drops = self._without_views(seen), seen.drops
         last = {}
         for i, step in enumerate(self.steps):
             for n in (*(n for _, n in step.places), *step.makes()):
@@ -357,6 +362,8 @@ class Plans:
         # memory is full, or a kernel does not start any more: the implementation knows what to do about it
         except Exception:
             self.plans.pop(at, None)
+            for drop in plan.drops:
+                drop()
         # outside, where the problem no longer holds what the plan has made
         return self.run(*args)
 

@@ -85,7 +85,7 @@ def launch(
             launch(kernel, grid, tensors, numbers, constants, warps, stages, registers, boxes)
         return
     key = (
-        kernel, device, warps, stages, registers, max(numbers) < 1 << 31, *constants.values(),
+        kernel, device, warps, stages, registers, *[n < 1 << 31 for n in numbers], *constants.values(),
         *[t.dtype for t in tensors], *[t.data_ptr() & 15 for t in tensors],
     )  # fmt: skip
     layouts = [box and (t.shape, t.stride(), list(box)) for t, box in zip(tensors, boxes, strict=False)]

@@ -176,7 +176,9 @@ def product(
         constants["PIECES_OUT"] = True
     if split > 1:
         partials = new(tiles_m * tiles_n * split * config.block_m * config.block_n)
-        arrived = plans.supplied(functools.partial(counters, x.device, tiles_m * tiles_n))
+        arrived = plans.supplied(
+            functools.partial(counters, x.device, tiles_m * tiles_n), functools.partial(forget, x.device)
+        )
     bias = after.bias if folded is None else folded.bias
     mean = rstd = columns = None
     if folded is not None:
