@@ -108,7 +108,7 @@ def made_plans():
 def config(request, monkeypatch):
     """What multiplies, chosen as for a device that is not there."""
     found = {
-        "tiles": Product("tiles", 16, 32, 32, descriptors=True), "split": Product("tiles", 16, 32, 32, split=2),
+        "tiles": Product("tiles", 16, 32, 32, descriptors=True), "split": Product("tiles", 16, 32, 16, split=2),
         "blas": config_tables.BLAS,
     }[request.param]  # fmt: skip
     monkeypatch.setattr(linear, "config_for", lambda *asked, **how: found)
@@ -189,7 +189,7 @@ def test_a_plan_computes_as_another_precision_said(monkeypatch, device):
 
 def test_counters_of_a_plan_that_failed_are_used_again(monkeypatch, device):
     """By the call that is made again: a kernel may have left anything in them."""
-    monkeypatch.setattr(linear, "config_for", lambda *asked, **how: Product("tiles", 16, 32, 32, split=2))
+    monkeypatch.setattr(linear, "config_for", lambda *asked, **how: Product("tiles", 16, 32, 16, split=2))
     monkeypatch.setattr(linear, "multiprocessors", lambda device: 64)
     draw = Draw(0, torch.float16, device)
     x, residual, (weight, bias) = draw.rows(), draw.rows(), draw.layer(D, D)
@@ -200,6 +200,7 @@ def test_counters_of_a_plan_that_failed_are_used_again(monkeypatch, device):
     with torch.no_grad():
         wanted = call()
         (plan,) = made_plans()
+        assert plan.drops
         plan.steps = [step._replace(run=dirty(step.run)) if step.named is None else step for step in plan.steps]
         assert torch.equal(call(), wanted)
 
