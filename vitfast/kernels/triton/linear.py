@@ -152,14 +152,13 @@ def product(
     """
     if folded is not None:
         weight = folded.weight
+    (M, K), N = x.shape, weight.shape[1 if across else 0]
+    bits = torch.finfo(x.dtype).bits
+    if config.descriptors and (N % UNIT or not describable(x, weight, rows_of(after.beside))):
+        config = config_tables.product_config(architecture(x.device), bits, M, N, K, multiprocessors(x.device), False)
     if config.kernel == "blas":
         return _by_blas(x, weight, after, across)
-    (M, K), N = x.shape, weight.shape[1 if across else 0]
     out, aside, beside = _results(x, M, N, after)
-    bits = torch.finfo(x.dtype).bits
-    if config.descriptors and not describable(x, weight, out, aside, beside):
-        # of 16 bits, which have rows without descriptors
-        config = config_tables.product_config(architecture(x.device), bits, M, N, K, multiprocessors(x.device), False)
     tiles_m, tiles_n = -(-M // config.block_m), -(-N // config.block_n)
     split = _split(config, tiles_m * tiles_n, K, multiprocessors(x.device))
     unit = UNIT if _aligned(x, weight, out, aside, beside) else 1
