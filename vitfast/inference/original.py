@@ -15,9 +15,13 @@ class Places:
     """Every place in a model that holds a module or a tensor, and what was in it.
 
     Asked at every call, so that each of its questions is one call into C.
+
+    Args:
+        model: it; not kept.
+        counts: whether `unwritten` and `change` will be asked, for which no tensor may be one of inference mode.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, counts: bool = True):
         held_by = [
             (held, name)
             for name, module in model.named_modules()
@@ -28,7 +32,8 @@ class Places:
         self.then = list(map(dict, self.held))
         tensors = [(t, name) for _, _, t, name in self._parts() if isinstance(t, Tensor)]
         self.tensors, self.names = [t for t, _ in tensors], [name for _, name in tensors]
-        self.pointers, self.versions = list(map(Tensor.data_ptr, self.tensors)), list(map(_version, self.tensors))
+        self.pointers = list(map(Tensor.data_ptr, self.tensors))
+        self.versions = list(map(_version, self.tensors)) if counts else []
 
     def _parts(self) -> Iterator[tuple[dict, str, object, str]]:
         """(where, name, what was there, its full name)"""
