@@ -31,7 +31,9 @@ MUTANTS = {
     ),
     "choices forgotten": ("graphs.py", "dispatch.decided(), id(", "0, id(", "choice_is_changed"),
     "configuration forgotten": ("graphs.py", "id(model.config)", "0", "replaced_and"),
-    "replaced parts forgotten": ("graphs.py", "if not self._places.same():", "if False:", "replaced_and"),
+    "replaced parts forgotten": (
+        "graphs.py", "if not self._places.same():\n            with", "if False:\n            with", "replaced_and",
+    ),
     "dtype forgotten": (
         "graphs.py", "x.dtype if x.dtype is torch.uint8 else self.floats", "self.floats", "captured_twice",
     ),
@@ -40,7 +42,16 @@ MUTANTS = {
         "layout = torch.contiguous_format", "captured_twice or context or shared",
     ),
     "least recently used kept": ("graphs.py", "self._graphs.move_to_end(kind)", "pass", "more_graphs"),
-    "captured for ever": ("graphs.py", "self._captured[kind] > MOST_CAPTURES or", "", "more_graphs"),
+    "captured for ever": ("graphs.py", "if self._captured[kind] > MOST_CAPTURES:", "if False:", "more_graphs"),
+    "kinds remembered for ever": (
+        "graphs.py", "if kind not in self._captured and len(self._captured) >= MOST_KINDS:", "if False:", "without_end",
+    ),
+    "patched forwards forgotten": (
+        "graphs.py", "map(operator.contains, self._own,", "map(operator.contains, [],", "patched",
+    ),
+    "new part looked at twice": (
+        "graphs.py", "                if not self._places.same():", "                if True:", "another_looks",
+    ),
     "failure tried again": ("graphs.py", "            self._refused[kind] = why\n", "", "failed_capture"),
     "memory of a failure kept": (
         "graphs.py", "if not self._graphs or self.device.pool_bytes() > before:", "if False:", "failed_capture",
@@ -55,6 +66,7 @@ MUTANTS = {
     "hooks forgotten": ("graphs.py", "if any(self._hooks) or any_global_hook():", "if False:", "hook"),
     "stale weights": ("original.py", "(places.same() and places.unwritten())", "places.same()", "original_is_changed"),
 }  # fmt: skip
+FILES = TESTS / "test_graphs.py", TESTS / "test_graph_changes.py"
 QUICK = ("result not cloned", "no lock around a replay", "cut to the wrong rows")
 
 
@@ -66,7 +78,5 @@ def test_a_planted_bug_is_not_seen(mutant, tmp_path):
     name, before, after, chosen = MUTANTS[mutant]
     text = (PACKAGE / "inference" / name).read_text()
     assert text.count(before) == 1, f"{name} has {before!r} {text.count(before)} times"
-    done = run_on_mutant(
-        tmp_path, name, text.replace(before, after), "-k", chosen, TESTS / "test_graphs.py", room="inference"
-    )
+    done = run_on_mutant(tmp_path, name, text.replace(before, after), "-k", chosen, *FILES, room="inference")
     assert is_seen(done), done.stdout[-2000:]

@@ -11,6 +11,8 @@ and streams.
 
 from __future__ import annotations
 
+import itertools
+import operator
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
@@ -177,9 +179,14 @@ class Graphs:
         self._look_at(model)
 
     def _look_at(self, model: nn.Module) -> None:
-        self._places = Places(model)
+        # made in inference mode where `prepare` was called there
+        places = Places(model, counts=False)
         self._hooks = [hooks for _, m in _parts(model) for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        # who insists has those captured that were patched before
+        self._own = [own for _, m in _parts(model) for own in [vars(m)] if "forward" not in own]
         self._strange = strange(model)
+        # last: who finds these the same takes no lock and reads the others
+        self._places = places
 
     def run(self, model: nn.Module, call: Callable[..., Any], x: Tensor, **how: Any) -> Any:
         """`call(x, **how)`, from a graph where there can be one.
@@ -192,8 +199,10 @@ class Graphs:
             return self._without(why, call, x, **how)
         if not self._places.same():
             with self._lock:
-                self.drop()
-                self._look_at(model)
+                # another thread may have looked meanwhile, and captured
+                if not self._places.same():
+                    self.drop()
+                    self._look_at(model)
         if self._strange and not self.insist:
             return self._without(self._strange, call, x)
         kind = self._kind(model, call, x)
@@ -222,10 +231,15 @@ class Graphs:
             return "no images, or not as a tensor [B, C, H, W]"
         if not (x.is_floating_point() or x.dtype is torch.uint8):
             return "pixels that are neither floats nor uint8"
+        if self.most_graphs < 1:
+            return f"at most {self.most_graphs} graphs are allowed"
         if len(x) > self.largest_batch:
             return f"more than {self.largest_batch} images"
         if any(self._hooks) or any_global_hook():
             return "parts of the model have hooks"
+        # as accelerate's hooks do
+        if any(map(operator.contains, self._own, itertools.repeat("forward"))):
+            return "a part of the model has a patched forward"
         if torch._C._len_torch_dispatch_stack() or dispatch.observed() or stock_only():
             return "somebody watches which operators run"
         if self.device.capturing():
@@ -260,8 +274,12 @@ class Graphs:
 
     def _capture(self, model: nn.Module, kind: Kind, call: Callable[[Tensor], Any], x: Tensor) -> Graph | None:
         """A new graph, or None, and then `_refused` says why."""
+        if kind not in self._captured and len(self._captured) >= MOST_KINDS:
+            # not remembered, for there is no end to them
+            self._eager[f"{MOST_KINDS} other kinds of calls came before"] += 1
+            return None
         self._captured[kind] += 1
-        if self._captured[kind] > MOST_CAPTURES or len(self._captured) > MOST_KINDS:
+        if self._captured[kind] > MOST_CAPTURES:
             self._refused[kind] = "it was captured before and dropped, for limits that are low for the sizes that come"
             return None
         before = self.device.pool_bytes()
@@ -349,7 +367,7 @@ class Graphs:
             kind = self._kind(model, call, x)
             if not why and kind in self._graphs:
                 return self._graphs[kind].static[: len(x)]
-            why = why or self._refused.get(kind, "it was dropped, for others that came since")
+            why = why or self._refused.get(kind, "dropped for others that came since, or one kind of too many")
         raise NoGraph(f"there is no CUDA graph of {kind}: {why}")
 
     def count(self) -> int:

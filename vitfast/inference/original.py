@@ -15,9 +15,13 @@ class Places:
     """Every place in a model that holds a module or a tensor, and what was in it.
 
     Asked at every call, so that each of its questions is one call into C.
+
+    Args:
+        model: it; not kept.
+        counts: whether `unwritten` and `change` will be asked, for which no tensor may be one of inference mode.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, counts: bool = True):
         held_by = [
             (held, name)
             for name, module in model.named_modules()
@@ -28,7 +32,14 @@ class Places:
         self.then = list(map(dict, self.held))
         tensors = [(t, name) for _, _, t, name in self._parts() if isinstance(t, Tensor)]
         self.tensors, self.names = [t for t, _ in tensors], [name for _, name in tensors]
-        self.pointers, self.versions = list(map(Tensor.data_ptr, self.tensors)), list(map(_version, self.tensors))
+        # two tensors of one number are equal or not, which takes a wait for the device, and would hide a new one
+        self.single = [
+            (held, name, value)
+            for held, name, value, _ in self._parts()
+            if isinstance(value, Tensor) and value.numel() == 1
+        ]
+        self.pointers = list(map(Tensor.data_ptr, self.tensors))
+        self.versions = list(map(_version, self.tensors)) if counts else []
 
     def _parts(self) -> Iterator[tuple[dict, str, object, str]]:
         """(where, name, what was there, its full name)"""
@@ -39,8 +50,8 @@ class Places:
     def same(self) -> bool:
         """Whether every place holds what it held, and every tensor is where it was; what is in it is no matter."""
         try:
-            # what is not the same object is compared: a tensor of one number equals another one, which changes nothing
-            alike = self.held == self.then
+            # what is not the same object is compared
+            alike = all(held.get(name) is value for held, name, value in self.single) and self.held == self.then
         # other tensors are neither equal nor not
         except RuntimeError:
             return False
