@@ -8,7 +8,6 @@ import functools
 import gc
 import math
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +21,7 @@ from vitfast.measure import nvml
 from vitfast.measure.capture import NotCaptured, captured
 from vitfast.measure.capture import first_line as first_line
 from vitfast.measure.machine import peak_growth_mib
-from vitfast.measure.timing import EventSampler, HostSampler, Repeated, Sampler
+from vitfast.measure.timing import EventSampler, HostSampler, Repeated, Sampler, median
 
 # issuing a call takes "as long as" the device needs for it from this share on: both vary by some percent
 HOST_SHARE = 0.8
@@ -268,7 +267,7 @@ def issue(call: Call, place: Cuda, min_ms: float = 5.0) -> Issue:
 
     call()
     calls = max(1, min(MOST_IN_BURST, int(BURST_S / max(burst(1), 1e-9))))
-    issue_s = statistics.median(burst(calls) for _ in range(5))
+    issue_s = median(burst(calls) for _ in range(5))
     calls = 1
     while True:
         start, end = place.event(), place.event()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import collections
 import itertools
-import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -147,13 +146,13 @@ class Comparison:
         """Times of one call at which 20, 50 and 80 % of the rounds were as fast or faster."""
         values = [r[name] for r in self.rounds_ms]
         low, high = _quantiles(values, 5)
-        return low, statistics.median(values), high
+        return low, median(values), high
 
     def ratio_of(self, numerator: str, denominator: str) -> tuple[float, float, float]:
         """One variant's time over another's, taken within each round: lower quartile, median, upper quartile."""
         ratios = [r[numerator] / r[denominator] for r in self.rounds_ms]
         low, high = _quantiles(ratios, 4)
-        return low, statistics.median(ratios), high
+        return low, median(ratios), high
 
     def noise_spread(self) -> tuple[float, float]:
         """Lower and upper quartile of the baseline's ratio to itself, which is 1 but for what disturbs it.
@@ -226,10 +225,10 @@ def interleaved_medians(
         if name != baseline
     }
     return Comparison(
-        median_ms={name: statistics.median(r[name] for r in kept) for name in variants},
-        ratio={name: statistics.median(values) for name, values in ratios.items()},
+        median_ms={name: median(r[name] for r in kept) for name in variants},
+        ratio={name: median(values) for name, values in ratios.items()},
         spread={name: _quantiles(values, 4) for name, values in ratios.items()},
-        noise=statistics.median(r[baseline] / r[AGAIN] for r in kept),
+        noise=median(r[baseline] / r[AGAIN] for r in kept),
         rounds=wanted,
         calls={name: calls[name] * times[name] for name in variants},
         repeated=len(measured) - wanted,
@@ -264,10 +263,19 @@ def _noise(round_ms: Mapping[str, float], baseline: str) -> float:
     return max(first, second) / min(first, second) - 1
 
 
+def median(values: Iterable[float]) -> float:
+    # decimal and fractions come with it: not where vitfast is imported and nothing is measured
+    import statistics
+
+    return statistics.median(values)
+
+
 def _quantiles(values: Sequence[float], n: int) -> tuple[float, float]:
     """The lowest and the highest of the points that cut `values` into n equal shares."""
     if len(values) < 2:
         return values[0], values[0]
+    import statistics
+
     points = statistics.quantiles(values, n=n, method="inclusive")
     return points[0], points[-1]
 
