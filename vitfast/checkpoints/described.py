@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from inspect import getattr_static
-from statistics import mode
 from typing import Any
 
 import torch
@@ -116,7 +116,7 @@ def _answered(model: ViT, parts: dict[str, nn.Module], config: ViTConfig) -> dic
 
 
 def _agreed(own: Any, found: list) -> Any:
-    return own if not found or any(_same(own, value) for value in found) else mode(found)
+    return own if not found or any(_same(own, value) for value in found) else Counter(found).most_common(1)[0][0]
 
 
 def _same(value: Any, expected: Any) -> bool:
