@@ -161,7 +161,22 @@ def row(kernel: str, how: str, us: dict[str, float], taken: float | None) -> dic
 
 def words(config: Product) -> str:
     how = f"persistent{config.programs}" if config.persistent else ""
-    return f"{config.block_m}x{config.block_n}x{config.block_k} w{config.warps} p{config.parts} {how}".strip()
+    more = [how, "flatten" * config.flatten, "ahead" * config.ahead]
+    tile = f"{config.block_m}x{config.block_n}x{config.block_k} w{config.warps} p{config.parts}"
+    return " ".join([tile, *filter(None, more)])
+
+
+def block(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The sums of the least that each kernel has in a column; blank where one has nothing."""
+    sums: dict[str, Any] = {}
+    for name in ("floor", "overlap", "serial", "measured"):
+        least: dict[str, float] = {}
+        for each in rows:
+            # not cuBLAS alone, which is no form of the kernel
+            if each.get(name) and each.get("floor"):
+                least[each["kernel"]] = min(each[name], least.get(each["kernel"], each[name]))
+        sums[name] = sum(least.values()) if least.keys() == {each["kernel"] for each in rows} else ""
+    return {"kernel": "block", "as": "the least of each"} | sums
 
 
 def table(name: str, batch: int, tokens: int | None, device: Device, tuned: Path | None) -> list[dict[str, Any]]:
@@ -195,6 +210,7 @@ def table(name: str, batch: int, tokens: int | None, device: Device, tuned: Path
                 us = pipes(layer, config, known["epilogue"], device)
                 each.append(row(layer.name, words(config), us, times.get(config)))
         found += sorted(each, key=lambda each: each["overlap"])
+    found.append(block(found))
     columns = list(dict.fromkeys(name for each in sorted(found, key=len, reverse=True) for name in each))
     return [{name: each.get(name, "") for name in columns} for each in found]
 

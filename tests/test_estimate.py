@@ -7,6 +7,7 @@ from benchmarks.estimate import Device, Layer
 from vitfast.choose.config_tables import Product
 
 DEVICE = Device("made up", 10, flops=10e12, bandwidth=1e12, clock=1e9)
+KERNELS = {"attention", "qkv", "proj", "fc1", "fc2"}
 CONFIG = Product("tiles", 128, 128, 64, warps=4, persistent=True, programs=2)
 
 
@@ -44,8 +45,15 @@ def test_attention_of_a_few_tiles_is_charged_as_if_all_multiprocessors_shared_th
 def test_a_kernel_was_faster_than_its_floor(batch):
     device = estimate.read_device(estimate.CEILINGS)
     rows = estimate.table("vit_base_patch16_224", batch, None, device, estimate.TUNED)
+    *rows, block = rows
     known = [row for row in rows if row["floor"] and row["measured"]]
-    assert len(known) > 10 and {row["kernel"] for row in known} == {"attention", "qkv", "proj", "fc1", "fc2"}
+    assert block["kernel"] == "block"
+    for name in ("floor", "overlap", "serial", "measured"):
+        each = {
+            kernel: [r[name] for r in rows if r["kernel"] == kernel and r["floor"] and r[name]] for kernel in KERNELS
+        }
+        assert block[name] == pytest.approx(sum(map(min, each.values())))
+    assert len(known) > 10 and {row["kernel"] for row in known} == KERNELS
     for row in known:
         assert row["floor"] <= row["overlap"] <= row["serial"] and row["floor"] <= row["measured"], row
 
