@@ -299,6 +299,8 @@ class Plan:
         for (run, constants, places, named, first, results), dead in zip(self.steps, self.dead, strict=True):
             if named is None:
                 run([at[n] for _, n in places])
+            elif not places and results == 1:
+                at[first] = run(*constants, **named)
             else:
                 if places:
                     constants = list(constants)
@@ -338,18 +340,20 @@ class Plans:
     def __call__(self, *args: Any) -> Any:
         if dispatch.observed():
             return self.run(*args)
-        tensors, key = [], [dispatch.decided()]
+        tensors, key, wide = [], [dispatch.decided()], False
         for each in args:
             if isinstance(each, Tensor):
                 tensors.append(each)
-                key += (each.shape, each.stride(), each.dtype, each.data_ptr() & 15)
+                dtype = each.dtype
+                # weights may be wider than the first of them
+                wide = wide or dtype is torch.float32
+                key += (each.shape, each.stride(), dtype, each.data_ptr() & 15)
             else:
                 key.append(tuple(each) if type(each) is list else each)
         where = tensors[0]
         kind = where.device.type
         key += (where.get_device(), torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind))
-        # weights may be wider than the first of them
-        if torch.float32 in key:
+        if wide:
             key.append(torch.backends.cuda.matmul.fp32_precision)
         at = tuple(key)
         plan = self.plans.get(at, self)
