@@ -154,6 +154,33 @@ def test_a_plan_of_a_backward_does_something_else(call, dtype, config, device):
             assert (planned is None and each is None) or torch.equal(planned, each), seed
 
 
+def test_a_plan_is_followed_for_another_layout(config, device):
+    """Of the same shapes: rows at a distance, columns first, a beginning between multiples of 16 bytes, a dtype."""
+    draw = Draw(0, torch.float16, device)
+    (weight, bias), flat = draw.layer(D, D), draw(B * N * D + 8)
+    layouts = [
+        draw(B, N, D), draw(B, N, 2 * D)[..., :D], draw(B, D, N).transpose(1, 2), flat[1 : B * N * D + 1].view(B, N, D),
+        draw(1, N, D).expand(B, -1, -1),
+    ]  # fmt: skip
+    layout = lambda *tensors: tuple((t.stride(), t.dtype, t.data_ptr() & 15) for t in tensors)  # noqa: E731
+    seen = set()
+    with torch.no_grad():
+        for x in [*layouts, *layouts]:
+            for w in (weight, weight.t().contiguous().t()):
+                made = ops.linear(x, w, bias, residual=x), ops.layer_norm(x, bias, bias, 1e-6)
+                seen |= {layout(x, w, w), layout(x)}
+                with dispatch.watching():
+                    wanted = ops.linear(x, w, bias, residual=x), ops.layer_norm(x, bias, bias, 1e-6)
+                for planned, each in zip(made, wanted, strict=True):
+                    assert planned.stride() == each.stride() and torch.equal(planned, each)
+            wide = x.float()
+            for rows, gain in ((wide, wide[0, 0]), (x, wide[0, 0])):
+                assert ops.layer_norm(rows, gain, gain, 1e-6).dtype is rows.dtype
+                seen.add(layout(rows, gain))
+    # what the interpreter does not tell apart compilers do
+    assert len(made_plans()) == len(seen)
+
+
 def test_two_arguments_that_were_one_tensor_are_read_as_one(config, device):
     """Of x + linear(x) the plan holds for any residual."""
     draw = Draw(0, torch.float16, device)
