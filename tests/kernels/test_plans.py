@@ -181,6 +181,27 @@ def test_a_plan_is_followed_for_another_layout(config, device):
     assert len(made_plans()) == len(seen)
 
 
+def test_what_no_step_reads_is_made_again(device, monkeypatch):
+    """A residual that has to be copied is copied once, however often a launcher asked for its rows."""
+    found = Product("tiles", 16, 32, 32, descriptors=True)
+    monkeypatch.setattr(linear, "config_for", lambda *asked, **how: found)
+    draw = Draw(0, torch.float16, device)
+    x, residual, (weight, bias) = draw.rows(), draw(B, N + 2, D)[:, 1:-1], draw.layer(D, D)
+    with torch.no_grad():
+        wanted = ops.linear(x, weight, bias, residual=residual)
+        (plan,) = made_plans()
+        others = [step for step in plan.steps if step.named is not None and step.run is not torch.empty_strided]
+        assert len(others) == 1
+        assert torch.equal(ops.linear(x, weight, bias, residual=residual), wanted)
+
+
+def test_a_list_of_one_is_taken_for_a_tensor():
+    call = plans.Plans(lambda x: x.unbind(0)[0].clone())
+    for i in range(3):
+        assert call(torch.full((1, 3), float(i))).tolist() == [i] * 3
+    assert None not in call.plans.values() and len(call.plans) == 1
+
+
 def test_two_arguments_that_were_one_tensor_are_read_as_one(config, device):
     """Of x + linear(x) the plan holds for any residual."""
     draw = Draw(0, torch.float16, device)

@@ -169,7 +169,7 @@ class Recorder(TorchDispatchMode):
         in_place = name.endswith("_")
         if in_place:
             self.steps.append(step)
-        if len(results) == 1 and (same := [n for n in sources if self._is(n, made)]):
+        if results[0] is made and (same := [n for n in sources if self._is(n, made)]):
             # the same tensor, or another Python object for it
             self.follow(made, same[0])
             return
@@ -255,7 +255,7 @@ class Plan:
         self.more = len(seen.layouts) - given
         if seen.unwritten():
             raise Unplanned("nobody was seen to write to memory that it made")
-        self.steps, self.drops = self._without_views(seen), seen.drops
+        self.steps, self.drops = self._needed_steps(seen), seen.drops
         last = {}
         for i, step in enumerate(self.steps):
             for n in (*(n for _, n in step.places), *step.makes()):
@@ -264,8 +264,8 @@ class Plan:
         # memory is free again where a call of the implementation would have freed it at the latest
         self.dead = [tuple(n for n, at in last.items() if at == i and n not in kept) for i in range(len(self.steps))]
 
-    def _without_views(self, seen: Recorder) -> list[Step]:
-        """The steps without views that only kernels read, which were told where the memory begins.
+    def _needed_steps(self, seen: Recorder) -> list[Step]:
+        """The steps without what no other reads, as views that are for kernels, which were told where memory begins.
 
         Memory whose only view is the result is made in the layout of that.
         """
@@ -281,17 +281,19 @@ class Plan:
                 views = [n for n in used if roots[n] == step.first]
                 if len(views) == 1 and layouts[views[0]].shape.numel() == layouts[step.first].shape.numel():
                     instead[step.first] = views[0]
-        needed = used - set(instead.values())
-        steps = []
+        replaced, steps = set(instead.values()), []
+        live = {n for n in self.results if n is not None}
         for step in reversed(seen.steps):
-            if is_view(step) and not needed.intersection(step.makes()):
+            if is_view(step) and replaced.issuperset(step.makes()):
                 continue
-            if is_view(step):
-                needed.update(n for _, n in step.places)
             if step.first in instead:
                 n = instead[step.first]
                 step = step._replace(constants=(tuple(layouts[n].shape), layouts[n].stride), first=n)
-            steps.append(step._replace(places=tuple((i, instead.get(n, n)) for i, n in step.places)))
+            if step.results and live.isdisjoint(step.makes()):
+                continue
+            step = step._replace(places=tuple((i, instead.get(n, n)) for i, n in step.places))
+            live.update(n for _, n in step.places)
+            steps.append(step)
         return steps[::-1]
 
     def __call__(self, tensors: Sequence[Tensor]) -> Any:
@@ -307,10 +309,8 @@ class Plan:
                     for i, n in places:
                         constants[i] = at[n]
                 made = run(*constants, **named)
-                if results == 1:
-                    at[first] = made
-                elif results:
-                    at[first : first + results] = made
+                if results:
+                    at[first : first + results] = made if isinstance(made, (list, tuple)) else [made]
                 # it may be dead by the time that the next one is made
                 made = None
             for n in dead:
