@@ -82,10 +82,22 @@ class TileWeight {
   void finish_row(Waiting& block, const Finish<Bf16>& finish) const {
     const int64_t i = block.done++;
     const float* const sums = block.sums + (i < block.whole ? i : i + block.skipped) * TILE_PANEL;
-    for (int64_t c = 0; c < TILE_PANEL && block.column + c < w.D; c += LANES) {
-      const int64_t column = block.column + c;
-      finish(block.row + i, column, w.bias ? load(sums + c) + load(w.bias + column) : load(sums + c), w.D);
-    }
+    const bool wide = columns - block.column > TILE;
+    if (wide)
+      finish_vectors<TILE_PANEL / LANES>(block.row + i, block.column, sums, finish);
+    else
+      finish_vectors<TILE / LANES>(block.row + i, block.column, sums, finish);
+  }
+
+  template <int N>
+  void finish_vectors(int64_t row, int64_t column, const float* from, const Finish<Bf16>& finish) const {
+    Floats sums[N];
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) sums[i] = load(from + i * LANES);
+    if (w.bias)
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) sums[i] += load(w.bias + column + i * LANES);
+    finish(row, column, sums, w.D);
   }
 
   const PackedWeight w;
