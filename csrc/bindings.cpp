@@ -190,7 +190,7 @@ void pack_weight(const CpuKernels& kernels, uintptr_t weight, uintptr_t packed, 
 
 // The tables that were built and that this CPU can run, best last.
 std::vector<const CpuKernels*> usable_kernels() {
-  std::vector<const CpuKernels*> usable{&kernels_portable};
+  std::vector<const CpuKernels*> usable{&kernels_plain_tiles, &kernels_portable};
   std::map<std::string, bool> can = cpu_features();
 #ifdef VITFAST_HAS_AVX2
   if (can["avx2"]) usable.push_back(&kernels_avx2);
@@ -200,6 +200,9 @@ std::vector<const CpuKernels*> usable_kernels() {
 #endif
 #ifdef VITFAST_HAS_AVX512_BF16
   if (can["avx512_bf16"]) usable.push_back(&kernels_avx512_bf16);
+#endif
+#ifdef VITFAST_HAS_AMX_BF16
+  if (can["avx512_bf16"] && can["amx_bf16"]) usable.push_back(&kernels_amx_bf16);
 #endif
   return usable;
 }
@@ -218,6 +221,8 @@ PYBIND11_MODULE(_C, m) {
       .def("mlp", &mlp)
       .def("block", &block)
       .def("embed", &embed)
+      .def("packed_bytes", [](const CpuKernels& kernels, int64_t D, int64_t K,
+                              int dtype) { return kernels.packed_bytes(D, K, static_cast<DType>(dtype)); })
       .def("pack_weight", &pack_weight)
       .def("multiplies",
            [](const CpuKernels& kernels, int dtype) { return kernels.multiplies(static_cast<DType>(dtype)); })

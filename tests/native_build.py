@@ -27,12 +27,12 @@ def instruction_sets():
 
 def flags_of(isa):
     """The compiler's options for an instruction set, out of setup.py."""
-    wanted = ("AVX512", "X86_FLAGS")
+    wanted = ("AVX512", "AVX512_BF16", "X86_FLAGS", "PORTABLE_FLAGS")
     tree = ast.parse((ROOT / "setup.py").read_text())
     tree.body = [node for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id in wanted]
     values = {}
     exec(compile(tree, "setup.py", "exec"), values)
-    return values["X86_FLAGS"].get(isa, [])
+    return {**values["PORTABLE_FLAGS"], **values["X86_FLAGS"]}[isa]
 
 
 def find_compiler():

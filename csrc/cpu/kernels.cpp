@@ -22,6 +22,7 @@ const CpuKernels VITFAST_TABLE(VITFAST_ISA) = {.name = VITFAST_NAME(VITFAST_ISA)
                                                .layer_norm = layer_norm,
                                                .linear = linear,
                                                .mlp = mlp,
+                                               .packed_bytes = packed_bytes,
                                                .pack_weight = pack_weight,
                                                .block = block,
                                                .embed = embed,

@@ -203,7 +203,7 @@ struct Packed {
   Packed(int64_t D, int64_t K, DType dtype)
       : weight(D * K, dtype, 1 / std::sqrt(float(K))),
         bias(D, DType::fp32, 1, (MAX_LANES - D % MAX_LANES) % MAX_LANES),
-        cells((D + MAX_LANES - 1) / MAX_LANES * MAX_LANES * K * (dtype == DType::fp32 ? 4 : 2)) {
+        cells(JOIN(kernels_, VITFAST_ISA).packed_bytes(D, K, dtype)) {
     JOIN(kernels_, VITFAST_ISA)
         .pack_weight({.weight = weight.bytes.data(), .packed = cells.data(), .D = D, .K = K, .dtype = dtype});
     view = {.cells = cells.data(), .bias = (const float*)bias.bytes.data(), .K = K, .D = D};
@@ -223,10 +223,11 @@ static void check_linear_and_mlp() {
   const CpuKernels& kernels = JOIN(kernels_, VITFAST_ISA);
   for (int trial = 0; trial < 150 / share; ++trial) {
     const DType dtype = kernels.multiplies(DType::bf16) && trial % 2 ? DType::bf16 : DType::fp32;
-    // odd widths where numbers go one by one; rows that a power of two lies between; sums in several pieces
+    // odd widths where numbers go one by one; rows that a power of two lies between, or that are tiles as they lie;
+    // sums in several pieces
     const bool many = trial % 10 == 9, wide = trial % 10 == 8, odd = dtype == DType::fp32;
     const int64_t rows = many ? draw(90, 330) : draw(1, 40), D = 2 * draw(1, 50) - odd;
-    const int64_t K = wide ? 1024 : 2 * draw(1, 40) - odd;
+    const int64_t K = wide ? 1024 : trial % 4 == 1 ? 32 * draw(1, 3) : 2 * draw(1, 40) - odd;
     const int threads = int(draw(1, 3));
     const Numbers x(rows * K, dtype, 2), residual(rows * D, dtype, 1), norm_weight(K, dtype, 1), norm_bias(K, dtype, 1);
     const Packed fc1(D, K, dtype), fc2(K, D, dtype);

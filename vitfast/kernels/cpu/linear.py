@@ -56,9 +56,10 @@ class PackedWeight:
         (self.D, self.K), self.dtype = weight.shape, weight.dtype
         if not self.takes(self.K, weight.dtype):
             raise ValueError(f"PackedWeight: K must be even in bfloat16, got {self.K}")
-        self.cells = weight.new_empty(-(-self.D // MAX_LANES), self.K * MAX_LANES)
         weight = weight.contiguous()
         self.kernels = using or kernels()
+        size = self.kernels.packed_bytes(self.D, self.K, DTYPES[weight.dtype])
+        self.cells = torch.empty(size, dtype=torch.uint8)
         self.kernels.pack_weight(weight.data_ptr(), self.cells.data_ptr(), self.D, self.K, DTYPES[weight.dtype])
         self.bias = _padded(bias)
         self.view = PackedView(
