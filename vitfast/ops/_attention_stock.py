@@ -41,9 +41,9 @@ def attention_cpu(q, k, v, scale, with_lse=True):
 def _faster(q, k, ours, stock, *args):
     """`ours(*args)` or `stock(*args)`, which attend q to k."""
     if cpu_kernels.tiled(q.dtype):
-        # no more than a raw call of the op is sure to have
-        sizes = (n.bit_length() for n in (q.numel(), k.numel(), *q.shape[1:2], *k.shape[1:2]))
-        return cpu_kernels.faster_of("attention", (*sizes, *q.shape[-1:]), ours, stock, *args)(*args)
+        # images and tokens by powers of two; sliced, since a raw call of the op may lack some
+        sizes = (*(n.bit_length() for n in (*q.shape[:2], *k.shape[1:2])), *q.shape[2:])
+        return cpu_kernels.faster_of("attention", sizes, ours, stock, *args)(*args)
     return ours(*args) if cpu_kernels.attends(q) else stock(*args)
 
 
