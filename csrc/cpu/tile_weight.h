@@ -19,7 +19,7 @@ class TileWeight {
   }
   static int64_t mlp_block(int64_t K, int64_t hidden) { return block(K + hidden); }
   static int64_t readable(int64_t K) { return tile_steps(K) * TILE_NUMBERS; }
-  static int64_t sums(int64_t) { return TILE_ROWS * TILE_PANEL; }
+  static int64_t sums(int64_t) { return 2 * SUMS; }
 
   explicit TileWeight(const PackedWeight& weight)
       : w(weight),
@@ -31,20 +31,32 @@ class TileWeight {
   void multiply(const Bf16* x, int64_t x_row, int64_t rows, int64_t first, int64_t last, float* sums,
                 const Finish<Bf16>& finish) const {
     Tiles tiles;
+    // what follows a product is done to one block of sums while the next one comes about
+    Waiting waiting{};
+    int64_t block = 0;
     for (int64_t column = first * TILE_PANEL; column < last * TILE_PANEL && column < columns; column += TILE_PANEL) {
       const bool wide = columns - column > TILE;
       const char* const panel = (const char*)w.cells + column / TILE * steps * TILE_BYTES;
-      for (int64_t row = 0; row < rows; row += TILE_ROWS) {
+      for (int64_t row = 0; row < rows; row += TILE_ROWS, ++block) {
         // the last tile of rows also has some of those before it: no rows beyond the last are read
         const int64_t end = rows - row < TILE_ROWS ? rows : row + TILE_ROWS, last_tile = end > TILE ? end - TILE : 0;
         const bool two = end - row > TILE;
         const TileRows a{x + (two ? row : last_tile) * x_row, two ? x + last_tile * x_row : nullptr,
                          x_row * int64_t(sizeof(Bf16))};
-        multiply_tiles(tiles, a, panel, wide, steps, sums, TILE_PANEL);
-        if (two) finish_rows(row, row + TILE, row, column, sums, finish);
-        finish_rows(two ? row + TILE : row, end, last_tile, column, sums + (two ? TILE * TILE_PANEL : 0), finish);
+        float* const to = sums + block % 2 * SUMS;
+        int64_t due = 0;
+        multiply_tiles(tiles, a, panel, wide, steps, to, TILE_PANEL, [&] {
+          for (due += waiting.count; due >= steps; due -= steps) finish_row(waiting, finish);
+        });
+        waiting = {.count = end - row,
+                   .row = row,
+                   .column = column,
+                   .sums = to,
+                   .whole = two ? TILE : 0,
+                   .skipped = two ? row + TILE - last_tile : row - last_tile};
       }
     }
+    while (waiting.done < waiting.count) finish_row(waiting, finish);
   }
 
   static int64_t packed_bytes(int64_t D, int64_t K) { return tile_packed_bytes(D, K); }
@@ -58,13 +70,21 @@ class TileWeight {
   }
 
  private:
-  // rows first ... last of those whose sums begin with row `start`
-  void finish_rows(int64_t first, int64_t last, int64_t start, int64_t column, const float* sums,
-                   const Finish<Bf16>& finish) const {
-    for (int64_t row = first; row < last; ++row) {
-      const float* const from = sums + (row - start) * TILE_PANEL;
-      for (int64_t c = 0; c < TILE_PANEL && column + c < w.D; c += LANES)
-        finish(row, column + c, w.bias ? load(from + c) + load(w.bias + column + c) : load(from + c), w.D);
+  static constexpr int64_t SUMS = TILE_ROWS * TILE_PANEL;
+
+  // A block of sums of so many rows, of which so many are done.
+  struct Waiting {
+    int64_t count, done, row, column;
+    const float* sums;
+    int64_t whole, skipped;  // rows of the first tile if there is a second; rows of the last that are another block's
+  };
+
+  void finish_row(Waiting& block, const Finish<Bf16>& finish) const {
+    const int64_t i = block.done++;
+    const float* const sums = block.sums + (i < block.whole ? i : i + block.skipped) * TILE_PANEL;
+    for (int64_t c = 0; c < TILE_PANEL && block.column + c < w.D; c += LANES) {
+      const int64_t column = block.column + c;
+      finish(block.row + i, column, w.bias ? load(sums + c) + load(w.bias + column) : load(sums + c), w.D);
     }
   }
 
