@@ -61,7 +61,7 @@ class PackedWeight:
         size = self.kernels.packed_bytes(self.D, self.K, DTYPES[weight.dtype])
         self.cells = torch.empty(size, dtype=torch.uint8)
         self.kernels.pack_weight(weight.data_ptr(), self.cells.data_ptr(), self.D, self.K, DTYPES[weight.dtype])
-        self.bias = _padded(bias)
+        self.bias = None if bias is None else F.pad(bias.float(), (0, -self.D % MAX_LANES))
         self.view = PackedView(
             self.cells.data_ptr(), 0 if self.bias is None else self.bias.data_ptr(), K=self.K, D=self.D
         )
@@ -112,11 +112,6 @@ class PackedWeight:
         no_copies(self)
 
 
-def _padded(bias: Tensor | None) -> Tensor | None:
-    """[D] in fp32 up to a multiple of MAX_LANES, as the kernels read it."""
-    return None if bias is None else F.pad(bias.float(), (0, -len(bias) % MAX_LANES))
-
-
 def linear(
     x: Tensor,
     weight: PackedWeight,
@@ -146,10 +141,9 @@ def linear(
 def takes_unpacked(weight: Tensor, using: Any = None) -> bool:
     """Whether `linear_unpacked` runs with this weight [D, K] here: kernels of tiles, on whole ones."""
     found = using or kernels()
-    if found is None or weight.dim() != 2 or not fits(weight, weight.shape, weight.dtype) or weight.dtype not in FLOATS:
+    if found is None or weight.dim() != 2 or not weight.numel() or weight.dtype not in FLOATS:
         return False
-    D, K = weight.shape
-    return found.takes_unpacked(K, D, DTYPES[weight.dtype])
+    return fits(weight, weight.shape, weight.dtype) and found.takes_unpacked(*weight.shape, DTYPES[weight.dtype])
 
 
 def linear_unpacked(
@@ -184,7 +178,7 @@ def linear_unpacked(
         raise ValueError(f"linear_unpacked: bias must be [{D}], got {describe(bias)}")
     if norm is not None:
         norm.check("linear_unpacked", K, x.dtype)
-    out, wide = x.new_empty(*shape[:-1], D), _padded(bias)
+    out, wide = x.new_empty(*shape[:-1], D), None if bias is None else bias.float().contiguous()
     must_fit("linear_unpacked", "residual", residual, out.shape, out.dtype)
     view = PackedView(weight.data_ptr(), 0 if wide is None else wide.data_ptr(), K=K, D=D)
     (using or kernels()).linear_unpacked(
