@@ -25,15 +25,17 @@ template <class Cells>
 constexpr int64_t WEIGHT_PIECE = Cells::numbers == 1 ? 192 : 512;
 
 // One function for all of them: the choice is as good as free for a vector, and compiling five kernels is not.
+// T is what the result is stored as.
+template <class T>
 struct Activation {
   int act;
   Floats operator()(Floats x) const {
     if (act == vitfast::NO_ACT) return x;
     switch (static_cast<Act>(act)) {
-      case Act::gelu: return activate<Act::gelu>(x);
-      case Act::gelu_tanh: return activate<Act::gelu_tanh>(x);
-      case Act::quick_gelu: return activate<Act::quick_gelu>(x);
-      case Act::silu: return activate<Act::silu>(x);
+      case Act::gelu: return activate<Act::gelu, T>(x);
+      case Act::gelu_tanh: return activate<Act::gelu_tanh, T>(x);
+      case Act::quick_gelu: return activate<Act::quick_gelu, T>(x);
+      case Act::silu: return activate<Act::silu, T>(x);
     }
     return x;
   }
@@ -102,7 +104,7 @@ class Weight {
 
   // residual + act(x W^T + bias) -> y, where residual and y have y_row from row to row
   void multiply(const T* x, int64_t x_row, int64_t rows, int64_t first, int64_t last, float* sums,
-                const Residual<T>& residual, T* y, int64_t y_row, const Activation& activate) const {
+                const Residual<T>& residual, T* y, int64_t y_row, const Activation<T>& activate) const {
     multiply(x, x_row, rows, first, last, sums, [=, this](int64_t row, int64_t column, Floats sum) {
       T* const to = y + row * y_row + column;
       const int64_t n = w.D - column;
@@ -137,7 +139,7 @@ inline bool few_rows(int64_t rows, int threads) { return rows < threads * BLOCK 
 inline int64_t start_of(int64_t block, int64_t blocks, int64_t rows) { return rows * block / blocks; }
 
 template <class Cells, class T>
-inline void linear_of(const LinearArgs& a, const Activation& activate) {
+inline void linear_of(const LinearArgs& a, const Activation<T>& activate) {
   const Weight<Cells, T> weight(a.weight);
   const LayerNorm<T> norm(a.norm);
   if (!a.rows) return;
@@ -171,7 +173,7 @@ inline void linear_of(const LinearArgs& a, const Activation& activate) {
 }
 
 template <class Cells, class T>
-inline void mlp_of(const MlpArgs& a, const Activation& activate) {
+inline void mlp_of(const MlpArgs& a, const Activation<T>& activate) {
   const Weight<Cells, T> fc1(a.fc1), fc2(a.fc2);
   const LayerNorm<T> norm(a.norm);
   if (!a.rows) return;
@@ -197,7 +199,7 @@ inline void mlp_of(const MlpArgs& a, const Activation& activate) {
                          .rows = a.rows,
                          .dtype = a.dtype,
                          .threads = a.threads},
-                        Activation{vitfast::NO_ACT});
+                        Activation<T>{vitfast::NO_ACT});
     return;
   }
   const int64_t normed_row = row_in_workspace<T>(K), hidden_row = row_in_workspace<T>(hidden);
@@ -216,21 +218,21 @@ inline void mlp_of(const MlpArgs& a, const Activation& activate) {
     for (int64_t row = 0; row < rows; ++row) norm.run_row(x + row * K, normed + row * normed_row);
     fc1.multiply(normed, normed_row, rows, 0, fc1.panels, sums, {}, h, hidden_row, activate);
     fc2.multiply(h, hidden_row, rows, 0, fc2.panels, sums, {x, 0, rows}, (T*)a.out + first * K, K,
-                 Activation{vitfast::NO_ACT});
+                 Activation<T>{vitfast::NO_ACT});
   });
 }
 
 inline void linear(const LinearArgs& args) {
-  if (args.dtype == DType::fp32) return linear_of<SingleCells, float>(args, Activation{args.act});
+  if (args.dtype == DType::fp32) return linear_of<SingleCells, float>(args, Activation<float>{args.act});
 #if defined(__AVX512BF16__)
-  linear_of<PairCells, Bf16>(args, Activation{args.act});
+  linear_of<PairCells, Bf16>(args, Activation<Bf16>{args.act});
 #endif
 }
 
 inline void mlp(const MlpArgs& args) {
-  if (args.dtype == DType::fp32) return mlp_of<SingleCells, float>(args, Activation{args.act});
+  if (args.dtype == DType::fp32) return mlp_of<SingleCells, float>(args, Activation<float>{args.act});
 #if defined(__AVX512BF16__)
-  mlp_of<PairCells, Bf16>(args, Activation{args.act});
+  mlp_of<PairCells, Bf16>(args, Activation<Bf16>{args.act});
 #endif
 }
 
