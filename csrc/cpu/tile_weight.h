@@ -12,9 +12,10 @@ class TileWeight {
   using Number = Bf16;
   static constexpr int64_t UNIT = TILE_ROWS, LEAST_ROWS = TILE, FEW_ROWS = 128;
 
-  // so many that reading the weight takes less time than multiplying, and that they fit into a cache of 2 MiB
+  // So many that the weight is read from a shared cache, at some 6 bytes a cycle, in less time than tiles multiply, and
+  // that they fit into one of 2 MiB.
   static int64_t block(int64_t K) {
-    const int64_t rows = (1 << 20) / (K * 2) / UNIT * UNIT;
+    const int64_t rows = (3 << 19) / (K * int64_t(sizeof(Bf16))) / UNIT * UNIT;
     return rows > 512 ? 512 : rows < 2 * UNIT ? 2 * UNIT : rows;
   }
   static int64_t mlp_block(int64_t K, int64_t hidden) { return block(K + hidden); }
