@@ -105,22 +105,33 @@ PackedWeight packed_weight(const Packed& weight) {
   return {.cells = reinterpret_cast<const void*>(cells), .bias = reinterpret_cast<const float*>(bias), .K = K, .D = D};
 }
 
-void linear(const CpuKernels& kernels, uintptr_t x, const std::optional<Norm>& norm, const Packed& weight,
-            uintptr_t residual, uintptr_t out, int64_t rows, int dtype_number, int act, int threads) {
-  py::gil_scoped_release release;
+LinearArgs linear_args(uintptr_t x, const std::optional<Norm>& norm, const Packed& weight, uintptr_t residual,
+                       uintptr_t out, int64_t rows, int dtype_number, int act, int threads) {
   const PackedWeight packed = packed_weight(weight);
   const DType dtype = static_cast<DType>(dtype_number);
-  kernels.linear({.x = reinterpret_cast<const void*>(x),
-                  .norm = layer_norm_of(norm.value_or(Norm{}), packed.K, dtype),
-                  .normalises = norm.has_value(),
-                  .weight = packed,
-                  .residual = reinterpret_cast<const void*>(residual),
-                  .residual_rows = rows,
-                  .out = reinterpret_cast<void*>(out),
-                  .rows = rows,
-                  .dtype = dtype,
-                  .act = act,
-                  .threads = threads});
+  return {.x = reinterpret_cast<const void*>(x),
+          .norm = layer_norm_of(norm.value_or(Norm{}), packed.K, dtype),
+          .normalises = norm.has_value(),
+          .weight = packed,
+          .residual = reinterpret_cast<const void*>(residual),
+          .residual_rows = rows,
+          .out = reinterpret_cast<void*>(out),
+          .rows = rows,
+          .dtype = dtype,
+          .act = act,
+          .threads = threads};
+}
+
+void linear(const CpuKernels& kernels, uintptr_t x, const std::optional<Norm>& norm, const Packed& weight,
+            uintptr_t residual, uintptr_t out, int64_t rows, int dtype, int act, int threads) {
+  py::gil_scoped_release release;
+  kernels.linear(linear_args(x, norm, weight, residual, out, rows, dtype, act, threads));
+}
+
+void linear_unpacked(const CpuKernels& kernels, uintptr_t x, const std::optional<Norm>& norm, const Packed& weight,
+                     uintptr_t residual, uintptr_t out, int64_t rows, int dtype, int act, int threads) {
+  py::gil_scoped_release release;
+  kernels.linear_unpacked(linear_args(x, norm, weight, residual, out, rows, dtype, act, threads));
 }
 
 void mlp(const CpuKernels& kernels, uintptr_t x, const Norm& norm, const Packed& fc1, const Packed& fc2, uintptr_t out,
@@ -218,6 +229,9 @@ PYBIND11_MODULE(_C, m) {
       .def("activation", &activation)
       .def("layer_norm", &layer_norm)
       .def("linear", &linear)
+      .def("linear_unpacked", &linear_unpacked)
+      .def("takes_unpacked", [](const CpuKernels& kernels, int64_t D, int64_t K,
+                                int dtype) { return kernels.takes_unpacked(D, K, static_cast<DType>(dtype)); })
       .def("mlp", &mlp)
       .def("block", &block)
       .def("embed", &embed)

@@ -100,10 +100,11 @@ class Attention {
     products.pack_keys([&](int64_t j) { return j < a.Nk ? at(a.k, b, j, h) : nullptr; }, k, scratch);
     products.pack_values([&](int64_t j) { return j < a.Nk ? at(a.v, b, j, h) : nullptr; }, v, scratch);
     if (last > a.Nq) last = a.Nq;
+    typename Products::Registers registers;
     for (int64_t i = first; i < last; i += QUERIES) {
       const int64_t rows = last - i < QUERIES ? last - i : QUERIES;
       products.pack_queries([&](int64_t r) { return at(a.q, b, i + r, h); }, rows, q);
-      products.multiply_keys(q, k, logits, rows);
+      products.multiply_keys(registers, q, k, logits, rows);
       float scales[QUERIES];
       for (int64_t r = 0; r < rows; ++r) {
         float most;
@@ -111,7 +112,7 @@ class Attention {
         scales[r] = 1 / sum;
         if (a.lse) a.lse[(b * a.H + h) * a.Nq + i + r] = most * LN_2 + logf(sum);
       }
-      products.multiply_values(weights, v, out, rows);
+      products.multiply_values(registers, weights, v, out, rows);
       for (int64_t r = 0; r < rows; ++r)
         write((T*)a.out + ((b * a.Nq + i + r) * a.H + h) * a.D, out + r * products.out_row, scales[r]);
     }

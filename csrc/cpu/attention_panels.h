@@ -33,6 +33,7 @@ class PanelProducts {
  public:
   using Number = T;
   using Weight = typename Cells::Weight;
+  struct Registers {};                      // no others than every function has
   static constexpr int64_t QUERIES = ROWS;  // at a time
 
   explicit PanelProducts(const AttentionArgs& args)
@@ -74,11 +75,11 @@ class PanelProducts {
     for (int64_t r = 0; r < rows; ++r) Cells::from_row(query_at(r), D, (Cell*)packed + r * depth);
   }
 
-  void multiply_keys(const float* queries, const float* keys, float* logits, int64_t rows) const {
+  void multiply_keys(Registers&, const float* queries, const float* keys, float* logits, int64_t rows) const {
     multiply_panels<Cells>((const Cell*)queries, depth, (const Cell*)keys, depth, logits, logits_row, rows);
   }
 
-  void multiply_values(const Weight* weights, const float* values, float* out, int64_t rows) const {
+  void multiply_values(Registers&, const Weight* weights, const float* values, float* out, int64_t rows) const {
     multiply_panels<Cells>((const Cell*)weights, logits_row / Cells::numbers, (const Cell*)values, key_depth, out,
                            out_row, rows);
   }

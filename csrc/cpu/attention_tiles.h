@@ -13,6 +13,7 @@ class TileProducts {
  public:
   using Number = Bf16;
   using Weight = Bf16;
+  using Registers = Tiles;                       // that a thread has while it multiplies
   static constexpr int64_t QUERIES = TILE_ROWS;  // at a time
 
   explicit TileProducts(const AttentionArgs& args)
@@ -54,12 +55,13 @@ class TileProducts {
     }
   }
 
-  void multiply_keys(const float* queries, const float* packed, float* logits, int64_t rows) const {
-    multiply((const Bf16*)queries, query_row(), rows, (const char*)packed, keys, tile_steps(D), logits, logits_row);
+  void multiply_keys(Tiles& tiles, const float* queries, const float* packed, float* logits, int64_t rows) const {
+    multiply(tiles, (const Bf16*)queries, query_row(), rows, (const char*)packed, keys, tile_steps(D), logits,
+             logits_row);
   }
 
-  void multiply_values(const Bf16* weights, const float* packed, float* out, int64_t rows) const {
-    multiply(weights, logits_row, rows, (const char*)packed, out_row, tile_steps(Nk), out, out_row);
+  void multiply_values(Tiles& tiles, const Bf16* weights, const float* packed, float* out, int64_t rows) const {
+    multiply(tiles, weights, logits_row, rows, (const char*)packed, out_row, tile_steps(Nk), out, out_row);
   }
 
   const int64_t logits_row, out_row;  // from row to row of logits, weights and results
@@ -67,9 +69,8 @@ class TileProducts {
  private:
   int64_t query_row() const { return tile_steps(D) * TILE_NUMBERS; }
 
-  static void multiply(const Bf16* rows, int64_t row, int64_t count, const char* packed, int64_t columns, int64_t steps,
-                       float* sums, int64_t sums_row) {
-    Tiles tiles;
+  static void multiply(Tiles& tiles, const Bf16* rows, int64_t row, int64_t count, const char* packed, int64_t columns,
+                       int64_t steps, float* sums, int64_t sums_row) {
     const TileRows a{rows, count > TILE ? rows + TILE * row : nullptr, row * int64_t(sizeof(Bf16))};
     for (int64_t j = 0; j < columns; j += TILE_PANEL)
       multiply_tiles(tiles, a, packed + j / TILE * steps * TILE_BYTES, columns - j > TILE, steps, sums + j, sums_row);

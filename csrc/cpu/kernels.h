@@ -48,7 +48,7 @@ struct LayerNormArgs {
 };
 
 struct PackedWeight {
-  const void* cells;  // what pack_weight made
+  const void* cells;  // what pack_weight made, or of linear_unpacked the weight itself
   const float* bias;  // [D], zeros up to a multiple of MAX_LANES behind it, or null
   int64_t K, D;       // K even for bf16 by vectors
 };
@@ -117,6 +117,9 @@ struct CpuKernels {
   void (*layer_norm)(const LayerNormArgs&);
   // residual + act(norm(x) weight^T + bias), sums in fp32, rounded once
   void (*linear)(const LinearArgs&);
+  // the same of a weight [D, K] that is not packed, if it `takes_unpacked`; out is not the residual
+  void (*linear_unpacked)(const LinearArgs&);
+  bool (*takes_unpacked)(int64_t D, int64_t K, DType dtype);
   // x + fc2(act(fc1(norm(x))))
   void (*mlp)(const MlpArgs&);
   int64_t (*packed_bytes)(int64_t D, int64_t K, DType dtype);

@@ -77,10 +77,11 @@ struct TileRows {
   int64_t row_bytes;
 };
 
-// sums[R * 16][V * 16], sums_row apart, = rows times V packed tiles a step
-template <int R, int V>
+// sums[R * 16][V * 16], sums_row apart, = rows times V packed tiles a step. between() is called after every step: what
+// it does on vectors runs beside the tiles.
+template <int R, int V, class Between>
 __attribute__((noinline)) void multiply_tiles(Tiles& tiles, const TileRows& rows, const char* packed, int64_t steps,
-                                              float* sums, int64_t sums_row) {
+                                              float* sums, int64_t sums_row, const Between& between) {
   tiles.zero<0>();
   if constexpr (V == 2) tiles.zero<1>();
   if constexpr (R == 2) tiles.zero<2>();
@@ -100,6 +101,7 @@ __attribute__((noinline)) void multiply_tiles(Tiles& tiles, const TileRows& rows
       if constexpr (R == 2) tiles.multiply<3, 5, 7>();
     }
     packed += V * TILE_BYTES;
+    between();
   }
   tiles.store<0>(sums, sums_row * 4);
   if constexpr (V == 2) tiles.store<1>(sums + TILE, sums_row * 4);
@@ -108,12 +110,18 @@ __attribute__((noinline)) void multiply_tiles(Tiles& tiles, const TileRows& rows
 }
 
 // The same of one or two tiles of rows and of columns.
+template <class Between>
+inline void multiply_tiles(Tiles& tiles, const TileRows& rows, const char* packed, bool wide, int64_t steps,
+                           float* sums, int64_t sums_row, const Between& between) {
+  if (rows.second && wide) return multiply_tiles<2, 2>(tiles, rows, packed, steps, sums, sums_row, between);
+  if (rows.second) return multiply_tiles<2, 1>(tiles, rows, packed, steps, sums, sums_row, between);
+  if (wide) return multiply_tiles<1, 2>(tiles, rows, packed, steps, sums, sums_row, between);
+  multiply_tiles<1, 1>(tiles, rows, packed, steps, sums, sums_row, between);
+}
+
 inline void multiply_tiles(Tiles& tiles, const TileRows& rows, const char* packed, bool wide, int64_t steps,
                            float* sums, int64_t sums_row) {
-  if (rows.second && wide) return multiply_tiles<2, 2>(tiles, rows, packed, steps, sums, sums_row);
-  if (rows.second) return multiply_tiles<2, 1>(tiles, rows, packed, steps, sums, sums_row);
-  if (wide) return multiply_tiles<1, 2>(tiles, rows, packed, steps, sums, sums_row);
-  multiply_tiles<1, 1>(tiles, rows, packed, steps, sums, sums_row);
+  multiply_tiles(tiles, rows, packed, wide, steps, sums, sums_row, [] {});
 }
 
 }  // namespace

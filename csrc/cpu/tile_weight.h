@@ -31,6 +31,8 @@ class TileWeight {
   void multiply(const Bf16* x, int64_t x_row, int64_t rows, int64_t first, int64_t last, float* sums,
                 const Finish<Bf16>& finish) const {
     Tiles tiles;
+    // what follows a product is done to a block's sums while those of the next are still in tiles
+    Waiting waiting{};
     for (int64_t column = first * TILE_PANEL; column < last * TILE_PANEL && column < columns; column += TILE_PANEL) {
       const bool wide = columns - column > TILE;
       const char* const panel = (const char*)w.cells + column / TILE * steps * TILE_BYTES;
@@ -40,11 +42,18 @@ class TileWeight {
         const bool two = end - row > TILE;
         const TileRows a{x + (two ? row : last_tile) * x_row, two ? x + last_tile * x_row : nullptr,
                          x_row * int64_t(sizeof(Bf16))};
-        multiply_tiles(tiles, a, panel, wide, steps, sums, TILE_PANEL);
-        if (two) finish_rows(row, row + TILE, row, column, sums, finish);
-        finish_rows(two ? row + TILE : row, end, last_tile, column, sums + (two ? TILE * TILE_PANEL : 0), finish);
+        int64_t due = 0;
+        multiply_tiles(tiles, a, panel, wide, steps, sums, TILE_PANEL, [&] {
+          for (due += waiting.count; due >= steps; due -= steps) finish_row(waiting, sums, finish);
+        });
+        waiting = {.count = end - row,
+                   .row = row,
+                   .column = column,
+                   .whole = two ? TILE : 0,
+                   .skipped = two ? row + TILE - last_tile : row - last_tile};
       }
     }
+    while (waiting.done < waiting.count) finish_row(waiting, sums, finish);
   }
 
   static int64_t packed_bytes(int64_t D, int64_t K) { return tile_packed_bytes(D, K); }
@@ -58,14 +67,31 @@ class TileWeight {
   }
 
  private:
-  // rows first ... last of those whose sums begin with row `start`
-  void finish_rows(int64_t first, int64_t last, int64_t start, int64_t column, const float* sums,
-                   const Finish<Bf16>& finish) const {
-    for (int64_t row = first; row < last; ++row) {
-      const float* const from = sums + (row - start) * TILE_PANEL;
-      for (int64_t c = 0; c < TILE_PANEL && column + c < w.D; c += LANES)
-        finish(row, column + c, w.bias ? load(from + c) + load(w.bias + column + c) : load(from + c), w.D);
-    }
+  // A block of sums of so many rows, of which so many are done.
+  struct Waiting {
+    int64_t count, done, row, column;
+    int64_t whole, skipped;  // rows of the first tile if there is a second; rows of the last that are another block's
+  };
+
+  void finish_row(Waiting& block, const float* sums, const Finish<Bf16>& finish) const {
+    const int64_t i = block.done++;
+    sums += (i < block.whole ? i : i + block.skipped) * TILE_PANEL;
+    const bool wide = columns - block.column > TILE;
+    if (wide)
+      finish_vectors<TILE_PANEL / LANES>(block.row + i, block.column, sums, finish);
+    else
+      finish_vectors<TILE / LANES>(block.row + i, block.column, sums, finish);
+  }
+
+  template <int N>
+  void finish_vectors(int64_t row, int64_t column, const float* from, const Finish<Bf16>& finish) const {
+    Floats sums[N];
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) sums[i] = load(from + i * LANES);
+    if (w.bias)
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) sums[i] += load(w.bias + column + i * LANES);
+    finish(row, column, sums, w.D);
   }
 
   const PackedWeight w;
