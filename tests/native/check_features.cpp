@@ -1,5 +1,5 @@
-// cpu_features() on CPUs and systems that are not this one: what cpuid and xgetbv say is made up, and a filter of system
-// calls gives or refuses the permission for tiles.
+// cpu_features() on CPUs and systems that are not this one: what cpuid and xgetbv say is made up, and a filter of
+// system calls gives or refuses the permission for tiles.
 #include <cpuid.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
@@ -18,12 +18,16 @@
 
 #include "random_layout.h"
 
-static unsigned made_up[2][4];  // registers of leaf 7, subleaves 0 and 1
+static unsigned made_up[2][4];                           // registers of leaf 7, subleaves 0 and 1
+static unsigned most_leaves, tiles, bytes_of_row, rows;  // of palette 1
 static uint64_t register_files;
 
 static int made_up_cpuid(unsigned leaf, unsigned subleaf, unsigned* a, unsigned* b, unsigned* c, unsigned* d) {
   *a = *b = *d = 0;
   *c = 1u << 27 | 1u << 12 | 1u << 29;  // OSXSAVE, FMA, F16C
+  if (leaf == 0) *a = most_leaves;
+  if (leaf == 0x1d && subleaf == 0) *a = 1;
+  if (leaf == 0x1d && subleaf == 1) *b = tiles << 16 | bytes_of_row, *c = rows;
   if (leaf != 7) return 1;
   *a = made_up[subleaf][0], *b = made_up[subleaf][1], *c = made_up[subleaf][2], *d = made_up[subleaf][3];
   return 1;
@@ -79,11 +83,14 @@ static bool has_tiles(Answer wanted) {
 int main() {
   constexpr unsigned AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24, AMX_INT8 = 1u << 25;
   constexpr uint64_t VECTORS = 0xe7, TILES = 0x60000;
-  // of a Xeon of the fourth generation
-  made_up[0][1] = 1u << 5 | 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;
-  made_up[0][3] = AMX_BF16 | AMX_TILE | AMX_INT8;
-  made_up[1][0] = 1u << 5;
-  register_files = VECTORS | TILES;
+  const auto xeon = [] {  // of the fourth generation
+    made_up[0][1] = 1u << 5 | 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;
+    made_up[0][3] = AMX_BF16 | AMX_TILE | AMX_INT8;
+    made_up[1][0] = 1u << 5;
+    register_files = VECTORS | TILES;
+    most_leaves = 0x20, tiles = 8, bytes_of_row = 64, rows = 16;
+  };
+  xeon();
   REQUIRE(has_tiles(Answer::yes), "no tiles with permission");
   REQUIRE(!has_tiles(Answer::no), "tiles without permission");
   const bool here = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
@@ -92,8 +99,17 @@ int main() {
     register_files = some;
     REQUIRE(!has_tiles(Answer::yes), "tiles that the system does not save: XCR0 %lx", (long)some);
   }
-  register_files = VECTORS | TILES;
-  made_up[0][3] = 0;  // a hypervisor that hides them
-  REQUIRE(!has_tiles(Answer::yes), "tiles that the CPU does not show");
+  xeon();
+  made_up[0][3] = 0;
+  REQUIRE(!has_tiles(Answer::yes), "tiles that a hypervisor hides");
+  made_up[0][3] = AMX_BF16 | AMX_INT8;
+  REQUIRE(!has_tiles(Answer::yes), "products without tiles");
+  xeon();
+  for (unsigned* const size : {&most_leaves, &tiles, &bytes_of_row, &rows}) {
+    const unsigned before = *size;
+    *size = before / 2;
+    REQUIRE(!has_tiles(Answer::yes), "tiles smaller than those that are used: %u instead of %u", before / 2, before);
+    *size = before;
+  }
   std::puts("ok");
 }

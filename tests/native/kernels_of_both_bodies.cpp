@@ -56,6 +56,9 @@ void layer_norm(const LayerNormArgs& a) {
 void linear(const LinearArgs& a) {
   compare("linear", a, &LinearArgs::out, a.rows * a.weight.D * size_of(a.dtype), &CpuKernels::linear);
 }
+void linear_unpacked(const LinearArgs& a) {
+  compare("linear_unpacked", a, &LinearArgs::out, a.rows * a.weight.D * size_of(a.dtype), &CpuKernels::linear_unpacked);
+}
 void mlp(const MlpArgs& a) { compare("mlp", a, &MlpArgs::out, a.rows * a.fc2.D * size_of(a.dtype), &CpuKernels::mlp); }
 void pack_weight(const PackWeightArgs& a) {
   const int64_t bytes = real.packed_bytes(a.D, a.K, a.dtype);
@@ -82,6 +85,7 @@ const CpuKernels kernels_both = [] {
   both.attention = attention;
   both.layer_norm = layer_norm;
   both.linear = linear;
+  both.linear_unpacked = linear_unpacked;
   both.mlp = mlp;
   both.pack_weight = pack_weight;
   both.block = block;
