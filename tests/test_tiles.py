@@ -122,6 +122,17 @@ def kernels_by_trap(tmp_path_factory, name, *options):
     return built_once(tmp_path_factory, name, *options, *parts, "-pthread")
 
 
+@pytest.mark.parametrize("compiler", ["g++", "clang++"])
+def test_trap_is_more_lenient_than_the_cpu(compiler, tmp_path_factory):
+    """An address decoded wrongly, a tile of another shape, unconfigured or misshapen operands that are let through."""
+    if not shutil.which(compiler):
+        pytest.skip(f"no {compiler}")
+    how = {"compiler": compiler}
+    part = compiled(tmp_path_factory, PROGRAMS / "check_amx_by_trap.cpp", f"check_amx_by_trap-{compiler}", "-O1", **how)
+    done = run(built_once(tmp_path_factory, f"check_amx_by_trap-{compiler}", part, trap(tmp_path_factory), **how))
+    assert passed(done), done.stdout + done.stderr
+
+
 def test_tiles_are_found_where_they_may_not_be_used(tmp_path_factory):
     """Without permission, as in a sandbox; not saved by the system, hidden by a hypervisor, or of another size."""
     part = compiled(tmp_path_factory, PROGRAMS / "check_features.cpp", "check_features", "-O1")

@@ -66,6 +66,7 @@ class Tiles {
   // sum[m][n] += a[m][2k] b[k][2n] + a[m][2k + 1] b[k][2n + 1] over k
   template <int sum, int a, int b>
   void multiply() {
+    static_assert(sum != a && sum != b && a != b, "the CPU faults");
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sum), "i"(a), "i"(b));
   }
 
@@ -99,6 +100,7 @@ class Tiles {
   // as zeros whatever the thread's mode, which has to be rounding to nearest.
   template <int sum, int a, int b>
   void multiply() {
+    static_assert(sum != a && sum != b && a != b, "the CPU faults");
     for (int64_t m = 0; m < TILE; ++m) {
       float even[TILE] = {}, odd[TILE] = {};
       for (int64_t k = 0; k < TILE; ++k) {
