@@ -36,7 +36,7 @@ struct Activation {
   template <Act function, int N>
   static void activate_all(Floats (&x)[N]) {
 #pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) x[i] = activate<function>(x[i]);
+    for (int i = 0; i < N; ++i) x[i] = activate<function, T>(x[i]);
   }
 };
 
