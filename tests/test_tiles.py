@@ -86,7 +86,11 @@ def passed(done):
     return done.returncode == 0 and done.stdout == "ok\n"
 
 
-@pytest.mark.parametrize("compiler,options", BUILDS.values(), ids=BUILDS)
+@pytest.mark.parametrize(
+    "compiler,options",
+    [pytest.param(*build, marks=[pytest.mark.slow] * ("-flto" in build[1])) for build in BUILDS.values()],
+    ids=BUILDS,
+)
 def test_instructions_and_plain_tiles_differ_in_a_bit(compiler, options, tmp_path_factory):
     """Order of the sums, denormals, signs of zero, the edge of the normal numbers; a configuration that stays, is lost
     or was optimised away; threads, exceptions and fork.
