@@ -42,12 +42,13 @@ def find_compiler():
     return compiler
 
 
-def built_once(tmp_path_factory, name, *arguments, sources=lambda folder: ()):
+def built_once(tmp_path_factory, name, *arguments, sources=lambda folder: (), compiler=None):
     """What the compiler makes of these arguments, once for all of xdist's processes.
 
     Args:
         name: of the file, by which the next one finds it.
         sources: gives more arguments, and may write files into the folder that it gets.
+        compiler: another than that of all programs.
     """
     folder = tmp_path_factory.getbasetemp()
     folder = folder.parent if folder.name.startswith("popen-") else folder
@@ -55,7 +56,7 @@ def built_once(tmp_path_factory, name, *arguments, sources=lambda folder: ()):
     with open(folder / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
-            built = _run([*find_compiler().split(), *arguments, *sources(folder), "-o", target])
+            built = _run([*(compiler or find_compiler()).split(), *arguments, *sources(folder), "-o", target])
             assert built.returncode == 0, built.stderr
     return target
 

@@ -6,7 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && !defined(VITFAST_PLAIN_TILES)
+// clang before 16 leaves out an underscore
+#if (defined(__AMX_BF16__) || defined(__AMXBF16__)) && !defined(VITFAST_PLAIN_TILES)
 #define VITFAST_AMX
 #endif
 #if defined(VITFAST_AMX) || defined(VITFAST_PLAIN_TILES)
@@ -65,6 +66,7 @@ class Tiles {
   // sum[m][n] += a[m][2k] b[k][2n] + a[m][2k + 1] b[k][2n + 1] over k
   template <int sum, int a, int b>
   void multiply() {
+    static_assert(sum != a && sum != b && a != b, "the CPU faults");
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sum), "i"(a), "i"(b));
   }
 
@@ -95,9 +97,10 @@ class Tiles {
   }
 
   // In the order of the manual's TDPBF16PS: sums of the even and of the odd products apart, denormals read and written
-  // as zeros, rounding to nearest whatever the thread's mode.
+  // as zeros whatever the thread's mode, which has to be rounding to nearest.
   template <int sum, int a, int b>
   void multiply() {
+    static_assert(sum != a && sum != b && a != b, "the CPU faults");
     for (int64_t m = 0; m < TILE; ++m) {
       float even[TILE] = {}, odd[TILE] = {};
       for (int64_t k = 0; k < TILE; ++k) {
