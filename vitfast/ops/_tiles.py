@@ -8,9 +8,7 @@ from vitfast.ops import _stock
 
 def takes(x, *weights):
     """Whether the kernels can multiply these."""
-    if not cpu_kernels.tiled(x.dtype) or not x.numel():
-        return False
-    return all(weight.dtype is x.dtype and cpu_kernels.takes_unpacked(weight) for weight in weights)
+    return cpu_kernels.tiled(x.dtype) and x.numel() > 0 and all(map(cpu_kernels.takes_unpacked, weights))
 
 
 def product(x, weight, bias, norm, act, residual=None):
