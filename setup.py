@@ -37,8 +37,8 @@ X86_FLAGS = {
     "avx512_bf16": AVX512_BF16,
     "amx_bf16": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"],
 }
-# for tests: what amx_bf16 computes, on any CPU
-PORTABLE_FLAGS = {"plain_tiles": ["-DVITFAST_PLAIN_TILES"], "portable": []}
+# the second computes what amx_bf16 does, for tests on any CPU
+PORTABLE_FLAGS = {"portable": [], "plain_tiles": ["-DVITFAST_PLAIN_TILES"]}
 CUDA_SOURCES = ["cuda/patch_embed.cu", "cuda/product.cu", "cuda/probe.cu"]
 CUDA_BINDINGS = "cuda/bindings.cpp"
 # sm_80 runs on 8.6 and 8.9 too; PTX of 90a would not run on anything newer, so compute_80 and compute_100 are kept

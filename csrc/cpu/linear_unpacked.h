@@ -89,7 +89,10 @@ class UnpackedLinear {
     for (int64_t i = 0; i < LANES; ++i) square[i] = load(sums + i * TILE_PANEL);
     transpose(square);
     const Floats bias = a.weight.bias ? load(a.weight.bias + column) : Floats{};
-    for (int64_t i = 0; i < LANES && row + i < last; ++i) finish(row + i, column, square[i] + bias, D);
+    for (int64_t i = 0; i < LANES && row + i < last; ++i) {
+      Floats sums[] = {square[i] + bias};
+      finish(row + i, column, sums, D);
+    }
   }
 
   const LinearArgs& a;

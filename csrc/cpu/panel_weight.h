@@ -16,18 +16,27 @@ using vitfast::PackWeightArgs;
 template <class Cells>
 constexpr int64_t WEIGHT_PIECE = Cells::numbers == 1 ? 192 : 512;
 
-// One function for all of them: the choice is as good as free for a vector, and compiling five kernels is not.
+// One function for all of them: the choice is as good as free for some vectors, and compiling five kernels is not.
+// T is what the result is stored as.
+template <class T>
 struct Activation {
   int act;
-  Floats operator()(Floats x) const {
-    if (act == vitfast::NO_ACT) return x;
+  template <int N>
+  void operator()(Floats (&x)[N]) const {
+    if (act == vitfast::NO_ACT) return;
     switch (static_cast<Act>(act)) {
-      case Act::gelu: return activate<Act::gelu>(x);
-      case Act::gelu_tanh: return activate<Act::gelu_tanh>(x);
-      case Act::quick_gelu: return activate<Act::quick_gelu>(x);
-      case Act::silu: return activate<Act::silu>(x);
+      case Act::gelu: return activate_all<Act::gelu>(x);
+      case Act::gelu_tanh: return activate_all<Act::gelu_tanh>(x);
+      case Act::quick_gelu: return activate_all<Act::quick_gelu>(x);
+      case Act::silu: return activate_all<Act::silu>(x);
     }
-    return x;
+  }
+
+ private:
+  template <Act function, int N>
+  static void activate_all(Floats (&x)[N]) {
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) x[i] = activate<function, T>(x[i]);
   }
 };
 
@@ -45,16 +54,24 @@ struct Finish {
   T* y;
   int64_t y_row;  // from row to row of y and of the residual
   Residual<T> residual;
-  Activation activate;
+  Activation<T> activate;
 
-  // `sum` has the bias in it; numbers of y from `column` on, of which there are D in a row
-  void operator()(int64_t row, int64_t column, Floats sum, int64_t D) const {
+  // sums with the bias in them, side by side from this column on; of y's row there are D
+  template <int N>
+  void operator()(int64_t row, int64_t column, Floats (&sums)[N], int64_t D) const {
     T* const to = y + row * y_row + column;
-    const int64_t n = D - column;
-    const T* const added = residual.data ? residual.row(row) * y_row + column + residual.data : nullptr;
-    sum = activate(sum);
-    if (n >= LANES) return store(to, added ? sum + load(added) : sum);
-    store_part(to, added ? sum + load_part(added, n) : sum, n);
+    const T* const added = residual.data ? residual.data + residual.row(row) * y_row + column : nullptr;
+    activate(sums);
+    const int64_t there = D - column;
+    if (there >= N * LANES) {
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) store(to + i * LANES, added ? sums[i] + load(added + i * LANES) : sums[i]);
+      return;
+    }
+    for (int64_t i = 0, c = 0; c < there; ++i, c += LANES) {
+      const int64_t n = there - c < LANES ? there - c : LANES;
+      store_part(to + c, added ? sums[i] + load_part(added + c, n) : sums[i], n);
+    }
   }
 };
 
@@ -121,7 +138,10 @@ class PanelWeight {
       }
       for (int64_t c = column; c < column + PANEL && c < columns; c += LANES) {
         const Floats bias = w.bias ? load(w.bias + c) : Floats{};
-        for (int64_t row = 0; row < rows; ++row) finish(row, c, load(sums + row * PANEL + c - column) + bias, w.D);
+        for (int64_t row = 0; row < rows; ++row) {
+          Floats sum[] = {load(sums + row * PANEL + c - column) + bias};
+          finish(row, c, sum, w.D);
+        }
       }
     }
   }

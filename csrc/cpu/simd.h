@@ -194,7 +194,8 @@ inline void transpose(Floats (&rows)[LANES]) {
 #endif
 }
 
-// 2^x for x <= 126 from 2^f = polynomial(f), |f| <= 1/2; below -126 it may be 0.
+// 2^x for x <= 126 from 2^f = polynomial(f), |f| <= 1/2; below -126 it may be 0. With AVX-512 for all x: scalef makes
+// infinity and 0 of f = inf - inf too.
 template <class Polynomial>
 inline Floats exp2_by(Floats x, const Polynomial& polynomial) {
 #if defined(__AVX512F__)

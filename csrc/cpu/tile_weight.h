@@ -19,7 +19,7 @@ class TileWeight {
   }
   static int64_t mlp_block(int64_t K, int64_t hidden) { return block(K + hidden); }
   static int64_t readable(int64_t K) { return tile_steps(K) * TILE_NUMBERS; }
-  static int64_t sums(int64_t) { return 2 * SUMS; }
+  static int64_t sums(int64_t) { return TILE_ROWS * TILE_PANEL; }
 
   explicit TileWeight(const PackedWeight& weight)
       : w(weight),
@@ -31,32 +31,29 @@ class TileWeight {
   void multiply(const Bf16* x, int64_t x_row, int64_t rows, int64_t first, int64_t last, float* sums,
                 const Finish<Bf16>& finish) const {
     Tiles tiles;
-    // what follows a product is done to one block of sums while the next one comes about
+    // what follows a product is done to a block's sums while those of the next are still in tiles
     Waiting waiting{};
-    int64_t block = 0;
     for (int64_t column = first * TILE_PANEL; column < last * TILE_PANEL && column < columns; column += TILE_PANEL) {
       const bool wide = columns - column > TILE;
       const char* const panel = (const char*)w.cells + column / TILE * steps * TILE_BYTES;
-      for (int64_t row = 0; row < rows; row += TILE_ROWS, ++block) {
+      for (int64_t row = 0; row < rows; row += TILE_ROWS) {
         // the last tile of rows also has some of those before it: no rows beyond the last are read
         const int64_t end = rows - row < TILE_ROWS ? rows : row + TILE_ROWS, last_tile = end > TILE ? end - TILE : 0;
         const bool two = end - row > TILE;
         const TileRows a{x + (two ? row : last_tile) * x_row, two ? x + last_tile * x_row : nullptr,
                          x_row * int64_t(sizeof(Bf16))};
-        float* const to = sums + block % 2 * SUMS;
         int64_t due = 0;
-        multiply_tiles(tiles, a, panel, wide, steps, to, TILE_PANEL, [&] {
-          for (due += waiting.count; due >= steps; due -= steps) finish_row(waiting, finish);
+        multiply_tiles(tiles, a, panel, wide, steps, sums, TILE_PANEL, [&] {
+          for (due += waiting.count; due >= steps; due -= steps) finish_row(waiting, sums, finish);
         });
         waiting = {.count = end - row,
                    .row = row,
                    .column = column,
-                   .sums = to,
                    .whole = two ? TILE : 0,
                    .skipped = two ? row + TILE - last_tile : row - last_tile};
       }
     }
-    while (waiting.done < waiting.count) finish_row(waiting, finish);
+    while (waiting.done < waiting.count) finish_row(waiting, sums, finish);
   }
 
   static int64_t packed_bytes(int64_t D, int64_t K) { return tile_packed_bytes(D, K); }
@@ -70,22 +67,31 @@ class TileWeight {
   }
 
  private:
-  static constexpr int64_t SUMS = TILE_ROWS * TILE_PANEL;
-
   // A block of sums of so many rows, of which so many are done.
   struct Waiting {
     int64_t count, done, row, column;
-    const float* sums;
     int64_t whole, skipped;  // rows of the first tile if there is a second; rows of the last that are another block's
   };
 
-  void finish_row(Waiting& block, const Finish<Bf16>& finish) const {
+  void finish_row(Waiting& block, const float* sums, const Finish<Bf16>& finish) const {
     const int64_t i = block.done++;
-    const float* const sums = block.sums + (i < block.whole ? i : i + block.skipped) * TILE_PANEL;
-    for (int64_t c = 0; c < TILE_PANEL && block.column + c < w.D; c += LANES) {
-      const int64_t column = block.column + c;
-      finish(block.row + i, column, w.bias ? load(sums + c) + load(w.bias + column) : load(sums + c), w.D);
-    }
+    sums += (i < block.whole ? i : i + block.skipped) * TILE_PANEL;
+    const bool wide = columns - block.column > TILE;
+    if (wide)
+      finish_vectors<TILE_PANEL / LANES>(block.row + i, block.column, sums, finish);
+    else
+      finish_vectors<TILE / LANES>(block.row + i, block.column, sums, finish);
+  }
+
+  template <int N>
+  void finish_vectors(int64_t row, int64_t column, const float* from, const Finish<Bf16>& finish) const {
+    Floats sums[N];
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) sums[i] = load(from + i * LANES);
+    if (w.bias)
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) sums[i] += load(w.bias + column + i * LANES);
+    finish(row, column, sums, w.D);
   }
 
   const PackedWeight w;
