@@ -94,6 +94,23 @@ def test_linear(M, K, D, norm, act, residual, bias, at, isa, dtype, placement):
 
 
 @cases(
+    M=(1, 5, 40, 130), K=(32, 96, 768), D=(16, 48, 192), norm=("none", "weight", "both"), act=("none", *NAMES),
+    residual=(False, True), bias=(False, True), at=("start", "odd"), isa=("plain_tiles", "amx_bf16"),
+    allowed=lambda case: case["isa"] in KERNELS, together=("M", "K", "D", "norm", "isa"),
+)  # fmt: skip
+def test_linear_unpacked(M, K, D, norm, act, residual, bias, at, isa, placement):
+    """Rows of a tile past the last of the activations, columns past the last of the weight itself."""
+    x, beside, weight = (torch.randn(*shape).to(torch.bfloat16) for shape in ((M, K), (M, D), (D, K)))
+    x, beside, weight = (shifted(t) if at == "odd" else t for t in (x, beside, weight))
+    before = None if norm == "none" else norm_of(K, torch.bfloat16, norm == "both")
+    out = cpu_kernels.linear_unpacked(
+        x, weight, torch.randn(D).to(torch.bfloat16) if bias else None, norm=before, act=act,
+        residual=beside if residual else None, using=KERNELS[isa],
+    )  # fmt: skip
+    finite(out=out)
+
+
+@cases(
     M=(1, 5, 64, 130), C=(2, 64, 198, 384), F=(2, 90, 256, 768), act=("none", *cpu_kernels.ACTIVATIONS), **every_isa,
     dtype=(torch.float32, torch.bfloat16), allowed=multiplies,
 )  # fmt: skip

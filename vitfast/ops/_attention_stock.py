@@ -35,16 +35,17 @@ def attention_cpu(q, k, v, scale, with_lse=True):
     """`attention` below its checks; without lse a None may come in its place."""
     if not q.numel() or not k.numel():
         return nothing(q)
-    return _faster(q, k, _kernel_cpu, _flash_cpu, q, k, v, scale, with_lse)
+    run = _kernel_cpu if cpu_kernels.attends(q) else _flash_cpu
+    if cpu_kernels.tiled(q.dtype):
+        run = _faster(q, k, _kernel_cpu, _flash_cpu, q, k, v, scale, with_lse)
+    return run(q, k, v, scale, with_lse)
 
 
 def _faster(q, k, ours, stock, *args):
-    """`ours(*args)` or `stock(*args)`, which attend q to k."""
-    if cpu_kernels.tiled(q.dtype):
-        # images and tokens by powers of two; sliced, since a raw call of the op may lack some
-        sizes = (*(n.bit_length() for n in (*q.shape[:2], *k.shape[1:2])), *q.shape[2:])
-        return cpu_kernels.faster_of("attention", sizes, ours, stock, *args)(*args)
-    return ours(*args) if cpu_kernels.attends(q) else stock(*args)
+    """`ours` or `stock`, which attend q to k, where a clock decides."""
+    # images and tokens by powers of two; sliced, since a raw call of the op may lack some
+    sizes = (*(n.bit_length() for n in (*q.shape[:2], *k.shape[1:2])), *q.shape[2:])
+    return cpu_kernels.faster_of("attention", sizes, ours, stock, *args)
 
 
 def _kernel_cpu(q, k, v, scale, with_lse):
@@ -71,7 +72,10 @@ def attention_qkv_cpu(qkv, scale):
     if not qkv.numel():
         return nothing(qkv[:, :, 0])
     qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
-    return _faster(qkv, qkv, _kernel_qkv_cpu, _flash_qkv_cpu, qkv, scale)
+    run = _kernel_qkv_cpu if cpu_kernels.attends(qkv) else _flash_qkv_cpu
+    if cpu_kernels.tiled(qkv.dtype):
+        run = _faster(qkv, qkv, _kernel_qkv_cpu, _flash_qkv_cpu, qkv, scale)
+    return run(qkv, scale)
 
 
 def _kernel_qkv_cpu(qkv, scale):

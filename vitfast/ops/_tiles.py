@@ -7,10 +7,8 @@ from vitfast.ops import _stock
 
 
 def takes(x, *weights):
-    """Whether the kernels can multiply these."""
-    if not cpu_kernels.tiled(x.dtype) or not x.numel():
-        return False
-    return all(weight.dtype is x.dtype and cpu_kernels.takes_unpacked(weight) for weight in weights)
+    """Whether kernels of tiles, where x's dtype is `tiled`, can multiply these."""
+    return x.numel() > 0 and all(map(cpu_kernels.takes_unpacked, weights))
 
 
 def product(x, weight, bias, norm, act, residual=None):

@@ -157,10 +157,10 @@ def _linear_tiles(x, weight, bias, norm, act, tail, saves):
     return _tiles.product_and_tail(x, weight, bias, norm, act, tail), None, None, None, None
 
 
-def _linear_cpu(*args):
-    x, weight, _, norm, act, tail, saves = args
-    if saves or not _tiles.takes(x, weight):
-        return _linear_stock(*args)
+def _linear_cpu(x, weight, bias, norm, act, tail, saves):
+    if saves or not cpu_kernels.tiled(x.dtype) or not _tiles.takes(x, weight):
+        return _linear_stock(x, weight, bias, norm, act, tail, saves)
+    args = x, weight, bias, norm, act, tail, saves
     scaled = "scaled" * (tail.gamma is not None or tail.row_scale is not None)
     sizes = shape_of(x, weight, norm.kind, act, scaled, "residual" * (tail.residual is not None))
     return cpu_kernels.faster_of("linear", sizes, _linear_tiles, _linear_stock, *args)(*args)

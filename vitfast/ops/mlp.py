@@ -157,10 +157,10 @@ def _mlp_tiles(x, norm, fc, tail, saves):
     return _tiles.product_and_tail(hidden, fc.w2, fc.b2, None, "none", tail), None, None, None, None, None
 
 
-def _mlp_cpu(*args):
-    x, norm, fc, tail, saves = args
-    if saves or not _tiles.takes(x, fc.w1, fc.w2):
-        return _mlp_stock(*args)
+def _mlp_cpu(x, norm, fc, tail, saves):
+    if saves or not cpu_kernels.tiled(x.dtype) or not _tiles.takes(x, fc.w1, fc.w2):
+        return _mlp_stock(x, norm, fc, tail, saves)
+    args = x, norm, fc, tail, saves
     return cpu_kernels.faster_of("mlp", _key(x, norm, fc, tail, ""), _mlp_tiles, _mlp_stock, *args)(*args)
 
 

@@ -57,8 +57,8 @@ if hasattr(os, "register_at_fork"):
 
 def tiled(dtype: torch.dtype) -> bool:
     """Whether the kernels multiply this dtype by tiles, so that `faster_of` says who runs."""
-    found = kernels()
-    return found is not None and dtype is torch.bfloat16 and found.name in TILES
+    # the dtype first: every call asks, and most are done then
+    return dtype is torch.bfloat16 and (found := kernels()) is not None and found.name in TILES
 
 
 def faster_of(
