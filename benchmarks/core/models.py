@@ -49,7 +49,8 @@ def vit(
         model: a name of `vitfast.list_models`, or 'vit-pytorch' for a ViT-B/16. To be trained, a model without
             classifier gets one of 1000 classes.
         dtype: of everything, or with `autocast` what autocast computes in, with weights and images in fp32.
-        group: which rivals besides the baseline: 'eager', 'compiled', 'autotuned' (max-autotune) or 'all'.
+        group: which rivals besides the baseline: 'eager', 'compiled', 'autotuned' (max-autotune, on a CPU among the
+            compiled too) or 'all'.
         size, depth: of images in pixels and of blocks, where they are not the model's own.
         autotune_s: how long max-autotune may take, in a process of its own.
 
@@ -105,9 +106,11 @@ def vit(
             variants[other] = Variant(lambda of=of: setting.eager(of(config, weights())), needs=(needs,))
     if group in ("all", "compiled"):
         variants |= _compiled(setting, name, theirs, config.image_size)
-    if group in ("all", "autotuned") and (not cpu or setting.plain_on_cpu):
+    # on a CPU it has few products to time, and takes no longer than without
+    if group in (("all", "autotuned", "compiled") if cpu else ("all", "autotuned")) and (
+        setting.plain_on_cpu or not cpu
+    ):
         example = partial(torch.zeros, batch, 3, *config.image_size, dtype=DTYPES[dtype])
-        # on a CPU it has few products to time and takes no longer than to compile
         variants[f"{name} max-autotune"] = Variant(
             lambda: setting.compiled_best(theirs(), example, autotuned=True), graph=False,
             apart=None if cpu else autotune_s,

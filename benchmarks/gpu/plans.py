@@ -155,12 +155,6 @@ def _packed(run: Run) -> Iterator[dict[str, int]]:
         yield dict(width=width, batch=batch)
 
 
-def beside_compilers(run: Run) -> Iterator[Callable[[], Case]]:
-    """The models that `goals` is about."""
-    for maker in whole(run, BASE_AND_SMALL[::-1], (8, 1), group="all"):
-        yield without(maker, "torchvision", "Hugging Face")
-
-
 def measured(name: str, budget_s: float, makers: Callable[[Run], Makers], **how: Any) -> Stage:
     return Stage(name, budget_s, rows, makers=makers, **how)
 
@@ -248,7 +242,8 @@ PLANS: dict[str, tuple[Stage, ...]] = {
         measured("packed products", 200, packed_products),
         measured("packed attention", 50, packed_attention),
         measured("packed blocks", 60, packed_blocks),
-        measured("models beside compilers", 1500, beside_compilers),
+        # what the goals are about
+        measured("models, compiled", 1500, of(*BASE_AND_SMALL[::-1], batches=(8, 1), group="compiled")),
         Stage("goals", 5, goals, always=True),
     ),
 }  # fmt: skip
