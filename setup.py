@@ -30,7 +30,15 @@ SOURCES = ["bindings.cpp", "cpu/features.cpp"]
 # compiled once for each instruction set that the machine's architecture has; the CPU's best is chosen at run time
 KERNELS = "cpu/kernels.cpp"
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
-X86_FLAGS = {"avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+AVX512_BF16 = [*AVX512, "-mavx512bf16"]
+X86_FLAGS = {
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": AVX512,
+    "avx512_bf16": AVX512_BF16,
+    "amx_bf16": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"],
+}
+# the second computes what amx_bf16 does, for tests on any CPU
+PORTABLE_FLAGS = {"portable": [], "plain_tiles": ["-DVITFAST_PLAIN_TILES"]}
 CUDA_SOURCES = ["cuda/patch_embed.cu", "cuda/product.cu", "cuda/probe.cu"]
 CUDA_BINDINGS = "cuda/bindings.cpp"
 # sm_80 runs on 8.6 and 8.9 too; PTX of 90a would not run on anything newer, so compute_80 and compute_100 are kept
@@ -160,7 +168,7 @@ class BuildWhatIsPossible(build_ext):
         # gcc's own header of AVX-512 warns of itself
         flags += ["-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
         flags += self.openmp(compiler, report)
-        sets = {"portable": [], **(X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else {})}
+        sets = {**PORTABLE_FLAGS, **(X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else {})}
         # a compiler each: the longest takes as long as all others together
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             of_cuda, link = self.start_cuda(wanted, options, pool, report)
@@ -186,7 +194,7 @@ class BuildWhatIsPossible(build_ext):
                     objects.append(made[isa].result())
                     report["isas"].append(isa)
                 except Missing as reason:  # an older compiler
-                    if isa == "portable":
+                    if isa in PORTABLE_FLAGS:
                         raise
                     report["why_no_isa"][isa] = str(reason)
             try:

@@ -105,22 +105,33 @@ PackedWeight packed_weight(const Packed& weight) {
   return {.cells = reinterpret_cast<const void*>(cells), .bias = reinterpret_cast<const float*>(bias), .K = K, .D = D};
 }
 
-void linear(const CpuKernels& kernels, uintptr_t x, const std::optional<Norm>& norm, const Packed& weight,
-            uintptr_t residual, uintptr_t out, int64_t rows, int dtype_number, int act, int threads) {
-  py::gil_scoped_release release;
+LinearArgs linear_args(uintptr_t x, const std::optional<Norm>& norm, const Packed& weight, uintptr_t residual,
+                       uintptr_t out, int64_t rows, int dtype_number, int act, int threads) {
   const PackedWeight packed = packed_weight(weight);
   const DType dtype = static_cast<DType>(dtype_number);
-  kernels.linear({.x = reinterpret_cast<const void*>(x),
-                  .norm = layer_norm_of(norm.value_or(Norm{}), packed.K, dtype),
-                  .normalises = norm.has_value(),
-                  .weight = packed,
-                  .residual = reinterpret_cast<const void*>(residual),
-                  .residual_rows = rows,
-                  .out = reinterpret_cast<void*>(out),
-                  .rows = rows,
-                  .dtype = dtype,
-                  .act = act,
-                  .threads = threads});
+  return {.x = reinterpret_cast<const void*>(x),
+          .norm = layer_norm_of(norm.value_or(Norm{}), packed.K, dtype),
+          .normalises = norm.has_value(),
+          .weight = packed,
+          .residual = reinterpret_cast<const void*>(residual),
+          .residual_rows = rows,
+          .out = reinterpret_cast<void*>(out),
+          .rows = rows,
+          .dtype = dtype,
+          .act = act,
+          .threads = threads};
+}
+
+void linear(const CpuKernels& kernels, uintptr_t x, const std::optional<Norm>& norm, const Packed& weight,
+            uintptr_t residual, uintptr_t out, int64_t rows, int dtype, int act, int threads) {
+  py::gil_scoped_release release;
+  kernels.linear(linear_args(x, norm, weight, residual, out, rows, dtype, act, threads));
+}
+
+void linear_unpacked(const CpuKernels& kernels, uintptr_t x, const std::optional<Norm>& norm, const Packed& weight,
+                     uintptr_t residual, uintptr_t out, int64_t rows, int dtype, int act, int threads) {
+  py::gil_scoped_release release;
+  kernels.linear_unpacked(linear_args(x, norm, weight, residual, out, rows, dtype, act, threads));
 }
 
 void mlp(const CpuKernels& kernels, uintptr_t x, const Norm& norm, const Packed& fc1, const Packed& fc2, uintptr_t out,
@@ -190,7 +201,7 @@ void pack_weight(const CpuKernels& kernels, uintptr_t weight, uintptr_t packed, 
 
 // The tables that were built and that this CPU can run, best last.
 std::vector<const CpuKernels*> usable_kernels() {
-  std::vector<const CpuKernels*> usable{&kernels_portable};
+  std::vector<const CpuKernels*> usable{&kernels_plain_tiles, &kernels_portable};
   std::map<std::string, bool> can = cpu_features();
 #ifdef VITFAST_HAS_AVX2
   if (can["avx2"]) usable.push_back(&kernels_avx2);
@@ -200,6 +211,9 @@ std::vector<const CpuKernels*> usable_kernels() {
 #endif
 #ifdef VITFAST_HAS_AVX512_BF16
   if (can["avx512_bf16"]) usable.push_back(&kernels_avx512_bf16);
+#endif
+#ifdef VITFAST_HAS_AMX_BF16
+  if (can["avx512_bf16"] && can["amx_bf16"]) usable.push_back(&kernels_amx_bf16);
 #endif
   return usable;
 }
@@ -215,9 +229,14 @@ PYBIND11_MODULE(_C, m) {
       .def("activation", &activation)
       .def("layer_norm", &layer_norm)
       .def("linear", &linear)
+      .def("linear_unpacked", &linear_unpacked)
+      .def("takes_unpacked", [](const CpuKernels& kernels, int64_t D, int64_t K,
+                                int dtype) { return kernels.takes_unpacked(D, K, static_cast<DType>(dtype)); })
       .def("mlp", &mlp)
       .def("block", &block)
       .def("embed", &embed)
+      .def("packed_bytes", [](const CpuKernels& kernels, int64_t D, int64_t K,
+                              int dtype) { return kernels.packed_bytes(D, K, static_cast<DType>(dtype)); })
       .def("pack_weight", &pack_weight)
       .def("multiplies",
            [](const CpuKernels& kernels, int dtype) { return kernels.multiplies(static_cast<DType>(dtype)); })

@@ -27,12 +27,12 @@ def instruction_sets():
 
 def flags_of(isa):
     """The compiler's options for an instruction set, out of setup.py."""
-    wanted = ("AVX512", "X86_FLAGS")
+    wanted = ("AVX512", "AVX512_BF16", "X86_FLAGS", "PORTABLE_FLAGS")
     tree = ast.parse((ROOT / "setup.py").read_text())
     tree.body = [node for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id in wanted]
     values = {}
     exec(compile(tree, "setup.py", "exec"), values)
-    return values["X86_FLAGS"].get(isa, [])
+    return {**values["PORTABLE_FLAGS"], **values["X86_FLAGS"]}[isa]
 
 
 def find_compiler():
@@ -99,20 +99,20 @@ WHICH_BUG = '#include <cstdlib>\ninline const char* const planted = std::getenv(
 WHICH_BUG += "inline const int bug_number = planted ? std::atoi(planted) : -1;\n"
 
 
-def planted(bugs, folder):
+def planted(bugs, folder, room="cuda"):
     """The compiler's arguments for a csrc/ with all these bugs, of which the environment's PLANTED chooses one.
 
     Args:
-        bugs: file of csrc/cuda, what stands there, and what takes its place, in which BUG is whether it is this one.
+        bugs: file of csrc/<room>, what stands there, and what takes its place, in which BUG is whether it is this one.
     """
     csrc = folder / "csrc-planted"
     folder.mkdir(exist_ok=True)
     shutil.copytree(CSRC, csrc, dirs_exist_ok=True)
     (folder / "which_bug.h").write_text(WHICH_BUG)
     for number, (file, right, wrong) in enumerate(bugs):
-        text = (csrc / "cuda" / file).read_text()
+        text = (csrc / room / file).read_text()
         assert text.count(right) == 1, f"{file} has no {right!r} any more"
-        (csrc / "cuda" / file).write_text(text.replace(right, wrong.replace("BUG", f"(bug_number == {number})")))
+        (csrc / room / file).write_text(text.replace(right, wrong.replace("BUG", f"(bug_number == {number})")))
     return ["-include", folder / "which_bug.h", f"-I{csrc}"]
 
 
@@ -131,6 +131,19 @@ def run_kernels_on_host(tmp_path_factory, program, sanitizers, bugs=(), bug=-1):
     )  # fmt: skip
     # each report of a race takes time, and there may be thousands
     return _run([built, "4"], PLANTED=str(bug), TSAN_OPTIONS="halt_on_error=1")
+
+
+def run_tiles_with_bug(tmp_path_factory, bugs, bug):
+    """What tests/native/check_kernels.cpp gives, run on plain tiles with one of these bugs in csrc/cpu."""
+    flags = ["-std=c++20", "-O1", "-g1", "-w", "-DVITFAST_KEPT_BYTES=0", "-DVITFAST_ISA=plain_tiles", *SANITIZE]
+    program = built_once(
+        tmp_path_factory, "check_kernels-planted", *flags, *flags_of("plain_tiles"), PROGRAMS / "check_kernels.cpp",
+        sources=lambda folder: [
+            *planted(bugs, folder / "planted-tiles", "cpu"), folder / "planted-tiles" / "csrc-planted/cpu/kernels.cpp",
+        ],
+    )  # fmt: skip
+    # what nobody wrote is NaN
+    return _run([program, "3"], PLANTED=str(bug), ASAN_OPTIONS="max_malloc_fill_size=1000000000:malloc_fill_byte=255")
 
 
 def kernels_on_host(tmp_path_factory):

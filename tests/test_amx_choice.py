@@ -1,15 +1,27 @@
-"""What runs on a CPU with AMX, which may not be this one: its feature is injected."""
+"""What runs on a CPU with AMX, which may not be this one: its feature, kernels and times are injected."""
 
+import contextlib
+import multiprocessing
+import os
 import sys
+import threading
+import time
 
 import pytest
 import torch
 import torch.nn.functional as F
 from small_models import images_for, tiny
+from textbook import Textbook
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 
 import vitfast
-from vitfast import ops
+from vitfast import ops, reference
+from vitfast.check.acceptance import accept
+from vitfast.commands import info
 from vitfast.kernels import cpu as cpu_kernels
+from vitfast.kernels import extension
+from vitfast.kernels.cpu import choice
 from vitfast.ops import _register
 
 UNITS = {torch.bfloat16: "amx_bf16", torch.float16: "amx_fp16", torch.float32: None}
@@ -18,20 +30,52 @@ PREPARED = [torch.float32] + [torch.bfloat16] * torch.ops.mkldnn._is_mkldnn_bf16
 every_dtype = pytest.mark.parametrize("dtype", UNITS, ids=str)
 
 
+class Named:
+    """Kernels of plain tiles by the name of those of AMX."""
+
+    name = "amx_bf16"
+
+    def __init__(self, kernels):
+        self.kernels = kernels
+
+    def __getattr__(self, name):
+        return getattr(self.kernels, name)
+
+
+@contextlib.contextmanager
+def cpu(monkeypatch, amx, tiles, **environment):
+    """A CPU of which torch says that it has AMX, or has not, and which kernels of tiles use or not."""
+    module = extension.load()[0]
+    if module is None and tiles:
+        pytest.skip("no extension")
+    with monkeypatch.context() as patch:
+        capabilities = dict(torch.cpu.get_capabilities()) | {"amx_bf16": amx, "amx_fp16": amx}
+        patch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+        patch.delenv("VITFAST_CPU_ISA", raising=False)
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        if module is not None:
+            known = [each for each in module.usable_kernels() if each.name != "amx_bf16"]
+            usable = [*known, Named(known[0])] if tiles else known
+            patch.setattr(module, "usable_kernels", lambda: usable)
+        patch.setattr(choice, "_timed", {})
+        cpu_kernels.kernels.cache_clear()
+        yield
+    cpu_kernels.kernels.cache_clear()
+
+
 @pytest.fixture(params=[False, True], ids=["without AMX", "with AMX"])
 def amx(request, monkeypatch):
-    """Whether torch says that the CPU has it."""
-    known = dict(torch.cpu.get_capabilities())
-    given = known | {"amx_bf16": request.param, "amx_fp16": request.param}
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: given)
-    return request.param
+    """Whether torch says that the CPU has it; the kernels have not."""
+    with cpu(monkeypatch, request.param, tiles=False):
+        yield request.param
 
 
 @pytest.fixture
 def calls(monkeypatch):
     """Which C++ kernels for whole parts of a block were called."""
     seen = []
-    for name in ("_attention", "linear", "mlp", "block", "embed"):
+    for name in ("_attention", "linear", "linear_unpacked", "mlp", "block", "embed"):
         # the one function behind both of attention's
         place = sys.modules["vitfast.kernels.cpu.attention"] if name == "_attention" else cpu_kernels
         function = getattr(place, name)
@@ -85,3 +129,383 @@ def test_table_names_a_kernel_that_does_not_run(amx):
     """`vitfast info` on such a CPU."""
     for name, found in _register.implementations().items():
         assert ("AMX" in found["cpu"].path) is (amx and name.startswith("attention"))
+
+
+class Clock:
+    """In place of measuring: `ratio` is how many times as fast as stock the kernels are, `asked` what was measured."""
+
+    def __init__(self):
+        self.ratio, self.asked = 2.0, []
+
+    def __call__(self, ours, stock, args):
+        ours(*args), stock(*args)
+        self.asked.append(args)
+        ratio = self.ratio(*args) if callable(self.ratio) else self.ratio
+        return choice.Timed(1.0, ratio, ratio)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(choice, "time_both", clock)
+    return clock
+
+
+@pytest.fixture
+def tiles(monkeypatch, clock):
+    """A CPU with AMX and kernels for it, and an injected clock."""
+    with cpu(monkeypatch, amx=True, tiles=True):
+        yield clock
+
+
+def draw(*shape, dtype=torch.bfloat16):
+    return torch.randn(shape).to(dtype)
+
+
+W1, W2 = draw(96, 64), draw(64, 96)
+# what is called in an eager block: the kernel behind it, and the call with x [2, N, 64]
+EAGER = {
+    "attention": ("_attention", lambda x: ops.attention(*[x.unflatten(-1, (2, -1))] * 3)),
+    "attention_qkv": ("_attention", lambda x: ops.attention_qkv(torch.stack([x.unflatten(-1, (2, -1))] * 3, 2))),
+    "linear": ("linear_unpacked", lambda x: ops.linear(x, W1, act="gelu")),
+    "mlp": ("linear_unpacked", lambda x: ops.mlp(x, None, None, W1, None, W2, None)),
+}
+every_op = pytest.mark.parametrize("op", EAGER)
+
+
+def runs_kernel(op, calls, x):
+    """Whether the op's kernel runs, once what had to be measured was."""
+    kernel, call = EAGER[op]
+    call(x)
+    del calls[:]
+    call(x)
+    return kernel in calls
+
+
+@every_op
+@pytest.mark.parametrize("ratio, ours", [(2.0, True), (1.06, True), (1.04, False), (1.0, False), (0.5, False)])
+@torch.no_grad()
+def test_op_runs_where_the_other_way_is_faster(op, ratio, ours, tiles, calls):
+    """The margin forgotten, or the choice turned round."""
+    tiles.ratio = ratio
+    assert runs_kernel(op, calls, draw(2, 9, 64)) is ours
+    assert len(tiles.asked) == 1
+
+
+@every_op
+@torch.no_grad()
+def test_op_is_measured_again(op, tiles):
+    """Once for each power of two of tokens and number of threads, in whichever thread."""
+    call = EAGER[op][1]
+    for tokens in (9, 10, 9, 15):
+        call(draw(2, tokens, 64))
+    assert len(tiles.asked) == 1
+    call(draw(2, 16, 64))
+    assert len(tiles.asked) == 2
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        call(draw(2, 16, 64)), call(draw(2, 16, 64))
+    finally:
+        torch.set_num_threads(before)
+    assert len(tiles.asked) == 3
+
+
+@torch.no_grad()
+def test_two_threads_measure_the_same(tiles, monkeypatch):
+    """Both measured: they slow each other down, and one of them may compute by another way than the other."""
+    x, outs = draw(2, 9, 64), []
+    monkeypatch.setattr(choice, "time_both", lambda *args: (time.sleep(0.2), tiles(*args))[1])
+    # grad mode is a thread's own
+    threads = [threading.Thread(target=lambda: outs.append(torch.no_grad()(EAGER["linear"][1])(x))) for _ in range(4)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert len(tiles.asked) == 1 and len(outs) == 4 and all(torch.equal(out, outs[0]) for out in outs)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_forked_process_waits_for_a_thread_that_it_has_not():
+    held, done = threading.Event(), threading.Event()
+
+    def hold():
+        with choice._lock:
+            held.set()
+            done.wait()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait()
+    try:
+        child = multiprocessing.get_context("fork").Process(target=lambda: choice._lock.acquire())
+        child.start()
+        child.join(20)
+        assert child.exitcode == 0
+    finally:
+        child.kill()
+        done.set()
+        holder.join()
+
+
+def dual():
+    stack = contextlib.ExitStack()
+    stack.enter_context(forward_ad.dual_level())
+    return stack
+
+
+TRACED = {
+    "fake tensors": FakeTensorMode, "forward mode": dual,
+    "exportable": vitfast.choose.exportable.stock_operators,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", TRACED)
+def test_measures_what_is_not_computed(how, tiles):
+    """What was measured before holds there too."""
+    ours, stock = (lambda: "ours"), (lambda: "stock")
+    with TRACED[how]():
+        assert choice.faster_of("it", (1,), ours, stock) is stock and not tiles.asked
+    assert choice.faster_of("it", (1,), ours, stock) is ours and len(tiles.asked) == 1
+    with TRACED[how]():
+        assert choice.faster_of("it", (1,), ours, stock) is ours
+
+
+@every_op
+@torch.no_grad()
+def test_tracing_measures(op, tiles):
+    """By torch.compile, torch.export, torch.jit.trace, torch.func, of meta and fake tensors; a compiled graph's first
+    run may."""
+    call, x = EAGER[op][1], draw(2, 9, 64)
+
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return call(x)
+
+    torch.export.export(Model(), (x,))
+    torch.jit.trace(call, x, check_trace=False)
+    torch.func.vmap(call)(x.unsqueeze(0))
+    if op.startswith("attention"):
+        # others have weights on the CPU
+        call(x.to("meta")), call(FakeTensorMode().from_tensor(x))
+    torch._dynamo.reset()
+    graphs = []
+    compiled = torch.compile(call, backend=lambda graph, _: graphs.append(len(tiles.asked)) or graph, fullgraph=True)
+    compiled(x)
+    assert graphs == [0] and len(tiles.asked) == 1
+    assert all(type(t) is torch.Tensor for t in tiles.asked[0] if isinstance(t, torch.Tensor))
+
+
+@pytest.mark.parametrize("op", ["linear", "mlp"])
+@pytest.mark.parametrize("how", ["training", "fp32", "width in no tiles", "strided weight", "autocast of fp32"])
+def test_op_takes_what_the_kernel_does_not(op, how, tiles, calls):
+    dtype, K = torch.float32 if "fp32" in how else torch.bfloat16, 40 if how == "width in no tiles" else 64
+    w1, w2, x = draw(96, K, dtype=dtype), draw(K, 96, dtype=dtype), draw(2, 9, K, dtype=dtype)
+    if how == "strided weight":
+        w1 = w1.t().contiguous().t()
+    w1.requires_grad_(how == "training")
+    with torch.autocast("cpu", torch.bfloat16, enabled=how.startswith("autocast")):
+        # a norm, since without one x is cast to bf16, which the kernels may multiply
+        mlp = lambda: ops.mlp(x, None, None, w1, None, w2, None)  # noqa: E731
+        out = mlp() if op == "mlp" else ops.linear(x, w1, norm="layer")
+    if how == "training":
+        out.float().sum().backward()
+    assert not tiles.asked and "linear_unpacked" not in calls
+
+
+@torch.no_grad()
+def test_failing_kernel_is_replaced_in_silence(tiles, monkeypatch):
+    """While it is measured and after; and what failed is not taken for measured."""
+
+    def fails(*args, **kwargs):
+        raise RuntimeError("broken")
+
+    x, call = draw(2, 9, 64), EAGER["linear"][1]
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu_kernels, "linear_unpacked", fails)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="broken"):
+                call(x)
+        assert not choice._timed
+    call(x)
+    monkeypatch.setattr(cpu_kernels, "linear_unpacked", fails)
+    with pytest.raises(RuntimeError, match="broken"):
+        call(x)
+
+
+@pytest.mark.parametrize("isa", choice.TILES)
+@pytest.mark.parametrize("amx_is_there", [False, True])
+@torch.no_grad()
+def test_kernels_that_were_asked_for_are_measured(isa, amx_is_there, monkeypatch, clock, calls):
+    """VITFAST_CPU_ISA means them, also where they are slower."""
+    clock.ratio = 0.1
+    with cpu(monkeypatch, amx_is_there, tiles=True, VITFAST_CPU_ISA=isa):
+        for op in EAGER:
+            assert runs_kernel(op, calls, draw(2, 9, 64))
+        model = tiny().bfloat16()
+        prepared = vitfast.prepare(model)
+        del calls[:]
+        prepared(images_for(model).bfloat16())
+        assert "by=oneDNN" not in str(prepared) and {"block", "embed"} <= {*calls} and not clock.asked
+
+
+@torch.no_grad()
+def test_other_instruction_sets_are_measured(amx, clock):
+    for op in EAGER:
+        EAGER[op][1](draw(2, 9, 64))
+    if torch.bfloat16 in PREPARED:
+        model = tiny().bfloat16()
+        vitfast.prepare(model)(images_for(model).bfloat16())
+    assert not clock.asked and not cpu_kernels.measured()
+
+
+# by the number of images how many times as fast the kernels are
+BLOCKS = {
+    "faster": (lambda images: 2.0, True), "slower": (lambda images: 0.5, False), "equal": (lambda images: 1.0, False),
+    "slower with one": (lambda images: 0.9 if images == 1 else 3.0, False),
+    "slower with many": (lambda images: 3.0 if images == 1 else 0.9, False),
+}  # fmt: skip
+
+
+@pytest.mark.skipif(torch.bfloat16 not in PREPARED, reason="this CPU prepares no bf16")
+@pytest.mark.parametrize("case", BLOCKS)
+@torch.no_grad()
+def test_prepared_blocks_are_the_slower_ones(case, tiles, calls):
+    """A choice of all the packed weights by the time of a whole block, once a process."""
+    ratio, ours = BLOCKS[case]
+    tiles.ratio = lambda first, *others: 1.0 if others else ratio(first)
+    model = tiny().bfloat16()
+    state = torch.get_rng_state()
+    prepared = vitfast.prepare(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    asked = [args[0] for args in tiles.asked if len(args) == 1]
+    assert asked == ([1] if not ours and case != "slower with many" else [1, 8])
+    assert ("by=vitfast" in str(prepared)) is ours and ("by=oneDNN" in str(prepared)) is not ours
+    del calls[:]
+    found = prepared(images_for(model).bfloat16())
+    assert ("block" in calls) is ours is ("embed" in calls)
+    exact = tiny().double()(images_for(model).bfloat16().double())
+    assert found.shape == exact.shape
+    before = len(tiles.asked)
+    vitfast.prepare(model), vitfast.prepare(tiny().bfloat16())
+    assert len(tiles.asked) == before
+    # another kind of block is another question
+    vitfast.prepare(tiny(num_heads=1).bfloat16())
+    assert len(tiles.asked) > before
+    # and fp32 none
+    before = len(tiles.asked)
+    vitfast.prepare(tiny())
+    assert len(tiles.asked) == before
+
+
+@pytest.mark.skipif(torch.bfloat16 not in PREPARED, reason="this CPU prepares no bf16")
+def test_prepare_takes_longer_for_large_images(tiles):
+    """Many tokens are timed as one image."""
+    vitfast.prepare(tiny(img_size=640).bfloat16())
+    assert {args[0] for args in tiles.asked if len(args) == 1} == {1}
+
+
+def test_explain_and_info_say_nothing_of_what_was_measured(tiles):
+    model = tiny().bfloat16()
+    with torch.no_grad():
+        model(images_for(model).bfloat16())
+    notes = [note for note in vitfast.explain(model).notes if note.startswith("measured on this CPU: ")]
+    assert len(notes) == len(tiles.asked) == len(choice._timed) > 1
+    assert all("amx_bf16 (vitfast 1 ms, stock 2 ms)" in note for note in notes)
+    assert all(any(f": {op} " in note for note in notes) for op in ("attention", "mlp", "linear"))
+    told = {op: kinds["cpu"]["runs_as"] for op, kinds in info.collect()["ops"].items()}
+    assert {op for op, words in told.items() if "by measurement in each process" in words} == {
+        "attention", "attention_qkv", "attention_varlen", "linear", "mlp",
+    }  # fmt: skip
+
+
+def test_the_faster_one_is_measured_as_the_slower():
+    """The real clock, and that it takes no longer than a user waits."""
+    slow, fast = (lambda seconds: time.sleep(seconds)), (lambda seconds: None)
+    began = time.perf_counter()
+    assert choice.time_both(fast, slow, (0.005,)).ours and not choice.time_both(slow, fast, (0.005,)).ours
+    assert not choice.time_both(slow, slow, (0.005,)).ours
+    assert time.perf_counter() - began < 2
+
+
+def linear_formula(x, weight, bias, norm, norm_weight, norm_bias, act, gamma, residual):
+    return reference.linear(x, weight, bias, norm_weight, norm_bias, 1e-6, norm, act, gamma, None, residual)
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    with cpu(monkeypatch, amx=False, tiles=True, VITFAST_CPU_ISA="plain_tiles"):
+        yield
+
+
+@pytest.mark.parametrize("rows, K, D", [(1, 32, 16), (5, 64, 48), (197, 192, 96), (70, 768, 240)])
+@torch.no_grad()
+def test_eager_linear_on_tiles_is_less_exact_than_stock(rows, K, D, plain, calls):
+    """Norm, activation, LayerScale and residual, fused or not, bias or none, strides."""
+    x, weight, bias, gamma = 3 + draw(1, rows, K), draw(D, K) * K**-0.5, draw(D), draw(D)
+    residual, norm_weight, norm_bias = draw(1, D, rows).transpose(1, 2), 1 + 0.1 * draw(K), draw(K)
+    strided = draw(1, K, rows).transpose(1, 2)
+    for given in (
+        (x, weight, bias, "none", None, None, "none", None, None),
+        (strided, weight, None, "none", None, None, "quick_gelu", None, residual),
+        (x, weight, bias, "layer", norm_weight, norm_bias, "gelu", None, None),
+        (x, weight, bias, "layer", norm_weight, None, "none", gamma, residual),
+        (x, weight, None, "layer", None, None, "silu", None, residual),
+        (x, weight, bias, "rms", norm_weight, None, "gelu_tanh", None, residual),
+        # as in a model whose norms stay in fp32
+        (x, weight, bias, "layer", norm_weight.float(), norm_bias.float(), "none", None, None),
+    ):
+        x_, weight_, bias_, norm, norm_weight_, norm_bias_, act, gamma_, residual_ = given
+        del calls[:]
+        out = ops.linear(
+            x_, weight_, bias_, norm=norm, norm_weight=norm_weight_, norm_bias=norm_bias_, act=act, gamma=gamma_,
+            residual=residual_,
+        )  # fmt: skip
+        assert calls == ["linear_unpacked"] and out.is_contiguous()
+        exact = linear_formula(*(t.double() if isinstance(t, torch.Tensor) else t for t in given))
+        with Textbook():
+            stock = linear_formula(*given)
+        accept(out, exact, stock)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+@torch.no_grad()
+def test_eager_mlp_on_tiles_is_less_exact_than_stock(gated, scaled, plain, calls):
+    for rows, D, hidden in ((1, 64, 128), (197, 192, 768)):
+        x, gamma, row_scale = draw(2, rows, D), draw(D) if scaled else None, draw(2) if scaled else None
+        w1, b1 = draw(hidden, D) * D**-0.5, draw(hidden)
+        w2, b2 = draw(D, hidden // 2 if gated else hidden) * hidden**-0.5, draw(D)
+        del calls[:]
+        given = x, draw(D), draw(D), w1, b1, w2, b2
+        out = ops.mlp(*given, gated=gated, gamma=gamma, row_scale=row_scale)
+        assert calls == ["linear_unpacked"] * 2
+
+        def formula(x, norm_weight, norm_bias, w1, b1, w2, b2, gamma, row_scale, gated=gated):
+            return reference.mlp(
+                x, norm_weight, norm_bias, 1e-6, "layer", w1, b1, w2, b2, "gelu", gated, gamma, row_scale
+            )
+
+        with Textbook():
+            stock = formula(*given, gamma, row_scale)
+        exact = formula(*(None if t is None else t.double() for t in (*given, gamma, row_scale)))
+        accept(out, exact, stock)
+
+
+@torch.no_grad()
+def test_padding_is_given_to_linear_unpacked(plain):
+    """What reads past memory: each tensor too short, of another dtype or with gaps."""
+    x, weight, bias, residual = draw(3, 64), draw(32, 64), draw(32), draw(3, 32)
+    good = dict(x=x, weight=weight, bias=bias, residual=residual, norm=cpu_kernels.Norm(draw(64), None, 1e-6))
+    cpu_kernels.linear_unpacked(**good)
+    bad = {
+        "x": [x[:, :32], x.float(), draw(64, 3).t(), draw(0, 64), draw()],
+        "weight": [weight.float(), draw(64, 32).t(), draw(32, 64, 1), draw(8, 64), draw(24, 64), draw(32, 40)],
+        "bias": [draw(31), draw(32, 1), bias.to("meta")],
+        "residual": [draw(2, 32), residual.float(), draw(32, 3).t()],
+        "norm": [cpu_kernels.Norm(draw(63), None, 1e-6), cpu_kernels.Norm(draw(64).float(), None, 1e-6)],
+    }
+    for name, tensors in bad.items():
+        for t in tensors:
+            with pytest.raises(ValueError, match=f"linear_unpacked: .*{name}"):
+                cpu_kernels.linear_unpacked(**good | {name: t})

@@ -236,8 +236,9 @@ def test_older_compiler_costs_all_kernels_or_none(builder, sdist, tmp_path):
     assert report["extension"] and "portable" in report["isas"] and "avx512_bf16" not in report["isas"]
     assert "-fopenmp" in report["why_no_openmp"] and "on one thread, no OpenMP" in line_of(said)
     if platform.machine() == "x86_64":
-        assert report["isas"] == ["portable", "avx2", "avx512"]
-        assert "-mavx512bf16" in report["why_no_isa"]["avx512_bf16"]
+        assert report["isas"] == ["portable", "plain_tiles", "avx2", "avx512"]
+        for isa in ("avx512_bf16", "amx_bf16"):
+            assert "-mavx512bf16" in report["why_no_isa"][isa]
     call_extension(package)
 
 

@@ -59,11 +59,15 @@ def test_readme_says_of_an_op_what_info_does_not(monkeypatch):
 
 
 def test_readme_says_of_amx_what_info_does_not(monkeypatch):
-    monkeypatch.setattr(_register.cpu_kernels, "has_amx", lambda dtype: True)
+    monkeypatch.setattr(_register.cpu_kernels, "tiled", lambda dtype: True)
     ops = {op: kinds["cpu"]["runs_as"] for op, kinds in info.collect()["ops"].items()}
-    stock = {op for op, runs_as in ops.items() if f"bf16: {_register.STOCK}" in runs_as}
-    assert stock == {"attention", "attention_qkv", "attention_varlen"}
-    assert "on CPUs with AMX also for attention in bf16" in README
+    by_clock = {op: runs_as.partition("(")[2] for op, runs_as in ops.items() if "by measurement" in runs_as}
+    assert {op for op, words in by_clock.items() if words.startswith("bf16: ")} == {
+        "attention", "attention_qkv", "attention_varlen",
+    }  # fmt: skip
+    assert {op for op, words in by_clock.items() if words.startswith("bf16 in inference: ")} == {"linear", "mlp"}
+    told = "in bf16, attention and, in inference, `ops.linear` and `ops.mlp` are C++ or PyTorch"
+    assert told in " ".join(README.split())
 
 
 def test_readme_or_build_names_other_instruction_sets_than_are_built():

@@ -33,6 +33,13 @@ uint64_t saved_state() {
   return (uint64_t{high} << 32) | low;
 }
 
+// Palette 1 of tiles: at least eight of 16 rows of 64 bytes.
+bool has_whole_tiles() {
+  if (cpuid(0, 0).eax < 0x1d || cpuid(0x1d, 0).eax < 1) return false;
+  const Registers palette = cpuid(0x1d, 1);
+  return palette.ebx >> 16 >= 8 && (palette.ebx & 0xffff) >= 64 && (palette.ecx & 0xffff) >= 16;
+}
+
 // Linux hands out AMX tiles on request only (arch_prctl ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
 bool may_use_tiles() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
 
@@ -41,7 +48,8 @@ bool may_use_tiles() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
 std::map<std::string, bool> cpu_features() {
   const Registers leaf7 = cpuid(7, 0), leaf7_1 = cpuid(7, 1);
   const uint64_t state = saved_state();
-  const bool ymm = (state & 0x6) == 0x6, zmm = (state & 0xe6) == 0xe6, tiles = (state & 0x60000) == 0x60000;
+  const bool ymm = (state & 0x6) == 0x6, zmm = (state & 0xe6) == 0xe6;
+  const bool tiles = (state & 0x60000) == 0x60000 && bit(leaf7.edx, 24) && has_whole_tiles();
   const bool avx2 = ymm && bit(leaf7.ebx, 5) && bit(cpuid(1, 0).ecx, 12) && bit(cpuid(1, 0).ecx, 29);  // FMA, F16C
   const bool avx512 =
       avx2 && zmm && bit(leaf7.ebx, 16) && bit(leaf7.ebx, 30) && bit(leaf7.ebx, 31) && bit(leaf7.ebx, 17);

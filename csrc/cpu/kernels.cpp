@@ -6,6 +6,7 @@
 #include "cpu/block.h"
 #include "cpu/layer_norm.h"
 #include "cpu/linear.h"
+#include "cpu/linear_unpacked.h"
 #include "cpu/patch_embed.h"
 #include "cpu/patch_rows.h"
 
@@ -21,7 +22,10 @@ const CpuKernels VITFAST_TABLE(VITFAST_ISA) = {.name = VITFAST_NAME(VITFAST_ISA)
                                                .activation = activation,
                                                .layer_norm = layer_norm,
                                                .linear = linear,
+                                               .linear_unpacked = linear_unpacked,
+                                               .takes_unpacked = takes_unpacked,
                                                .mlp = mlp,
+                                               .packed_bytes = packed_bytes,
                                                .pack_weight = pack_weight,
                                                .block = block,
                                                .embed = embed,

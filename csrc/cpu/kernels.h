@@ -48,9 +48,9 @@ struct LayerNormArgs {
 };
 
 struct PackedWeight {
-  const void* cells;  // what pack_weight made
+  const void* cells;  // what pack_weight made, or of linear_unpacked the weight itself
   const float* bias;  // [D], zeros up to a multiple of MAX_LANES behind it, or null
-  int64_t K, D;       // K even for bf16
+  int64_t K, D;       // K even for bf16 by vectors
 };
 
 constexpr int NO_ACT = -1;
@@ -100,7 +100,7 @@ struct EmbedArgs {
 
 struct PackWeightArgs {
   const void* weight;  // [D, K], contiguous
-  void* packed;        // D rounded up to MAX_LANES times K numbers
+  void* packed;        // of packed_bytes
   int64_t D, K;
   DType dtype;
 };
@@ -117,8 +117,12 @@ struct CpuKernels {
   void (*layer_norm)(const LayerNormArgs&);
   // residual + act(norm(x) weight^T + bias), sums in fp32, rounded once
   void (*linear)(const LinearArgs&);
+  // the same of a weight [D, K] that is not packed, if it `takes_unpacked`; out is not the residual
+  void (*linear_unpacked)(const LinearArgs&);
+  bool (*takes_unpacked)(int64_t D, int64_t K, DType dtype);
   // x + fc2(act(fc1(norm(x))))
   void (*mlp)(const MlpArgs&);
+  int64_t (*packed_bytes)(int64_t D, int64_t K, DType dtype);
   void (*pack_weight)(const PackWeightArgs&);
   // a transformer block: y = x + proj(attention(qkv(norm1(x)))), out = y + fc2(act(fc1(norm2(y))))
   void (*block)(const BlockArgs&);
@@ -129,6 +133,8 @@ struct CpuKernels {
   void (*patch_rows)(const PatchRowsArgs&);
 };
 
-extern const CpuKernels kernels_portable, kernels_avx2, kernels_avx512, kernels_avx512_bf16;
+extern const CpuKernels kernels_portable, kernels_avx2, kernels_avx512, kernels_avx512_bf16, kernels_amx_bf16;
+// bf16 as kernels_amx_bf16, in C++ that any CPU runs
+extern const CpuKernels kernels_plain_tiles;
 
 }  // namespace vitfast

@@ -55,6 +55,19 @@ inline Floats splat(float x) {
 }
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
+// a * b, rounded: never in one step with what is added to it.
+inline Floats rounded_product(Floats a, Floats b) {
+  Floats product = a * b;
+#if defined(__AVX512F__)
+  asm("" : "+v"(product));
+#elif defined(__x86_64__)
+  asm("" : "+x"(product));
+#else
+  asm("" : "+w"(product));
+#endif
+  return product;
+}
+
 inline float sum_of(Floats v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)v);
@@ -181,7 +194,8 @@ inline void transpose(Floats (&rows)[LANES]) {
 #endif
 }
 
-// 2^x for x <= 126 from 2^f = polynomial(f), |f| <= 1/2; below -126 it may be 0.
+// 2^x for x <= 126 from 2^f = polynomial(f), |f| <= 1/2; below -126 it may be 0. With AVX-512 for all x: scalef makes
+// infinity and 0 of f = inf - inf too.
 template <class Polynomial>
 inline Floats exp2_by(Floats x, const Polynomial& polynomial) {
 #if defined(__AVX512F__)

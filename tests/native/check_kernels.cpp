@@ -203,7 +203,7 @@ struct Packed {
   Packed(int64_t D, int64_t K, DType dtype)
       : weight(D * K, dtype, 1 / std::sqrt(float(K))),
         bias(D, DType::fp32, 1, (MAX_LANES - D % MAX_LANES) % MAX_LANES),
-        cells((D + MAX_LANES - 1) / MAX_LANES * MAX_LANES * K * (dtype == DType::fp32 ? 4 : 2)) {
+        cells(JOIN(kernels_, VITFAST_ISA).packed_bytes(D, K, dtype)) {
     JOIN(kernels_, VITFAST_ISA)
         .pack_weight({.weight = weight.bytes.data(), .packed = cells.data(), .D = D, .K = K, .dtype = dtype});
     view = {.cells = cells.data(), .bias = (const float*)bias.bytes.data(), .K = K, .D = D};
@@ -223,11 +223,14 @@ static void check_linear_and_mlp() {
   const CpuKernels& kernels = JOIN(kernels_, VITFAST_ISA);
   for (int trial = 0; trial < 150 / share; ++trial) {
     const DType dtype = kernels.multiplies(DType::bf16) && trial % 2 ? DType::bf16 : DType::fp32;
-    // odd widths where numbers go one by one; rows that a power of two lies between; sums in several pieces
+    // odd widths where numbers go one by one; rows that a power of two lies between, or that are tiles as they lie;
+    // sums in several pieces
     const bool many = trial % 10 == 9, wide = trial % 10 == 8, odd = dtype == DType::fp32;
-    const int64_t rows = many ? draw(90, 330) : draw(1, 40), D = 2 * draw(1, 50) - odd;
-    const int64_t K = wide ? 1024 : 2 * draw(1, 40) - odd;
-    const int threads = int(draw(1, 3));
+    const bool whole = trial % 4 == 1;
+    const int64_t rows = many ? draw(130, 330) : draw(1, 40), D = whole ? 16 * draw(1, 6) : 2 * draw(1, 50) - odd;
+    const int64_t K = wide ? 1024 : whole ? 32 * draw(1, 3) : 2 * draw(1, 40) - odd;
+    // one thread has enough rows to keep an MLP's hidden values
+    const int threads = trial % 20 == 19 ? 1 : int(draw(1, 3));
     const Numbers x(rows * K, dtype, 2), residual(rows * D, dtype, 1), norm_weight(K, dtype, 1), norm_bias(K, dtype, 1);
     const Packed fc1(D, K, dtype), fc2(K, D, dtype);
     const bool affine = draw(0, 2);
@@ -261,7 +264,7 @@ static void check_linear_and_mlp() {
     PackedWeight weight = fc1.view;
     if (!biased) weight.bias = nullptr;
     const void* const added = over ? out.data() : residual.bytes.data();
-    kernels.linear({.x = x.bytes.data(),
+    LinearArgs args{.x = x.bytes.data(),
                     .norm = norm,
                     .normalises = normalises,
                     .weight = weight,
@@ -271,7 +274,8 @@ static void check_linear_and_mlp() {
                     .rows = rows,
                     .dtype = dtype,
                     .act = acts ? int(Act::gelu) : NO_ACT,
-                    .threads = threads});
+                    .threads = threads};
+    kernels.linear(args);
     std::vector<double> expected = fc1.apply(normalises ? normed : in, rows);
     for (size_t i = 0; i < expected.size(); ++i) {
       if (!biased) expected[i] -= fc1.bias.at(i % D);
@@ -279,6 +283,14 @@ static void check_linear_and_mlp() {
       if (adds) expected[i] += residual.at(i);
     }
     compare(out, expected, "linear");
+    if (kernels.takes_unpacked(D, K, dtype)) {
+      std::vector<uint8_t> unpacked(out.size());
+      args.weight.cells = fc1.weight.bytes.data();
+      args.residual = adds ? residual.bytes.data() : nullptr;
+      args.out = unpacked.data();
+      kernels.linear_unpacked(args);
+      REQUIRE(unpacked == out, "linear_unpacked rows %ld K %ld D %ld differs", (long)rows, (long)K, (long)D);
+    }
     std::vector<double> hidden = fc1.apply(normed, rows);
     for (double& h : hidden) h = activated(h, Act::gelu);
     expected = fc2.apply(hidden, rows);

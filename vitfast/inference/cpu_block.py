@@ -7,6 +7,7 @@ Shapes: B images, N tokens, D channels, H heads.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,18 +29,44 @@ from vitfast.ops.patch_embed import place_prefix
 # Rows that oneDNN's layout is chosen for. It picks one for few rows and one for many, and the first is half as fast on
 # many; from 197 to 16,384 rows the choice was the same.
 ONEDNN_ROWS = 1024
+# Tokens with which blocks are timed at most: 8 images of 224 pixels in patches of 16.
+TIMED_TOKENS = 8 * 197
 
 
 def own_product(dtype: torch.dtype, K: int) -> bool:
-    """Whether the C++ kernels multiply faster than oneDNN here.
+    """Whether the C++ kernels multiply faster than oneDNN here; of tiles `own_blocks` has the last word.
 
     Alone they are as fast with AVX-512 and gain what surrounds the product: norm, activation, addition, and the memory
     between them. With AVX2 they lose up to 6 % on wide layers; AMX, which oneDNN has, is several times as fast in bf16.
     """
     kernels = cpu_kernels.kernels()
-    if kernels is None or not kernels.name.startswith("avx512") or not cpu_kernels.PackedWeight.takes(K, dtype):
+    if kernels is None or not cpu_kernels.multiplies(dtype) or not cpu_kernels.PackedWeight.takes(K, dtype):
         return False
-    return cpu_kernels.multiplies(dtype) and not cpu_kernels.has_amx(dtype)
+    if cpu_kernels.tiled(dtype):
+        return True
+    return kernels.name.startswith(("avx512", "amx")) and not cpu_kernels.has_amx(dtype)
+
+
+def own_blocks(model: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether a whole block on tiles is faster than one on oneDNN's products, with one image and with eight.
+
+    One layout of the weights serves every number of images, so that the kernels have to win with few and with many.
+    True where tiles are no matter.
+    """
+    if not cpu_kernels.tiled(dtype) or not len(model.blocks):
+        return True
+    block, N = model.blocks[0], model.config.num_patches + model.config.num_prefix_tokens
+    attn, mlp, width = block.attn, block.mlp, block.attn.qkv.in_features
+    made = functools.cache(lambda own: PackedBlock(block, dtype, splits_qkv=False, own=own))
+    drawn = torch.Generator().manual_seed(0)  # the user's numbers stay as they are
+    tokens = functools.cache(lambda B: torch.randn(B, N, width, generator=drawn, device="cpu").to(dtype))
+    ours, stock = (lambda B, own=own: made(own)(tokens(B)) for own in (True, False))
+    sizes = N, width, attn.num_heads, attn.head_dim, mlp.fc2.in_features
+    parts = type(attn.q_norm).__name__, mlp.kind, activation_name(mlp.act)
+    few_and_many = 1, min(8, max(1, TIMED_TOKENS // N))
+    return all(
+        cpu_kernels.faster_of("prepared block", (B, *sizes, *parts), ours, stock, B) is ours for B in few_and_many
+    )
 
 
 def refuse(name: str) -> Callable:
@@ -64,9 +91,12 @@ class PackedLinear(Packed):
     Args:
         weight: [D, K]; bias: [D] or None.
         gamma: [D], LayerScale of the result, multiplied into both before they are rounded to `dtype`.
+        own: False for oneDNN's layout, whatever `own_product` says.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, gamma: Tensor | None = None):
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, gamma: Tensor | None = None, own: bool = True
+    ):
         super().__init__()
         weight, bias = weight.detach(), None if bias is None else bias.detach()
         if gamma is not None:
@@ -75,7 +105,8 @@ class PackedLinear(Packed):
         self.out_features, self.in_features = weight.shape
         weight, bias = weight.to(dtype).contiguous(), None if bias is None else bias.to(dtype)
         # plain attributes: opaque tensors have no storage that a module could move or save
-        self.own = cpu_kernels.PackedWeight(weight, bias) if own_product(dtype, self.in_features) else None
+        own = own and own_product(dtype, self.in_features)
+        self.own = cpu_kernels.PackedWeight(weight, bias) if own else None
         self.weight = self.bias = None
         if self.own is None:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, ONEDNN_ROWS)
@@ -126,13 +157,14 @@ class PackedStem(nn.Module):
 
     Args:
         patch_embed: a plain one, whose projection is a convolution and whose norm is none.
+        own: as in `PackedLinear`.
     """
 
-    def __init__(self, patch_embed: PatchEmbed, dtype: torch.dtype):
+    def __init__(self, patch_embed: PatchEmbed, dtype: torch.dtype, own: bool = True):
         super().__init__()
         proj = patch_embed.proj
         self.dtype, self.patch_size, self.pad = dtype, patch_embed.patch_size, patch_embed.dynamic_img_pad
-        self.proj = PackedLinear(proj.weight.flatten(1), proj.bias, dtype)
+        self.proj = PackedLinear(proj.weight.flatten(1), proj.bias, dtype, own=own)
 
     @staticmethod
     def takes(patch_embed: nn.Module) -> bool:
@@ -179,19 +211,20 @@ class PackedBlock(Packed):
     Args:
         block: all of whose parts are as `Block` built them.
         splits_qkv: keep the projection of the queries apart from that of keys and values, for `keep`.
+        own: as in `PackedLinear`.
     """
 
-    def __init__(self, block: Block, dtype: torch.dtype, splits_qkv: bool):
+    def __init__(self, block: Block, dtype: torch.dtype, splits_qkv: bool, own: bool = True):
         super().__init__()
         attn, mlp = block.attn, block.mlp
         gamma = lambda scale: scale.gamma if isinstance(scale, LayerScale) else None  # noqa: E731
-        pack = lambda linear, scale=None: PackedLinear(linear.weight, linear.bias, dtype, scale)  # noqa: E731
+        pack = lambda linear, scale=None: PackedLinear(linear.weight, linear.bias, dtype, scale, own)  # noqa: E731
         self.num_heads, self.head_dim, self.scale = attn.num_heads, attn.head_dim, attn.scale
         self.norm1, self.norm2 = frozen(block.norm1, dtype), frozen(block.norm2, dtype)
         if splits_qkv:
             bias, inner = attn.qkv.bias, attn.attn_dim
-            self.q = PackedLinear(attn.qkv.weight[:inner], None if bias is None else bias[:inner], dtype)
-            self.kv = PackedLinear(attn.qkv.weight[inner:], None if bias is None else bias[inner:], dtype)
+            self.q = PackedLinear(attn.qkv.weight[:inner], None if bias is None else bias[:inner], dtype, own=own)
+            self.kv = PackedLinear(attn.qkv.weight[inner:], None if bias is None else bias[inner:], dtype, own=own)
         else:
             self.qkv = pack(attn.qkv)
         self.q_norm, self.k_norm = frozen(attn.q_norm, dtype), frozen(attn.k_norm, dtype)

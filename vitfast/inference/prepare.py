@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vitfast import reference
 from vitfast.inference.arguments import device_of, dtype_of, folds, graphs_for, normalisation_of, set_threads
-from vitfast.inference.cpu_block import PackedBlock, PackedLinear, PackedStem, frozen, own_product, refuse
+from vitfast.inference.cpu_block import PackedBlock, PackedLinear, PackedStem, frozen, own_blocks, own_product, refuse
 from vitfast.inference.cuda_graphs import capturing
 from vitfast.inference.gpu_block import AddedLinear, FoldedBlock, FoldedLinear, Stream, carry
 from vitfast.inference.graphs import Graphs, Report
@@ -49,9 +49,10 @@ def prepare(
     """A frozen copy of `model` for inference, with weights in the layout that the device's kernels read fastest.
 
     On a CPU with AVX-512 a block runs in C++ kernels: the norm is computed where its product reads it, what follows a
-    product is done to its sums, and an MLP's hidden values stay in the cache. Elsewhere, and in bf16 with AMX, oneDNN
-    multiplies. LayerScale is multiplied into the weights; with pooling by class token the last block computes nothing
-    else. Every thread that calls kernels keeps up to 32 MiB of scratch memory.
+    product is done to its sums, and an MLP's hidden values stay in the cache. Elsewhere oneDNN multiplies, and in bf16
+    with AMX where that was faster: blocks of both kinds are timed here, once a process. LayerScale is multiplied into
+    the weights; with pooling by class token the last block computes nothing else. Every thread that calls kernels keeps
+    up to 32 MiB of scratch memory.
 
     On a GPU the parameters of norms and LayerScale are multiplied into the weights, and a block is five Triton kernels:
     qkv, attention, proj, fc1, fc2; what a norm has to know of a row, the product that wrote the row has left. In fp32,
@@ -204,6 +205,7 @@ class PreparedViT(ViT):
         self.__dict__.update({name: value for name, value in vars(model).items() if name not in own})
         self.dtype, self.device = dtype, next(model.parameters()).device
         self.folded = folds(self.device)
+        self._own = not self.folded and own_blocks(model, dtype)
         self.normalisation = normalisation
         self.grad_checkpointing = self.distilled_training = False
         for name in TOKENS:
@@ -222,10 +224,10 @@ class PreparedViT(ViT):
             head = self._modules.get(name)
             if self.folded or not isinstance(head, nn.Linear) or not plain(head, nn.Linear):
                 continue
-            if own_product(dtype, head.in_features):
+            if self._own and own_product(dtype, head.in_features):
                 self.add_module(name, PackedLinear(head.weight, head.bias, dtype))
         packs_stem = not self.folded and PackedStem.takes(model.patch_embed)
-        self.stem = PackedStem(model.patch_embed, dtype) if packs_stem else None
+        self.stem = PackedStem(model.patch_embed, dtype, self._own) if packs_stem else None
         for name in DROPS:
             drop = model._modules.get(name)
             off = drop is None or plain(drop, nn.Dropout, nn.Identity)
@@ -243,7 +245,7 @@ class PreparedViT(ViT):
 
     def _prepared(self, block: Block, splits_qkv: bool) -> nn.Module:
         if not self.folded:
-            return PackedBlock(block, self.dtype, splits_qkv)
+            return PackedBlock(block, self.dtype, splits_qkv, self._own)
         return FoldedBlock(block, self.dtype) if FoldedBlock.takes(block) else frozen(block, self.dtype)
 
     @property

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from vitfast.choose import dispatch, exportable
+from vitfast.kernels import cpu as cpu_kernels
 from vitfast.model.vit import ViT
 from vitfast.ops import _on_cpu
 from vitfast.ops._register import implementations
@@ -79,7 +80,7 @@ def explain(model: nn.Module) -> Explanation:
         report = getattr(vit, "graph_report", lambda: None)()
         notes += [] if report is None else str(report).splitlines()
     if device.type == "cpu":
-        notes += _on_cpu.notes()
+        notes += _on_cpu.notes() + [f"measured on this CPU: {line}" for line in cpu_kernels.measured()]
     return Explanation(rows, notes + (_built_in(rows, device) if device.type == "cuda" else []))
 
 

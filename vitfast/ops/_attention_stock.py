@@ -35,9 +35,24 @@ def attention_cpu(q, k, v, scale, with_lse=True):
     """`attention` below its checks; without lse a None may come in its place."""
     if not q.numel() or not k.numel():
         return nothing(q)
-    if cpu_kernels.attends(q):
-        q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-        return cpu_kernels.attention(q, k, v, scale, with_lse)
+    return _faster(q, k, _kernel_cpu, _flash_cpu, q, k, v, scale, with_lse)
+
+
+def _faster(q, k, ours, stock, *args):
+    """`ours(*args)` or `stock(*args)`, which attend q to k."""
+    if cpu_kernels.tiled(q.dtype):
+        # images and tokens by powers of two; sliced, since a raw call of the op may lack some
+        sizes = (*(n.bit_length() for n in (*q.shape[:2], *k.shape[1:2])), *q.shape[2:])
+        return cpu_kernels.faster_of("attention", sizes, ours, stock, *args)(*args)
+    return ours(*args) if cpu_kernels.attends(q) else stock(*args)
+
+
+def _kernel_cpu(q, k, v, scale, with_lse):
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    return cpu_kernels.attention(q, k, v, scale, with_lse)
+
+
+def _flash_cpu(q, k, v, scale, with_lse):
     _must_match(q, k, v)
     q, k, v = (_rows_of_heads(t) for t in (q, k, v))
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, scale=scale)
@@ -56,8 +71,14 @@ def attention_qkv_cpu(qkv, scale):
     if not qkv.numel():
         return nothing(qkv[:, :, 0])
     qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
-    if cpu_kernels.attends(qkv):
-        return cpu_kernels.attention_qkv(qkv, scale, with_lse=True)
+    return _faster(qkv, qkv, _kernel_qkv_cpu, _flash_qkv_cpu, qkv, scale)
+
+
+def _kernel_qkv_cpu(qkv, scale):
+    return cpu_kernels.attention_qkv(qkv, scale, with_lse=True)
+
+
+def _flash_qkv_cpu(qkv, scale):
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
         *qkv.permute(2, 0, 3, 1, 4).unbind(0), 0.0, False, scale=scale
     )

@@ -100,11 +100,18 @@ def implementations() -> dict[str, dict[str, Implementation]]:
         if devices["cpu"].kernel is not None and cpu_kernels.kernels() is None:
             why = f"no extension: {extension.load()[1]}"
             found[name]["cpu"] = Implementation(STOCK, None, why)
+        elif cpu_kernels.tiled(torch.bfloat16) and name.startswith(("attention", "linear", "mlp")):
+            found[name]["cpu"] = devices["cpu"]._replace(path=f"{devices['cpu'].path} ({_which_of_tiles(name)})")
         elif name.startswith("attention") and cpu_kernels.has_amx(torch.bfloat16):
             found[name]["cpu"] = devices["cpu"]._replace(path=f"C++ (bf16: {STOCK}, which have AMX)")
         if name in CUDA_KERNELS and (why := _why_stock_on_cuda(CUDA_KERNELS[name])):
             found[name]["cuda"] = Implementation(STOCK, None, why)
     return found
+
+
+def _which_of_tiles(name: str) -> str:
+    where = "bf16" if name.startswith("attention") else "bf16 in inference"
+    return f"{where}: C++ with AMX or {STOCK}, by measurement in each process"
 
 
 def _why_stock_on_cuda(kernel: str) -> str:

@@ -9,8 +9,9 @@ from torch import Tensor
 from vitfast import reference
 from vitfast.choose.config_tables import Product
 from vitfast.choose.exportable import stock_only
+from vitfast.kernels import cpu as cpu_kernels
 from vitfast.kernels.operands import Norm, Saved, Tail, new
-from vitfast.ops import _higher, _launch, _register, _stock
+from vitfast.ops import _higher, _launch, _register, _stock, _tiles
 from vitfast.ops._check import Reasons, alike, autocast_dtype, cast
 from vitfast.ops._on_cpu import faster_as_stock
 from vitfast.ops._register import call, must_have_saved, wants_gradient
@@ -152,6 +153,19 @@ def _linear_stock(x, weight, bias, norm, act, tail, saves):
     return (out, mean, rstd, pre, branch) if saves else (out, None, None, None, None)
 
 
+def _linear_tiles(x, weight, bias, norm, act, tail, saves):
+    return _tiles.product_and_tail(x, weight, bias, norm, act, tail), None, None, None, None
+
+
+def _linear_cpu(*args):
+    x, weight, _, norm, act, tail, saves = args
+    if saves or not _tiles.takes(x, weight):
+        return _linear_stock(*args)
+    scaled = "scaled" * (tail.gamma is not None or tail.row_scale is not None)
+    sizes = shape_of(x, weight, norm.kind, act, scaled, "residual" * (tail.residual is not None))
+    return cpu_kernels.faster_of("linear", sizes, _linear_tiles, _linear_stock, *args)(*args)
+
+
 def shape_of(x, weight, *words):
     """What choices are kept under: rows by powers of two, since a few more change nothing."""
     rows = (x.numel() // x.shape[-1]).bit_length()
@@ -269,7 +283,7 @@ _linear = _register.op(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, str norm,"
     " str act, Tensor? gamma, Tensor? row_scale, Tensor? residual, bool saves)"
     " -> (Tensor, Tensor?, Tensor?, Tensor?, Tensor?)",
-    cpu=_flat(_linear_kernel if _launch.INTERPRETED else _linear_stock), cuda=_flat(_linear_kernel),
+    cpu=_flat(_linear_kernel if _launch.INTERPRETED else _linear_cpu), cuda=_flat(_linear_kernel),
     fake=_flat(_linear_fake), cuda_kernel="linear", planned=True,
 )  # fmt: skip
 _linear_backward = _register.op(

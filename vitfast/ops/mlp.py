@@ -9,8 +9,9 @@ from torch import Tensor
 from vitfast import reference
 from vitfast.choose.config_tables import Product
 from vitfast.choose.exportable import stock_only
+from vitfast.kernels import cpu as cpu_kernels
 from vitfast.kernels.operands import Norm, Projections, Saved, Tail, new
-from vitfast.ops import _higher, _launch, _register, _stock
+from vitfast.ops import _higher, _launch, _register, _stock, _tiles
 from vitfast.ops._check import Reasons, alike, autocast_dtype, cast
 from vitfast.ops._register import call, must_have_saved, wants_gradient
 from vitfast.ops.linear import ACTIVATIONS as LINEAR_ACTIVATIONS
@@ -150,6 +151,19 @@ def _mlp_stock(x, norm, fc, tail, saves):
     return _stock.add_branch(y, tail), mean, rstd, *kept
 
 
+def _mlp_tiles(x, norm, fc, tail, saves):
+    hidden = _tiles.product(x, fc.w1, fc.b1, norm, "none" if fc.gated else fc.act)
+    hidden = _hidden(hidden, fc) if fc.gated else hidden
+    return _tiles.product_and_tail(hidden, fc.w2, fc.b2, None, "none", tail), None, None, None, None, None
+
+
+def _mlp_cpu(*args):
+    x, norm, fc, tail, saves = args
+    if saves or not _tiles.takes(x, fc.w1, fc.w2):
+        return _mlp_stock(*args)
+    return cpu_kernels.faster_of("mlp", _key(x, norm, fc, tail, ""), _mlp_tiles, _mlp_stock, *args)(*args)
+
+
 def _key(x, norm, fc, tail, kept):
     """What choices are kept under."""
     scaled = "scaled" if tail.gamma is not None or tail.row_scale is not None else ""
@@ -285,7 +299,7 @@ _mlp = _register.op(
     "mlp(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, str norm, Tensor w1, Tensor? b1, Tensor w2,"
     " Tensor? b2, str act, bool gated, Tensor? gamma, Tensor? row_scale, str saves)"
     " -> (Tensor, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)",
-    cpu=_flat(_mlp_kernel if _launch.INTERPRETED else _mlp_stock), cuda=_flat(_mlp_kernel), fake=_flat(_mlp_fake),
+    cpu=_flat(_mlp_kernel if _launch.INTERPRETED else _mlp_cpu), cuda=_flat(_mlp_kernel), fake=_flat(_mlp_fake),
     cuda_kernel="mlp", planned=True,
 )  # fmt: skip
 _mlp_backward = _register.op(

@@ -5,7 +5,7 @@ one on, and raises ValueError where a tensor does not fit: of weights once, wher
 block.
 
 Which instruction set they use is decided at the first call: the best that this CPU has, or the one that the environment
-variable VITFAST_CPU_ISA names (portable, avx2, avx512, avx512_bf16).
+variable VITFAST_CPU_ISA names (portable, avx2, avx512, avx512_bf16, amx_bf16, plain_tiles).
 """
 
 from __future__ import annotations

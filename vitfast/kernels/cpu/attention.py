@@ -11,10 +11,10 @@ from vitfast.kernels.cpu.arguments import DTYPES, FLOATS, describe, has_amx, ker
 
 
 def attends(t: Tensor) -> bool:
-    """Whether `attention` runs on this tensor here: not where the CPU has AMX for its dtype.
+    """Whether `attention` runs on this tensor here, where `tiled` is False: not where the CPU has AMX for its dtype.
 
-    It does not use that, and torch's own, which does, takes half its time (bf16 on a Xeon with AMX, 8 images, 2.77 and
-    1.43 ms for S/16, 5.51 and 2.78 for B/16).
+    Without tiles it does not use that, and torch's own, which does, takes half its time (bf16 on a Xeon with AMX, 8
+    images, 2.77 and 1.43 ms for S/16, 5.51 and 2.78 for B/16).
     """
     return takes(t) and not has_amx(t.dtype)
 

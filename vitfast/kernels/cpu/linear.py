@@ -56,9 +56,10 @@ class PackedWeight:
         (self.D, self.K), self.dtype = weight.shape, weight.dtype
         if not self.takes(self.K, weight.dtype):
             raise ValueError(f"PackedWeight: K must be even in bfloat16, got {self.K}")
-        self.cells = weight.new_empty(-(-self.D // MAX_LANES), self.K * MAX_LANES)
         weight = weight.contiguous()
         self.kernels = using or kernels()
+        size = self.kernels.packed_bytes(self.D, self.K, DTYPES[weight.dtype])
+        self.cells = torch.empty(size, dtype=torch.uint8)
         self.kernels.pack_weight(weight.data_ptr(), self.cells.data_ptr(), self.D, self.K, DTYPES[weight.dtype])
         self.bias = None if bias is None else F.pad(bias.float(), (0, -self.D % MAX_LANES))
         self.view = PackedView(
@@ -133,5 +134,55 @@ def linear(
     weight.kernels_for("linear", using).linear(
         x.data_ptr(), None if norm is None else norm.view, weight.view, 0 if residual is None else residual.data_ptr(),
         out.data_ptr(), x.numel() // weight.K, DTYPES[x.dtype], act_number(act), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def takes_unpacked(weight: Tensor, using: Any = None) -> bool:
+    """Whether `linear_unpacked` runs with this weight [D, K] here: kernels of tiles, on whole ones."""
+    found = using or kernels()
+    if found is None or weight.dim() != 2 or not weight.numel() or weight.dtype not in FLOATS:
+        return False
+    return fits(weight, weight.shape, weight.dtype) and found.takes_unpacked(*weight.shape, DTYPES[weight.dtype])
+
+
+def linear_unpacked(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    norm: Norm | None = None,
+    act: str = "none",
+    residual: Tensor | None = None,
+    using: Any = None,
+) -> Tensor:
+    """`linear` with a weight as it lies in memory.
+
+    Args:
+        x: [..., K], contiguous, not empty, in the dtype of the weight.
+        weight: [D, K] that `takes_unpacked`; bias: [D] or None.
+        act: 'none' or one of ACTIVATIONS.
+        residual: [..., D], contiguous.
+
+    Raises:
+        ValueError: a tensor does not fit.
+    """
+    if not takes_unpacked(weight, using):
+        raise ValueError(f"linear_unpacked: weight must be one that takes_unpacked, got {describe(weight)}")
+    (D, K), shape = weight.shape, x.shape
+    if not shape or shape[-1] != K or not x.numel() or not fits(x, shape, weight.dtype):
+        raise ValueError(
+            f"linear_unpacked: x must be contiguous [..., {K}] in {str(weight.dtype)[6:]}, got {describe(x)}"
+        )
+    if bias is not None and (bias.shape != (D,) or not bias.is_cpu):
+        raise ValueError(f"linear_unpacked: bias must be [{D}], got {describe(bias)}")
+    if norm is not None:
+        norm.check("linear_unpacked", K, x.dtype)
+    out, wide = x.new_empty(*shape[:-1], D), None if bias is None else bias.float().contiguous()
+    must_fit("linear_unpacked", "residual", residual, out.shape, out.dtype)
+    view = PackedView(weight.data_ptr(), 0 if wide is None else wide.data_ptr(), K=K, D=D)
+    (using or kernels()).linear_unpacked(
+        x.data_ptr(), None if norm is None else norm.view, view, 0 if residual is None else residual.data_ptr(),
+        out.data_ptr(), x.numel() // K, DTYPES[x.dtype], act_number(act), torch.get_num_threads(),
     )  # fmt: skip
     return out

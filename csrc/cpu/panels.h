@@ -1,4 +1,5 @@
-// The product inside attention and linear layers: a tile of rows times a panel of packed columns, sums in registers.
+// The product of vectors inside attention and linear layers: some rows times a panel of packed columns, sums in
+// registers.
 #pragma once
 
 #include "cpu/simd.h"
@@ -14,6 +15,7 @@ inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; 
 // A cell is what one lane multiplies at a time: one fp32 number, or two bf16 numbers side by side.
 struct SingleCells {
   using Cell = float;
+  using Weight = float;  // of attention
   static constexpr int64_t numbers = 1;
   static Floats add_product(Floats sum, Floats a, Floats b) { return sum + a * b; }
 
@@ -37,6 +39,7 @@ struct SingleCells {
 #if defined(__AVX512BF16__)
 struct PairCells {
   using Cell = uint32_t;
+  using Weight = Bf16;
   static constexpr int64_t numbers = 2;
   static Floats add_product(Floats sum, Floats a, Floats b) {
     return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
