@@ -37,10 +37,17 @@ def product(*, product: str, width: int, batch: int, tokens: int = 197, dtype: s
         ours = cpu_kernels.PackedWeight(weight, bias, _multiplying(dtype))
         return lambda x: cpu_kernels.linear(x, ours)
 
+    def unpacked() -> Function:
+        kernels = _multiplying(dtype)
+        if not cpu_kernels.takes_unpacked(weight, kernels):
+            raise NotImplementedError(f"{kernels.name} packs every weight")
+        return lambda x: cpu_kernels.linear_unpacked(x, weight, bias, using=kernels)
+
     ways = {
         "oneDNN": lambda: _by_onednn(weight, bias),
         "vitfast": packed,
         "F.linear": lambda: partial(_linear, weight, bias),
+        "vitfast unpacked": unpacked,
     }
     return _case(
         f"packed {product}", ways, partial(_linear, weight.double(), bias.double()), (tokens, K), batch, dtype,
@@ -180,7 +187,8 @@ def _case(
         kind="op", name=name, mode="forward", shape=shape, batch=batch, dtype=dtype, device=torch.device("cpu"),
         inputs=inputs, reference=truth, cut=lambda given, n: (given[0][:n],), per_image=(True,),
         variants={
-            way: Variant(lambda build=build: in_inference(build), ours=way == "vitfast") for way, build in ways.items()
+            way: Variant(lambda build=build: in_inference(build), ours=way.startswith("vitfast"))
+            for way, build in ways.items()
         },
         baseline=baseline, yardstick=baseline, work=count,
         notes={"kernels": getattr(cpu_kernels.kernels(), "name", None)},

@@ -50,9 +50,15 @@ def goals(run: Run, stage: Stage, budget_s: float) -> Outcome:
     facts = run.record.data["run"]
     found = [f"{facts.get('device')}, {facts.get('threads')} threads, bf16; goals: of a CPU with AMX and two threads"]
     found += lines(run.record.rows)
+    found += [f"chosen in {name}: {line}" for name, each in _chosen(run) for line in each]
     run.note("goals", found)
     say("\n".join(found))
     return Outcome()
+
+
+def _chosen(run: Run) -> Iterator[tuple[str, list[str]]]:
+    for name, facts in run.record.data["stages"].items():
+        yield name, facts.get("chosen", [])
 
 
 def lines(rows: Sequence[Row]) -> Iterator[str]:
