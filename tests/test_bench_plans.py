@@ -164,10 +164,19 @@ def test_plan_of_a_cpu_with_amx_fails_or_leaves_out_a_part_elsewhere(a_run, with
     assert {"timm max-autotune", "OpenVINO", "OpenVINO int8", "ONNX Runtime fp32", "ONNX Runtime int8"} <= models.keys()
     assert not {"torchvision", "Hugging Face"} & models.keys()
     facts, told = found["run"]["processor"], capsys.readouterr().out
-    amx = bool(facts["features"].get("amx_bf16"))
+    amx = "amx_bf16" in facts["usable"]
     assert ("AMX is not usable here" in told) is not amx and facts["kernels"] in facts["usable"]
     assert set(found["run"]["goals"]) <= set(told.splitlines())
     assert all(found["stages"][stage.name]["done"] for stage in plans.PLANS["amx"])
+
+
+def test_what_a_cpu_chose_is_forgotten_with_the_process_or_told_of_another_stage(a_run, monkeypatch, capsys):
+    run, plan = a_run(), [rows_of(named("a"), "first"), rows_of(named("b"), "second")]
+    chosen = [["linear, 2 threads: amx_bf16"], []]
+    monkeypatch.setattr(rows.cpu_kernels, "measured", lambda: chosen.pop(0))
+    assert do(run, *plan, stages.Stage("goals", 9, goals.goals)) == [] and not chosen
+    assert "chosen in first: linear, 2 threads: amx_bf16" in capsys.readouterr().out.splitlines()
+    assert "chosen" not in written(run)["stages"]["second"]
 
 
 def test_rows_with_amx_are_not_those_that_goals_are_about(a_run):

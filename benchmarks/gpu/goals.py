@@ -38,7 +38,7 @@ def processor(run: Run, stage: Stage, budget_s: float) -> Outcome:
         "kernels": None if kernels is None else kernels.name, "others_before": share, "extension": why or "present",
     }  # fmt: skip
     run.note("processor", found)
-    if not features.get("amx_bf16"):
+    if "amx_bf16" not in found["usable"]:
         say("processor: AMX is not usable here, so that the goals are not those of this CPU")
     busy = "" if share is None else f"; others take {share:.0%} of the CPUs"
     say(f"processor: kernels {found['kernels']} of {', '.join(found['usable']) or 'none'}{busy}")
@@ -66,7 +66,8 @@ def lines(rows: Sequence[Row]) -> Iterator[str]:
     for (model, batch), (over_timm, over_best) in PREPARED.items():
         yield from _of_model(f"{model} at {batch}", _row(bf16, "model", model, batch=batch), over_timm, over_best)
     for row in (row for row in bf16 if row["name"].startswith("packed ")):
-        yield f"{row['name']} {row['shape']} at {row['batch']}: {_part(row)}"
+        shape = " ".join(f"{what} {size}" for what, size in row["shape"].items())
+        yield f"{row['name']}, {shape}, batch {row['batch']}: {_part(row)}"
 
 
 def _row(rows: Sequence[Row], kind: str, name: str, **is_: Any) -> Row | None:
