@@ -222,6 +222,8 @@ std::vector<const CpuKernels*> usable_kernels() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled half of vitfast; use it through the package.";
+  m.def("why_no_tiles", &why_no_tiles,
+        "Why this CPU's AMX cannot be used; empty where it can, or where there is none.");
   m.def("cpu_features", &cpu_features, "Instruction set -> usable on this machine.");
   py::class_<CpuKernels>(m, "CpuKernels", "The kernels compiled for one instruction set.")
       .def_property_readonly("name", [](const CpuKernels& kernels) { return kernels.name; })

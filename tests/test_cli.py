@@ -10,6 +10,7 @@ import pytest
 
 import vitfast
 from vitfast.commands.main import main
+from vitfast.kernels import extension
 
 
 def vitfast_process(*arguments, **kw):
@@ -58,6 +59,15 @@ def test_text_and_json_of_info_tell_different_things(capsys):
         for device, path in devices.items():
             line = next(found for found in lines if found.split()[:2] == [name, device])
             assert (path["kernel"] or path["runs_as"]) in line and path["why_no_kernel"] in line
+
+
+@pytest.mark.parametrize("why", ["", "the system refuses them"])
+def test_info_is_silent_about_amx_that_cannot_be_used(why, capsys, monkeypatch):
+    monkeypatch.setattr(extension.require(), "why_no_tiles", lambda: why)
+    assert info_json(capsys)["extension"]["why_no_amx"] == why
+    main(["info"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "CPU kernels" in line]
+    assert line.endswith("; AMX is not usable: the system refuses them") is bool(why)
 
 
 def test_models_leaves_out_a_name_or_a_reason(capsys):

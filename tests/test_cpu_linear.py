@@ -134,6 +134,36 @@ def test_scratch_memory_is_shared_or_lost(isa, dtype):
 
 
 @every_case
+def test_calls_of_torch_between_ours_find_other_registers(isa, dtype):
+    """Tiles that are left configured, or released from under oneDNN, on threads that both use; also after a fork."""
+    import os
+
+    layers, using = Layers(64, 256, dtype), KERNELS[isa]
+    norm, fc1, fc2 = layers.packed(isa)
+    x, qkv = torch.randn(300, 64).to(dtype), torch.randn(2, 50, 3, 4, 16).to(dtype)
+    weight, heads = torch.randn(96, 64).to(dtype), qkv.permute(2, 0, 3, 1, 4)
+    calls = [
+        lambda: cpu_kernels.mlp(x, norm, fc1, fc2, "gelu", using),
+        lambda: F.linear(x, weight),
+        lambda: cpu_kernels.attention_qkv(qkv, 0.25, False, using)[0],
+        lambda: F.scaled_dot_product_attention(*heads),
+        lambda: cpu_kernels.linear(x[:5], fc1, using=using),
+    ]
+    alone = [call() for call in calls]
+
+    def differ(compared):
+        order = (0, 1, 2, 3, 4, 0, 3, 1, 4, 2, 1, 0) * 3
+        return any(not torch.equal(calls[i](), alone[i]) and i in compared for i in order)
+
+    assert not differ(range(5))
+    child = os.fork()
+    if not child:
+        torch.set_num_threads(1)  # the parent's OpenMP threads are not there
+        os._exit(differ((0, 2, 4)))
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@every_case
 def test_x_of_another_kind_is_read(isa, dtype):
     """Another dtype or width than the weight's, gaps, a residual that is broadcast, an activation nobody knows."""
     norm, fc1, fc2 = Layers(16, 32, dtype).packed(isa)

@@ -5,7 +5,9 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <cstdint>
+#include <cstring>
 #endif
 
 namespace vitfast {
@@ -40,16 +42,27 @@ bool has_whole_tiles() {
   return palette.ebx >> 16 >= 8 && (palette.ebx & 0xffff) >= 64 && (palette.ecx & 0xffff) >= 16;
 }
 
-// Linux hands out AMX tiles on request only (arch_prctl ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
-bool may_use_tiles() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
+// Linux hands out AMX tiles on request only (arch_prctl ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA); to a process, for all
+// of its threads. 0, or the error's number.
+int ask_for_tiles() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0 ? 0 : errno; }
 
 }  // namespace
+
+std::string why_no_tiles() {
+  if (!bit(cpuid(7, 0).edx, 24)) return "";
+  if (!has_whole_tiles()) return "tiles are smaller than 16 rows of 64 bytes";
+  if ((saved_state() & 0x60000) != 0x60000) return "the system does not save tiles";
+  const int error = ask_for_tiles();
+  if (!error) return "";
+  const std::string refused = std::string("the system refuses them: ") + strerror(error);
+  return error == ENOSPC ? refused + " on an alternate signal stack" : refused;
+}
 
 std::map<std::string, bool> cpu_features() {
   const Registers leaf7 = cpuid(7, 0), leaf7_1 = cpuid(7, 1);
   const uint64_t state = saved_state();
   const bool ymm = (state & 0x6) == 0x6, zmm = (state & 0xe6) == 0xe6;
-  const bool tiles = (state & 0x60000) == 0x60000 && bit(leaf7.edx, 24) && has_whole_tiles();
+  const bool tiles = why_no_tiles().empty() && bit(leaf7.edx, 24);
   const bool avx2 = ymm && bit(leaf7.ebx, 5) && bit(cpuid(1, 0).ecx, 12) && bit(cpuid(1, 0).ecx, 29);  // FMA, F16C
   const bool avx512 =
       avx2 && zmm && bit(leaf7.ebx, 16) && bit(leaf7.ebx, 30) && bit(leaf7.ebx, 31) && bit(leaf7.ebx, 17);
@@ -58,12 +71,13 @@ std::map<std::string, bool> cpu_features() {
       {"avx512", avx512},
       {"avx512_vnni", avx512 && bit(leaf7.ecx, 11)},
       {"avx512_bf16", avx512 && bit(leaf7_1.eax, 5)},
-      {"amx_bf16", tiles && bit(leaf7.edx, 22) && may_use_tiles()},
-      {"amx_int8", tiles && bit(leaf7.edx, 25) && may_use_tiles()},
+      {"amx_bf16", tiles && bit(leaf7.edx, 22)},
+      {"amx_int8", tiles && bit(leaf7.edx, 25)},
   };
 }
 #else
 std::map<std::string, bool> cpu_features() { return {}; }
+std::string why_no_tiles() { return ""; }
 #endif
 
 }  // namespace vitfast

@@ -85,6 +85,7 @@ def _extension() -> dict[str, Any]:
         "cuda": {"archs": report.get("archs", []), "toolkit": report.get("nvcc"), **cuda},
         "cpu_features": module.cpu_features(),
         "cpu_kernels": cpu_kernels.kernels().name,
+        "why_no_amx": module.why_no_tiles(),
         "openmp": bool(report.get("openmp")),
     }
 
@@ -125,7 +126,8 @@ def _extension_lines(found: dict[str, Any]) -> list[str]:
     return [
         f"extension: built with {found['compiler']}; this CPU has {', '.join(features) or 'none of what it looks for'}",
         f"extension, CPU kernels: {found['cpu_kernels']}"
-        + ("" if found["openmp"] else " on one thread (built without OpenMP)"),
+        + ("" if found["openmp"] else " on one thread (built without OpenMP)")
+        + (f"; AMX is not usable: {found['why_no_amx']}" if found["why_no_amx"] else ""),
         f"extension, CUDA part: {', '.join(cuda['archs']) or 'none'}; {usable}",
     ]
 
