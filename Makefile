@@ -22,7 +22,7 @@ define install
 		-e '/^(Installing|Successfully installed)/s/(.{0,100}).*/\1/p'
 endef
 
-.PHONY: help venv demo test test-all pytest test-newest matrix lint format aot bench gpu report clean
+.PHONY: help venv demo test test-all pytest test-newest matrix lint format aot bench amx gpu report clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -64,6 +64,9 @@ aot: $(VENV)/.test ## compile every kernel for four architectures with no GPU, c
 
 bench: $(VENV)/.bench ## time models and ops on this CPU against timm, torch.compile, ONNX Runtime and OpenVINO
 	$(BIN)/python -m benchmarks.gpu.run cpu $(if $(RESUME),--resume) $(if $(OUT),--out $(OUT))
+
+amx: $(VENV)/.bench ## on a CPU with AMX: its kernels beside oneDNN's, ViT-S and B beside compilers, and which goals are met
+	$(BIN)/python -m benchmarks.gpu.run amx $(if $(RESUME),--resume) $(if $(OUT),--out $(OUT))
 
 gpu: ## RUN=check|tune|models|tests|profile|rest|next|all: test and time on a GPU, with the PYTHON that has torch; MINUTES=9
 	$(PYTHON) -m benchmarks.gpu.run $(or $(RUN),$(error RUN must be check, tune, models, tests, profile, rest, next or all)) \

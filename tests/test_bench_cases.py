@@ -167,19 +167,64 @@ def test_a_library_is_left_out_where_it_has_the_model():
     assert found["cnn", "inference"] == {"timm", "timm channels_last"}
 
 
+# by dtype: what is as exact as the row's dtype
+EXACT = {
+    "fp32": ("timm compiled", "timm max-autotune", "ONNX Runtime", "OpenVINO"),
+    "bf16": ("timm compiled", "timm max-autotune", "ONNX Runtime fp32", "OpenVINO"),
+}
+INT8 = ("ONNX Runtime int8", "OpenVINO int8")
+
+
 @pytest.mark.slow
 @pytest.mark.full
-def test_a_compiler_of_the_cpu_computes_something_else():
-    for dtype, names in (("fp32", ("timm compiled", "ONNX Runtime", "OpenVINO")), ("bf16", ("OpenVINO",))):
-        case = MODELS["vit"](dtype=dtype, group="compiled")
-        given = draw(case)
-        (ref,) = truth_of(case, given)
-        for name in names:
-            if not case.variants[name].missing():
-                out = case.variants[name].build()(*given)
-                assert relative(out, ref) < (1e-5 if dtype == "fp32" else 5e-2), name
-    with pytest.raises(NotImplementedError, match="fp32 only"):
-        case.variants["ONNX Runtime"].build()
+@pytest.mark.parametrize("dtype", EXACT)
+def test_a_compiler_of_the_cpu_computes_something_else(dtype):
+    case = MODELS["vit"](dtype=dtype)
+    given = draw(case)
+    (ref,) = truth_of(case, given)
+    assert {*EXACT[dtype], *INT8} <= case.variants.keys()
+    for name in EXACT[dtype]:
+        if not case.variants[name].missing():
+            out = case.variants[name].build()(*given)
+            assert relative(out, ref) < (1e-5 if dtype == "fp32" else 5e-2), name
+            assert case.variants[name].tolerance is None, name
+
+
+def test_a_product_that_is_autotuned_is_not_frozen_or_the_other_is_autotuned_too(monkeypatch):
+    """Inductor's own templates take constant weights only; without them it compiles the same as without autotuning."""
+    seen = []
+
+    def compiled(function, mode=None):
+        config = torch._inductor.config
+        return lambda x: seen.append((config.freezing, config.max_autotune, config.cpp_wrapper)) or function(x)
+
+    monkeypatch.setattr(compilers, "compiled", compiled)
+    case = MODELS["vit"](dtype="bf16", group="all")
+    for name in ("timm compiled", "timm max-autotune"):
+        case.variants[name].build()
+        assert case.variants[name].apart is None
+    assert seen == [(True, False, False), (True, True, True)]
+    alone = MODELS["vit"](dtype="bf16", group="autotuned").variants
+    assert [name for name in alone if not name.startswith("vitfast")] == ["timm", "timm max-autotune"]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_model_in_int8_computes_in_fp32_or_is_held_to_the_rule_of_bf16(dtype):
+    """One that was not quantised is exact to 1e-6; one that is wrong, far beyond what int8 may be off."""
+    case = MODELS["vit"](dtype=dtype, group="compiled")
+    given = draw(case)
+    (ref,) = truth_of(case, given)
+    for name in INT8:
+        variant = case.variants[name]
+        assert variant.tolerance == models.INT8_ERROR and not variant.ours
+        if not variant.missing():
+            function = variant.build()
+            out = function(*given)
+            assert 2e-3 < relative(out, ref) < models.INT8_ERROR, name
+            assert torch.equal(out, function(*given)), name
+            # other images, and not those that it was made with
+            other = draw(case, seed=1)
+            assert relative(function(*other), truth_of(case, other)[0]) < models.INT8_ERROR, name
 
 
 @pytest.mark.parametrize("mode", ["inference", "training"])
@@ -281,7 +326,7 @@ def without(monkeypatch, *names):
 
 def test_a_rival_that_is_not_installed_is_not_listed(monkeypatch):
     attention = ("flash_attn", "flash_attn_interface")
-    without(monkeypatch, *attention, "liger_kernel", "torchvision", "transformers", "openvino")
+    without(monkeypatch, *attention, "liger_kernel", "torchvision", "transformers", "openvino", "nncf")
     absent = {}
     for case in [*tiny_ops("forward"), MODELS["vit"](dtype="fp32")]:
         absent |= {name: v.missing() for name, v in case.variants.items() if v.missing()}
@@ -289,6 +334,7 @@ def test_a_rival_that_is_not_installed_is_not_listed(monkeypatch):
         "flash-attn 2": ["flash_attn"], "flash-attn 3": ["flash_attn_interface"], "flash-attn 4": ["flash_attn"],
         "Liger": ["liger_kernel"], "add, Liger": ["liger_kernel"], "torchvision": ["torchvision"],
         "Hugging Face": ["transformers"], "OpenVINO": ["openvino"],
+        "OpenVINO int8": ["openvino", "nncf"],
     }  # fmt: skip
 
 

@@ -58,6 +58,31 @@ def test_an_inexact_rival_is_not_timed_or_not_marked():
     assert "C: rms error" in found["why_not_accepted"] and "not_timed" not in found
 
 
+def test_what_computes_in_int8_is_held_to_the_rule_or_does_not_say_how_far_it_is_off():
+    """Its own tolerance decides: one that exceeds it is marked, and no number is not within it."""
+
+    def off_by(share):
+        # of every number, up and down in turn
+        return lambda *inputs: layer_norm(*inputs) * (1 + share * (-1) ** torch.arange(32))
+
+    def no_number(*inputs):
+        return layer_norm(*inputs) * torch.nan
+
+    tolerance = 0.05
+    functions = {"within": off_by(0.02), "beyond": off_by(0.08), "no number": no_number}
+    row = run({name: variant(function, tolerance=tolerance) for name, function in functions.items()})
+    within, beyond, no_number = (row["variants"][name] for name in functions)
+    assert within["accepted"] and within["ms"] > 0 and "why_not_accepted" not in within
+    assert abs(within["error"] - 0.02) < 1e-4 and 0.999 < within["cosine"] < 1 - 1e-5
+    assert beyond["accepted"] is False and beyond["ms"] > 0 and "8.0% of the results'" in beyond["why_not_accepted"]
+    assert no_number["accepted"] is False and no_number["why_not_accepted"]
+    assert all(found["tolerance"] == tolerance and "error_ratio" not in found for found in (within, beyond))
+    told = dict(harness.of_variants(row))
+    assert ", 2.0% off" in told["within"] and "[not accepted]" in told["beyond"]
+    assert "not accepted" not in told["within"] and "tolerance" not in row["variants"]["torch"]
+    json.dumps(row)
+
+
 def test_a_rival_is_blamed_for_the_dtype_of_its_results():
     def wide(x, weight, bias):
         return layer_norm(x.float(), weight.float(), bias.float())

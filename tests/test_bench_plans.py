@@ -18,11 +18,13 @@ from bench_cases import layer_norm, make, named, variant
 from bench_runs import do, here, runs_in, written
 from simulated_device import SimulatedDevice
 
+from benchmarks.core import ceilings, compilers
 from benchmarks.core.harness import NO_TIME_LEFT
 from benchmarks.core.record import read
-from benchmarks.gpu import plans, rows, stages
+from benchmarks.gpu import goals, plans, rows, stages
 from benchmarks.gpu import run as program
 from benchmarks.gpu.tests import KERNELS, OF_DEVICES
+from vitfast.check.case import Variant
 
 ROOT = Path(__file__).parent.parent
 
@@ -100,7 +102,7 @@ def test_budgets_of_a_plan_exceed_its_time():
         assert budgets <= plans.LIMITS_S[name] - program.GRACE_S - program.LAST_S, name
         assert len({stage.name for stage in plan}) == len(plan)
     assert max(plans.LIMITS_S[name] for name in plans.ORDER) <= 540
-    assert set(plans.ORDER) == plans.PLANS.keys() - {"cpu"}
+    assert set(plans.ORDER) == plans.PLANS.keys() - {*plans.ON_CPU}
 
 
 def test_plans_leave_more_than_eight_files(tmp_path):
@@ -124,13 +126,117 @@ def test_plan_measures_without_the_extension():
 def test_row_cannot_be_made_or_is_there_twice(name, a_run):
     """A typing error in a stage that would show on a GPU only: every row of every stage, made for CUDA."""
     run, keys = a_run(tiny=False), []
-    run.device = torch.device("cpu" if name == "cpu" else "cuda")
+    run.device = torch.device("cpu" if name in plans.ON_CPU else "cuda")
     for stage in plans.PLANS[name]:
         if stage.makers:
             made = [maker() for maker in stage.makers(run)]
             assert made, stage.name
             keys += [case.key for case in made]
     assert len(keys) == len(set(keys)) and (len(keys) > 10 or name in ("check", "tune", "tests", "profile"))
+
+
+# of a CPU
+
+
+@pytest.fixture
+def without_compilers(monkeypatch):
+    """What takes seconds to get ready is in tests of its own."""
+    monkeypatch.setattr(compilers, "frozen", lambda model, *_: lambda images: model(images).detach())
+    monkeypatch.setattr(Variant, "missing", lambda self: list(self.needs))
+
+
+@pytest.mark.slow
+def test_plan_of_a_cpu_with_amx_fails_or_leaves_out_a_part_elsewhere(a_run, without_compilers, capsys):
+    """Every stage on whatever CPU this is: each row has times of ours and of stock, and what was accepted."""
+    run = a_run()
+    assert do(run, *plans.PLANS["amx"]) == []
+    found = written(run)
+    names = [row["name"] for row in found["rows"]]
+    assert names == [
+        *(f"packed {name}" for name in ("qkv", "proj", "fc1", "fc2", "attention", "block")),
+        "vit_tiny_patch16_224 compiled",
+    ]  # fmt: skip
+    for row in found["rows"]:
+        assert row["variants"][row["baseline"]]["ms"] > 0, row["key"]
+        mine = row["variants"]["vitfast"]
+        assert "absent" in mine or (mine["accepted"] and mine["ms"] > 0), (row["key"], mine)
+    models = found["rows"][-1]["variants"]
+    assert {"timm max-autotune", "OpenVINO", "OpenVINO int8", "ONNX Runtime fp32", "ONNX Runtime int8"} <= models.keys()
+    assert not {"torchvision", "Hugging Face"} & models.keys()
+    facts, told = found["run"]["processor"], capsys.readouterr().out
+    amx = "amx_bf16" in facts["usable"]
+    assert ("AMX is not usable here" in told) is not amx and facts["kernels"] in facts["usable"]
+    assert set(found["run"]["goals"]) <= set(told.splitlines())
+    assert all(found["stages"][stage.name]["done"] for stage in plans.PLANS["amx"])
+
+
+def test_what_a_cpu_chose_is_forgotten_with_the_process_or_told_of_another_stage(a_run, monkeypatch, capsys):
+    run, plan = a_run(), [rows_of(named("a"), "first"), rows_of(named("b"), "second")]
+    chosen = [["linear, 2 threads: amx_bf16"], []]
+    monkeypatch.setattr(rows.cpu_kernels, "measured", lambda: chosen.pop(0))
+    assert do(run, *plan, stages.Stage("goals", 9, goals.goals)) == [] and not chosen
+    assert "chosen in first: linear, 2 threads: amx_bf16" in capsys.readouterr().out.splitlines()
+    assert "chosen" not in written(run)["stages"]["second"]
+
+
+def test_rows_with_amx_are_not_those_that_goals_are_about(a_run):
+    """A goal whose row has another name or batch is never measured."""
+    run = a_run(tiny=False)
+    made = [maker() for stage in plans.PLANS["amx"] if stage.makers for maker in stage.makers(run)]
+    models = {(case.notes["model"], case.batch) for case in made if case.kind == "model"}
+    assert models == goals.PREPARED.keys()
+    assert all({goals.OURS, goals.PREPARED_OURS} <= case.variants.keys() for case in made if case.kind == "model")
+    rows = {case.batch * case.shape["tokens"] for case in made}
+    assert rows == {197, 1576} and {case.batch for case in made} == goals.PRODUCTS.keys()
+    heads = {(case.shape["heads"], case.batch) for case in made if case.name == "packed attention"}
+    assert goals.ATTENTION.keys() <= heads
+    products = [case for case in made if case.name.split()[-1] in ceilings.PRODUCTS]
+    assert len(products) == 2 * 2 * 4 and all(case.dtype == "bf16" for case in made)
+
+
+def test_a_goal_that_is_missed_counts_as_met_or_is_met_by_int8():
+    (model, batch), (over_timm, over_best) = next(iter(goals.PREPARED.items()))
+
+    def told(prepared, **others):
+        """Of these times in ms, timm's being as many as make `prepared` its goal and no more."""
+        times = {"timm": 10 * over_timm, "vitfast": 10 * over_timm + 1, "vitfast prepared": prepared} | others
+        variants = {
+            name: {"ms": ms, "ours": name.startswith("vitfast"), "accepted": True, "ratio": times["timm"] / ms}
+            | ({"tolerance": 0.1, "error": 0.02} if "int8" in name else {})
+            for name, ms in times.items()
+        }
+        row = {
+            "kind": "model",
+            "name": model,
+            "batch": batch,
+            "dtype": "bf16",
+            "baseline": "timm",
+            "variants": variants,
+        }
+        return "\n".join(goals.lines([row]))
+
+    best = {"OpenVINO": 10 * over_best, "OpenVINO int8": 1.0}
+    met = told(9.99, **best)
+    assert met.count(": met") == 2 and "prepared over OpenVINO, the best of the others" in met
+    assert (
+        "eager over timm: 0.9" in met and met.count(": missed") == 1 and "OpenVINO int8 8000.0 (int8, 2.0% off)" in met
+    )
+    assert told(10.1, **best).count(": missed") == 3
+    assert next(goals.lines([])) == f"{model} at {batch}: not measured"
+
+
+@pytest.mark.parametrize("name, value, met", [
+    ("tflops", 4.0, True), ("tflops", 3.9, False), ("ms", 0.35, True), ("ms", 0.36, False),
+])  # fmt: skip
+def test_goal_of_a_part_is_held_to_the_wrong_side(name, value, met):
+    shape = {"tokens": 197, "width": 384} if name == "tflops" else {"tokens": 197, "heads": 6}
+    mine = {"ms": 1.0, "tflops": 1.0, "ours": True, "accepted": True} | {name: value}
+    row = {
+        "kind": "op", "name": "packed fc1" if name == "tflops" else "packed attention", "batch": 8, "dtype": "bf16",
+        "shape": shape, "baseline": "oneDNN", "variants": {"vitfast": mine},
+    }  # fmt: skip
+    (line,) = [line for line in goals.lines([row]) if line.startswith("packed")]
+    assert line.endswith("met" if met else "missed")
 
 
 # what goes wrong

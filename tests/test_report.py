@@ -231,6 +231,29 @@ def test_a_rival_outside_the_rule_is_not_marked(site):
     assert "outside the acceptance rule: 3.4 times the yardstick's error" in body
 
 
+def test_a_rival_in_int8_is_one_to_be_ahead_of_or_hides_its_error(site):
+    """The fastest of a row, with an error that the others have not: in no comparison, no picture, and marked."""
+
+    def in_int8(variants):
+        for name, error in (("OpenVINO int8", 0.021), ("ONNX Runtime int8", 0.3)):
+            more = {"tolerance": 0.05, "error": error, "cosine": 0.999, "accepted": error < 0.05, "ms": 1.0}
+            variants[name] = variants["torchvision"] | more
+            del variants[name]["error_ratio"]
+
+    row = one_row(site, in_int8)
+    assert report_rows.rival(row) in ("timm", "torchvision")
+    found = blocks(site)
+    (text,) = (found[name] for name in ("gpu throughput",))
+    assert ", 2.1% off" in text and ", 30.0% off [" in text and "more than the 5% that int8 may be off" in text
+    assert "times the yardstick's error" not in text and "in no ratio to the fastest other" in text
+    assert "int8" not in found["gpu flops"] and "int8" not in found["gpu summary"]
+    (device,) = report_rows.load(site / "results")
+    marks = [mark.name for panel in report_pictures.rivals(device).panels.values() for mark in panel]
+    assert "torchvision" in marks and not any("int8" in name for name in marks)
+    one_row(site)
+    assert "off" not in blocks(site)["gpu throughput"]
+
+
 @pytest.mark.parametrize("within, shown", [(True, "(≈)"), (False, "(1.01×)")])
 def test_a_difference_within_noise_reads_as_one(within, shown, site):
     one_row(site, lambda v: v["vitfast"].update(within_noise=within, ratio=1.0123))

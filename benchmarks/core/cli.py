@@ -15,7 +15,7 @@ from vitfast.check.case import DTYPES
 from vitfast.measure import device as devices
 from vitfast.measure import machine
 
-PACKAGES = ("torchvision", "flash-attn", "flash-attn-3", "liger-kernel", "onnxruntime", "openvino")
+PACKAGES = ("torchvision", "flash-attn", "flash-attn-3", "liger-kernel", "onnxruntime", "openvino", "nncf")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -226,6 +226,8 @@ def of_variants(row: Row) -> Iterator[tuple[str, str]]:
             told += f", {found['percent']:.2g} % of {found['limit']}"
         if found.get("error_ratio") is not None:
             told += f", error {found['error_ratio']:.2f}"
+        if found.get("error") is not None:
+            told += f", {found['error']:.1%} off"
         marks = {
             "not accepted": found.get("accepted") is False,
             "not checked": found.get("accepted") is None and not found.get("part"),

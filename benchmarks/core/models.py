@@ -29,6 +29,9 @@ VITS = ("vit_base_patch16_224", "vit_small_patch16_224", "vit_large_patch16_224"
 CNNS = ("resnet50", "mobilenetv3_large_100")
 VIT_PYTORCH = "vit-pytorch"
 BATCHES = (1, 8, 64, 256)
+# rms error of the logits that is accepted of a model in int8, as a share of their rms: with the random weights of these
+# rows ViTs are some 2 % off, and in bf16 up to 1 %
+INT8_ERROR = 0.05
 
 Make = Callable[[], Network]
 
@@ -46,7 +49,8 @@ def vit(
         model: a name of `vitfast.list_models`, or 'vit-pytorch' for a ViT-B/16. To be trained, a model without
             classifier gets one of 1000 classes.
         dtype: of everything, or with `autocast` what autocast computes in, with weights and images in fp32.
-        group: which rivals besides the baseline: 'eager', 'compiled', 'autotuned' (max-autotune) or 'all'.
+        group: which rivals besides the baseline: 'eager', 'compiled', 'autotuned' (max-autotune, on a CPU among the
+            compiled too) or 'all'.
         size, depth: of images in pixels and of blocks, where they are not the model's own.
         autotune_s: how long max-autotune may take, in a process of its own.
 
@@ -102,10 +106,15 @@ def vit(
             variants[other] = Variant(lambda of=of: setting.eager(of(config, weights())), needs=(needs,))
     if group in ("all", "compiled"):
         variants |= _compiled(setting, name, theirs, config.image_size)
-    if group in ("all", "autotuned") and not cpu:
+    # on a CPU it has few products to time, and takes no longer than without
+    if group in (("all", "autotuned", "compiled") if cpu else ("all", "autotuned")) and (
+        setting.plain_on_cpu or not cpu
+    ):
+        example = partial(torch.zeros, batch, 3, *config.image_size, dtype=DTYPES[dtype])
         variants[f"{name} max-autotune"] = Variant(
-            lambda: setting.compiled(theirs(), "max-autotune"), graph=False, apart=autotune_s
-        )
+            lambda: setting.compiled_best(theirs(), example, autotuned=True), graph=False,
+            apart=None if cpu else autotune_s,
+        )  # fmt: skip
     shape = {
         "tokens": config.num_patches + config.num_prefix_tokens, "dim": config.dim, "depth": config.depth,
         "heads": config.heads,
@@ -193,17 +202,20 @@ def _compiled(setting: Setting, name: str, make: Make, image_size: tuple[int, in
         # both compile for a dtype from a model in fp32
         return make().module.eval().requires_grad_(False)
 
-    def onnx_runtime() -> Function:
-        if setting.dtype != "fp32":
-            raise NotImplementedError("fp32 only")
-        return compilers.onnx_runtime(wide(), example())
-
     best = partial(example, dtype=DTYPES[setting.dtype])
     found = {f"{name} compiled": Variant(lambda: setting.compiled_best(make(), best))}
     if setting.plain_on_cpu:
-        needed = ("onnx", "onnxscript", "onnxruntime")
-        found["ONNX Runtime"] = Variant(onnx_runtime, needs=needed)
-        found["OpenVINO"] = Variant(lambda: compilers.openvino(wide(), example(), setting.dtype), needs=("openvino",))
+        # the one knows fp32 and int8 on a CPU, the other computes in the row's dtype what it does not in int8
+        needed, fp32 = ("onnx", "onnxscript", "onnxruntime"), " fp32" * (setting.dtype != "fp32")
+        for int8 in (False, True):
+            more = {"tolerance": INT8_ERROR} if int8 else {}
+            found["ONNX Runtime" + (" int8" if int8 else fp32)] = Variant(
+                lambda int8=int8: compilers.onnx_runtime(wide(), example(), int8), needs=needed, **more
+            )
+            found["OpenVINO" + " int8" * int8] = Variant(
+                lambda int8=int8: compilers.openvino(wide(), example(), setting.dtype, int8),
+                needs=("openvino", "nncf") if int8 else ("openvino",), **more,
+            )  # fmt: skip
     elif setting.device.type != "cpu":
         found[f"{name} reduce-overhead"] = Variant(lambda: setting.compiled(make(), "reduce-overhead"), graph=False)
     return found

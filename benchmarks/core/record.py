@@ -33,6 +33,9 @@ result of ours, an exception, no memory, no time left), or times. Of these only 
                             it has no finite error, or the yardstick failed. A rival that is not accepted is timed all
                             the same and has `why_not_accepted`
     part                    true where it computes a part of the case only: not judged, and no rival
+    tolerance, error, cosine   of what computes in fewer bits than the row's dtype (int8), which is no rival either: the
+                            rms error that is accepted in place of the rule, and what it is, as shares of the results'
+                            rms in fp64, the worst of the results; the lowest cosine of an image's results with fp64's
     ms, ms_20, ms_80        of one call: median, and what 20 and 80 % of the rounds stayed below
     ratio, ratio_25, ratio_75   the baseline's time over this one's, pair by pair: above 1 it is faster
     within_noise            the quartiles of ratio and noise overlap: no difference was measured

@@ -77,11 +77,11 @@ class Setting:
 
         return run_anew
 
-    def compiled_best(self, network: Network, example: Callable[[], Tensor]) -> Function:
+    def compiled_best(self, network: Network, example: Callable[[], Tensor], autotuned: bool = False) -> Function:
         """By torch.compile, on a CPU with the weights as constants where they are: `example` makes images for that."""
         if self.plain_on_cpu:
-            return compilers.frozen(self.place(network).module, example())
-        return self.compiled(network)
+            return compilers.frozen(self.place(network).module, example(), autotuned)
+        return self.compiled(network, "max-autotune" if autotuned else None)
 
     def _function(
         self, network: Network, by: Callable[[Function], Function] = lambda forward: forward,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from benchmarks.core import models
+from benchmarks.core import models, packed
 from benchmarks.core import ops as op_rows
+from benchmarks.core.ceilings import PRODUCTS
 from benchmarks.core.harness import COMPILERS
+from benchmarks.gpu.goals import goals, processor
 from benchmarks.gpu.profile import profile
 from benchmarks.gpu.rows import compilable, compiled, defaults, extension, measure_ceilings, rows
 from benchmarks.gpu.stages import Makers, Run, Stage
@@ -127,6 +130,31 @@ def ops_on_cpu(run: Run) -> Iterator[Callable[[], Case]]:
     yield from op_rows.listed(OPS[1:], widths=(768,), **common)
 
 
+def packed_products(run: Run) -> Iterator[Callable[[], Case]]:
+    """The four of a block of ViT-S and of ViT-B, many rows first."""
+    for how in _packed(run):
+        for name in PRODUCTS:
+            yield partial(packed.product, product=name, **how)
+
+
+def packed_attention(run: Run) -> Iterator[Callable[[], Case]]:
+    for how in _packed(run):
+        yield partial(packed.attention, heads=how.pop("width") // packed.HEAD_DIM, **how)
+
+
+def packed_blocks(run: Run) -> Iterator[Callable[[], Case]]:
+    for how in _packed(run):
+        yield partial(packed.block, **how)
+
+
+def _packed(run: Run) -> Iterator[dict[str, int]]:
+    if run.tiny:
+        yield dict(width=packed.HEAD_DIM, batch=2, tokens=17)
+        return
+    for batch, width in itertools.product((8, 1), (384, 768)):
+        yield dict(width=width, batch=batch)
+
+
 def measured(name: str, budget_s: float, makers: Callable[[Run], Makers], **how: Any) -> Stage:
     return Stage(name, budget_s, rows, makers=makers, **how)
 
@@ -201,15 +229,27 @@ PLANS: dict[str, tuple[Stage, ...]] = {
     ),
     "cpu": (
         Stage("ceilings", 40, measure_ceilings),
-        measured("models", 1200, of(*BASE_AND_SMALL[::-1], batches=(1, 8), group="all", dtypes=("bf16", "fp32"))),
+        measured("models", 2400, of(*BASE_AND_SMALL[::-1], batches=(1, 8), group="all", dtypes=("bf16", "fp32"))),
         measured("ops", 360, ops_on_cpu),
         measured("training", 200, of(BASE_AND_SMALL[1], batches=(8,), mode="training", dtypes=("bf16", "fp32"))),
         measured("networks of convolutions", 200, of(*models.CNNS, batches=(8, 1), dtypes=("fp32",))),
         measured("tanh GELU", 60, tanh_gelu),
         measured("growth", 900, growth),
     ),
+    "amx": (
+        Stage("processor", 10, processor, always=True),
+        Stage("ceilings", 40, measure_ceilings),
+        measured("packed products", 200, packed_products),
+        measured("packed attention", 50, packed_attention),
+        measured("packed blocks", 60, packed_blocks),
+        # what the goals are about
+        measured("models, compiled", 1500, of(*BASE_AND_SMALL[::-1], batches=(8, 1), group="compiled")),
+        Stage("goals", 5, goals, always=True),
+    ),
 }  # fmt: skip
 # what `next` does, in this order
 ORDER = ("check", "tune", "models", "tests", "profile", "rest")
 # of a call: for one plan, with what it takes to start python and to write the last files
-LIMITS_S = {**dict.fromkeys(ORDER, 540.0), "check": 300.0, "profile": 180.0, "cpu": 3400.0}
+LIMITS_S = {**dict.fromkeys(ORDER, 540.0), "check": 300.0, "profile": 180.0, "cpu": 4700.0, "amx": 1900.0}
+# of a CPU; all others are of a GPU
+ON_CPU = ("cpu", "amx")

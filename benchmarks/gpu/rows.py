@@ -19,6 +19,7 @@ from benchmarks.gpu import workers
 from benchmarks.gpu.stages import LOG_CHARACTERS, ROOT, STATE, Outcome, Run, Stage, Task, compilations, printed, say
 from vitfast.check.case import DTYPES, Case, Variant
 from vitfast.choose import builtin, tuning_cache
+from vitfast.kernels import cpu as cpu_kernels
 from vitfast.kernels import extension as compiled_half
 from vitfast.measure import device as devices
 from vitfast.measure.timing import Sampler
@@ -106,6 +107,9 @@ def rows(run: Run, stage: Stage, budget_s: float) -> Outcome:
             raise
         finally:
             run.stage(stage.name)["calls"][-1]["compiled"] = counted
+            # what a CPU with tiles chose between them and stock, in this process
+            if chosen := cpu_kernels.measured():
+                run.stage(stage.name)["chosen"] = chosen
     skipped = [each["why"] for each in run.record.data["skipped"] if each["stage"] == stage.name]
     left = harness.cut_short(run.record, stage.name) or any(why.startswith(harness.NO_TIME_LEFT) for why in skipped)
     return Outcome(red, harness.NO_TIME_LEFT if left else "")

@@ -1,4 +1,4 @@
-"""Run a plan of benchmarks: check, tune, models, tests, profile and rest for a GPU, cpu for a CPU.
+"""Run a plan of benchmarks: check, tune, models, tests, profile and rest for a GPU, cpu and amx for a CPU.
 
     python -m benchmarks.gpu.run PLAN|next|all [--out FOLDER] [--minutes M] [--resume] [--device DEVICE] [--tiny]
 
@@ -11,6 +11,7 @@ rest     ops and further models, for the tables of the report
 next     what comes next of these in this order, going on where the last call stopped, for --minutes (9)
 all      all of them, for as long as it takes
 cpu      ceilings, models and ops against what people would use instead
+amx      parts of a prepared model beside oneDNN's, then ViT-S and B beside every compiler, and which goals are met
 
 A plan is a list of stages in order of value, and a stage is a process with a budget: this one never touches the device,
 starts them one after the other, ends what has no end with all that it started, and starts a stage again whose process
@@ -20,9 +21,10 @@ row in the making, so that the process after one that was lost, hung or died lea
 compiling is compiled by many processes that share a list of tasks, before one that compiles nothing takes times. Going
 on is nothing but running the same plan again: stages, rows and tests that are in the record are left out.
 
-Each plan is over in nine minutes, check in five, on sixteen cores. Needs nothing but this source tree and a python with
-torch, triton, timm, transformers, pytest and xdist: no network, nothing installed. What one stage leaves of its budget
-goes to the next ones, one that fails or overruns costs those after it nothing, what does not fit is listed as skipped.
+Each plan of a GPU is over in nine minutes, check in five, on sixteen cores. Needs nothing but this source tree and a
+python with torch, triton, timm, transformers, pytest and xdist: no network, nothing installed. What one stage leaves of
+its budget goes to the next ones, one that fails or overruns costs those after it nothing, what does not fit is listed
+as skipped.
 `next`, `all` and --resume go on with what is in benchmarks/state, so on another machine put files of an earlier call
 there; what is not gone on with gets the suffix .before. --tiny runs every stage on small sizes, on any device; its
 records have names of their own, and a copy only where --out says so.
@@ -53,8 +55,9 @@ from typing import Any  # noqa: E402
 import torch  # noqa: E402
 
 from benchmarks.core import harness, record  # noqa: E402
+from benchmarks.core.cli import PACKAGES  # noqa: E402
 from benchmarks.gpu import stages, workers  # noqa: E402
-from benchmarks.gpu.plans import LIMITS_S, ORDER, PLANS  # noqa: E402
+from benchmarks.gpu.plans import LIMITS_S, ON_CPU, ORDER, PLANS  # noqa: E402
 from benchmarks.gpu.stages import LOST, ROOT, Kept, Run, Stage, begun, killed, perform, say, slug  # noqa: E402
 from vitfast.measure import machine  # noqa: E402
 from vitfast.measure.machine import cpu_name  # noqa: E402
@@ -80,7 +83,7 @@ class Call:
         minutes = {"next": NEXT_MINUTES, "all": ALL_MINUTES}.get(told.run) or LIMITS_S[told.run] / 60
         self.ends = BEGAN + 60 * (minutes if told.minutes is None else told.minutes) - GRACE_S - LAST_S
         self.made = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu_name()
-        self.facts = machine.describe(self.device, ("torchvision", "liger-kernel", "flash-attn"))
+        self.facts = machine.describe(self.device, PACKAGES)
         self.records: dict[str, Kept] = {}
 
     def files(self, plan: str) -> list[str]:
@@ -258,7 +261,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run", choices=[*PLANS, "next", "all"], metavar="PLAN")
     parser.add_argument("--out", type=Path, help="(default: benchmarks/results; of --tiny benchmarks/state)")
     parser.add_argument("--resume", action="store_true", help="go on with what is there; next and all always do")
-    parser.add_argument("--device", type=torch.device, help="(default: cuda, of the plan cpu: cpu)")
+    parser.add_argument("--device", type=torch.device, help="(default: cuda, of the plans cpu and amx: cpu)")
     parser.add_argument("--minutes", type=float, help="for all of the call (default: the plan's; of next 9)")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see whether everything works")
     # of the processes that this one starts
@@ -267,7 +270,7 @@ def main(argv: list[str] | None = None) -> int:
     told = parser.parse_args(argv)
     if told.minutes is not None and not 0 < told.minutes < math.inf:
         parser.error(f"--minutes must be more than 0, got {told.minutes}")
-    told.device = told.device or torch.device("cpu" if told.run == "cpu" else "cuda")
+    told.device = told.device or torch.device("cpu" if told.run in ON_CPU else "cuda")
     # tables and built-in choices are made of what is in results
     told.out = (told.out or (stages.STATE if told.tiny else ROOT / "benchmarks" / "results")).resolve()
     if told.stage is not None:

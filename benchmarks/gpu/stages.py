@@ -4,7 +4,8 @@ That is a record of `benchmarks.core.record` with three things more:
 
     stages   by name: "done", whether it need not be run again; "calls", of each "date", "budget_s", "seconds" and
              "left", why something is left to do, '' where nothing is; "failed", what of ours failed, a line each;
-             "traceback" where the stage itself did; and what stages note of their own ("tests", "counters", ...)
+             "traceback" where the stage itself did; and what stages note of their own ("tests", "counters", "chosen",
+             which is between tiles and stock operators on a CPU, ...)
     lost     by key of a row: variants that broke the device, or "*" for a row that had no end or that ended its
              process, and what was said then
     running  key of the row in the making

@@ -170,9 +170,13 @@ def models(device: Device, mode: str | None = None, main_dtype: bool = False) ->
 
 
 def _main_dtype(rows: list[Row]) -> list[Row]:
-    """Pure bf16 where there is any, else the first row's."""
+    """Pure bf16 where there is any, else the first row's; nothing in int8, for a bar does not show its error."""
     dtypes = [row["dtype"] for row in rows]
-    return [row for row in rows if row["dtype"] == ("bf16" if "bf16" in dtypes else dtypes[0])]
+    return [
+        row | {"variants": {name: each for name, each in row["variants"].items() if not is_coarse(each)}}
+        for row in rows
+        if row["dtype"] == ("bf16" if "bf16" in dtypes else dtypes[0])
+    ]
 
 
 def largest_batch(rows: Iterable[Row]) -> list[Row]:
@@ -211,6 +215,11 @@ def timed(variant: Row) -> bool:
     return variant.get("ms") is not None
 
 
+def is_coarse(variant: Row) -> bool:
+    """Whether it computes in fewer bits than the row's dtype, as int8 does, with an error of its own."""
+    return variant.get("tolerance") is not None
+
+
 def peaks(variant: Row) -> tuple[float, ...]:
     """Peak memory, allocated and reserved, MiB; () where it was not measured."""
     found = (variant.get("peak_allocated_mib"), variant.get("peak_reserved_mib"))
@@ -235,13 +244,13 @@ def ours(row: Row) -> str | None:
 
 
 def rival(row: Row) -> str | None:
-    """The fastest of the others."""
+    """The fastest of the others that are as exact."""
     return _fastest(row, False)
 
 
 def _fastest(row: Row, mine: bool) -> str | None:
     found = {name: v["ms"] for name, v in row["variants"].items()
-             if timed(v) and bool(v.get("ours")) is mine and not v.get("part")}  # fmt: skip
+             if timed(v) and bool(v.get("ours")) is mine and not v.get("part") and not is_coarse(v)}  # fmt: skip
     return min(found, key=found.get) if found else None
 
 

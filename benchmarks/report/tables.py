@@ -10,12 +10,16 @@ from typing import Any
 from benchmarks.report import rows as of
 from benchmarks.report.rows import Device, Row, images_per_s, number, ours, rival, timed
 
-PACKAGES = ("torch", "triton", "timm", "transformers", "cuda", "driver")
+PACKAGES = ("torch", "triton", "timm", "transformers", "onnxruntime", "openvino", "cuda", "driver")
 RATIOS = "in brackets how many times as fast as the baseline, pair by pair, ≈ within noise."
 # of records that do not say what is within noise
 ALONE = f"{RATIOS.partition(', ≈')[0].capitalize()}."
 GRAPHS = "Where the host is the limit, times are of replayed CUDA graphs; the last column is its clock without them."
 ROOFLINE = "The roofline is the time that the op's products or bytes need at this device's measured ceilings."
+COARSE = (
+    "% off: rms error of the logits against fp64, with random weights, of variants in int8, which are shown for "
+    "comparison: in no ratio to the fastest other do they count."
+)
 PRODUCT = "Product alone: the time of `F.linear` without anything around it as a share of vitfast's."
 
 Line = Mapping[str, object]
@@ -59,7 +63,11 @@ def cell(value: Callable[[Row, str], str], row: Row, name: str | None, with_rati
     text, error = value(row, name), variant.get("error_ratio")
     if with_ratio and name != row["baseline"] and of.ratio_text(variant):
         text += f" ({of.ratio_text(variant)})"
-    if variant.get("accepted") is False:
+    if of.is_coarse(variant):
+        text += f", {variant['error']:.1%} off" if variant.get("error") is not None else ", error unknown"
+        if variant.get("accepted") is False:
+            text += f" ⟦more than the {variant['tolerance']:.0%} that int8 may be off⟧"
+    elif variant.get("accepted") is False:
         size = "an error that is not finite" if error is None else f"{error:.1f} times the yardstick's error"
         text += f" ⟦outside the acceptance rule: {size}⟧"
     if variant.get("host_bound"):
@@ -114,6 +122,8 @@ def by_variant(
             lines[-1] |= more(row)
         bodies.append(table(lines))
     explained += f" Absent there: {', '.join(absent)}." if absent else ""
+    every = [variant for row in rows for variant in row["variants"].values()]
+    explained += f" {COARSE}" if cell in (rate, time) and any(map(of.is_coarse, filter(timed, every))) else ""
     return captioned(
         device, sum(kinds.values(), []), "\n\n".join(bodies), explained, noise=cell in (rate, time, growth)
     )

@@ -158,6 +158,24 @@ def accept_model(out: Tensor, ref: Tensor, low: Tensor, *, what: str = "") -> No
     _raise(faults, what, out.dtype)
 
 
+def accept_coarse(outs: Sequence[Tensor], refs: Sequence[Tensor], tolerance: float) -> None:
+    """What int8 is held to, which no rule of a wider dtype can be: `distance` of each result at most `tolerance`."""
+    error, _ = distance(outs, refs)
+    if not error <= tolerance:
+        raise NotAccepted(f"rms error {error:.1%} of the results', more than {tolerance:.1%}")
+
+
+def distance(outs: Sequence[Tensor], refs: Sequence[Tensor]) -> tuple[float, float]:
+    """rms(out - ref) as a share of rms(ref), the worst of the results; and the lowest cosine between out[i] and ref[i].
+
+    Both are NaN where a result has one.
+    """
+    pairs = [(out.double().flatten(1), ref.to(out.device).flatten(1)) for out, ref in zip(outs, refs, strict=True)]
+    errors = torch.stack([(out - ref).norm() / ref.norm() for out, ref in pairs])
+    cosines = torch.cat([torch.cosine_similarity(*pair) for pair in pairs])
+    return errors.max().item(), cosines.min().item()
+
+
 def accept_stages(
     outs: dict[str, Tensor], refs: dict[str, Tensor], lows: dict[str, Tensor], *, typical: float = MODEL_RMS_RATIO
 ) -> None:

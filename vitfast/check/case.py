@@ -42,6 +42,9 @@ class Variant:
         apart: run in a process of its own with this many seconds, for compilers that may take minutes.
         part: whether it computes a part of the case only, which shows what the rest costs: timed, neither judged nor
             taken for a rival.
+        tolerance: of what computes in fewer bits than the case's dtype, as int8 does, and so cannot be as exact as the
+            rule wants: the rms error of its results that is accepted in place of the rule, as a share of their rms in
+            fp64. It is timed and its error is told, and it is not taken for a rival either.
     """
 
     build: Callable[[], Function]
@@ -50,6 +53,7 @@ class Variant:
     graph: bool = True
     apart: float | None = None
     part: bool = False
+    tolerance: float | None = None
 
     def missing(self) -> list[str]:
         return [name for name in self.needs if importlib.util.find_spec(name) is None]

@@ -1,7 +1,8 @@
 """Compare the variants of a case: check every one, time what is right in interleaved rounds.
 
 A variant of ours whose result `vitfast.check.acceptance` rejects gets no time, only the rule's message. A rival that is
-rejected is timed and marked. What fails, runs out of memory or is not installed is listed with the reason.
+rejected is timed and marked. So is one in int8, which is held to a tolerance of its own and tells its error. What
+fails, runs out of memory or is not installed is listed with the reason.
 
 The policy is the same for all variants: the same input sets, drawn from one seed and rotated so that none is in the
 cache when its turn comes; every call allocates its results from torch's caching allocator and drops them; compilation
@@ -92,7 +93,8 @@ class _Run:
         self.case, self.place, self.seconds, self.deadline = case, place, seconds, deadline
         self.variants: dict[str, Row] = {}
         for name, variant in case.variants.items():
-            self.variants[name] = {"ours": variant.ours} | ({"part": True} if variant.part else {})
+            told = {"part": True if variant.part else None, "tolerance": variant.tolerance}
+            self.variants[name] = {"ours": variant.ours} | {k: v for k, v in told.items() if v is not None}
             if missing := variant.missing():
                 verb = "are" if len(missing) > 1 else "is"
                 self.variants[name]["absent"] = f"{' and '.join(missing)} {verb} not installed"
@@ -167,7 +169,7 @@ class _Run:
             return
         if name == self.case.yardstick:
             self.judge.low = results
-        verdict, fault = ({}, "") if variant.part else self.judge.judge(results, variant.ours)
+        verdict, fault = ({}, "") if variant.part else self.judge.judge(results, variant.ours, variant.tolerance)
         found |= verdict
         if fault:
             found["not_timed" if variant.ours else "why_not_accepted"] = fault
