@@ -16,7 +16,6 @@ import torch
 
 from vitfast.choose.exportable import stock_only
 from vitfast.kernels.cpu.arguments import kernels
-from vitfast.measure.timing import HostSampler, interleaved_medians
 
 TILES = ("amx_bf16", "plain_tiles")
 # by how much the kernels must win, or equals would take turns from process to process
@@ -33,11 +32,6 @@ class Timed(NamedTuple):
     @property
     def ours(self) -> bool:
         return self.ratio >= MARGIN
-
-
-class _Sampler(HostSampler):
-    # no pause: the kernels and torch share OpenMP's threads, and a user waits
-    min_ms, pause_s = 1.0, 0.0
 
 
 _timed: dict[tuple[Hashable, ...], Timed] = {}
@@ -87,9 +81,16 @@ def _may_measure() -> bool:
 
 
 def time_both(ours: Callable[..., Any], stock: Callable[..., Any], args: tuple[Any, ...]) -> Timed:
+    # most processes measure nothing
+    from vitfast.measure.timing import HostSampler, interleaved_medians
+
+    class Sampler(HostSampler):
+        # no pause: the kernels and torch share OpenMP's threads, and a user waits
+        min_ms, pause_s = 1.0, 0.0
+
     found = interleaved_medians(
         {"stock": lambda: stock(*args), "ours": lambda: ours(*args)},
-        budget_s=0.05, rounds=(3, 15), noise_limit=math.inf, sampler=_Sampler(),
+        budget_s=0.05, rounds=(3, 15), noise_limit=math.inf, sampler=Sampler(),
     )  # fmt: skip
     return Timed(found.median_ms["ours"], found.median_ms["stock"], found.ratio["ours"])
 
