@@ -133,6 +133,16 @@ def test_scratch_memory_is_shared_or_lost(isa, dtype):
                 assert torch.equal(out, wanted)
 
 
+@pytest.mark.parametrize("isa", [isa for isa, kernels in KERNELS.items() if kernels.takes_unpacked(16, 64, 1)])
+def test_zero_of_a_product_depends_on_who_packs(isa):
+    """Nothing added in place of a missing bias: what is left below the smallest normal number may be -0."""
+    x, weight = torch.ones(3, 64).bfloat16(), torch.zeros(16, 64).bfloat16()
+    weight[:, 0], weight[:, 32] = -1.5 * 2.0**-126, 2.0**-126
+    packed = cpu_kernels.linear(x, cpu_kernels.PackedWeight(weight, None, KERNELS[isa]), using=KERNELS[isa])
+    unpacked = cpu_kernels.linear_unpacked(x, weight, None, using=KERNELS[isa])
+    assert torch.equal(packed.view(torch.int16), unpacked.view(torch.int16)) and packed.signbit().all()
+
+
 @every_case
 def test_calls_of_torch_between_ours_find_other_registers(isa, dtype):
     """Tiles that are left configured, or released from under oneDNN, on threads that both use; also after a fork."""

@@ -117,7 +117,8 @@ struct CpuKernels {
   void (*layer_norm)(const LayerNormArgs&);
   // residual + act(norm(x) weight^T + bias), sums in fp32, rounded once
   void (*linear)(const LinearArgs&);
-  // the same of a weight [D, K] that is not packed, if it `takes_unpacked`; out is not the residual
+  // the same of a weight [D, K] that is not packed, if it `takes_unpacked`, or null where none is; out is not the
+  // residual
   void (*linear_unpacked)(const LinearArgs&);
   bool (*takes_unpacked)(int64_t D, int64_t K, DType dtype);
   // x + fc2(act(fc1(norm(x))))

@@ -88,9 +88,9 @@ class UnpackedLinear {
     Floats square[LANES];
     for (int64_t i = 0; i < LANES; ++i) square[i] = load(sums + i * TILE_PANEL);
     transpose(square);
-    const Floats bias = a.weight.bias ? load(a.weight.bias + column) : Floats{};
+    // nothing in place of a bias that is not there: of -0 zeros would make +0
     for (int64_t i = 0; i < LANES && row + i < last; ++i) {
-      Floats sums[] = {square[i] + bias};
+      Floats sums[] = {a.weight.bias ? square[i] + load(a.weight.bias + column) : square[i]};
       finish(row + i, column, sums, D);
     }
   }
@@ -105,16 +105,18 @@ class UnpackedLinear {
 // Whether `linear_unpacked` takes a weight [D, K]: of tiles that are full, because no zeros can be put beside it.
 inline bool takes_unpacked(int64_t D, int64_t K, DType dtype) {
 #if defined(VITFAST_TILES)
-  return dtype == DType::bf16 && D % TILE == 0 && K % TILE_NUMBERS == 0;
+  return dtype == DType::bf16 && K > 0 && D % TILE == 0 && K % TILE_NUMBERS == 0;
 #else
   return false;
 #endif
 }
 
-inline void linear_unpacked(const LinearArgs& args) {
 #if defined(VITFAST_TILES)
+inline void linear_unpacked(const LinearArgs& args) {
   if (args.rows) UnpackedLinear(args).run();
-#endif
 }
+#else
+constexpr void (*linear_unpacked)(const LinearArgs&) = nullptr;
+#endif
 
 }  // namespace

@@ -62,8 +62,10 @@ inline Floats rounded_product(Floats a, Floats b) {
   asm("" : "+v"(product));
 #elif defined(__x86_64__)
   asm("" : "+x"(product));
-#else
+#elif defined(__aarch64__)
   asm("" : "+w"(product));
+#else
+  asm("" : "+m"(product));
 #endif
   return product;
 }
