@@ -121,9 +121,10 @@ class PanelWeight {
   explicit PanelWeight(const PackedWeight& weight)
       : w(weight), depth(w.K / Cells::numbers), columns(round_up(w.D, LANES)), panels((columns + PANEL - 1) / PANEL) {}
 
-  // x[rows][K] W^T in these panels; x_row is from row to row of x, sums is scratch
+  // x[rows][K] W^T in these panels; x_row is from row to row of x, sums is scratch. Finish by value: behind a reference
+  // it would be read again after every store.
   void multiply(const T* x, int64_t x_row, int64_t rows, int64_t first, int64_t last, float* sums,
-                const Finish<T>& finish) const {
+                const Finish<T> finish) const {
     const int64_t a_row = x_row / Cells::numbers;
     for (int64_t column = first * PANEL; column < last * PANEL && column < columns; column += PANEL) {
       const bool wide = columns - column >= PANEL;
