@@ -399,6 +399,18 @@ def test_prepared_blocks_are_the_slower_ones(case, tiles, calls):
 
 
 @pytest.mark.skipif(torch.bfloat16 not in PREPARED, reason="this CPU prepares no bf16")
+@pytest.mark.parametrize(
+    "changes", [dict(norm_layer="rmsnorm"), dict(scale_attn_norm=True), dict(scale_mlp_norm=True)], ids=str
+)
+def test_answer_for_whole_blocks_serves_blocks_in_parts(changes, tiles):
+    """A norm that one call for all of a block does not compute makes it several, of another time."""
+    vitfast.prepare(tiny().bfloat16())
+    before = len(tiles.asked)
+    assert vitfast.prepare(tiny(**changes).bfloat16()).blocks[0].whole is None
+    assert len(tiles.asked) == before + 2
+
+
+@pytest.mark.skipif(torch.bfloat16 not in PREPARED, reason="this CPU prepares no bf16")
 def test_prepare_takes_longer_for_large_images(tiles):
     """Many tokens are timed as one image."""
     vitfast.prepare(tiny(img_size=640).bfloat16())
