@@ -131,6 +131,24 @@ def test_table_names_a_kernel_that_does_not_run(amx):
         assert ("AMX" in found["cpu"].path) is (amx and name.startswith("attention"))
 
 
+@torch.no_grad()
+def test_process_without_permission_waits_for_stock_with_amx(monkeypatch, calls):
+    """Stock operators have none there either, and without it the kernels are faster."""
+    module = extension.require()
+    with cpu(monkeypatch, amx=True, tiles=False):
+        monkeypatch.setattr(module, "why_no_tiles", lambda: "the system refuses them")
+        cpu_kernels.arguments._refuses_tiles.cache_clear()
+        try:
+            EAGER["attention"][1](draw(2, 9, 64))
+            assert calls == ["_attention"]
+            if torch.bfloat16 in PREPARED and cpu_kernels.kernels().name.startswith("avx512"):
+                model = tiny().bfloat16()
+                found = vitfast.prepare(model)
+                assert ("by=vitfast" in str(found)) is cpu_kernels.multiplies(torch.bfloat16)
+        finally:
+            cpu_kernels.arguments._refuses_tiles.cache_clear()
+
+
 class Clock:
     """In place of measuring: `ratio` is how many times as fast as stock the kernels are, `asked` what was measured."""
 
