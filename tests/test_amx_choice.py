@@ -131,6 +131,24 @@ def test_table_names_a_kernel_that_does_not_run(amx):
         assert ("AMX" in found["cpu"].path) is (amx and name.startswith("attention"))
 
 
+@torch.no_grad()
+def test_process_without_permission_waits_for_stock_with_amx(monkeypatch, calls):
+    """Stock operators have none there either, and without it the kernels are faster."""
+    module = extension.require()
+    with cpu(monkeypatch, amx=True, tiles=False):
+        monkeypatch.setattr(module, "why_no_tiles", lambda: "the system refuses them")
+        cpu_kernels.arguments._refuses_tiles.cache_clear()
+        try:
+            EAGER["attention"][1](draw(2, 9, 64))
+            assert calls == ["_attention"]
+            if torch.bfloat16 in PREPARED and cpu_kernels.kernels().name.startswith("avx512"):
+                model = tiny().bfloat16()
+                found = vitfast.prepare(model)
+                assert ("by=vitfast" in str(found)) is cpu_kernels.multiplies(torch.bfloat16)
+        finally:
+            cpu_kernels.arguments._refuses_tiles.cache_clear()
+
+
 class Clock:
     """In place of measuring: `ratio` is how many times as fast as stock the kernels are, `asked` what was measured."""
 
@@ -396,6 +414,18 @@ def test_prepared_blocks_are_the_slower_ones(case, tiles, calls):
     before = len(tiles.asked)
     vitfast.prepare(tiny())
     assert len(tiles.asked) == before
+
+
+@pytest.mark.skipif(torch.bfloat16 not in PREPARED, reason="this CPU prepares no bf16")
+@pytest.mark.parametrize(
+    "changes", [dict(norm_layer="rmsnorm"), dict(scale_attn_norm=True), dict(scale_mlp_norm=True)], ids=str
+)
+def test_answer_for_whole_blocks_serves_blocks_in_parts(changes, tiles):
+    """A norm that one call for all of a block does not compute makes it several, of another time."""
+    vitfast.prepare(tiny().bfloat16())
+    before = len(tiles.asked)
+    assert vitfast.prepare(tiny(**changes).bfloat16()).blocks[0].whole is None
+    assert len(tiles.asked) == before + 2
 
 
 @pytest.mark.skipif(torch.bfloat16 not in PREPARED, reason="this CPU prepares no bf16")

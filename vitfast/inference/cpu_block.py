@@ -62,7 +62,8 @@ def own_blocks(model: nn.Module, dtype: torch.dtype) -> bool:
     tokens = functools.cache(lambda B: torch.randn(B, N, width, generator=drawn, device="cpu").to(dtype))
     ours, stock = (lambda B, own=own: made(own)(tokens(B)) for own in (True, False))
     sizes = N, width, attn.num_heads, attn.head_dim, mlp.fc2.in_features
-    parts = type(attn.q_norm).__name__, mlp.kind, activation_name(mlp.act)
+    norms = block.norm1, block.norm2, attn.q_norm, attn.k_norm, attn.norm, mlp.norm
+    parts = *(type(norm).__name__ for norm in norms), mlp.kind, activation_name(mlp.act)
     few_and_many = 1, min(8, max(1, TIMED_TOKENS // N))
     return all(
         cpu_kernels.faster_of("prepared block", (B, *sizes, *parts), ours, stock, B) is ours for B in few_and_many

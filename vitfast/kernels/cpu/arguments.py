@@ -53,9 +53,16 @@ def takes(t: Tensor) -> bool:
 
 
 def has_amx(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies tiles of this dtype (AMX), as oneDNN and so torch do."""
+    """Whether this process multiplies tiles of this dtype (AMX), as oneDNN and so torch do."""
     unit = {torch.bfloat16: "amx_bf16", torch.float16: "amx_fp16"}.get(dtype)
-    return unit is not None and bool(torch.cpu.get_capabilities().get(unit))
+    return unit is not None and bool(torch.cpu.get_capabilities().get(unit)) and not _refuses_tiles()
+
+
+@functools.cache
+def _refuses_tiles() -> bool:
+    """Whether the system refuses them to this process: torch, which reports the CPU's, cannot use them either."""
+    module, _ = extension.load()
+    return module is not None and bool(module.why_no_tiles())
 
 
 def fits(t: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> bool:

@@ -1,7 +1,8 @@
 """Kernels of tiles (AMX) or stock operators, which use the same units: who is faster is measured on this CPU.
 
-Once a process for each kind of call, on the first such call's own tensors, at the cost of some ten calls. The last bits
-of results follow the choice. VITFAST_CPU_ISA with a name of `TILES` means the kernels, unmeasured.
+Once a process for each kind of call, on the first such call's own tensors, for a twentieth of a second or ten calls,
+whichever is more. The last bits of results follow the choice. VITFAST_CPU_ISA with a name of `TILES` means the kernels,
+unmeasured.
 """
 
 from __future__ import annotations

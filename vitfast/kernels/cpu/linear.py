@@ -59,7 +59,7 @@ class PackedWeight:
         weight = weight.contiguous()
         self.kernels = using or kernels()
         size = self.kernels.packed_bytes(self.D, self.K, DTYPES[weight.dtype])
-        self.cells = torch.empty(size, dtype=torch.uint8)
+        self.cells = weight.new_empty(size, dtype=torch.uint8)
         self.kernels.pack_weight(weight.data_ptr(), self.cells.data_ptr(), self.D, self.K, DTYPES[weight.dtype])
         self.bias = None if bias is None else F.pad(bias.float(), (0, -self.D % MAX_LANES))
         self.view = PackedView(
