@@ -315,20 +315,38 @@ def test_tracing_measures(op, tiles):
 
 
 @pytest.mark.parametrize("op", ["linear", "mlp"])
-@pytest.mark.parametrize("how", ["training", "fp32", "width in no tiles", "strided weight", "autocast of fp32"])
+@pytest.mark.parametrize("how", ["training", "fp32", "width in no tiles", "strided weight"])
 def test_op_takes_what_the_kernel_does_not(op, how, tiles, calls):
     dtype, K = torch.float32 if "fp32" in how else torch.bfloat16, 40 if how == "width in no tiles" else 64
     w1, w2, x = draw(96, K, dtype=dtype), draw(K, 96, dtype=dtype), draw(2, 9, K, dtype=dtype)
     if how == "strided weight":
         w1 = w1.t().contiguous().t()
     w1.requires_grad_(how == "training")
-    with torch.autocast("cpu", torch.bfloat16, enabled=how.startswith("autocast")):
-        # a norm, since without one x is cast to bf16, which the kernels may multiply
-        mlp = lambda: ops.mlp(x, None, None, w1, None, w2, None)  # noqa: E731
-        out = mlp() if op == "mlp" else ops.linear(x, w1, norm="layer")
+    out = ops.mlp(x, None, None, w1, None, w2, None) if op == "mlp" else ops.linear(x, w1, norm="layer")
     if how == "training":
         out.float().sum().backward()
     assert not tiles.asked and "linear_unpacked" not in calls
+
+
+@pytest.mark.parametrize("op", ["linear", "mlp"])
+@torch.no_grad()
+def test_fp32_under_autocast_is_left_to_stock(op, plain, calls):
+    """x and the residual in fp32, where the norm is computed, weights in bf16: as exact as stock, in its dtype."""
+    x, w1, w2 = draw(2, 9, 64, dtype=torch.float32), draw(64, 64), draw(64, 64)
+    residual = draw(2, 9, 64, dtype=torch.float32)
+    calls_of = {
+        "linear": lambda: ops.linear(x, w1, norm="layer", act="gelu", residual=residual),
+        "mlp": lambda: ops.mlp(x, None, None, w1, None, w2, None),
+    }
+    with torch.autocast("cpu", torch.bfloat16):
+        out = calls_of[op]()
+        assert calls == ["linear_unpacked"] * (1 if op == "linear" else 2)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cpu_kernels, "tiled", lambda dtype: False)
+            stock = calls_of[op]()
+    x, w1, w2, residual = (t.double() for t in (x, w1, w2, residual))
+    accept(out, calls_of[op](), stock, dtype=torch.bfloat16)
+    assert out.dtype is stock.dtype is torch.float32
 
 
 @torch.no_grad()

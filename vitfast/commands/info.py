@@ -152,6 +152,9 @@ def report() -> str:
     for name, devices in info["ops"].items():
         for kind, path in devices.items():
             why = "" if path["kernel"] else f" ({path['why_no_kernel']})"
-            lines.append(f"  {name:<{width}}  {kind:<4}  {path['kernel'] or path['runs_as']}{why}")
+            # beside a kernel, where something else may run
+            other = path["runs_as"].partition(" (")[2]
+            runs = f"{path['kernel']} ({other}" if path["kernel"] and other else path["kernel"] or path["runs_as"]
+            lines.append(f"  {name:<{width}}  {kind:<4}  {runs}{why}")
     lines += _kernel_lines(info["kernels"], info["triton"], info["tuning"])
     return "\n".join(lines)

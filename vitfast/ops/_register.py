@@ -111,6 +111,8 @@ def implementations() -> dict[str, dict[str, Implementation]]:
 
 def _which_of_tiles(name: str) -> str:
     where = "bf16" if name.startswith("attention") else "bf16 in inference"
+    if cpu_kernels.settled():
+        return f"{where}: C++ by tiles, as VITFAST_CPU_ISA says"
     return f"{where}: C++ with AMX or {STOCK}, by measurement in each process"
 
 

@@ -158,7 +158,7 @@ def _linear_tiles(x, weight, bias, norm, act, tail, saves):
 
 
 def _linear_cpu(x, weight, bias, norm, act, tail, saves):
-    if saves or not cpu_kernels.tiled(x.dtype) or not _tiles.takes(x, weight):
+    if saves or not cpu_kernels.tiled(weight.dtype) or not _tiles.takes(x, norm, weight):
         return _linear_stock(x, weight, bias, norm, act, tail, saves)
     args = x, weight, bias, norm, act, tail, saves
     scaled = "scaled" * (tail.gamma is not None or tail.row_scale is not None)

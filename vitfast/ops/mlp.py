@@ -158,7 +158,7 @@ def _mlp_tiles(x, norm, fc, tail, saves):
 
 
 def _mlp_cpu(x, norm, fc, tail, saves):
-    if saves or not cpu_kernels.tiled(x.dtype) or not _tiles.takes(x, fc.w1, fc.w2):
+    if saves or not cpu_kernels.tiled(fc.w1.dtype) or not _tiles.takes(x, norm, fc.w1, fc.w2):
         return _mlp_stock(x, norm, fc, tail, saves)
     args = x, norm, fc, tail, saves
     return cpu_kernels.faster_of("mlp", _key(x, norm, fc, tail, ""), _mlp_tiles, _mlp_stock, *args)(*args)

@@ -3,7 +3,7 @@
 from vitfast.kernels.cpu.activation import activation
 from vitfast.kernels.cpu.arguments import ACTIVATIONS, DTYPES, FLOATS, PATCH_ORDERS, has_amx, kernels, takes
 from vitfast.kernels.cpu.attention import attends, attention, attention_qkv
-from vitfast.kernels.cpu.choice import faster_of, measured, tiled
+from vitfast.kernels.cpu.choice import faster_of, measured, settled, tiled
 from vitfast.kernels.cpu.layer_norm import Norm, layer_norm
 from vitfast.kernels.cpu.linear import PackedWeight, linear, linear_unpacked, multiplies, takes_unpacked
 from vitfast.kernels.cpu.mlp import Block, block, mlp
@@ -12,5 +12,5 @@ from vitfast.kernels.cpu.patch_embed import embed, patch_rows
 __all__ = [
     "ACTIVATIONS", "DTYPES", "FLOATS", "PATCH_ORDERS", "Block", "Norm", "PackedWeight", "activation", "attends",
     "attention", "attention_qkv", "block", "embed", "faster_of", "has_amx", "kernels", "layer_norm", "linear",
-    "linear_unpacked", "measured", "mlp", "multiplies", "patch_rows", "takes", "takes_unpacked", "tiled",
+    "linear_unpacked", "measured", "mlp", "multiplies", "patch_rows", "settled", "takes", "takes_unpacked", "tiled",
 ]  # fmt: skip
