@@ -311,6 +311,22 @@ def test_a_newer_row_does_not_replace_an_older_or_loses_its_commit(site):
     assert "77,777" in body and "commit fff9999 with local changes, 2026-12-01" in body and "abc1234" not in body
 
 
+@pytest.mark.parametrize("slower, mixed", [(1.05, True), (2.0, False)], ids=["the same machine", "a slower one"])
+def test_times_of_a_slower_day_stand_beside_others(slower, mixed, site):
+    """Of rivals in a record of their own: beside others, in one line, only if the baseline takes as long there."""
+    row = one_row(site)
+    rivals = fake_record.row(
+        random.Random(1), "model", "vit_base_patch16_224 compiled", "inference", row["shape"], 64, DONE,
+        ("timm", "vitfast", "timm compiled"), 4.0 * slower, date="2026-12-01T09:00:00Z", commit="fff9999",
+        notes={"model": "vit_base_patch16_224"},
+    )  # fmt: skip
+    run = fake_record.run(date="2026-12-01T08:00:00Z", commit="fff9999")
+    fake_record.write(site / "results" / "rivals.json", [rivals], run)
+    body = blocks(site)["gpu throughput"]
+    assert "timm compiled" in body and ("torchvision" in body) is mixed
+    assert f"{64e3 / (row if mixed else rivals)['variants']['timm']['ms']:,.0f} |" in body
+
+
 def test_a_picture_that_no_page_shows_is_left_over(site):
     one_row(site)
     (site / "results" / "report_other_flops.png").write_bytes(b"")

@@ -148,6 +148,7 @@ def models(device: Device, mode: str | None = None, main_dtype: bool = False) ->
     """Rows of models, of `mode`: one of those that differ only in the group of rivals, with these as "parts".
 
     Of a variant in several of them the first time counts. Ratios stay those to the baseline in the variant's own row.
+    Where baselines are apart the machine was another on another day, and only the newest rows count.
     Sorted by model (of growing work), dtype and batch; of dtypes all, or the one that pictures show.
     """
     rows = [row for row in of_kind("model", device) if mode in (None, row["mode"])]
@@ -156,7 +157,12 @@ def models(device: Device, mode: str | None = None, main_dtype: bool = False) ->
     for row in sorted(
         _main_dtype(rows) if main_dtype else rows, key=lambda row: not row["model"].startswith(row["name"])
     ):
-        same = found.setdefault((row["model"], row["mode"], row["batch"], row["dtype"]), row | {"parts": []})
+        key = row["model"], row["mode"], row["batch"], row["dtype"]
+        same = found.setdefault(key, row | {"parts": []})
+        if _apart(same, row):
+            if row["date"] <= same["date"]:
+                continue
+            same = found[key] = row | {"parts": []}
         same["parts"].append(row)
         known = same["variants"]
         new = {n: v for n, v in row["variants"].items() if n not in known or (timed(v) and not timed(known[n]))}
@@ -167,6 +173,12 @@ def models(device: Device, mode: str | None = None, main_dtype: bool = False) ->
         key=lambda row: (is_cnn(row), not _is_timms(row), row["work"]["flops"] / row["batch"], row["model"],
                          dtypes.get(row["dtype"].split()[0], 2), row["dtype"], row["batch"]),
     )  # fmt: skip
+
+
+def _apart(row: Row, other: Row) -> bool:
+    """Whether the baseline of one takes 10 % longer than the other's: no time of one goes beside one of the other."""
+    times = [each["variants"].get(each["baseline"], {}).get("ms") for each in (row, other)]
+    return row["baseline"] == other["baseline"] and None not in times and max(times) > 1.1 * min(times)
 
 
 def _main_dtype(rows: list[Row]) -> list[Row]:
