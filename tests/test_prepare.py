@@ -47,6 +47,9 @@ def choose_products(whose, monkeypatch):
     for module in (prepare, cpu_block):
         choose = lambda dtype, K: whose == "vitfast" and cpu_kernels.multiplies(dtype)  # noqa: E731
         monkeypatch.setattr(module, "own_product", choose)
+    monkeypatch.setattr(prepare, "own_blocks", lambda model, dtype: True)
+    if cpu_kernels.tiled(torch.bfloat16):  # the same attention in all calls, whatever a clock says
+        monkeypatch.setenv("VITFAST_CPU_ISA", cpu_kernels.kernels().name)
 
 
 # oneDNN adds up all of a packed fp32 product in one chain, where MKL adds up pieces: the op rule's k for fp32
