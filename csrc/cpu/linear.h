@@ -149,7 +149,7 @@ inline void mlp_of(const MlpArgs& a) {
                        .threads = a.threads});
     return;
   }
-  const MovedRows<Weight> normed_rows(a.norm, true, K), hidden_rows({}, false, hidden);
+  const MovedRows<Weight> normed_rows(a.norm, true, K), hidden_rows(a.norm, false, hidden);
   const Blocks blocks{a.rows, Weight::UNIT,
                       blocks_of(a.rows, Weight::mlp_block(normed_rows.row, hidden_rows.row), a.threads)};
   const int64_t most = blocks.most(), normed_bytes = normed_rows.bytes(most), hidden_bytes = hidden_rows.bytes(most);

@@ -1,6 +1,6 @@
 """Kernels of tiles (AMX) or stock operators, which use the same units: who is faster is measured on this CPU.
 
-Once a process for each kind of call, on the first such call's own tensors, for a twentieth of a second or ten calls,
+Once a process for each kind of call, on the first such call's own tensors, for a fiftieth of a second or ten calls,
 whichever is more. The last bits of results follow the choice. VITFAST_CPU_ISA with a name of `TILES` means the kernels,
 unmeasured.
 """

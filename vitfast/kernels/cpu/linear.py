@@ -76,13 +76,7 @@ class PackedWeight:
         Raises:
             ValueError: x is not a contiguous [..., K] in the weight's dtype with rows in it, or the norm not one of it.
         """
-        shape = x.shape
-        if not shape or shape[-1] != self.K or not x.numel() or not fits(x, shape, self.dtype):
-            raise ValueError(
-                f"{what}: x must be contiguous [..., {self.K}] in {str(self.dtype)[6:]}, got {describe(x)}"
-            )
-        if norm is not None:
-            norm.check(what, self.K, self.dtype)
+        _must_be_rows(what, x, self.K, self.dtype, norm)
 
     def kernels_for(self, what: str, using: Any) -> Any:
         """The kernels that read this layout.
@@ -110,6 +104,14 @@ class PackedWeight:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         no_copies(self)
+
+
+def _must_be_rows(what: str, x: Tensor, K: int, dtype: torch.dtype, norm: Norm | None) -> None:
+    shape = x.shape
+    if not shape or shape[-1] != K or not x.numel() or not fits(x, shape, dtype):
+        raise ValueError(f"{what}: x must be contiguous [..., {K}] in {str(dtype)[6:]}, got {describe(x)}")
+    if norm is not None:
+        norm.check(what, K, dtype)
 
 
 def linear(
@@ -169,16 +171,11 @@ def linear_unpacked(
     """
     if not takes_unpacked(weight, using):
         raise ValueError(f"linear_unpacked: weight must be one that takes_unpacked, got {describe(weight)}")
-    (D, K), shape = weight.shape, x.shape
-    if not shape or shape[-1] != K or not x.numel() or not fits(x, shape, weight.dtype):
-        raise ValueError(
-            f"linear_unpacked: x must be contiguous [..., {K}] in {str(weight.dtype)[6:]}, got {describe(x)}"
-        )
+    D, K = weight.shape
+    _must_be_rows("linear_unpacked", x, K, weight.dtype, norm)
     if bias is not None and (bias.shape != (D,) or not bias.is_cpu):
         raise ValueError(f"linear_unpacked: bias must be [{D}], got {describe(bias)}")
-    if norm is not None:
-        norm.check("linear_unpacked", K, x.dtype)
-    out, wide = x.new_empty(*shape[:-1], D), None if bias is None else bias.float().contiguous()
+    out, wide = x.new_empty(*x.shape[:-1], D), None if bias is None else bias.float().contiguous()
     must_fit("linear_unpacked", "residual", residual, out.shape, out.dtype)
     view = PackedView(weight.data_ptr(), 0 if wide is None else wide.data_ptr(), K=K, D=D)
     (using or kernels()).linear_unpacked(
