@@ -12,8 +12,8 @@ import vitfast
 
 PACKAGE = Path(vitfast.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-# of what torch's own import takes, which a slower processor lengthens as much: 0.09 here
-LIMIT = 0.15
+# of what torch's own import takes, which a slower processor lengthens as much: 0.06 here
+LIMIT = 0.12
 
 
 def python(code, *arguments):
@@ -25,12 +25,14 @@ def python(code, *arguments):
 
 
 # children of one process that has imported torch, so that torch itself is paid for once; processor time, because a test
-# worker beside this one makes the wall clock run on
+# worker beside this one makes the wall clock run on. The first child writes the bytecode that an installed package has:
+# where PYTHONDONTWRITEBYTECODE is set, a checkout has none, and compiling its sources takes as long as importing them
 TIMED = """
 import os, time
 start = time.process_time()
 import torch
 print(time.process_time() - start)
+sys.dont_write_bytecode, sys.pycache_prefix = False, sys.argv[1]
 
 for _ in range(5):
     read, write = os.pipe()
@@ -46,9 +48,9 @@ for _ in range(5):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-def test_import_adds_more_than_its_limit_to_torch():
+def test_import_adds_more_than_its_limit_to_torch(tmp_path):
     """Best of five: a busy machine slows some of them down, a slow import all of them."""
-    of_torch, *seconds = [float(line) for line in python(TIMED).splitlines()]
+    of_torch, *seconds = [float(line) for line in python(TIMED, str(tmp_path)).splitlines()]
     assert len(seconds) == 5
     assert min(seconds) <= LIMIT * of_torch, f"import vitfast took {min(seconds):.3f} s, import torch {of_torch:.3f}"
 
