@@ -378,11 +378,13 @@ def test_kernels_that_were_asked_for_are_measured(isa, amx_is_there, monkeypatch
     with cpu(monkeypatch, amx_is_there, tiles=True, VITFAST_CPU_ISA=isa):
         for op in EAGER:
             assert runs_kernel(op, calls, draw(2, 9, 64))
-        model = tiny().bfloat16()
-        prepared = vitfast.prepare(model)
-        del calls[:]
-        prepared(images_for(model).bfloat16())
-        assert "by=oneDNN" not in str(prepared) and {"block", "embed"} <= {*calls} and not clock.asked
+        if torch.bfloat16 in PREPARED:
+            model = tiny().bfloat16()
+            prepared = vitfast.prepare(model)
+            del calls[:]
+            prepared(images_for(model).bfloat16())
+            assert "by=oneDNN" not in str(prepared) and {"block", "embed"} <= {*calls}
+        assert not clock.asked
 
 
 @torch.no_grad()

@@ -157,7 +157,9 @@ def test_plan_of_a_cpu_with_amx_fails_or_leaves_out_a_part_elsewhere(a_run, with
         "vit_tiny_patch16_224 compiled",
     ]  # fmt: skip
     for row in found["rows"]:
-        assert row["variants"][row["baseline"]]["ms"] > 0, row["key"]
+        # of bf16, which oneDNN multiplies with AVX-512 only
+        if row["kind"] == "model" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            assert row["variants"][row["baseline"]]["ms"] > 0, row["key"]
         mine = row["variants"]["vitfast"]
         assert "absent" in mine or (mine["accepted"] and mine["ms"] > 0), (row["key"], mine)
     models = found["rows"][-1]["variants"]
