@@ -337,6 +337,33 @@ def test_what_hangs_or_ends_its_process_is_not_named_or_is_tried_again(ended, wh
     assert found["stages"]["rows"]["done"]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_rival_that_ends_its_process_costs_the_row(a_run):
+    """As a compiler does that uses an instruction which the CPU has not, or all of the memory. What ends a process
+    while it is timed costs the row all the same: nobody knows which one did."""
+    run, calls = a_run(), []
+
+    def ends_later(*given):
+        calls.append(given)
+        return layer_norm(*given) if len(calls) == 1 else os._exit(4)
+
+    def start(stage, budget_s):
+        if not (pid := os.fork()):
+            stages.perform(run, stage, budget_s)
+            os._exit(0)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    ours = {"vitfast": variant(layer_norm, ours=True)}
+    first, second = make({"rival": Variant(lambda: os._exit(4))} | ours), make({"rival": variant(ends_later)}, name="b")
+    failed, why = do(run, rows_of([first, second]), start=start), "its process ended with status 4"
+    assert failed == [f"rows: {first.key}: rival: {why}", f"rows: {second.key}: {why}"]
+    found = written(run)
+    assert found["lost"] == {first.key: {"rival": why}, second.key: {"*": why}} and found["building"] is None
+    (row,) = found["rows"]
+    assert row["variants"].keys() == {"torch", "vitfast"} and row["variants"]["vitfast"]["ms"] > 0
+    assert found["stages"]["rows"]["done"]
+
+
 def test_stage_that_hangs_before_its_first_row_is_tried_for_ever_or_an_earlier_row_is_blamed(a_run):
     run = a_run()
     # as a call leaves it that was killed

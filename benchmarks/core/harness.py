@@ -27,6 +27,7 @@ Maker = Callable[[], Case]
 def run_case(
     case: Case, *, seconds: float, place: devices.Place | None = None, ceilings: Mapping[str, Any] | None = None,
     stage: str = "", deadline: float | None = None, keep: Callable[[Row], None] = lambda row: None,
+    building: Callable[[str | None], None] = lambda name: None,
 ) -> Row:  # fmt: skip
     """Build, check and time the variants of `case`.
 
@@ -36,6 +37,7 @@ def run_case(
         ceilings: what `ceilings.measure` returned, for the percent of them.
         deadline: on `place.clock`: what has not been built by then is not.
         keep: gets the row before variants that are `apart` are started, which may take long.
+        building: as `compare`.
 
     Returns:
         The row that `benchmarks.core.record` describes, without what `Record.add` puts in.
@@ -64,7 +66,9 @@ def run_case(
         }  # fmt: skip
 
     try:
-        found = compare(dataclasses.replace(case, variants=here), seconds=seconds, place=place, deadline=deadline)
+        found = compare(
+            dataclasses.replace(case, variants=here), seconds=seconds, place=place, deadline=deadline, building=building
+        )
     except DeviceLost as lost:
         for each in waiting.values():
             each["not_timed"] = "the device was lost"
@@ -139,11 +143,14 @@ def run_cases(
             if _timed(row) >= _timed(earlier):
                 record.add(row)
 
+        def building(name: str | None) -> None:
+            record.building = name
+
         rest = [each.key for each in waiting[i:]]
         try:
             row = run_case(
                 case, seconds=seconds, place=place, ceilings=record.data["ceilings"], stage=stage,
-                deadline=row_began + left, keep=keep,
+                deadline=row_began + left, keep=keep, building=building,
             )  # fmt: skip
         except DeviceLost as lost:
             if lost.row is not None:

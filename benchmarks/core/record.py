@@ -73,10 +73,11 @@ class Record:
         run: what `machine.describe` returned.
 
     Attributes:
-        running: key of the row in the making; it is not in the file.
+        running, building: key of the row in the making and which variant is being built; they are not in the file.
     """
 
     running: str | None = None
+    building: str | None = None
 
     def __init__(self, path: Path | str, run: Mapping[str, Any]) -> None:
         self.path = Path(path)

@@ -198,7 +198,7 @@ def goes_on(run: Run, stage: Stage, budget_s: float, start: Callable[[Stage, flo
     kept = run.record
     # what that process wrote
     kept.data = record.read(kept.path)
-    key, facts = kept.running, run.stage(stage.name)
+    key, name, facts = kept.running, kept.building, run.stage(stage.name)
     if status in (0, LOST):
         return status == LOST
     why = status if isinstance(status, str) else f"its process ended with status {status}"
@@ -206,12 +206,12 @@ def goes_on(run: Run, stage: Stage, budget_s: float, start: Callable[[Stage, flo
     if why in (TIME_UP, harness.NO_TIME_LEFT):
         key = None
     else:
-        facts["failed"].append(f"{stage.name}: {key or 'the stage'}: {why}")
+        facts["failed"].append(": ".join([stage.name, *filter(None, [key or "the stage", name]), why]))
         # what ended it is not known; a second time it is given up
         facts["done"] = key is None and [call["left"] for call in facts["calls"]].count(why) > 1
         say(facts["failed"][-1])
     if key is not None:
-        kept.data["lost"].setdefault(key, {})["*"] = why
+        kept.data["lost"].setdefault(key, {})[name or "*"] = why
     kept.running = None
     return key is not None
 

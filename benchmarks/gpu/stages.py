@@ -6,9 +6,9 @@ That is a record of `benchmarks.core.record` with three things more:
              "left", why something is left to do, '' where nothing is; "failed", what of ours failed, a line each;
              "traceback" where the stage itself did; and what stages note of their own ("tests", "counters", "chosen",
              which is between tiles and stock operators on a CPU, ...)
-    lost     by key of a row: variants that broke the device, or "*" for a row that had no end or that ended its
-             process, and what was said then
-    running  key of the row in the making
+    lost     by key of a row: variants that broke the device, or whose building had no end or ended its process, or "*"
+             for a row of which it is not known which one did, and what was said then
+    running, building   key of the row in the making, and its variant that is being built
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Kept(record.Record):
     """A record with a copy in another folder after every change."""
 
     def __init__(self, path: Path, data: dict[str, Any], out: Path) -> None:
-        self.path, self.data, self.out = path, {"stages": {}, "lost": {}, "running": None} | data, out
+        self.path, self.data, self.out = path, {"stages": {}, "lost": {}, "running": None, "building": None} | data, out
 
     @property
     def running(self) -> str | None:
@@ -62,7 +62,16 @@ class Kept(record.Record):
 
     @running.setter
     def running(self, key: str | None) -> None:
-        self.data["running"] = key
+        self.data |= {"running": key, "building": None}
+        self.write()
+
+    @property
+    def building(self) -> str | None:
+        return self.data["building"]
+
+    @building.setter
+    def building(self, name: str | None) -> None:
+        self.data["building"] = name
         self.write()
 
     def write(self) -> None:

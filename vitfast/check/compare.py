@@ -55,13 +55,18 @@ class _Failed(Exception):
         self.name, self.problem = name, problem
 
 
-def compare(case: Case, *, seconds: float, place: devices.Place | None = None, deadline: float | None = None) -> Row:
+def compare(
+    case: Case, *, seconds: float, place: devices.Place | None = None, deadline: float | None = None,
+    building: Callable[[str | None], None] = lambda name: None,
+) -> Row:  # fmt: skip
     """Build, check and time the variants of `case` in this process.
 
     Args:
         seconds: aimed-at time for the interleaved rounds; building and checking come on top.
         place: in place of the device that the case names.
         deadline: on `place.clock`: what has not been built by then is not.
+        building: gets the name of each variant before it is built and first called, which may end the process, and
+            None when all are.
 
     Returns:
         "variants" by name, and what was found out of all of them together: `benchmarks/core/record.py` says what.
@@ -74,7 +79,7 @@ def compare(case: Case, *, seconds: float, place: devices.Place | None = None, d
     with place.current():
         try:
             run.prepare()
-            run.build()
+            run.build(building)
             run.time()
         except DeviceLost as lost:
             for name in run.open():
@@ -138,12 +143,13 @@ class _Run:
             for name in self.open():
                 self.fail(name, problem)
 
-    def build(self) -> None:
+    def build(self, building: Callable[[str | None], None]) -> None:
         first = [self.case.yardstick, self.case.baseline]
         for name in sorted(self.open(), key=lambda name: first.index(name) if name in first else len(first)):
             if self.deadline is not None and self.place.clock() + TOOK_S.get(name, 0.0) > self.deadline:
                 self.variants[name]["not_timed"] = NO_TIME_LEFT
                 continue
+            building(name)
             try:
                 self.build_one(name, self.case.variants[name])
             # other people's software may fail in any way, which must not cost the rest of the run
@@ -151,6 +157,7 @@ class _Run:
                 if name == self.case.yardstick:
                     self.judge.no_measure = f"the yardstick failed: {devices.first_line(problem)}"
                 self.fail(name, problem)
+        building(None)
 
     def build_one(self, name: str, variant: Variant) -> None:
         found, began = self.variants[name], self.place.clock()
