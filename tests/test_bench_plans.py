@@ -102,6 +102,9 @@ def test_budgets_of_a_plan_exceed_its_time():
         assert budgets <= plans.LIMITS_S[name] - program.GRACE_S - program.LAST_S, name
         assert len({stage.name for stage in plan}) == len(plan)
     assert max(plans.LIMITS_S[name] for name in plans.ORDER) <= 540
+    # a last row that takes longer than it may costs no goals
+    most = sum(stage.budget_s for stage in plans.PLANS["amx"]) + stages.OVERRUN_S
+    assert most <= plans.LIMITS_S["amx"] - program.GRACE_S - program.LAST_S
     assert set(plans.ORDER) == plans.PLANS.keys() - {*plans.ON_CPU}
 
 
@@ -252,6 +255,25 @@ def test_a_rival_that_is_wrong_costs_the_goals_or_is_not_marked():
     wrong = {"OpenVINO_int8": {"error": None, "accepted": False}, "OpenVINO": {"accepted": False}}
     found = told_of_goals(times_at_goals(), **wrong)
     assert "(int8, error unknown)" in found and "(outside the acceptance rule)" in found
+
+
+@pytest.mark.parametrize("left, told", [
+    ([""], [0, 1]), (["no time left", ""], [0, 1]), (["no time left"] * 2 + [""], [0, 1, 2]),
+])  # fmt: skip
+def test_goals_wait_for_ever_where_rows_took_all_of_the_time(left, told, a_run):
+    """A run that goes on took its plan for finished. While rows are left every call tells the goals."""
+    run, clock, left, found = a_run(), Clock(), [*left], []
+
+    def work(*_):
+        clock.now += 50
+        return stages.Outcome((), left.pop(0))
+
+    plan = [stages.Stage("rows", 50, work), plans.PLANS["amx"][-1]]
+    for seconds in (50, 100, 100)[: len(told)]:
+        assert not program.is_finished(plan, run.record.data["stages"])
+        do(run, *plan, ends=clock.now + seconds, clock=clock)
+        found.append(len(run.stage("goals")["calls"]))
+    assert found == told and program.is_finished(plan, run.record.data["stages"])
 
 
 @pytest.mark.parametrize("kernels, threads, apart", [
