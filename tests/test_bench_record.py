@@ -132,6 +132,25 @@ def test_a_continued_record_forgets_rows_or_runs_or_mixes_devices(tmp_path):
     assert open_for_resume(tmp_path / "none.json", later).finished() == set()
 
 
+def test_rows_of_other_threads_or_another_instruction_set_are_gone_on_with(tmp_path, monkeypatch):
+    """Of one CPU, and the record says of all of them what the last call had."""
+    monkeypatch.delenv("VITFAST_CPU_ISA", raising=False)
+    here = machine.describe()
+    path = written(tmp_path / "run.json", run=here, rows=[row("a")])
+    assert open_for_resume(path, machine.describe()).finished() == {"a"}
+    # as records are that are older than the choice
+    older = {name: value for name, value in here.items() if name != "cpu_isa"}
+    assert open_for_resume(path, older).finished() == {"a"}
+    with pytest.raises(ValueError, match=f"{here['threads']} threads; this run: .*, 77 threads"):
+        open_for_resume(path, here | {"threads": 77})
+    monkeypatch.setenv("VITFAST_CPU_ISA", "portable")
+    with pytest.raises(ValueError, match="threads, VITFAST_CPU_ISA=portable"):
+        open_for_resume(path, machine.describe())
+    gpu = {"device": "NVIDIA H200", "device_type": "cuda", "threads": 2}
+    path = written(tmp_path / "gpu.json", run=gpu, rows=[row("a")])
+    assert open_for_resume(path, gpu | {"threads": 8}).finished() == {"a"}
+
+
 def test_a_case_is_listed_as_skipped_twice(tmp_path):
     file = Record(tmp_path / "run.json", H200)
     file.skip("a", ["x", "y"], "first reason")

@@ -147,7 +147,8 @@ def open_for_resume(path: Path | str, run: Mapping[str, Any]) -> Record:
     those that failed, ran out of time or were skipped.
 
     Raises:
-        ValueError: as `read`; or `run` is on another device than the record.
+        ValueError: as `read`; or `run` is on another device than the record, a CPU with another number of threads or
+            another VITFAST_CPU_ISA among them.
     """
     record = Record(path, run)
     if record.path.exists():
@@ -200,8 +201,17 @@ def _rank(row: Row) -> tuple[bool, str]:
     return has_times(row), row.get("date", "")
 
 
+def device_of(run: Mapping[str, Any]) -> str:
+    """On what it ran, a CPU with its threads and the instruction set that was asked for: times go beside others of the
+    same only."""
+    if run.get("device_type") != "cpu":
+        return str(run.get("device"))
+    asked = run.get("cpu_isa")
+    return f"{run['device']}, {run.get('threads')} threads" + (f", VITFAST_CPU_ISA={asked}" if asked else "")
+
+
 def _same_devices(runs: Mapping[str, Mapping[str, Any]]) -> None:
-    devices = {path: run.get("device") for path, run in runs.items()}
+    devices = {path: device_of(run) for path, run in runs.items()}
     if len(set(devices.values())) > 1:
         listed = "; ".join(f"{path}: {device}" for path, device in devices.items())
         raise ValueError(f"the runs must be on one device, got {listed}")

@@ -24,7 +24,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Device:
-    """What was measured on one device (a CPU: with one number of threads).
+    """What was measured on one device (a CPU: with one number of threads and one choice of instruction set).
 
     Attributes:
         rows: of each key the newest with times. Beyond what a record has: "run", which measured it; "dtype" says how
@@ -59,9 +59,7 @@ def load(folder: Path) -> list[Device]:
             is_parts = file.name.endswith("-parts.json")
             data = json.loads(file.read_text(encoding="utf-8")) if is_parts else record.read(file)
             run = data["run"]
-            cpu = run["device_type"] != "cuda"
-            name = f"{run['device']}, {run['threads']} threads" if cpu else run["device"]
-            found.setdefault((cpu, name), {})[file] = data
+            found.setdefault((run["device_type"] != "cuda", record.device_of(run)), {})[file] = data
     return [_device(name, not cpu, files) for (cpu, name), files in sorted(found.items(), key=lambda item: item[0])]
 
 

@@ -39,6 +39,7 @@ def describe(device: torch.device | str = "cpu", packages: tuple[str, ...] = ())
         "device_type": device.type,
         "cpu": cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_isa": os.environ.get("VITFAST_CPU_ISA") or None,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "tf32": {"matmul": torch.get_float32_matmul_precision() != "highest", "cudnn": torch.backends.cudnn.allow_tf32},
