@@ -327,6 +327,25 @@ def test_times_of_a_slower_day_stand_beside_others(slower, mixed, site):
     assert f"{64e3 / (row if mixed else rivals)['variants']['timm']['ms']:,.0f} |" in body
 
 
+def test_ours_of_one_run_stands_beside_a_rival_of_another(site):
+    """Though one of the two has both, in turns."""
+    shape, notes, name = {"size": 224, "dim": 768}, {"model": "vit_base_patch16_224"}, "vit_base_patch16_224"
+    few, all_of_it = (
+        fake_record.row(
+            random.Random(i), "model", f"{name} {group}", "inference", shape, 64, DONE, names, 4.0, notes=notes
+        )
+        for i, (group, names) in enumerate({
+            "autotuned": ("timm", "vitfast", "timm max-autotune"),
+            "compiled": ("timm", "vitfast", "timm compiled", "timm max-autotune"),
+        }.items())
+    )  # fmt: skip
+    few["variants"]["vitfast"]["ms"], all_of_it["variants"]["vitfast"]["ms"] = 2.0, 2.5
+    fake_record.write(site / "results" / "run.json", [few, all_of_it])
+    (device,) = report_rows.load(site / "results")
+    (row,) = report_rows.models(device, "inference")
+    assert all(row["variants"][name] is found for name, found in device.rows[1]["variants"].items())
+
+
 def test_a_picture_that_no_page_shows_is_left_over(site):
     one_row(site)
     (site / "results" / "report_other_flops.png").write_bytes(b"")

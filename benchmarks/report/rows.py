@@ -151,9 +151,10 @@ def models(device: Device, mode: str | None = None, main_dtype: bool = False) ->
     """
     rows = [row for row in of_kind("model", device) if mode in (None, row["mode"])]
     found: dict[Any, Row] = {}
-    # what is named as the model itself is of no group, or of the first
+    # what is named as the model itself is of no group, or of the first; then a line is of one run, as far as that goes
     for row in sorted(
-        _main_dtype(rows) if main_dtype else rows, key=lambda row: not row["model"].startswith(row["name"])
+        _main_dtype(rows) if main_dtype else rows,
+        key=lambda row: (not row["model"].startswith(row["name"]), -sum(map(timed, row["variants"].values()))),
     ):
         key = row["model"], row["mode"], row["batch"], row["dtype"]
         same = found.setdefault(key, row | {"parts": []})
