@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.report import rows as of
 from benchmarks.report.rows import Device, Row, images_per_s, number, ours, rival, timed
 
-PACKAGES = ("torch", "triton", "timm", "transformers", "onnxruntime", "openvino", "cuda", "driver")
+PACKAGES = ("torch", "triton", "timm", "transformers", "onnxruntime", "openvino", "nncf", "cuda", "driver")
 RATIOS = "in brackets how many times as fast as the baseline, pair by pair, ≈ within noise."
 # of records that do not say what is within noise
 ALONE = f"{RATIOS.partition(', ≈')[0].capitalize()}."
