@@ -43,8 +43,9 @@ class Named:
 
 
 @contextlib.contextmanager
-def cpu(monkeypatch, amx, tiles, **environment):
-    """A CPU of which torch says that it has AMX, or has not, and which kernels of tiles use or not."""
+def cpu(monkeypatch, amx, tiles, why_no_tiles="", **environment):
+    """A CPU of which torch says that it has AMX, or has not, and which kernels of tiles use or not; and why the system
+    refuses tiles, as it may on the one that this is."""
     module = extension.load()[0]
     if module is None and tiles:
         pytest.skip("no extension")
@@ -58,10 +59,19 @@ def cpu(monkeypatch, amx, tiles, **environment):
             known = [each for each in module.usable_kernels() if each.name != "amx_bf16"]
             usable = [*known, Named(known[0])] if tiles else known
             patch.setattr(module, "usable_kernels", lambda: usable)
+            patch.setattr(module, "why_no_tiles", lambda: why_no_tiles)
         patch.setattr(choice, "_timed", {})
-        cpu_kernels.kernels.cache_clear()
-        yield
+        forget()
+        try:
+            yield
+        finally:
+            forget()
+
+
+def forget():
+    """What is asked of a CPU once a process."""
     cpu_kernels.kernels.cache_clear()
+    cpu_kernels.arguments._refuses_tiles.cache_clear()
 
 
 @pytest.fixture(params=[False, True], ids=["without AMX", "with AMX"])
@@ -134,19 +144,14 @@ def test_table_names_a_kernel_that_does_not_run(amx):
 @torch.no_grad()
 def test_process_without_permission_waits_for_stock_with_amx(monkeypatch, calls):
     """Stock operators have none there either, and without it the kernels are faster."""
-    module = extension.require()
-    with cpu(monkeypatch, amx=True, tiles=False):
-        monkeypatch.setattr(module, "why_no_tiles", lambda: "the system refuses them")
-        cpu_kernels.arguments._refuses_tiles.cache_clear()
-        try:
-            EAGER["attention"][1](draw(2, 9, 64))
-            assert calls == ["_attention"]
-            if torch.bfloat16 in PREPARED and cpu_kernels.kernels().name.startswith("avx512"):
-                model = tiny().bfloat16()
-                found = vitfast.prepare(model)
-                assert ("by=vitfast" in str(found)) is cpu_kernels.multiplies(torch.bfloat16)
-        finally:
-            cpu_kernels.arguments._refuses_tiles.cache_clear()
+    extension.require()
+    with cpu(monkeypatch, amx=True, tiles=False, why_no_tiles="the system refuses them"):
+        EAGER["attention"][1](draw(2, 9, 64))
+        assert calls == ["_attention"]
+        if torch.bfloat16 in PREPARED and cpu_kernels.kernels().name.startswith("avx512"):
+            model = tiny().bfloat16()
+            found = vitfast.prepare(model)
+            assert ("by=vitfast" in str(found)) is cpu_kernels.multiplies(torch.bfloat16)
 
 
 class Clock:
