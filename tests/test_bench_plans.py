@@ -706,6 +706,23 @@ def test_file_of_gpu_tests_is_not_run():
     assert sorted([*files, "tests/kernels"]) == sorted((*OF_DEVICES, *KERNELS))
 
 
+def test_products_autotuned_on_another_cpu_or_for_other_threads_are_taken(tmp_path, monkeypatch):
+    """From a home folder that several machines have, and of an earlier call."""
+
+    def folder(cpu, threads):
+        for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+            monkeypatch.setenv(name, "")
+            monkeypatch.delenv(name)
+        monkeypatch.setattr(program, "cpu_name", lambda: cpu)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        program.keep_caches(torch.device("cpu"))
+        return os.environ["TORCHINDUCTOR_CACHE_DIR"]
+
+    monkeypatch.setenv("VITFAST_CACHE_DIR", str(tmp_path))
+    assert len({folder("Xeon", 2), folder("EPYC", 2), folder("Xeon", 4)}) == 3
+    assert folder("Xeon", 2) == folder("Xeon", 2)
+
+
 def test_two_runs_of_a_tree_write_each_other_s_records_or_disturb_each_other_s_times(tmp_path, a_run, capsys):
     """And one that ended, whichever way, keeps nobody out."""
     stages.STATE.mkdir()

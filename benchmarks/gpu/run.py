@@ -247,7 +247,9 @@ def alone() -> Any:
 
 def keep_caches(device: torch.device) -> None:
     """Let compilers keep what they made, apart for each device and set of versions."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    # torch's own names of files tell neither CPUs nor threads apart, for which it chose between its products
+    on_cpu = f"{cpu_name()} {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else on_cpu
     key = slug(f"{name} torch {torch.__version__} triton {machine.version('triton')}")
     folder = Path(os.environ.get("VITFAST_CACHE_DIR", "~/.cache/vitfast")).expanduser() / key
     for variable, part in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
