@@ -7,6 +7,7 @@ import json
 import sys
 import types
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -208,6 +209,38 @@ def test_a_product_that_is_autotuned_is_not_frozen_or_the_other_is_autotuned_too
     assert [name for name in alone if not name.startswith("vitfast")] == ["timm", "timm max-autotune"]
 
 
+@pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
+@pytest.mark.parametrize("dtype, hint", [("fp32", "f32"), ("bf16", "bf16")])
+def test_openvino_has_other_threads_or_computes_in_another_dtype(dtype, hint, int8, monkeypatch):
+    """Then it is slower than it need be, and right."""
+    openvino, seen = pytest.importorskip("openvino"), {}
+    compile_model = openvino.Core.compile_model
+
+    def noted(core, model, device, settings):
+        seen.update(settings)
+        return compile_model(core, model, device, settings)
+
+    monkeypatch.setattr(openvino.Core, "compile_model", noted)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(compilers, "_calibrated", lambda converted, example: converted)
+    compilers.openvino(torch.nn.Linear(4, 2), torch.zeros(1, 4), dtype, int8)
+    assert (seen["INFERENCE_NUM_THREADS"], seen["INFERENCE_PRECISION_HINT"]) == (3, hint)
+
+
+def test_onnx_runtime_has_other_threads(monkeypatch):
+    onnxruntime, seen = pytest.importorskip("onnxruntime"), []
+    pytest.importorskip("onnxscript")
+    session = onnxruntime.InferenceSession
+    monkeypatch.setattr(
+        onnxruntime,
+        "InferenceSession",
+        lambda file, options, **how: seen.append(options) or session(file, options, **how),
+    )
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    compilers.onnx_runtime(torch.nn.Linear(4, 2), torch.zeros(1, 4))
+    assert [options.intra_op_num_threads for options in seen] == [3]
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_model_in_int8_computes_in_fp32_or_is_held_to_the_rule_of_bf16(dtype):
     """One that was not quantised is exact to 1e-6; one that is wrong, far beyond what int8 may be off."""
@@ -225,6 +258,11 @@ def test_a_model_in_int8_computes_in_fp32_or_is_held_to_the_rule_of_bf16(dtype):
             # other images, and not those that it was made with
             other = draw(case, seed=1)
             assert relative(function(*other), truth_of(case, other)[0]) < models.INT8_ERROR, name
+
+
+def test_int8_may_be_further_off_than_is_said():
+    page = (Path(__file__).parent.parent / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert f"and may be {100 * models.INT8_ERROR:g} %" in " ".join(page.split())
 
 
 @pytest.mark.parametrize("mode", ["inference", "training"])

@@ -18,7 +18,7 @@ from bench_cases import layer_norm, make, named, variant
 from bench_runs import do, here, runs_in, written
 from simulated_device import SimulatedDevice
 
-from benchmarks.core import ceilings, compilers
+from benchmarks.core import ceilings, compilers, packed
 from benchmarks.core.harness import NO_TIME_LEFT
 from benchmarks.core.record import read
 from benchmarks.gpu import goals, plans, rows, stages
@@ -248,6 +248,29 @@ def test_a_goal_is_met_since_a_rival_has_failed(name):
     assert f"wanted: open without {name}" in failed and failed.count(": met") == 2
     behind = told_of_goals(lost | {"vitfast prepared": 20.0})
     assert "open" not in behind and behind.count(": missed") == 2
+
+
+def test_a_goal_is_met_by_what_was_not_accepted_or_in_another_dtype():
+    found = told_of_goals(times_at_goals(), vitfast_prepared={"accepted": False})
+    assert found.count(": not measured, >=") == 2 and found.count(": met") == 1
+    (model, batch), case = next(iter(goals.PREPARED)), {"kind": "model", "baseline": "timm", "variants": {}}
+    for other in ({"dtype": "fp32"}, {"dtype": "bf16", "autocast": True}):
+        assert (
+            next(goals.lines([case | {"name": model, "batch": batch} | other])) == f"{model} at {batch}: not measured"
+        )
+
+
+def test_tflops_of_a_part_are_of_another_work():
+    """Of one image in place of all, or of a block's products alone: a goal in TFLOP/s is met by a wrong count."""
+    batch, tokens, width, heads = 3, 5, 128, 2
+    shape = dict(batch=batch, tokens=tokens)
+    products = {"qkv": 3, "proj": 1, "fc1": 4, "fc2": 4}
+    for name, times in products.items():
+        products[name] = 2 * batch * tokens * times * width**2
+        assert packed.product(product=name, width=width, **shape).work.flops == products[name]
+    attention = 2 * 2 * batch * heads * tokens**2 * packed.HEAD_DIM
+    assert packed.attention(heads=heads, **shape).work.flops == attention
+    assert packed.block(width=width, **shape).work.flops == sum(products.values()) + attention
 
 
 def test_a_rival_that_is_wrong_costs_the_goals_or_is_not_marked():
