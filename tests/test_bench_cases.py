@@ -241,6 +241,17 @@ def test_onnx_runtime_has_other_threads(monkeypatch):
     assert [options.intra_op_num_threads for options in seen] == [3]
 
 
+def test_onnx_runtime_has_one_scale_for_all_channels_of_a_weight(tmp_path):
+    """Then int8 is further off than that runtime's best."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript"), pytest.importorskip("onnxruntime")
+    file = tmp_path / "model.onnx"
+    torch.onnx.export(torch.nn.Linear(4, 3), (torch.zeros(1, 4),), file, dynamo=True, verbose=False)
+    weights = {each.name: each for each in onnx.load(compilers._in_int8(file)).graph.initializer}
+    assert list(weights["weight_scale"].dims) == [3]
+    assert weights["weight_quantized"].data_type == onnx.TensorProto.INT8
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_model_in_int8_computes_in_fp32_or_is_held_to_the_rule_of_bf16(dtype):
     """One that was not quantised is exact to 1e-6; one that is wrong, far beyond what int8 may be off."""
