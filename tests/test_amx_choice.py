@@ -234,6 +234,52 @@ def test_op_is_measured_again(op, tiles):
     assert len(tiles.asked) == 3
 
 
+def kinds():
+    """By op calls of which each is another kind than the first, by one thing."""
+    x, residual, gamma = draw(2, 9, 64), draw(2, 9, 96), draw(96)
+    q, longer = draw(2, 9, 2, 32), draw(2, 40, 2, 32)
+    linear = lambda x=x, weight=W1, **how: lambda: ops.linear(x, weight, **how)  # noqa: E731
+    mlp = lambda w1=W1, w2=W2, **how: lambda: ops.mlp(x, None, None, w1, None, w2, None, **how)  # noqa: E731
+    attention = lambda q=q, k=q: lambda: ops.attention(q, k, k)  # noqa: E731
+    return {
+        "linear": [
+            linear(), linear(act="gelu"), linear(act="silu"), linear(norm="layer"), linear(norm="rms"),
+            linear(residual=residual), linear(gamma=gamma), linear(weight=draw(48, 64)),
+            linear(draw(2, 9, 32), draw(96, 32)), linear(draw(2, 16, 64)),
+        ],
+        "mlp": [
+            mlp(), mlp(act="silu"), mlp(norm="rms"), mlp(gamma=draw(64)), mlp(draw(128, 64), draw(64, 128)),
+            mlp(draw(128, 64), draw(64, 64), gated=True),
+        ],
+        "attention": [
+            attention(), attention(k=longer), attention(draw(5, 9, 2, 32), draw(5, 9, 2, 32)),
+            attention(*[draw(2, 9, 4, 32)] * 2), attention(*[draw(2, 9, 2, 16)] * 2),
+        ],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("op", ["linear", "mlp", "attention"])
+@torch.no_grad()
+def test_answer_for_one_kind_of_call_serves_another(op, tiles):
+    """What is fused, widths, heads, keys: each takes another time."""
+    for count, call in enumerate(kinds()[op], 1):
+        call(), call()
+        assert len(tiles.asked) == count, f"call {count}"
+
+
+@pytest.mark.skipif(torch.bfloat16 not in PREPARED, reason="this CPU prepares no bf16")
+@pytest.mark.parametrize(
+    "changes", [dict(img_size=64), dict(embed_dim=96), dict(num_heads=1), dict(mlp_ratio=2.0), dict(act_layer="silu")],
+    ids=str,
+)  # fmt: skip
+def test_answer_for_one_kind_of_block_serves_another(changes, tiles):
+    vitfast.prepare(tiny().bfloat16())
+    before = len(tiles.asked)
+    vitfast.prepare(tiny(**changes).bfloat16())
+    # a part of the block may be measured too
+    assert [len(args) for args in tiles.asked[before:]].count(1) == 2
+
+
 @torch.no_grad()
 def test_two_threads_measure_the_same(tiles, monkeypatch):
     """Both measured: they slow each other down, and one of them may compute by another way than the other."""
