@@ -514,6 +514,9 @@ def test_explain_and_info_say_nothing_of_what_was_measured(tiles):
     assert len(notes) == len(tiles.asked) == len(choice._timed) > 1
     assert all("amx_bf16 (vitfast 1 ms, stock 2 ms)" in note for note in notes)
     assert all(any(f": {op} " in note for note in notes) for op in ("attention", "mlp", "linear"))
+    N, D = model.config.num_patches + model.config.num_prefix_tokens, model.embed_dim
+    timed = f"linear bfloat16 bfloat16 layer none {(len(images_for(model)), N, D)} {(3 * D, D)}, "
+    assert any(f": {timed}" in note for note in notes), notes
     told = {op: kinds["cpu"]["runs_as"] for op, kinds in info.collect()["ops"].items()}
     assert {op for op, words in told.items() if "by measurement in each process" in words} == {
         "attention", "attention_qkv", "attention_varlen", "linear", "mlp",

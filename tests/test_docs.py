@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -113,7 +114,9 @@ def check_command(words, parse_only):
         assert (ROOT / ".pre-commit-config.yaml").is_file()
     elif (program, *given[:2]) == ("python", "-m", "pytest"):
         assert all((ROOT / word).exists() for word in given[2:] if "/" in word), given
-        assert {word for word in given if word.startswith("-")} <= {"-m", "-k"}, given
+        assert {word for word in given if word.startswith("-")} <= {"-m", "-k", "-p"}, given
+        for option, plugin in pairwise(given):
+            assert option != "-p" or (ROOT / f"{plugin.replace('.', '/')}.py").is_file(), plugin
     elif (program, *given[:2]) == ("python", "-m", "benchmarks"):
         run_main(importlib.import_module("benchmarks.__main__").main, given[2:])
     elif program == "python" and given[0] == "-m":
@@ -168,7 +171,7 @@ def test_command_in_a_sentence_does_not_exist_or_takes_other_arguments(page, par
     "make dem", "make test WRKERS=2", "vitfast inf", "vitfast tune --batsh 1 vit_tiny_patch16_224", "mkae demo",
     "pip install '.[tets]'", "python -m benchmarks.rooflin", "python -m benchmarks.roofline --bach 1",
     "python -m benchmarks op mlp", "python -m pytest tests/kernel", ".venv/bin/vitfast inf",
-    "python -m pytest -mm slow",
+    "python -m pytest -mm slow", "python -m pytest -p tests.as_axm",
 ])  # fmt: skip
 def test_wrong_command_passes_for_right(wrong, parse_only):
     with pytest.raises(AssertionError):

@@ -17,6 +17,7 @@ from vitfast.check.families import FAMILIES
 from vitfast.choose import dispatch
 from vitfast.choose.tuning_cache import Choice
 from vitfast.inference.prepare import PreparedViT
+from vitfast.kernels import cpu as cpu_kernels
 from vitfast.measure import device as devices
 
 fake_fixture = pytest.fixture(prepared, name="fake")
@@ -415,8 +416,14 @@ def test_a_restart_keeps_a_kernel_off(fake, monkeypatch):
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch14_dinov2", "vit_base_patch16_siglip_224"])
-def test_under_autocast_other_calls_are_foreseen_than_the_model_makes(name, training):
-    """Rows and residuals in fp32 beside weights in bf16: other shapes to choose by, and other kernels."""
+@pytest.mark.parametrize("attention", ["kernel", "stock"])
+def test_under_autocast_other_calls_are_foreseen_than_the_model_makes(attention, name, training, monkeypatch):
+    """Rows and residuals in fp32 beside weights in bf16: other shapes to choose by, and other kernels.
+
+    Also on CPUs where attention is SDPA's, which lays out its lse in another order.
+    """
+    if attention == "stock":
+        monkeypatch.setattr(cpu_kernels, "attends", lambda q: False)
     config = vitfast.config_for(name, img_size=32 if "16" in name else 28).replace(depth=2)
     model, images = vitfast.ViT.from_config(config).train(training), torch.randn(2, 3, *config.image_size)
     with _Recorder() as made, torch.set_grad_enabled(training):

@@ -26,6 +26,11 @@ def _rows(out):
     return out.transpose(1, 2).flatten(2).contiguous()
 
 
+def _laid_out(lse):
+    """`lse` with the strides of a new tensor, by which calls are known again; `contiguous` keeps those of one query."""
+    return lse.flatten().view(lse.shape)
+
+
 def nothing(q):
     B, N, H, D = q.shape
     return q.new_zeros(B, N, H * D), q.new_full((B, H, N), float("-inf"), dtype=lse_dtype(q.dtype))
@@ -57,7 +62,7 @@ def _flash_cpu(q, k, v, scale, with_lse):
     _must_match(q, k, v)
     q, k, v = (_rows_of_heads(t) for t in (q, k, v))
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, scale=scale)
-    return _rows(out), lse.contiguous()
+    return _rows(out), _laid_out(lse)
 
 
 def _must_match(q, k, v):
@@ -86,7 +91,7 @@ def _flash_qkv_cpu(qkv, scale):
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
         *qkv.permute(2, 0, 3, 1, 4).unbind(0), 0.0, False, scale=scale
     )
-    return _rows(out), lse.contiguous()
+    return _rows(out), _laid_out(lse)
 
 
 def attention_backward_cpu(grad, q, k, v, out, lse, scale):
@@ -114,7 +119,7 @@ def attention_cuda(q, k, v, scale, backend="flash"):
         if found is not None:
             return found
     out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)
-    return _rows(out), lse.contiguous()
+    return _rows(out), _laid_out(lse)
 
 
 def _cudnn_if_it_can(op, q, run):
@@ -133,7 +138,7 @@ def _cudnn_if_it_can(op, q, run):
 def _by_cudnn(q, k, v, scale):
     """Of [B, H, N, D]; lse comes as [B, H, N] or [B, H, N, 1], as torch's version has it."""
     out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, False, False, scale=scale)
-    return _rows(out), lse.reshape(q.shape[:3]).contiguous()
+    return _rows(out), _laid_out(lse.reshape(q.shape[:3]))
 
 
 def _by_cudnn_backward(grad, q, k, v, out, lse, scale):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from vitfast.choose.exportable import stock_only
 from vitfast.kernels.cpu.arguments import kernels
@@ -24,11 +25,12 @@ MARGIN = 1.05
 
 
 class Timed(NamedTuple):
-    """Milliseconds of a call, and stock's over the kernels' within a round of measuring."""
+    """Milliseconds of a call, stock's over the kernels' within a round of measuring, and the shapes of its matrices."""
 
     ours_ms: float
     stock_ms: float
     ratio: float
+    shapes: tuple[str, ...] = ()
 
     @property
     def ours(self) -> bool:
@@ -77,7 +79,9 @@ def faster_of(
             return stock
         with _lock:
             if key not in _timed:
-                _timed[key] = time_both(ours, stock, args)
+                matrices = (x for x in tree_leaves(args) if isinstance(x, torch.Tensor) and x.dim() > 1)
+                shapes = tuple(str(tuple(x.shape)) for x in matrices)
+                _timed[key] = time_both(ours, stock, args)._replace(shapes=shapes)
     return ours if _timed[key].ours else stock
 
 
@@ -105,7 +109,13 @@ def measured() -> list[str]:
     """What was chosen so far, in words."""
     # a copy: another thread may measure
     return [
-        f"{' '.join(map(str, key[:-1]))}, {key[-1]} threads: {kernels().name if it.ours else 'stock'} "
+        f"{' '.join(_words(key, it))}, {key[-1]} threads: {kernels().name if it.ours else 'stock'} "
         f"(vitfast {it.ours_ms:.3g} ms, stock {it.stock_ms:.3g} ms)"
         for key, it in [*_timed.items()]
     ]
+
+
+def _words(key: tuple[Hashable, ...], timed: Timed) -> list[str]:
+    """Of a choice, with the shapes of the call that was timed: a key has powers of two, which serve many sizes."""
+    parts = [part for part in key[:-1] if isinstance(part, str) and part] if timed.shapes else key[:-1]
+    return [*map(str, parts), *timed.shapes]
