@@ -6,17 +6,8 @@ of its author and fails on those with AMX. Products are slow so, and the clock c
 
 import torch
 
+from tests.cpu_with_amx import PassedOff
 from vitfast.kernels import extension
-
-
-class PassedOff:
-    name = "amx_bf16"
-
-    def __init__(self, kernels):
-        self.kernels = kernels
-
-    def __getattr__(self, name):
-        return getattr(self.kernels, name)
 
 
 def pytest_configure(config):

@@ -8,6 +8,15 @@ from benchmarks.core.record import read
 from benchmarks.gpu import rows, run, stages, tests
 
 
+class Clock:
+    """Seconds that pass only when a stage says so."""
+
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
 def runs_in(tmp_path, monkeypatch):
     """Makes runs that share one record."""
     for module in (stages, rows, tests):
@@ -36,3 +45,7 @@ def do(a_run, *plan, ends=1e9, start=None, **how):
 def written(a_run):
     """The record as the output folder has it."""
     return read(a_run.record.out / a_run.record.path.name)
+
+
+def rows_of(cases, name="rows"):
+    return stages.Stage(name, 60, rows.rows, makers=lambda run: [lambda case=case: case for case in cases])

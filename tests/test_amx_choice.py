@@ -3,21 +3,19 @@
 import contextlib
 import multiprocessing
 import os
-import sys
 import threading
 import time
 
 import pytest
 import torch
 import torch.nn.functional as F
+from cpu_with_amx import counted, cpu, draw
 from small_models import images_for, tiny
-from textbook import Textbook
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 
 import vitfast
-from vitfast import ops, reference
-from vitfast.check.acceptance import accept
+from vitfast import ops
 from vitfast.commands import info
 from vitfast.kernels import cpu as cpu_kernels
 from vitfast.kernels import extension
@@ -30,50 +28,6 @@ PREPARED = [torch.float32] + [torch.bfloat16] * torch.ops.mkldnn._is_mkldnn_bf16
 every_dtype = pytest.mark.parametrize("dtype", UNITS, ids=str)
 
 
-class Named:
-    """Kernels of plain tiles by the name of those of AMX."""
-
-    name = "amx_bf16"
-
-    def __init__(self, kernels):
-        self.kernels = kernels
-
-    def __getattr__(self, name):
-        return getattr(self.kernels, name)
-
-
-@contextlib.contextmanager
-def cpu(monkeypatch, amx, tiles, why_no_tiles="", **environment):
-    """A CPU of which torch says that it has AMX, or has not, and which kernels of tiles use or not; and why the system
-    refuses tiles, as it may on the one that this is."""
-    module = extension.load()[0]
-    if module is None and tiles:
-        pytest.skip("no extension")
-    with monkeypatch.context() as patch:
-        capabilities = dict(torch.cpu.get_capabilities()) | {"amx_bf16": amx, "amx_fp16": amx}
-        patch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-        patch.delenv("VITFAST_CPU_ISA", raising=False)
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        if module is not None:
-            known = [each for each in module.usable_kernels() if each.name != "amx_bf16"]
-            usable = [*known, Named(known[0])] if tiles else known
-            patch.setattr(module, "usable_kernels", lambda: usable)
-            patch.setattr(module, "why_no_tiles", lambda: why_no_tiles)
-        patch.setattr(choice, "_timed", {})
-        forget()
-        try:
-            yield
-        finally:
-            forget()
-
-
-def forget():
-    """What is asked of a CPU once a process."""
-    cpu_kernels.kernels.cache_clear()
-    cpu_kernels.arguments._refuses_tiles.cache_clear()
-
-
 @pytest.fixture(params=[False, True], ids=["without AMX", "with AMX"])
 def amx(request, monkeypatch):
     """Whether torch says that the CPU has it; the kernels have not."""
@@ -83,15 +37,7 @@ def amx(request, monkeypatch):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Which C++ kernels for whole parts of a block were called."""
-    seen = []
-    for name in ("_attention", "linear", "linear_unpacked", "mlp", "block", "embed"):
-        # the one function behind both of attention's
-        place = sys.modules["vitfast.kernels.cpu.attention"] if name == "_attention" else cpu_kernels
-        function = getattr(place, name)
-        counted = lambda *args, name=name, function=function, **kwargs: seen.append(name) or function(*args, **kwargs)  # noqa: E731
-        monkeypatch.setattr(place, name, counted)
-    return seen
+    return counted(monkeypatch)
 
 
 def heads(dtype):
@@ -179,10 +125,6 @@ def tiles(monkeypatch, clock):
     """A CPU with AMX and kernels for it, and an injected clock."""
     with cpu(monkeypatch, amx=True, tiles=True):
         yield clock
-
-
-def draw(*shape, dtype=torch.bfloat16):
-    return torch.randn(shape).to(dtype)
 
 
 W1, W2 = draw(96, 64), draw(64, 96)
@@ -379,27 +321,6 @@ def test_op_takes_what_the_kernel_does_not(op, how, tiles, calls):
     assert not tiles.asked and "linear_unpacked" not in calls
 
 
-@pytest.mark.parametrize("op", ["linear", "mlp"])
-@torch.no_grad()
-def test_fp32_under_autocast_is_left_to_stock(op, plain, calls):
-    """x and the residual in fp32, where the norm is computed, weights in bf16: as exact as stock, in its dtype."""
-    x, w1, w2 = draw(2, 9, 64, dtype=torch.float32), draw(64, 64), draw(64, 64)
-    residual = draw(2, 9, 64, dtype=torch.float32)
-    calls_of = {
-        "linear": lambda: ops.linear(x, w1, norm="layer", act="gelu", residual=residual),
-        "mlp": lambda: ops.mlp(x, None, None, w1, None, w2, None),
-    }
-    with torch.autocast("cpu", torch.bfloat16):
-        out = calls_of[op]()
-        assert calls == ["linear_unpacked"] * (1 if op == "linear" else 2)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cpu_kernels, "tiled", lambda dtype: False)
-            stock = calls_of[op]()
-    x, w1, w2, residual = (t.double() for t in (x, w1, w2, residual))
-    accept(out, calls_of[op](), stock, dtype=torch.bfloat16)
-    assert out.dtype is stock.dtype is torch.float32
-
-
 @torch.no_grad()
 def test_failing_kernel_is_replaced_in_silence(tiles, monkeypatch):
     """While it is measured and after; and what failed is not taken for measured."""
@@ -530,86 +451,3 @@ def test_the_faster_one_is_measured_as_the_slower():
     assert choice.time_both(fast, slow, (0.005,)).ours and not choice.time_both(slow, fast, (0.005,)).ours
     assert not choice.time_both(slow, slow, (0.005,)).ours
     assert time.perf_counter() - began < 2
-
-
-def linear_formula(x, weight, bias, norm, norm_weight, norm_bias, act, gamma, residual):
-    return reference.linear(x, weight, bias, norm_weight, norm_bias, 1e-6, norm, act, gamma, None, residual)
-
-
-@pytest.fixture
-def plain(monkeypatch):
-    with cpu(monkeypatch, amx=False, tiles=True, VITFAST_CPU_ISA="plain_tiles"):
-        yield
-
-
-@pytest.mark.parametrize("rows, K, D", [(1, 32, 16), (5, 64, 48), (197, 192, 96), (70, 768, 240)])
-@torch.no_grad()
-def test_eager_linear_on_tiles_is_less_exact_than_stock(rows, K, D, plain, calls):
-    """Norm, activation, LayerScale and residual, fused or not, bias or none, strides."""
-    x, weight, bias, gamma = 3 + draw(1, rows, K), draw(D, K) * K**-0.5, draw(D), draw(D)
-    residual, norm_weight, norm_bias = draw(1, D, rows).transpose(1, 2), 1 + 0.1 * draw(K), draw(K)
-    strided = draw(1, K, rows).transpose(1, 2)
-    for given in (
-        (x, weight, bias, "none", None, None, "none", None, None),
-        (strided, weight, None, "none", None, None, "quick_gelu", None, residual),
-        (x, weight, bias, "layer", norm_weight, norm_bias, "gelu", None, None),
-        (x, weight, bias, "layer", norm_weight, None, "none", gamma, residual),
-        (x, weight, None, "layer", None, None, "silu", None, residual),
-        (x, weight, bias, "rms", norm_weight, None, "gelu_tanh", None, residual),
-        # as in a model whose norms stay in fp32
-        (x, weight, bias, "layer", norm_weight.float(), norm_bias.float(), "none", None, None),
-    ):
-        x_, weight_, bias_, norm, norm_weight_, norm_bias_, act, gamma_, residual_ = given
-        del calls[:]
-        out = ops.linear(
-            x_, weight_, bias_, norm=norm, norm_weight=norm_weight_, norm_bias=norm_bias_, act=act, gamma=gamma_,
-            residual=residual_,
-        )  # fmt: skip
-        assert calls == ["linear_unpacked"] and out.is_contiguous()
-        exact = linear_formula(*(t.double() if isinstance(t, torch.Tensor) else t for t in given))
-        with Textbook():
-            stock = linear_formula(*given)
-        accept(out, exact, stock)
-
-
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("scaled", [False, True])
-@torch.no_grad()
-def test_eager_mlp_on_tiles_is_less_exact_than_stock(gated, scaled, plain, calls):
-    for rows, D, hidden in ((1, 64, 128), (197, 192, 768)):
-        x, gamma, row_scale = draw(2, rows, D), draw(D) if scaled else None, draw(2) if scaled else None
-        w1, b1 = draw(hidden, D) * D**-0.5, draw(hidden)
-        w2, b2 = draw(D, hidden // 2 if gated else hidden) * hidden**-0.5, draw(D)
-        del calls[:]
-        given = x, draw(D), draw(D), w1, b1, w2, b2
-        out = ops.mlp(*given, gated=gated, gamma=gamma, row_scale=row_scale)
-        assert calls == ["linear_unpacked"] * 2
-
-        def formula(x, norm_weight, norm_bias, w1, b1, w2, b2, gamma, row_scale, gated=gated):
-            return reference.mlp(
-                x, norm_weight, norm_bias, 1e-6, "layer", w1, b1, w2, b2, "gelu", gated, gamma, row_scale
-            )
-
-        with Textbook():
-            stock = formula(*given, gamma, row_scale)
-        exact = formula(*(None if t is None else t.double() for t in (*given, gamma, row_scale)))
-        accept(out, exact, stock)
-
-
-@torch.no_grad()
-def test_padding_is_given_to_linear_unpacked(plain):
-    """What reads past memory: each tensor too short, of another dtype or with gaps."""
-    x, weight, bias, residual = draw(3, 64), draw(32, 64), draw(32), draw(3, 32)
-    good = dict(x=x, weight=weight, bias=bias, residual=residual, norm=cpu_kernels.Norm(draw(64), None, 1e-6))
-    cpu_kernels.linear_unpacked(**good)
-    bad = {
-        "x": [x[:, :32], x.float(), draw(64, 3).t(), draw(0, 64), draw()],
-        "weight": [weight.float(), draw(64, 32).t(), draw(32, 64, 1), draw(8, 64), draw(24, 64), draw(32, 40)],
-        "bias": [draw(31), draw(32, 1), bias.to("meta")],
-        "residual": [draw(2, 32), residual.float(), draw(32, 3).t()],
-        "norm": [cpu_kernels.Norm(draw(63), None, 1e-6), cpu_kernels.Norm(draw(64).float(), None, 1e-6)],
-    }
-    for name, tensors in bad.items():
-        for t in tensors:
-            with pytest.raises(ValueError, match=f"linear_unpacked: .*{name}"):
-                cpu_kernels.linear_unpacked(**good | {name: t})
