@@ -1,6 +1,7 @@
 // residual + act(norm(x) W^T + bias), and two of them in a row as an MLP. A block of rows stays in a thread's cache
 // while panels of the weight pass by: what comes before the product is done to the block once, what follows it to its
-// sums, and between the two products of an MLP nothing goes to memory.
+// sums, and between the two products of an MLP nothing goes to memory, unless too few of its hidden rows fit into a
+// cache.
 #pragma once
 
 #include "cpu/layer_norm.h"
@@ -20,6 +21,10 @@ inline int64_t row_in_workspace(int64_t n) {
   constexpr int64_t line = 64 / sizeof(T);
   return (round_up(n, line) / line | 1) * line;
 }
+
+// Of the hidden rows of an MLP that are in memory at a time: with the rest in what a thread keeps, and in a shared
+// cache.
+constexpr int64_t HIDDEN_BYTES = 24 << 20;
 
 inline int64_t blocks_of(int64_t rows, int64_t block, int threads) {
   return round_up((rows + block - 1) / block, threads);
@@ -121,37 +126,47 @@ inline void linear_of(const LinearArgs& a) {
   });
 }
 
+// One product after the other, with the hidden rows between them in memory.
+template <class Weight>
+inline void mlp_in_turn(const MlpArgs& a) {
+  using T = typename Weight::Number;
+  const int64_t K = a.fc1.K, hidden = a.fc1.D, row_bytes = hidden * int64_t(sizeof(T));
+  const Blocks chunks{a.rows, Weight::UNIT, (a.rows * row_bytes + HIDDEN_BYTES - 1) / HIDDEN_BYTES};
+  const Workspaces memory(1, (chunks.most() < a.rows ? chunks.most() : a.rows) * row_bytes);
+  void* const h = memory.of(0);
+  for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+    const int64_t first = chunks.start(chunk), rows = chunks.start(chunk + 1) - first;
+    const T* const x = (const T*)a.x + first * K;
+    linear_of<Weight>({.x = x,
+                       .norm = a.norm,
+                       .normalises = true,
+                       .weight = a.fc1,
+                       .out = h,
+                       .rows = rows,
+                       .dtype = a.dtype,
+                       .act = a.act,
+                       .threads = a.threads});
+    linear_of<Weight>({.x = h,
+                       .weight = a.fc2,
+                       .residual = x,
+                       .residual_rows = rows,
+                       .out = (T*)a.out + first * K,
+                       .rows = rows,
+                       .dtype = a.dtype,
+                       .threads = a.threads});
+  }
+}
+
 template <class Weight>
 inline void mlp_of(const MlpArgs& a) {
   using T = typename Weight::Number;
   const Weight fc1(a.fc1), fc2(a.fc2);
   if (!a.rows) return;
   const int64_t K = a.fc1.K, hidden = a.fc1.D;
-  if (few_rows<Weight>(a.rows, a.threads)) {
-    const Workspaces memory(1, a.rows * hidden * sizeof(T));
-    void* const h = memory.of(0);
-    linear_of<Weight>({.x = a.x,
-                       .norm = a.norm,
-                       .normalises = true,
-                       .weight = a.fc1,
-                       .out = h,
-                       .rows = a.rows,
-                       .dtype = a.dtype,
-                       .act = a.act,
-                       .threads = a.threads});
-    linear_of<Weight>({.x = h,
-                       .weight = a.fc2,
-                       .residual = a.x,
-                       .residual_rows = a.rows,
-                       .out = a.out,
-                       .rows = a.rows,
-                       .dtype = a.dtype,
-                       .threads = a.threads});
-    return;
-  }
   const MovedRows<Weight> normed_rows(a.norm, true, K), hidden_rows(a.norm, false, hidden);
-  const Blocks blocks{a.rows, Weight::UNIT,
-                      blocks_of(a.rows, Weight::mlp_block(normed_rows.row, hidden_rows.row), a.threads)};
+  const int64_t block = Weight::mlp_block(normed_rows.row, hidden_rows.row);
+  if (!block || few_rows<Weight>(a.rows, a.threads)) return mlp_in_turn<Weight>(a);
+  const Blocks blocks{a.rows, Weight::UNIT, blocks_of(a.rows, block, a.threads)};
   const int64_t most = blocks.most(), normed_bytes = normed_rows.bytes(most), hidden_bytes = hidden_rows.bytes(most);
   const Workspaces workspaces(a.threads, normed_bytes + hidden_bytes + Weight::sums(most) * 4);
   run_tasks(blocks.count, a.threads, [&](int64_t block, int thread) {

@@ -16,6 +16,10 @@ using vitfast::PackWeightArgs;
 template <class Cells>
 constexpr int64_t WEIGHT_PIECE = Cells::numbers == 1 ? 192 : 512;
 
+// Weights come from memory, which a model reads once a pass: a panel ends before the processor has seen that it is read
+// in order.
+constexpr int64_t WEIGHT_AHEAD = 128;
+
 // One function for all of them: the choice is as good as free for some vectors, and compiling five kernels is not.
 // T is what the result is stored as.
 template <class T>
@@ -80,20 +84,18 @@ template <class Cells, int R, int VECTORS, class Cell = typename Cells::Cell>
 __attribute__((noinline)) void multiply_apart(const Cell* a, int64_t a_row, const Cell* b, int64_t depth, float* sums) {
   for (int64_t k = 0; k < depth; k += WEIGHT_PIECE<Cells>) {
     const int64_t end = depth - k < WEIGHT_PIECE<Cells> ? depth : k + WEIGHT_PIECE<Cells>;
-    multiply<Cells, R, VECTORS>(a, a_row, b, k, end, sums, PANEL);
+    multiply<Cells, R, VECTORS, WEIGHT_AHEAD>(a, a_row, b, k, end, sums, PANEL);
   }
 }
 
-// sums[rows][VECTORS * LANES], PANEL apart, of exactly `rows` < 2 R: tiles of R rows, of half as many, ...
-template <class Cells, int R, int VECTORS, class Cell = typename Cells::Cell>
+// Rows of a tile at most: with two vectors each, a panel and a broadcast fill the registers.
+constexpr int TILE_HEIGHT = REGISTERS == 32 ? 14 : 6;
+
+// sums[rows][VECTORS * LANES], PANEL apart, of 1 to R rows
+template <class Cells, int VECTORS, int R = TILE_HEIGHT, class Cell = typename Cells::Cell>
 inline void multiply_exactly(int64_t rows, const Cell* a, int64_t a_row, const Cell* b, int64_t depth, float* sums) {
-  if (rows >= R) {
-    multiply_apart<Cells, R, VECTORS>(a, a_row, b, depth, sums);
-    rows -= R, a += R * a_row, sums += R * PANEL;
-  }
-  if constexpr (R > 1) {
-    if (rows) multiply_exactly<Cells, R == 3 ? 2 : R / 2, VECTORS>(rows, a, a_row, b, depth, sums);
-  }
+  if (rows == R) return multiply_apart<Cells, R, VECTORS>(a, a_row, b, depth, sums);
+  if constexpr (R > 1) multiply_exactly<Cells, VECTORS, R - 1>(rows, a, a_row, b, depth, sums);
 }
 
 template <class Cells, class T>
@@ -109,10 +111,9 @@ class PanelWeight {
 
   // rows of K numbers that share a reading of the weight, or a few more or less
   static int64_t block(int64_t) { return BLOCK; }
-  // the same between the products of an MLP, where each has a hidden row too: for a cache of 1 MiB
+  // the same between the products of an MLP, where each has a hidden row too, in a cache of 1 MiB; 0 where too few fit
   static int64_t mlp_block(int64_t, int64_t hidden) {
-    const int64_t rows = (600 << 10) / (hidden * int64_t(sizeof(T))) / ROWS * ROWS;
-    return rows > BLOCK ? BLOCK : rows < 2 * ROWS ? 2 * ROWS : rows;
+    return BLOCK * hidden * int64_t(sizeof(T)) <= 640 << 10 ? BLOCK : 0;
   }
   // numbers in a row that must be there to be read
   static int64_t readable(int64_t K) { return K; }
@@ -129,13 +130,15 @@ class PanelWeight {
     for (int64_t column = first * PANEL; column < last * PANEL && column < columns; column += PANEL) {
       const bool wide = columns - column >= PANEL;
       const Cell* const panel = (const Cell*)w.cells + column * depth;
-      for (int64_t row = 0; row < rows; row += ROWS) {
+      // alike, because one of a row or two waits for each of its sums
+      const int64_t tiles = (rows + TILE_HEIGHT - 1) / TILE_HEIGHT;
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t row = rows * tile / tiles, height = rows * (tile + 1) / tiles - row;
         const Cell* const a = (const Cell*)x + row * a_row;
-        const int64_t rows_left = rows - row < ROWS ? rows - row : ROWS;
         if (wide)
-          multiply_exactly<Cells, ROWS, 2>(rows_left, a, a_row, panel, depth, sums + row * PANEL);
+          multiply_exactly<Cells, 2>(height, a, a_row, panel, depth, sums + row * PANEL);
         else
-          multiply_exactly<Cells, ROWS, 1>(rows_left, a, a_row, panel, depth, sums + row * PANEL);
+          multiply_exactly<Cells, 1>(height, a, a_row, panel, depth, sums + row * PANEL);
       }
       for (int64_t c = column; c < column + PANEL && c < columns; c += LANES) {
         const Floats bias = w.bias ? load(w.bias + c) : Floats{};

@@ -63,23 +63,27 @@ struct PairCells {
 };
 #endif
 
-// c[R][VECTORS * LANES] = a[R][first ... last] b[first ... last][VECTORS * LANES], added to c where first > 0
-template <class Cells, int R, int VECTORS, class Cell = typename Cells::Cell>
+// c[R][VECTORS * LANES] = a[R][first ... last] b[first ... last][VECTORS * LANES], added to c where first > 0. AHEAD:
+// how many cells of b are fetched before their turn, 0 for one that is in the cache.
+template <class Cells, int R, int VECTORS, int64_t AHEAD = 0, class Cell = typename Cells::Cell>
 inline void multiply(const Cell* a, int64_t a_row, const Cell* b, int64_t first, int64_t last, float* c,
                      int64_t c_row) {
   Floats sum[R][VECTORS] = {};
   for (int64_t k = first; k < last; ++k) {
     Floats panel[VECTORS];
 #pragma GCC unroll 2
-    for (int v = 0; v < VECTORS; ++v) panel[v] = load_bits<Floats>(b + (k * VECTORS + v) * LANES);
-#pragma GCC unroll 12
+    for (int v = 0; v < VECTORS; ++v) {
+      if (AHEAD) __builtin_prefetch(b + ((k + AHEAD) * VECTORS + v) * LANES);
+      panel[v] = load_bits<Floats>(b + (k * VECTORS + v) * LANES);
+    }
+#pragma GCC unroll 14
     for (int i = 0; i < R; ++i) {
       const Floats x = splat(load_bits<float>(a + i * a_row + k));
 #pragma GCC unroll 2
       for (int v = 0; v < VECTORS; ++v) sum[i][v] = Cells::add_product(sum[i][v], x, panel[v]);
     }
   }
-#pragma GCC unroll 12
+#pragma GCC unroll 14
   for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 2
     for (int v = 0; v < VECTORS; ++v) {
