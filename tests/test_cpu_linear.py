@@ -115,6 +115,28 @@ def test_result_depends_on_threads_or_other_rows(isa, dtype):
 
 
 @every_case
+def test_number_of_rows_changes_a_row(isa, dtype):
+    """Tiles of all heights, in wide panels and a narrow one."""
+    _, fc1, _ = Layers(40, 3 * 16, dtype).packed(isa)
+    x, using = torch.randn(40, 40).to(dtype), KERNELS[isa]
+    whole = cpu_kernels.linear(x, fc1, using=using)
+    for rows in range(1, 40):
+        assert torch.equal(cpu_kernels.linear(x[:rows], fc1, using=using), whole[:rows]), rows
+
+
+@every_case
+def test_rows_of_a_wide_mlp_are_lost_between_its_products(isa, dtype):
+    """Hidden rows in memory, all of them or some at a time."""
+    norm, fc1, fc2 = Layers(16, 8192, dtype).packed(isa)
+    x, using = torch.randn(3300 // dtype.itemsize, 16).to(dtype), KERNELS[isa]
+    hidden = cpu_kernels.linear(x, fc1, norm=norm, act="gelu", using=using)
+    assert hidden.nbytes > 24 << 20
+    expected = cpu_kernels.linear(hidden, fc2, residual=x, using=using)
+    for rows in (x, x[:200]):
+        assert torch.equal(cpu_kernels.mlp(rows, norm, fc1, fc2, "gelu", using), expected[: len(rows)])
+
+
+@every_case
 def test_scratch_memory_is_shared_or_lost(isa, dtype):
     """A small call, one that wants more than is kept, and a small one again, from two threads at once."""
     import concurrent.futures
