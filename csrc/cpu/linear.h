@@ -164,9 +164,9 @@ inline void mlp_of(const MlpArgs& a) {
   if (!a.rows) return;
   const int64_t K = a.fc1.K, hidden = a.fc1.D;
   const MovedRows<Weight> normed_rows(a.norm, true, K), hidden_rows(a.norm, false, hidden);
-  const int64_t block = Weight::mlp_block(normed_rows.row, hidden_rows.row);
-  if (!block || few_rows<Weight>(a.rows, a.threads)) return mlp_in_turn<Weight>(a);
-  const Blocks blocks{a.rows, Weight::UNIT, blocks_of(a.rows, block, a.threads)};
+  const int64_t most_rows = Weight::mlp_block(normed_rows.row, hidden_rows.row);
+  if (!most_rows || few_rows<Weight>(a.rows, a.threads)) return mlp_in_turn<Weight>(a);
+  const Blocks blocks{a.rows, Weight::UNIT, blocks_of(a.rows, most_rows, a.threads)};
   const int64_t most = blocks.most(), normed_bytes = normed_rows.bytes(most), hidden_bytes = hidden_rows.bytes(most);
   const Workspaces workspaces(a.threads, normed_bytes + hidden_bytes + Weight::sums(most) * 4);
   run_tasks(blocks.count, a.threads, [&](int64_t block, int thread) {
