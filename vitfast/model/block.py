@@ -7,6 +7,7 @@ Shapes: B images, N tokens, D channels, H heads.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from vitfast.model.layers import (
     LayerScale,
     OnOps,
     activation_name,
+    added,
     build_activation,
     build_norm,
     dropping,
@@ -313,7 +315,7 @@ class Block(OnOps, nn.Module):
         proj, dropout = attn._modules["proj"], attn._modules["proj_drop"]
         if type(proj) is nn.Identity or not self.by_op("attn.proj + residual"):
             return x + drop_path(scale(dropout(proj(out))))
-        return self._added(x, out, proj, dropout, scale, drop_path, kept)
+        return added(x, out, proj, [dropout], *_scales(scale, drop_path, x, kept), self.ops)
 
     def mlp_branch(self, x: Tensor, kept: bool = False) -> Tensor:
         """x + drop_path2(ls2(mlp(norm2(x)))); kept as in `attention_branch`."""
@@ -332,7 +334,8 @@ class Block(OnOps, nn.Module):
             )  # fmt: skip
         hidden = inside["drop1"](self._hidden(x, norm2, mlp))
         norm = {} if type(inside["norm"]) is nn.Identity else norm_args(inside["norm"])
-        return self._added(x, hidden, inside["fc2"], inside["drop2"], scale, drop_path, kept, **norm)
+        scales = _scales(scale, drop_path, x, kept)
+        return added(x, hidden, inside["fc2"], [inside["drop2"]], *scales, self.ops, **norm)
 
     def by_op(self, step: str) -> bool:
         """Whether ops may compute this step of `STEPS` now: every part is plain, and no global hook is to see them."""
@@ -362,26 +365,6 @@ class Block(OnOps, nn.Module):
 
     def _normed_linear(self, x: Tensor, norm: nn.Module, linear: nn.Module, act: str = "none") -> Tensor:
         return self.ops.linear(x, *parameters_of(linear), act=act, **norm_args(norm))
-
-    def _added(
-        self,
-        x: Tensor,
-        hidden: Tensor,
-        linear: nn.Module,
-        dropout: nn.Dropout,
-        scale: nn.Module,
-        drop_path: nn.Module,
-        kept: bool,
-        **norm: Any,
-    ) -> Tensor:
-        """x + drop_path(scale(dropout(linear(norm(hidden))))); norm: as `norm_args` says it, nothing for none."""
-        weight, bias = parameters_of(linear)
-        gamma = gamma_of(scale)
-        if dropping(dropout):
-            branch = dropout(self.ops.linear(hidden, weight, bias, **norm))
-            return x + reference.scale_branch(branch, gamma, _row_scale(drop_path, x, gamma, kept))
-        row_scale = _row_scale(drop_path, x, gamma, kept)
-        return self.ops.linear(hidden, weight, bias, gamma=gamma, row_scale=row_scale, residual=x, **norm)
 
     def _attend_first(self, x: Tensor, keep: int) -> Tensor:
         """Attention of the first `keep` tokens over all; keys and values for all, queries only for these."""
@@ -458,6 +441,14 @@ class Block(OnOps, nn.Module):
                 op = op if op != "mlp" or self._mlp_is_one_op(mlp) else "linear (one a projection)"
                 rows.append((step, op, besides[step] + reasons_of(parts)))
         return rows
+
+
+def _scales(
+    scale: nn.Module, drop_path: nn.Module, x: Tensor, kept: bool
+) -> tuple[Tensor | None, Callable[[], Tensor | None]]:
+    """What LayerScale multiplies with, and what draws what stochastic depth does."""
+    gamma = gamma_of(scale)
+    return gamma, lambda: _row_scale(drop_path, x, gamma, kept)
 
 
 def _row_scale(drop_path: nn.Module, x: Tensor, gamma: Tensor | None, kept: bool) -> Tensor | None:

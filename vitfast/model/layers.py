@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +78,7 @@ def parameters_of(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
 
 
 def norm_kind(module: nn.Module) -> str:
-    return "layer" if type(module) is nn.LayerNorm else "rms"
+    return "layer" if isinstance(module, nn.LayerNorm) else "rms"
 
 
 def norm_args(module: nn.Module) -> dict:
@@ -201,6 +203,29 @@ def gamma_of(scale: nn.Module) -> Tensor | None:
 
 def dropping(dropout: nn.Dropout) -> bool:
     return dropout.training and dropout.p > 0
+
+
+def added(
+    x: Tensor,
+    hidden: Tensor,
+    linear: nn.Module,
+    dropouts: Sequence[nn.Module],
+    gamma: Tensor | None,
+    row_scale: Callable[[], Tensor | None],
+    using: ModuleType = ops,
+    **norm: Any,
+) -> Tensor:
+    """x + row_scale * gamma * dropouts(linear(norm(hidden))).
+
+    row_scale: draws it, after the dropouts have drawn; norm: as `norm_args` says it, nothing for none.
+    """
+    weight, bias = parameters_of(linear)
+    if any(map(dropping, dropouts)):
+        branch = using.linear(hidden, weight, bias, **norm)
+        for dropout in dropouts:
+            branch = dropout(branch)
+        return x + reference.scale_branch(branch, gamma, row_scale())
+    return using.linear(hidden, weight, bias, gamma=gamma, row_scale=row_scale(), residual=x, **norm)
 
 
 def norm_report(norms: list[tuple[str, nn.Module]]) -> list[tuple[str, str, list[str]]]:

@@ -6,6 +6,7 @@ changed what those forwards do: a LoRA adapter, a hook, a parametrization or a q
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +20,10 @@ from vitfast.choose.exportable import exporting
 METHODS: dict[str, Any] = {}
 PLAIN_TENSORS = (Parameter, Tensor)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# each class an op may stand in for, and the forward that it had when vitfast was imported
+# each class an op may stand in for, and the forward that it had when vitfast was imported, or learnt of the class
 FORWARDS: dict[type, Callable] = {}
+# what `vitfast.patch` puts in the place of forwards: it computes the same
+IN_PLACE: set[Callable] = set()
 
 
 def stands_for(*kinds: type[nn.Module]) -> None:
@@ -56,6 +59,8 @@ def patched(module: nn.Module, method: str = "forward") -> bool:
     if method not in module.__dict__:
         return False
     found = module.__dict__[method]
+    if isinstance(found, functools.partial) and found.func in IN_PLACE and found.args == (module,):
+        return False
     own = getattr(found, "__self__", None) is module
     return not own or getattr(found, "__func__", None) is not getattr(type(module), method)
 

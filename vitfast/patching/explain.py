@@ -12,6 +12,7 @@ from vitfast.kernels import cpu as cpu_kernels
 from vitfast.model.vit import ViT
 from vitfast.ops import _on_cpu
 from vitfast.ops._register import implementations
+from vitfast.patching.report import patched_parts
 
 
 class Row(NamedTuple):
@@ -46,18 +47,21 @@ def explain(model: nn.Module) -> Explanation:
     """Which part of the model runs as which op at the next call, and where not, why.
 
     Args:
-        model: a `vitfast.ViT`, or a module that contains one.
+        model: a `vitfast.ViT`, a model that `vitfast.patch` was called on, or a module that contains such.
 
     Returns:
         An `Explanation`: `str()` prints a table, `.rows` has (part, path, reason).
 
     Raises:
-        TypeError: there is no vitfast model inside.
+        TypeError: there is neither inside.
     """
     vits = [(name, m) for name, m in model.named_modules() if isinstance(m, ViT)]
-    if not vits:
-        raise TypeError(f"explain: model must be or contain a vitfast.ViT, got {type(model).__name__}")
-    rows = []
+    rows = _patched_rows(model)
+    if not vits and not rows:
+        raise TypeError(
+            "explain: model must be or contain a vitfast.ViT, or one that vitfast.patch was called on, "
+            f"got {type(model).__name__}"
+        )
     for prefix, vit in vits:
         for part, op_name, reasons in vit.fusion_report():
             name = f"{prefix}.{part}" if prefix else part
@@ -68,7 +72,7 @@ def explain(model: nn.Module) -> Explanation:
                 rows.append(Row(name, "its modules' own forward", "; ".join(reasons)))
             else:
                 rows.append(Row(name, f"op {op_name}", ""))
-    device = next(vits[0][1].parameters()).device
+    device = next((vits[0][1] if vits else model).parameters()).device
     without: dict[tuple[str, str], list[str]] = {}
     for op, devices in implementations().items():
         here = devices.get(device.type)
@@ -82,6 +86,19 @@ def explain(model: nn.Module) -> Explanation:
     if device.type == "cpu":
         notes += _on_cpu.notes() + [f"measured on this CPU: {line}" for line in cpu_kernels.measured()]
     return Explanation(rows, notes + (_built_in(rows, device) if device.type == "cuda" else []))
+
+
+def _patched_rows(model: nn.Module) -> list[Row]:
+    """Of blocks that are patched, and of what was left in a model that has some."""
+    report = patched_parts(model)
+    if report is None:
+        return []
+    stock = "set_exportable(True) is on" if exportable.stock_only() else ""
+    rows = []
+    for part in (*report.fused, *report.left):
+        runs = f"op {part.op}" if part.op and not stock else "its modules' own forward"
+        rows.append(Row(part.name, runs, stock or part.reason))
+    return rows
 
 
 def _built_in(rows: list[Row], device: torch.device) -> list[str]:

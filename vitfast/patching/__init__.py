@@ -1,0 +1,1 @@
+"""Ops inside models of other libraries, in place: `vitfast.patch`, `unpatch`, `patched`."""

@@ -1,0 +1,133 @@
+"""Which classes of other libraries vitfast knows, and what an op reads of them.
+
+A class is known by its name and by its forward: the digest of the code that was read and tested (`digests.json`).
+Where another version of a library has another forward, the class is unknown there and runs as it is.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import inspect
+import json
+import sys
+import textwrap
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from vitfast.model.layers import activation_name, norm_kind
+from vitfast.model.plain import FORWARDS, stands_for
+
+
+def _as_built(module: nn.Module) -> str:
+    return ""
+
+
+class Known(NamedTuple):
+    """What vitfast knows of a class.
+
+    role: 'block', 'attention', 'mlp', 'patch_embed', or which part of these it can be.
+    children: of a block, attention or MLP: what a child is for -> its name, dotted where it lies deeper.
+    read: what an op takes of a module: of a norm 'layer' or 'rms', of an activation its name in `ops`, of a scale the
+        name of its parameter, of an attention its `Heads`.
+    why_not: why this one module is not what an op computes; '' where it is.
+    forward: of a block or attention, the function that runs in place of its class's forward.
+    calls: names of functions of its module that the forward calls, whose code belongs to the digest too.
+    """
+
+    role: str
+    children: Mapping[str, str] = {}
+    read: Callable[[Any], Any] = type
+    why_not: Callable[[Any], str] = _as_built
+    # None where there is none; mypy would ask that of every block
+    forward: Any = None
+    calls: tuple[str, ...] = ()
+
+
+def _softmax_why_not(module: nn.Softmax) -> str:
+    return "" if module.dim in (-1, 3) else f"has dim {module.dim}, not -1"
+
+
+# by class: what torch has, and what `learn` has found in models
+KNOWN: dict[type, Known] = {
+    nn.Linear: Known("linear"),
+    nn.modules.linear.NonDynamicallyQuantizableLinear: Known("linear"),
+    nn.LayerNorm: Known("norm", read=norm_kind),
+    nn.RMSNorm: Known("norm", read=norm_kind),
+    nn.Dropout: Known("dropout"),
+    nn.Identity: Known("identity"),
+    nn.GELU: Known("activation", read=activation_name),
+    nn.SiLU: Known("activation", read=activation_name),
+    nn.Softmax: Known("softmax", why_not=_softmax_why_not),
+    nn.Conv2d: Known("conv"),
+    nn.Sequential: Known("sequence"),
+    nn.ModuleList: Known("sequence"),
+}
+stands_for(nn.modules.linear.NonDynamicallyQuantizableLinear, nn.ModuleList)
+# by 'module.Class': what the modules of `families` say of other libraries
+LIBRARIES: dict[str, Known] = {}
+
+
+@functools.cache
+def digests() -> dict[str, list[str]]:
+    """'module.Class' -> digests of the forwards that were tested."""
+    return json.loads((Path(__file__).parent / "digests.json").read_text())
+
+
+def name_of(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def class_of(module: nn.Module) -> type:
+    """Its class, or where FSDP2 has put a class of its own on it the one below."""
+    kind = type(module)
+    sharded = sys.modules.get("torch.distributed.fsdp")
+    if sharded is not None and issubclass(kind, sharded.FSDPModule) and len(kind.__bases__) == 2:
+        return kind.__bases__[1]
+    return kind
+
+
+def digest_of(kind: type, known: Known) -> str:
+    """Of the code of its forward and of what that calls, without comments, docstrings and annotations.
+
+    Raises:
+        OSError: there is no source to read.
+    """
+    forward = inspect.unwrap(kind.forward)
+    texts = [_code(function) for function in (forward, *(forward.__globals__[name] for name in known.calls))]
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
+
+
+def _code(function: Callable) -> str:
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg):
+            node.annotation = None
+        elif isinstance(node, ast.FunctionDef):
+            node.returns, node.decorator_list = None, []
+            if ast.get_docstring(node) is not None:
+                node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
+def learn(kind: type) -> str:
+    """Note what is known of a class; the reason for which nothing is, '' for none."""
+    if kind in KNOWN:
+        return ""
+    name = name_of(kind)
+    known = LIBRARIES.get(name)
+    if known is None:
+        return f"is {name}, which vitfast does not know"
+    try:
+        found = digest_of(kind, known)
+    except (OSError, TypeError, SyntaxError):
+        return f"is {name}, whose source is not there to be compared with the one that was tested"
+    if found not in digests().get(name, ()):
+        return f"is {name} with a forward that was not tested: of another version, or patched"
+    FORWARDS[kind] = kind.forward
+    KNOWN[kind] = known
+    return ""
