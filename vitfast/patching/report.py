@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from vitfast.model.plain import any_global_hook, why_changed
+from vitfast.model.plain import FORWARDS, any_global_hook, why_changed, why_not_plain
 from vitfast.model.vit import ViT
 from vitfast.patching.engine import ABSENT, USES, Patch, child
 from vitfast.patching.known import KNOWN, Known, class_of, learn
@@ -99,7 +100,7 @@ def reasons_of(module: nn.Module | None, name: str, roles: tuple[str, ...], shar
     if known.role not in roles:
         wanted = " or ".join(role or "nothing" for role in roles)
         return [f"{name} is {type(module).__name__}, not {wanted}"]
-    why = why_changed(module)
+    why = why_not_plain(module, type(module))
     # FSDP2 has whole weights there while the block runs
     if why and not (sharded and why.endswith("of class DTensor")):
         return [f"{name} {why}"]
@@ -120,6 +121,8 @@ def parts_of_block(name: str, block: nn.Module, patch: Patch, sharded: bool) -> 
     at = f"{name}." if name else ""
     if any_global_hook():
         whole = ["a global module hook is registered"]
+    if patch.kind.forward is not FORWARDS.get(patch.kind):
+        whole.append(f"is in a {patch.kind.__name__}, whose forward was patched")
     rows = []
     for branch, kind in (("1", "attention"), ("2", "mlp")):
         use = "attn" if kind == "attention" else "mlp"
@@ -174,15 +177,23 @@ def has_sharded(model: nn.Module) -> bool:
 
 
 def looks_like_block(module: nn.Module) -> bool:
-    """Whether a module that vitfast does not know has attention right inside."""
+    """Whether a module that vitfast does not know has attention right inside: none that pools, nor its dropout."""
     words = [f"{name} {type(inner).__name__}".lower() for name, inner in module.named_children()]
-    return any("attention" in word or "attn" in word for word in words)
+    return any(("attention" in word or "attn" in word) and not re.search("pool|drop", word) for word in words)
+
+
+def _around(names: Iterable[str]) -> set[str]:
+    """Of all modules that have one of these inside."""
+    steps = [name.split(".") for name in names if name]
+    return {".".join(each[:i]) for each in steps for i in range(len(each))}
 
 
 def report_of(model: nn.Module, skipped: dict[str, str]) -> PatchReport:
     """Of the model as it is now; skipped: blocks that are not patched, with the reason."""
     sharded, done = has_sharded(model), list[str]()
     parts, notes = list[Part](), list[str]()
+    held = [name for name, module in model.named_modules() if "_vitfast" in module.__dict__]
+    around = _around([*held, *skipped])
     for name, module in model.named_modules():
         if any(name == path or name.startswith(f"{path}." if path else "") for path in done):
             continue
@@ -190,11 +201,13 @@ def report_of(model: nn.Module, skipped: dict[str, str]) -> PatchReport:
         if isinstance(module, ViT):
             parts += parts_of_vit(name, module)
             notes.append(f"{name or 'the model'} is a vitfast.ViT, which runs ops of its own and needs no patch")
-        elif patch is not None and KNOWN[patch.kind].role == "block":
+        elif patch is not None and patch.kind in KNOWN and KNOWN[patch.kind].role == "block":
             parts += parts_of_block(name, module, patch, sharded)
         elif name in skipped:
             parts.append(Part(name, "block", "", skipped[name]))
-        elif class_of(module) not in KNOWN and looks_like_block(module):
+        elif class_of(module) in KNOWN and KNOWN[class_of(module)].role == "block":
+            parts.append(Part(name, "block", "", why_changed(module) or "was not there when the model was patched"))
+        elif class_of(module) not in KNOWN and name not in around and looks_like_block(module):
             parts.append(Part(name, "block", "", learn(class_of(module))))
         else:
             continue
