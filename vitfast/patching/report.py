@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -177,9 +176,9 @@ def has_sharded(model: nn.Module) -> bool:
 
 
 def looks_like_block(module: nn.Module) -> bool:
-    """Whether a module that vitfast does not know has attention right inside: none that pools, nor its dropout."""
+    """Whether a module that vitfast does not know has attention right inside, which does not pool."""
     words = [f"{name} {type(inner).__name__}".lower() for name, inner in module.named_children()]
-    return any(("attention" in word or "attn" in word) and not re.search("pool|drop", word) for word in words)
+    return any(("attention" in word or "attn" in word) and "pool" not in word for word in words)
 
 
 def _around(names: Iterable[str]) -> set[str]:
