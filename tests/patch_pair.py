@@ -24,7 +24,7 @@ NAMED = {
 # what no name of timm has
 BUILT = {
     "all norms": {"qk_norm": True, "scale_attn_norm": True, "scale_mlp_norm": True, "init_values": 0.1},
-    "RMS norms": {"qk_norm": True, "scale_attn_norm": True, "norm_layer": RmsNorm},
+    "RMS norms": {"qk_norm": True, "scale_attn_norm": True, "norm_layer": RmsNorm, "init_values": 0.1},
     "torch's norms": {"qk_norm": True, "norm_layer": partial(nn.LayerNorm, eps=1e-5)},
     "torch's RMS norms": {"norm_layer": nn.RMSNorm},
     "no biases": {"qkv_bias": False, "proj_bias": False},
@@ -35,7 +35,7 @@ BUILT = {
     "tanh": {"act_layer": "gelu_tanh"},
     "quick": {"act_layer": "quick_gelu"},
     "silu": {"act_layer": nn.SiLU},
-    "wide heads": {"attn_layer": partial(Attention, attn_head_dim=80)},
+    "wide heads": {},
 }
 MODELS = (*NAMED, *BUILT)
 
@@ -46,6 +46,8 @@ def build(name, batch=3, massive=True, train=True, **changes):
         if name in BUILT:
             sizes = {"img_size": 32, "patch_size": 8, "depth": 2, "num_classes": 10, "embed_dim": 64, "num_heads": 2}
             model = VisionTransformer(**sizes | BUILT[name] | changes)
+            for block in model.blocks if name == "wide heads" else ():
+                block.attn = Attention(64, 2, attn_head_dim=80, qkv_bias=True, attn_drop=block.attn.attn_drop.p)
         else:
             named, keywords = names_of(name, **NAMED.get(name, {}) | changes)
             model = timm.create_model(named, **keywords)

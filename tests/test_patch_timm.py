@@ -68,7 +68,7 @@ def test_nothing_is_fused(name):
 @every_model
 def test_unpatched_model_is_another_one(name):
     """A bit of a weight, of an output or of a gradient that a patch leaves behind, or an attribute."""
-    model, images = build(name, drop_path_rate=0.25)
+    model, images = build(name, massive=False, drop_path_rate=0.25)
     before, results = state_of(model), run(model, images)
     vitfast.patch(model)
     equal(model.state_dict(), before[0])
@@ -106,17 +106,17 @@ def test_autocast_has_another_dtype_or_is_less_exact(name):
 @pytest.mark.parametrize("name", ["vit", "distilled", "dinov2_reg4", "clip", "beit3", "reg4_gap", "test_vit3", *BUILT])
 def test_other_numbers_are_dropped(name, fused):
     """A dropout in another place, with another rate, left out, or one that draws before another one."""
-    model, images = build(name, massive=False, **RATES)
+    model, images = build(name, batch=8, massive=False, **RATES)
     for block in model.blocks:
         block.attn.fused_attn = fused
     patched = copy.deepcopy(model)
     vitfast.patch(patched)
-    assert "attention" in str(ops_in(patched, images))
+    assert "linear" in ops_in(patched, images)
     (out, grads), (expected, expected_grads) = run(patched, images), run(model, images)
     near(out, expected)
     for at, ref in expected_grads.items():
         if "k_norm.bias" not in at:
-            assert relative(grads[at], ref.double()) < 1e-3, at
+            near(grads[at], ref, 1e-3)
     near(patched.eval()(images), model.eval()(images))
 
 
