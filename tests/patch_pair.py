@@ -5,6 +5,7 @@ from functools import partial
 
 import timm
 import torch
+from test_ops import Recorder
 from test_parity_timm import RATIO, gradients_not_worse, not_worse, products
 from timm.layers import Attention, GluMlp, RmsNorm, SwiGLU, SwiGLUPacked
 from timm.models.vision_transformer import VisionTransformer
@@ -75,6 +76,24 @@ class Case:
             out, grads = run(self.patched.to(dtype), images, self.cotangent)
         not_worse(out, self.out, low, "output")
         gradients_not_worse(grads, self.grads, grads_low, RATIO[dtype])
+
+
+def small(train=False, batch=3, **changes):
+    """timm's test_vit and its images."""
+    return build("test_vit", batch=batch, massive=False, train=train, img_size=32, init_values=0.5, **changes)
+
+
+def patched_copy(model, **parts):
+    copied = copy.deepcopy(model)
+    vitfast.patch(copied, **parts)
+    return copied
+
+
+def ops_in(model, *images):
+    """Names of vitfast's ops that a call runs."""
+    with Recorder() as recorder:
+        model(*images)
+    return {str(func).split(".")[1] for func, *_ in recorder.calls}
 
 
 def state_of(model):

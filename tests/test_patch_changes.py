@@ -1,0 +1,400 @@
+"""What people do to the modules of a model before or after `vitfast.patch`: it counts, as in the model without."""
+
+import copy
+import functools
+import types
+
+import accelerate
+import peft
+import pytest
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from patch_pair import equal, near, ops_in, patched_copy, small, state_of
+from timm_pair import run
+from torch import nn
+from torch.nn.modules import module as torch_module
+from torch.nn.utils import parametrizations, parametrize, prune
+
+import vitfast
+
+ALL_OPS = {"linear", "attention_qkv", "mlp"}
+BLOCK = "blocks.1"
+
+
+def results_of(model, images):
+    out, grads = run(model, images)
+    return {"out": out} | {name: grad for name, grad in grads.items() if grad is not None}
+
+
+def same(found, expected, rtol=1e-4):
+    assert len(found) == len(expected) > 1
+    for (name, one), other in zip(found.items(), expected.values(), strict=True):
+        # a key's bias shifts all logits of a query: its gradient is rounding
+        assert "k_norm.bias" in name or (one - other).norm() <= rtol * other.norm() + 1e-6, name
+
+
+# hooks that change what goes through them, so that one that is passed over is seen: it counts its calls
+def scaled(values, by):
+    return tuple(by * t if isinstance(t, torch.Tensor) else t for t in values)
+
+
+def hook_of(kind, count):
+    def forward(module, args, out):
+        count.append(1)
+        return 1.25 * out
+
+    def forward_kwargs(module, args, kwargs, out):
+        count.append(1)
+        return 1.25 * out
+
+    def pre(module, args):
+        count.append(1)
+        return scaled(args, 1.25)
+
+    def pre_kwargs(module, args, kwargs):
+        count.append(1)
+        return scaled(args, 1.25), kwargs
+
+    def backward(module, grad_in, grad_out):
+        count.append(1)
+        return scaled(grad_in, 1.25)
+
+    def backward_pre(module, grad_out):
+        count.append(1)
+        return scaled(grad_out, 1.25)
+
+    return locals()[kind]
+
+
+HOOKS = {
+    "forward": lambda m, hook: m.register_forward_hook(hook),
+    "forward_kwargs": lambda m, hook: m.register_forward_hook(hook, with_kwargs=True, always_call=True),
+    "pre": lambda m, hook: m.register_forward_pre_hook(hook),
+    "pre_kwargs": lambda m, hook: m.register_forward_pre_hook(hook, with_kwargs=True),
+    "backward": lambda m, hook: m.register_full_backward_hook(hook),
+    "backward_pre": lambda m, hook: m.register_full_backward_pre_hook(hook),
+}
+GLOBAL_HOOKS = {
+    "forward": torch_module.register_module_forward_hook, "pre": torch_module.register_module_forward_pre_hook,
+    "backward": torch_module.register_module_full_backward_hook,
+    "backward_pre": torch_module.register_module_full_backward_pre_hook,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hook_is_passed_over_or_runs_twice(kind):
+    """On the block and on each module inside, one after the other: added after the patch."""
+    model, images = small(train=True, batch=2, qk_norm=True)
+    patched = patched_copy(model)
+    plain = results_of(model, images)
+    names = [name for name, _ in model.named_modules() if name == BLOCK or name.startswith(f"{BLOCK}.")]
+    assert len(names) > 18
+    for name in names:
+        counts, results = [], []
+        for each in (model, patched):
+            counts.append([])
+            handle = HOOKS[kind](each.get_submodule(name), hook_of(kind, counts[-1]))
+            results.append(results_of(each, images))
+            handle.remove()
+        assert counts[0] == counts[1] and len(counts[0]) <= 1, name
+        same(results[1], results[0])
+    same(results_of(patched, images), plain)
+    assert "mlp" in ops_in(patched, images)
+
+
+@pytest.mark.parametrize("kind", GLOBAL_HOOKS)
+def test_global_hook_is_passed_over(kind):
+    """Profilers, FLOP counters and debuggers see all modules, and the report says why nothing is fused."""
+    model, images = small(train=True)
+    patched, counts, results = patched_copy(model), [], []
+    for each in (model, patched):
+        counts.append([])
+        handle = GLOBAL_HOOKS[kind](hook_of(kind, counts[-1]))
+        try:
+            results.append(results_of(each, images))
+            said = str(vitfast.patch(patched))
+        finally:
+            handle.remove()
+    assert len(counts[0]) == len(counts[1]) > 40
+    equal(results[1], results[0])
+    assert "a global module hook is registered" in said and "op mlp" not in said
+
+
+class Doubling(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def at(path):
+    return lambda model: model.get_submodule(f"{BLOCK}.{path}")
+
+
+def parametrized(linear):
+    parametrize.register_parametrization(linear, "weight", Doubling())
+    return lambda: parametrize.remove_parametrizations(linear, "weight", leave_parametrized=False)
+
+
+def weight_norm(linear):
+    parametrizations.weight_norm(linear)
+    return lambda: parametrize.remove_parametrizations(linear, "weight")
+
+
+def old_weight_norm(linear):
+    nn.utils.weight_norm(linear)
+    return lambda: nn.utils.remove_weight_norm(linear)
+
+
+def old_spectral_norm(linear):
+    nn.utils.spectral_norm(linear)
+    return lambda: nn.utils.remove_spectral_norm(linear)
+
+
+def spectral_norm(linear):
+    parametrizations.spectral_norm(linear)
+    return lambda: parametrize.remove_parametrizations(linear, "weight")
+
+
+def pruned(linear):
+    prune.l1_unstructured(linear, "weight", amount=0.5)
+    return lambda: prune.remove(linear, "weight")
+
+
+def own_forward(module):
+    stock = module.forward
+    module.forward = types.MethodType(lambda self, *args, **how: 2 * stock(*args, **how), module)
+    return lambda: delattr(module, "forward")
+
+
+def accelerated(module):
+    class Hook(ModelHook):
+        def post_forward(self, module, output):
+            return 2 * output
+
+    add_hook_to_module(module, Hook())
+    return lambda: remove_hook_from_module(module)
+
+
+def own_weight(linear):
+    class Weight(nn.Parameter):
+        pass
+
+    stock = linear.weight
+    linear.weight = Weight(2 * stock.detach())
+    return lambda: setattr(linear, "weight", stock)
+
+
+def replaced(module):
+    """A class that vitfast does not know in the place of a child."""
+    parent, name, found = module
+    setattr(parent, name, nn.Sequential(found, nn.Tanh()))
+    return lambda: setattr(parent, name, found)
+
+
+def child_of(path):
+    holder, _, name = path.rpartition(".")
+
+    def find(model):
+        parent = model.get_submodule(f"{BLOCK}.{holder}" if holder else BLOCK)
+        return parent, name, getattr(parent, name)
+
+    return find
+
+
+# (which module, what is done to it, what the report says of it where that comes after the patch)
+CHANGES = {
+    "parametrized qkv": (at("attn.qkv"), parametrized, "attn.qkv is parametrized"),
+    "parametrized norm": (at("norm2"), parametrized, "norm2 is parametrized"),
+    "weight_norm": (at("mlp.fc1"), weight_norm, "mlp.fc1 is parametrized"),
+    "old weight_norm": (at("mlp.fc2"), old_weight_norm, "mlp.fc2 has forward pre hooks"),
+    "spectral_norm": (at("attn.proj"), spectral_norm, "attn.proj is parametrized"),
+    "old spectral_norm": (at("attn.proj"), old_spectral_norm, "attn.proj has forward pre hooks"),
+    "pruned": (at("attn.qkv"), pruned, "attn.qkv has forward pre hooks"),
+    "own forward of a linear": (at("mlp.fc2"), own_forward, "mlp.fc2 has a patched forward"),
+    "own forward of a norm": (at("norm1"), own_forward, "norm1 has a patched forward"),
+    "own forward of a scale": (at("ls1"), own_forward, "ls1 has a patched forward"),
+    "own forward of attention": (at("attn"), own_forward, "attn has a patched forward"),
+    "own forward of an MLP": (at("mlp"), own_forward, "mlp has a patched forward"),
+    "accelerate": (at("attn.proj"), accelerated, "attn.proj has a patched forward"),
+    "own weight": (at("attn.qkv"), own_weight, "attn.qkv has a weight of class Weight"),
+    "own norm": (child_of("norm1"), replaced, "norm1 is Sequential, not norm"),
+    "own linear": (child_of("mlp.fc1"), replaced, "mlp.fc1 is Sequential, not linear"),
+    "own activation": (child_of("mlp.act"), replaced, "mlp.act is Sequential, not activation"),
+    "own scale": (child_of("ls2"), replaced, "ls2 is Sequential, not scale or identity"),
+    "own dropout": (child_of("attn.proj_drop"), replaced, "attn.proj_drop is Sequential, not dropout or identity"),
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_change_of_a_module_is_passed_over(change, when):
+    """Or stays when it is taken back; the other block runs ops all the while."""
+    find, do, words = CHANGES[change]
+    model, images = small(train=True)
+    patched = copy.deepcopy(model)
+    if when == "after":
+        vitfast.patch(patched).require("attention", "norm", "mlp")
+    plain, results, undo = results_of(model, images), [], None
+    for each in (model, patched):
+        torch.manual_seed(2)
+        undo = do(find(each))
+        if each is patched and when == "before":
+            vitfast.patch(patched)
+        results.append(results_of(each, images))
+    same(results[1], results[0])
+    assert (results[0]["out"] - plain["out"]).norm() > 1e-3 * plain["out"].norm() or "weight_norm" in change
+    report = vitfast.patch(patched)
+    assert words in str(report)
+    assert all(part.name.startswith(BLOCK) for part in report.left) and 1 <= len(report.left) <= 2
+    undo()
+    assert not vitfast.patch(patched).left
+    assert ops_in(patched.blocks[1], torch.randn(1, 5, 64)) == ALL_OPS
+
+
+def test_forward_of_a_block_is_overwritten_or_passed_over():
+    """One that is there before: left and named, with all bits; one on top of ours: run, also when ours is taken off."""
+    model, images = small(train=True)
+    plain = run(model, images)
+    own_forward(model.blocks[0])
+    expected = run(model, images)
+    before = state_of(model)
+    report = vitfast.patch(model)
+    assert [(part.name, part.reason) for part in report.left] == [("blocks.0", "has a patched forward")]
+    assert {part.name.split(".")[1] for part in report.fused} == {"1"}
+    assert "has a patched forward" in str(vitfast.explain(model))
+    near(run(model, images)[0], expected[0], 1e-4)
+    vitfast.unpatch(model)
+    equal(state_of(model), before)
+    equal(run(model, images), expected)
+    del model.blocks[0].forward
+    vitfast.patch(model)
+    mine = own_forward(model.blocks[0])
+    near(run(model, images)[0], expected[0], 1e-4)
+    with vitfast.patched(model, mlp=False):
+        near(run(model, images)[0], expected[0], 1e-4)
+    near(run(model, images)[0], expected[0], 1e-4)
+    assert "mlp" in ops_in(model.blocks[0], torch.randn(1, 5, 64))
+    vitfast.unpatch(model)
+    equal(run(model, images), expected)
+    mine()
+    vitfast.unpatch(model)
+    equal(run(model, images), plain)
+
+
+def test_accelerate_is_lost():
+    """Its wrapper around a patched block: before, during and after `patched`, and when either is taken off first."""
+
+    class Counted(ModelHook):
+        def pre_forward(self, module, *args, **how):
+            calls.append(1)
+            return args, how
+
+    calls = []
+    model, images = small()
+    expected = model(images)
+    vitfast.patch(model)
+    block = add_hook_to_module(model.blocks[0], Counted())
+    near(model(images), expected)
+    with vitfast.patched(model, attention=False):
+        near(model(images), expected)
+    near(model(images), expected)
+    assert len(calls) == 3 and "attention_qkv" in ops_in(block, torch.randn(1, 5, 64))
+    vitfast.unpatch(model)
+    equal(model(images), expected)
+    assert len(calls) == 5
+    remove_hook_from_module(block)
+    equal(model(images), expected)
+    assert len(calls) == 5
+    # a bound method that accelerate puts back is no patch of anybody
+    vitfast.unpatch(model)
+    add_hook_to_module(block, Counted())
+    assert [part.name for part in vitfast.patch(model).left] == ["blocks.0"]
+    remove_hook_from_module(block)
+    assert not vitfast.patch(model).require("attention", "norm", "mlp").left
+    near(model(images), expected)
+    vitfast.unpatch(model)
+    equal(model(images), expected)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["block", "each module"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_offloaded_weights_are_read_on_meta(whole, when):
+    """accelerate's `cpu_offload`: weights are on meta but while a module, or a block, is run."""
+    model, images = small()
+    with torch.no_grad():
+        expected = model(images)
+    if when == "after":
+        vitfast.patch(model)
+    accelerate.cpu_offload(model.blocks, execution_device="cpu", preload_module_classes=["Block"] if whole else None)
+    report = vitfast.patch(model)
+    assert model.blocks[0].mlp.fc1.weight.is_meta
+    with torch.no_grad():
+        near(model(images), expected)
+        vitfast.unpatch(model)
+        equal(model(images), expected)
+    if not whole:
+        assert "mlp.fc1 has a patched forward" in str(report.left)
+
+
+LORA = {"r": 4, "target_modules": ["qkv", "fc1"], "init_lora_weights": False}
+ADAPTERS = {
+    "LoRA": functools.partial(peft.LoraConfig, **LORA),
+    "DoRA": functools.partial(peft.LoraConfig, use_dora=True, **LORA),
+    "IA3": functools.partial(peft.IA3Config, target_modules=["qkv", "fc2"], feedforward_modules=["fc2"],
+                             init_ia3_weights=False),
+    "norms": functools.partial(peft.LNTuningConfig, target_modules=["norm1", "norm2"]),
+    "saved modules": functools.partial(peft.LoraConfig, modules_to_save=["norm1"], **LORA),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_adapter_is_passed_over(adapter, when):
+    """peft's: trained, switched off, merged into the weights, taken out."""
+    model, images = small(train=True)
+    plain = model(images).detach()
+    pair = []
+    for patched in (False, True):
+        each = copy.deepcopy(model)
+        if patched and when == "before":
+            vitfast.patch(each)
+        torch.manual_seed(2)
+        each = peft.get_peft_model(each, ADAPTERS[adapter]())
+        with torch.no_grad():
+            for p in each.parameters():
+                if p.requires_grad:
+                    p.add_(0.3 * torch.randn_like(p))
+        if patched and when == "after":
+            vitfast.patch(each)
+        pair.append(each)
+    with_adapter = results_of(pair[0], images)
+    assert (with_adapter["out"] - plain).norm() > 1e-2 * plain.norm()
+    same(results_of(pair[1], images), with_adapter)
+    with pair[0].disable_adapter(), pair[1].disable_adapter():
+        near(pair[1](images), plain)
+    if adapter != "norms":
+        for each in pair:
+            each.merge_adapter()
+        same({"out": pair[1](images), "again": pair[1](images)}, {"out": pair[0](images), "again": with_adapter["out"]})
+        for each in pair:
+            each.unmerge_adapter()
+    report = vitfast.patch(pair[1])
+    assert "peft" in str(report.left)
+    restored = pair[1].merge_and_unload()
+    near(restored(images), with_adapter["out"], 1e-4)
+    if adapter != "saved modules":
+        assert not vitfast.patch(restored).left
+        assert "mlp" in ops_in(restored, images)
+
+
+def test_int8_weight_is_read_as_floats():
+    """torchao's, in one linear of one block."""
+    torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    model, images = small()
+    patched = patched_copy(model)
+    for each in (model, patched):
+        torchao.quantize_(each.blocks[1].mlp, torchao.Int8WeightOnlyConfig())
+    with torch.no_grad():
+        near(patched(images), model(images))
+    report = vitfast.patch(patched)
+    assert [part.name for part in report.left] == ["blocks.1.mlp"]
+    assert "mlp.fc1 has a weight of class Int8Tensor; mlp.fc2 has a weight of class" in report.left[0].reason
