@@ -30,7 +30,7 @@ def block_of(name, device):
     torch.manual_seed(0)
     block = BLOCKS[name]().to(device)
     with torch.no_grad():
-        for at, p in block.named_parameters():
+        for p in block.parameters():
             p.copy_((p + (0.3 if p.dim() == 1 else 0.05) * torch.randn_like(p)).half())
     x = torch.randn(3, 7, DIM, device=device)
     x[:, 0, 5] = 60
