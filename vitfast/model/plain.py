@@ -40,11 +40,15 @@ def plain(module: nn.Module | None, *kinds: type) -> bool:
     if module is None:
         return False
     kind = type(module)
-    if kind not in kinds or kind.forward is not FORWARDS[kind]:
-        return False
+    return kind in kinds and does_what_its_class_says(module, kind)
+
+
+def does_what_its_class_says(module: nn.Module, kind: type) -> bool:
+    """No hook, no patch, plain weights; kind: its class, one of `FORWARDS`."""
     held = module.__dict__
     return (
-        not held["_forward_hooks"]
+        kind.forward is FORWARDS[kind]  # type: ignore[attr-defined]
+        and not held["_forward_hooks"]
         and not held["_forward_pre_hooks"]
         and not held["_backward_hooks"]
         and not held["_backward_pre_hooks"]

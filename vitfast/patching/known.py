@@ -15,37 +15,63 @@ import sys
 import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
 from vitfast.model.layers import activation_name, norm_kind
 from vitfast.model.plain import FORWARDS, stands_for
 
+# what a child may be for -> the roles of `Known` that do; ABSENT: there may be nothing
+ABSENT = ""
+USES = {
+    **dict.fromkeys(("norm", "norm1", "norm2"), ("norm",)),
+    **dict.fromkeys(("q_norm", "k_norm", "inner_norm"), ("norm", "identity")),
+    **dict.fromkeys(("qkv", "q", "k", "v", "fc1", "gate", "value", "fc2"), ("linear",)),
+    "proj": ("linear", "identity"),
+    **dict.fromkeys(("attn_drop", "proj_drop", "mid_drop", "drop", "drop1", "drop2"), ("dropout", "identity")),
+    **dict.fromkeys(("scale1", "scale2"), ("scale", "identity")),
+    **dict.fromkeys(("drop_path1", "drop_path2"), ("drop_path", "identity")),
+    "act": ("activation",),
+    "softmax": ("softmax",),
+    "sequence": ("sequence",),
+    "attn": ("attention",),
+    "mlp": ("mlp",),
+    "output_gate": (ABSENT,),
+}
 
-def _as_built(module: nn.Module) -> str:
-    return ""
 
-
-class Known(NamedTuple):
+class Known:
     """What vitfast knows of a class.
 
-    role: 'block', 'attention', 'mlp', 'patch_embed', or which part of these it can be.
-    children: of a block, attention or MLP: what a child is for -> its name, dotted where it lies deeper.
-    read: what an op takes of a module: of a norm 'layer' or 'rms', of an activation its name in `ops`, of a scale the
-        name of its parameter, of an attention its `Heads`.
-    why_not: why this one module is not what an op computes; '' where it is.
-    forward: of a block or attention, the function that runs in place of its class's forward.
-    calls: names of functions of its module that the forward calls, whose code belongs to the digest too.
+    Attributes:
+        role: 'block', 'attention', 'mlp', 'patch_embed', or which part of these it can be.
+        children: of a block, attention or MLP: what a child is for -> its name, dotted where it lies deeper.
+        read: what an op takes of a module: of a norm 'layer' or 'rms', of an activation its name in `ops`, of a scale
+            its gamma, of a drop path its rate, of an attention its `Heads`, of an MLP whether fc1 gives gate and value.
+        why_not: why this one module is not what an op computes, '' where it is; None: there is nothing to ask.
+        forward: of a block or attention, the function that runs in place of its class's forward.
+        calls: names of functions of its module that the forward calls, whose code belongs to the digest too.
+        paths: `children` as they are read at each call: (use, names from the outside, roles).
+        branches: of a block, the same of its 'attn' and its 'mlp', with 'drop' for 'drop1' or 'drop2' and so on.
     """
 
-    role: str
-    children: Mapping[str, str] = {}
-    read: Callable[[Any], Any] = type
-    why_not: Callable[[Any], str] = _as_built
-    # None where there is none; mypy would ask that of every block
-    forward: Any = None
-    calls: tuple[str, ...] = ()
+    def __init__(
+        self,
+        role: str,
+        children: Mapping[str, str] | None = None,
+        read: Callable[[Any], Any] = type,
+        why_not: Callable[[Any], str] | None = None,
+        forward: Any = None,
+        calls: tuple[str, ...] = (),
+    ):
+        self.role, self.children, self.read, self.why_not = role, children or {}, read, why_not
+        self.forward, self.calls = forward, calls
+        self.paths = [(use, name.split("."), USES[use]) for use, name in self.children.items()]
+        self.branches = {
+            part: [(use.rstrip("12"), *rest) for use, *rest in self.paths if use == part or use[-1] == number]
+            for part, number in (("attn", "1"), ("mlp", "2"))
+        }
 
 
 def _softmax_why_not(module: nn.Softmax) -> str:

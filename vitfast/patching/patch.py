@@ -55,7 +55,7 @@ def patch(
             skipped[name] = why
             continue
         learnt = {type(inner) for inner in module.modules() if not learn(type(inner))}
-        _put(module, Patch(*wanted, kind, tuple(sorted(learnt - {kind}, key=lambda each: each.__qualname__))))
+        _put(module, Patch(*wanted, kind, tuple(sorted(learnt - {kind}, key=lambda each: each.__qualname__)), {}))
     return report_of(model, skipped)
 
 

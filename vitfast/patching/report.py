@@ -10,8 +10,8 @@ from torch import nn
 
 from vitfast.model.plain import any_global_hook, why_changed
 from vitfast.model.vit import ViT
-from vitfast.patching.engine import ABSENT, USES, Patch, child
-from vitfast.patching.known import KNOWN, Known, class_of, learn
+from vitfast.patching.engine import Patch, child
+from vitfast.patching.known import ABSENT, KNOWN, USES, Known, class_of, learn
 
 KINDS = ("attention", "norm", "mlp", "patch_embed")
 # `ViT.fusion_report` names ops; this is the kind that each is of
@@ -103,14 +103,14 @@ def reasons_of(module: nn.Module | None, name: str, roles: tuple[str, ...], shar
     # FSDP2 has whole weights there while the block runs
     if why and not (sharded and why.endswith("of class DTensor")):
         return [f"{name} {why}"]
-    why = known.why_not(module)
+    why = known.why_not(module) if known.why_not is not None else ""
     return [f"{name} {why}"] if why else []
 
 
 def _inside(holder: nn.Module, name: str, known: Known, sharded: bool) -> list[str]:
     found = []
-    for use, inner in known.children.items():
-        found += reasons_of(child(holder, inner), f"{name}.{inner}", USES[use], sharded)
+    for _, names, roles in known.paths:
+        found += reasons_of(child(holder, names), ".".join((name, *names)), roles, sharded)
     return found
 
 
@@ -125,7 +125,7 @@ def parts_of_block(name: str, block: nn.Module, patch: Patch, sharded: bool) -> 
         use = "attn" if kind == "attention" else "mlp"
         if use not in names:
             continue
-        holder, norm_name = child(block, names[use]), names.get(f"norm{branch}")
+        holder, norm_name = child(block, names[use].split(".")), names.get(f"norm{branch}")
         reasons = list(whole)
         if not getattr(patch, kind):
             reasons.append(f"{kind}=False was asked for")
@@ -136,12 +136,12 @@ def parts_of_block(name: str, block: nn.Module, patch: Patch, sharded: bool) -> 
             norm_name = norm_name or f"{names[use]}.{known.children['norm']}"
         for outer in ("drop", "scale", "drop_path"):
             if (inner := names.get(outer + branch)) is not None:
-                found += reasons_of(child(block, inner), inner, USES[outer + branch], sharded)
+                found += reasons_of(child(block, inner.split(".")), inner, USES[outer + branch], sharded)
         reasons += found
         rows.append(Part(at + names[use], kind, "" if reasons else _op_of(kind, holder), "; ".join(reasons)))
         if norm_name is not None:
             why = list(whole) + ([] if patch.norm else ["norm=False was asked for"])
-            why += reasons_of(child(block, norm_name), norm_name, USES["norm"], sharded)
+            why += reasons_of(child(block, norm_name.split(".")), norm_name, USES["norm"], sharded)
             op = "" if why else ("in " + rows[-1].op if rows[-1].op and not _alone(holder) else "layer_norm")
             rows.append(Part(at + norm_name, "norm", op, "; ".join(why)))
     return rows
