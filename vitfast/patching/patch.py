@@ -10,13 +10,14 @@ from typing import Any
 from torch import nn
 
 from vitfast.model.plain import IN_PLACE, why_changed
-from vitfast.model.vit import ViT
 from vitfast.patching import families as families
 from vitfast.patching.engine import Patch
+from vitfast.patching.find import known_blocks, stems
 from vitfast.patching.known import KNOWN, LIBRARIES, class_of, learn
 from vitfast.patching.report import PatchReport, report_of
+from vitfast.patching.stem import why_not as why_no_stem
 
-IN_PLACE |= {known.forward for known in LIBRARIES.values() if known.forward is not None}
+IN_PLACE |= {known.forward for known in (*LIBRARIES.values(), *KNOWN.values()) if known.forward is not None}
 
 
 def patch(
@@ -47,8 +48,7 @@ def patch(
     _check("patch", model)
     wanted = (bool(attention), bool(norm), bool(mlp), bool(patch_embed))
     skipped: dict[str, str] = {}
-    found = list(_blocks(model))
-    for name, module in found:
+    for name, module in list(known_blocks(model)):
         kind = class_of(module)
         why = learn(kind) or _taken(module)
         if why:
@@ -56,6 +56,9 @@ def patch(
             continue
         learnt = {type(inner) for inner in module.modules() if not learn(type(inner))}
         _put(module, Patch(*wanted, kind, tuple(sorted(learnt - {kind}, key=lambda each: each.__qualname__)), {}))
+    for _, stem in list(stems(model)):
+        if stem is not None and not why_no_stem(stem) and not _taken(stem):
+            _put(stem, Patch(*wanted, nn.Conv2d, (), {}))
     return report_of(model, skipped)
 
 
@@ -102,17 +105,6 @@ def _check(function: str, model: Any) -> None:
             "patch: nn.DataParallel copies modules at each call, and a patched copy would run the original's weights, "
             "got a model with one; use DistributedDataParallel"
         )
-
-
-def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules of which vitfast has a forward, but those inside a `vitfast.ViT`."""
-    ours = [vit for vit in model.modules() if isinstance(vit, ViT)]
-    inside = {id(module) for vit in ours for module in vit.modules()}
-    for name, module in model.named_modules():
-        kind = class_of(module)
-        known = LIBRARIES.get(f"{kind.__module__}.{kind.__qualname__}")
-        if known is not None and known.forward is not None and id(module) not in inside:
-            yield name, module
 
 
 def _taken(module: nn.Module) -> str:
