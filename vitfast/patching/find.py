@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from vitfast.model.plain import why_changed
 from vitfast.model.vit import ViT
-from vitfast.patching.known import LIBRARIES, class_of, learn, name_of
+from vitfast.patching.known import KNOWN, LIBRARIES, class_of, learn, name_of
 from vitfast.patching.stem import STEMS
 
 
@@ -33,10 +34,13 @@ def unknown_blocks(model: nn.Module) -> list[tuple[str, str]]:
     for name, module in outside_vits(model):
         if id(module) in inside_patched:
             continue
-        if "_vitfast" in module.__dict__:
+        patch = module.__dict__.get("_vitfast")
+        # what another process has patched may be unknown here
+        if patch is not None and patch.kind in KNOWN:
             inside_patched |= {id(inner) for inner in module.modules()}
         elif _attends(module):
-            found[name] = learn(class_of(module)) or "is not patched"
+            unknown = learn(class_of(module)) or why_changed(module)
+            found[name] = unknown or "was not there when the model was patched"
         else:
             continue
         steps = name.split(".")
@@ -45,9 +49,14 @@ def unknown_blocks(model: nn.Module) -> list[tuple[str, str]]:
 
 
 def _attends(module: nn.Module) -> bool:
+    # what pools, or drops weights, makes no block
     for name, inner in module.named_children():
         word = f"{name} {type(inner).__name__}".lower()
-        if ("attention" in word or "attn" in word) and next(inner.parameters(), None) is not None:
+        if (
+            "pool" not in word
+            and ("attention" in word or "attn" in word)
+            and next(inner.parameters(), None) is not None
+        ):
             return True
     return False
 

@@ -78,12 +78,18 @@ def _softmax_why_not(module: nn.Softmax) -> str:
     return "" if module.dim in (-1, 3) else f"has dim {module.dim}, not -1"
 
 
+def norm_why_not(module: Any) -> str:
+    """Of a norm of torch, or one that has its `normalized_shape`: ops compute it over the channels alone."""
+    shape = module.normalized_shape
+    return "" if len(shape) == 1 else f"normalizes over {len(shape)} dims, not 1"
+
+
 # by class: what torch has, and what `learn` has found in models
 KNOWN: dict[type, Known] = {
     nn.Linear: Known("linear"),
     nn.modules.linear.NonDynamicallyQuantizableLinear: Known("linear"),
-    nn.LayerNorm: Known("norm", read=norm_kind),
-    nn.RMSNorm: Known("norm", read=norm_kind),
+    nn.LayerNorm: Known("norm", read=norm_kind, why_not=norm_why_not),
+    nn.RMSNorm: Known("norm", read=norm_kind, why_not=norm_why_not),
     nn.Dropout: Known("dropout"),
     nn.Identity: Known("identity"),
     nn.GELU: Known("activation", read=activation_name),

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from vitfast.model.plain import IN_PLACE, why_changed
+from vitfast.model.plain import patched as patched_method
 from vitfast.patching import families as families
 from vitfast.patching.engine import Patch
 from vitfast.patching.find import known_blocks, stems
@@ -18,6 +19,8 @@ from vitfast.patching.report import PatchReport, report_of
 from vitfast.patching.stem import why_not as why_no_stem
 
 IN_PLACE |= {known.forward for known in (*LIBRARIES.values(), *KNOWN.values()) if known.forward is not None}
+# what a patched module has of its own
+METHODS = ("forward", "extra_repr", "_replicate_for_data_parallel")
 
 
 def patch(
@@ -74,8 +77,8 @@ def unpatch(model: nn.Module) -> None:
     _check("unpatch", model)
     for module in model.modules():
         module.__dict__.pop("_vitfast", None)
-        for name in ("forward", "extra_repr", "_replicate_for_data_parallel"):
-            if _is_ours(module.__dict__.get(name), module):
+        for name in METHODS:
+            if _is_ours(module.__dict__.get(name)):
                 del module.__dict__[name]
 
 
@@ -92,7 +95,8 @@ def patched(model: nn.Module, **parts: bool) -> Iterator[PatchReport]:
     finally:
         unpatch(model)
         for module, held in before:
-            if held is not None:
+            # read in a process whose library has another forward, it did nothing
+            if held is not None and held.kind in KNOWN:
                 _put(module, held)
 
 
@@ -115,16 +119,18 @@ def _taken(module: nn.Module) -> str:
 
 def _put(module: nn.Module, patch: Patch) -> None:
     held = module.__dict__
-    again, held["_vitfast"] = "_vitfast" in held, patch
-    if not again:
-        held["forward"] = functools.partial(KNOWN[patch.kind].forward, module)
-        held["extra_repr"] = functools.partial(_extra_repr, module)
-        held["_replicate_for_data_parallel"] = functools.partial(_refuse_replica, module)
+    held["_vitfast"] = patch
+    functions = (KNOWN[patch.kind].forward, _extra_repr, _refuse_replica)
+    for name, function in zip(METHODS, functions, strict=True):
+        mine = functools.partial(function, module)
+        found: Any = held.get(name)
+        # what somebody has put over a patched forward calls that; a shallow copy has the original's
+        if found.args != mine.args if _is_ours(found) else not patched_method(module, name):
+            held[name] = mine
 
 
-def _is_ours(found: Any, module: nn.Module) -> bool:
-    ours = isinstance(found, functools.partial) and found.func in (*IN_PLACE, _extra_repr, _refuse_replica)
-    return ours and found.args == (module,)
+def _is_ours(found: Any) -> bool:
+    return isinstance(found, functools.partial) and found.func in (*IN_PLACE, _extra_repr, _refuse_replica)
 
 
 def _extra_repr(module: nn.Module) -> str:

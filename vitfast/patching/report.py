@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from vitfast.model.plain import any_global_hook, why_changed
+from vitfast.model.plain import FORWARDS, any_global_hook, why_not_plain
 from vitfast.model.vit import ViT
 from vitfast.patching.engine import Patch, child
 from vitfast.patching.find import has_sharded, outside_vits, stems, unknown_blocks
@@ -101,7 +101,7 @@ def reasons_of(module: nn.Module | None, name: str, roles: tuple[str, ...], shar
     if known.role not in roles:
         wanted = " or ".join(role or "nothing" for role in roles)
         return [f"{name} is {type(module).__name__}, not {wanted}"]
-    why = why_changed(module)
+    why = why_not_plain(module, type(module))
     # FSDP2 has whole weights there while the block runs
     if why and not (sharded and why.endswith("of class DTensor")):
         return [f"{name} {why}"]
@@ -122,6 +122,8 @@ def parts_of_block(name: str, block: nn.Module, patch: Patch, sharded: bool) -> 
     at = f"{name}." if name else ""
     if any_global_hook():
         whole = ["a global module hook is registered"]
+    if patch.kind.forward is not FORWARDS.get(patch.kind):
+        whole.append(f"is in a {patch.kind.__name__}, whose forward was patched")
     rows = []
     for branch, kind in (("1", "attention"), ("2", "mlp")):
         use = "attn" if kind == "attention" else "mlp"
@@ -195,9 +197,10 @@ def report_of(model: nn.Module, skipped: Mapping[str, str] | None = None, vits: 
     sharded, done = has_sharded(model), list[str]()
     notes, parts = list[str](), parts_of_stems(model, sharded)
     for name, module in outside_vits(model):
-        patch = module.__dict__.get("_vitfast")
+        patch: Patch | None = module.__dict__.get("_vitfast")
         # a block says it for the attention in it
-        if patch is not None and KNOWN[patch.kind].role == "block" and not any(map(name.startswith, done)):
+        known = None if patch is None else KNOWN.get(patch.kind)
+        if known is not None and known.role == "block" and not any(map(name.startswith, done)):
             parts += parts_of_block(name, module, patch, sharded)
             done.append(f"{name}." if name else "")
     parts += [Part(name, "block", "", (skipped or {}).get(name, what)) for name, what in unknown_blocks(model)]

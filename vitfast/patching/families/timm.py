@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vitfast.patching.engine import Heads, attention_branch, mlp_branch, runs_stock
-from vitfast.patching.known import LIBRARIES, Known
+from vitfast.patching.known import LIBRARIES, Known, norm_why_not
 
 
 def block(module: nn.Module, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -24,15 +24,16 @@ def block(module: nn.Module, x: Tensor, attn_mask: Tensor | None = None, is_caus
 
 
 def _heads(attn: Any) -> Heads:
-    drop = attn._modules["attn_drop"]
-    # where timm makes the weights it calls the module, else it reads the rate
-    drops = (attn if attn.fused_attn else drop).training
-    return Heads(attn.num_heads, attn.head_dim, attn.scale, drop.p if drops else 0.0)
+    drop, fused = attn._modules["attn_drop"], attn.fused_attn
+    # where timm makes the weights it multiplies by `scale` and calls the dropout; else SDPA's own scale, and the rate
+    scale = attn.head_dim**-0.5 if fused else attn.scale
+    rate = getattr(drop, "p", 0.0) if (attn if fused else drop).training else 0.0
+    return Heads(attn.num_heads, attn.head_dim, scale, rate)
 
 
 def _slow_norm(norm: Any) -> str:
     # it computes in autocast's dtype, or by another package
-    return "has timm's fast norm on" if norm._fast_norm else ""
+    return "has timm's fast norm on" if norm._fast_norm else norm_why_not(norm)
 
 
 def _glu(mlp: Any) -> str:
