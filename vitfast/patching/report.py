@@ -122,7 +122,7 @@ def parts_of_block(name: str, block: nn.Module, patch: Patch, sharded: bool) -> 
     at = f"{name}." if name else ""
     if any_global_hook():
         whole = ["a global module hook is registered"]
-    if patch.kind.forward is not FORWARDS.get(patch.kind):
+    if patch.kind.forward is not FORWARDS.get(patch.kind):  # type: ignore[attr-defined]
         whole.append(f"is in a {patch.kind.__name__}, whose forward was patched")
     rows = []
     for branch, kind in (("1", "attention"), ("2", "mlp")):
