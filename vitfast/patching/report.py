@@ -197,7 +197,7 @@ def report_of(model: nn.Module, skipped: Mapping[str, str] | None = None, vits: 
     sharded, done = has_sharded(model), list[str]()
     notes, parts = list[str](), parts_of_stems(model, sharded)
     for name, module in outside_vits(model):
-        patch: Patch | None = module.__dict__.get("_vitfast")
+        patch: Any = module.__dict__.get("_vitfast")
         # a block says it for the attention in it
         known = None if patch is None else KNOWN.get(patch.kind)
         if known is not None and known.role == "block" and not any(map(name.startswith, done)):
