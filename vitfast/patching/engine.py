@@ -18,7 +18,7 @@ from vitfast.model.layers import added, dropping, eps_of, norm_args, norm_kind, 
 from vitfast.model.plain import FORWARDS, PLAIN_TENSORS, any_global_hook, does_what_its_class_says
 from vitfast.ops._check import FLOATS, autocast_dtype
 from vitfast.ops._on_cpu import host_bound
-from vitfast.patching.known import ABSENT, KNOWN, Known, learn
+from vitfast.patching.known import ABSENT, KNOWN, Known, learn, still_calls
 
 
 class Patch(NamedTuple):
@@ -86,6 +86,8 @@ def absorbable(module: nn.Module | None, roles: tuple[str, ...]) -> bool:
     kind = type(module)
     known = KNOWN.get(kind)
     if known is None or known.role not in roles or not does_what_its_class_says(module, kind):
+        return False
+    if known.calls and not torch.compiler.is_compiling() and not still_calls(kind):
         return False
     return known.why_not is None or not known.why_not(module)
 
@@ -213,7 +215,7 @@ class Seen(NamedTuple):
     """What was decided of a branch, all of whose modules are as built, and what would change that.
 
     block: kept, so that no other has its id. modules: (children of its parent, name, module, its class, its
-    `__dict__`, its own forward); forwards: (class, forward); parameters: the dicts that have some; asks:
+    `__dict__`, its own forward); forwards: (class, forward, `Known.calls`); parameters: the dicts that have some; asks:
     (`Known.why_not`, module).
     """
 
@@ -241,7 +243,7 @@ class Seen(NamedTuple):
             branch,
             block,
             modules,
-            [(kind, kind.forward) for kind in kinds],  # type: ignore[attr-defined]
+            [(kind, kind.forward, KNOWN[kind].calls) for kind in kinds],  # type: ignore[attr-defined]
             [module._parameters for module in there if module._parameters],
             [(ask, module) for module in there if (ask := KNOWN[type(module)].why_not) is not None],
         )
@@ -260,8 +262,8 @@ class Seen(NamedTuple):
                 or held.get("forward") is not own
             ):
                 return False
-        for kind, forward in self.forwards:
-            if kind.forward is not forward:
+        for kind, forward, calls in self.forwards:
+            if kind.forward is not forward or (calls and not still_calls(kind)):
                 return False
         for parameters in self.parameters:
             for parameter in parameters.values():

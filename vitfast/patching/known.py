@@ -100,6 +100,8 @@ KNOWN: dict[type, Known] = {
     nn.ModuleList: Known("sequence"),
 }
 stands_for(nn.modules.linear.NonDynamicallyQuantizableLinear, nn.ModuleList)
+# of classes whose forward calls functions of its module: (the module's globals, name, function)
+CALLED: dict[type, list[tuple[dict, str, Callable]]] = {}
 # by 'module.Class': what the modules of `families` say of other libraries
 LIBRARIES: dict[str, Known] = {}
 
@@ -129,9 +131,18 @@ def digest_of(kind: type, known: Known) -> str:
     Raises:
         OSError: there is no source to read.
     """
-    forward = inspect.unwrap(kind.forward)
-    texts = [_code(function) for function in (forward, *(forward.__globals__[name] for name in known.calls))]
+    texts = [_code(inspect.unwrap(kind.forward)), *(_code(function) for _, _, function in _called(kind, known))]
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
+
+
+def _called(kind: Any, known: Known) -> list[tuple[dict, str, Callable]]:
+    names = inspect.unwrap(kind.forward).__globals__
+    return [(names, name, names[name]) for name in known.calls]
+
+
+def still_calls(kind: type) -> bool:
+    """Whether the functions that its forward calls are those that were read."""
+    return all(names.get(name) is function for names, name, function in CALLED.get(kind, ()))
 
 
 def _code(function: Callable) -> str:
@@ -156,10 +167,12 @@ def learn(kind: type) -> str:
         return f"is {name}, which vitfast does not know"
     try:
         found = digest_of(kind, known)
-    except (OSError, TypeError, SyntaxError):
+    except (OSError, TypeError, SyntaxError, KeyError):
         return f"is {name}, whose source is not there to be compared with the one that was tested"
     if found not in digests().get(name, ()):
         return f"is {name} with a forward that was not tested: of another version, or patched"
     FORWARDS[kind] = kind.forward
+    if known.calls:
+        CALLED[kind] = _called(kind, known)
     KNOWN[kind] = known
     return ""

@@ -12,7 +12,7 @@ from vitfast.model.plain import FORWARDS, any_global_hook, why_not_plain
 from vitfast.model.vit import ViT
 from vitfast.patching.engine import Patch, child
 from vitfast.patching.find import has_sharded, outside_vits, stems, unknown_blocks
-from vitfast.patching.known import ABSENT, KNOWN, USES, Known, learn
+from vitfast.patching.known import ABSENT, KNOWN, USES, Known, learn, still_calls
 from vitfast.patching.stem import why_not as why_no_stem
 
 KINDS = ("attention", "norm", "mlp", "patch_embed")
@@ -82,7 +82,7 @@ def _grouped(parts: list[Part]) -> Iterator[tuple[str, str, str, str]]:
     """A row for all blocks of which the same holds: 'blocks.*.attn (12)'."""
     groups: dict[tuple, list[str]] = {}
     for part in parts:
-        pattern = re.sub(r"\d+(?=[.:])|(?<=[._])\d+$|^\d+$", "*", part.name)
+        pattern = re.sub(r"\d+(?=[.:])|(?<=[.])\d+$|(?<=layer_)\d+$|^\d+$", "*", part.name)
         groups.setdefault((pattern, *part[1:]), []).append(part.name)
     for (pattern, kind, op, reason), names in groups.items():
         name = names[0] if len(names) == 1 else f"{pattern} ({len(names)})"
@@ -105,6 +105,8 @@ def reasons_of(module: nn.Module | None, name: str, roles: tuple[str, ...], shar
     # FSDP2 has whole weights there while the block runs
     if why and not (sharded and why.endswith("of class DTensor")):
         return [f"{name} {why}"]
+    if not still_calls(type(module)):
+        return [f"{name} is a {type(module).__name__}, of which {' or '.join(known.calls)} was patched"]
     why = known.why_not(module) if known.why_not is not None else ""
     return [f"{name} {why}"] if why else []
 
@@ -197,10 +199,10 @@ def report_of(model: nn.Module, skipped: Mapping[str, str] | None = None, vits: 
     sharded, done = has_sharded(model), list[str]()
     notes, parts = list[str](), parts_of_stems(model, sharded)
     for name, module in outside_vits(model):
-        patch: Any = module.__dict__.get("_vitfast")
+        patch: Patch | None = module.__dict__.get("_vitfast")
         # a block says it for the attention in it
         known = None if patch is None else KNOWN.get(patch.kind)
-        if known is not None and known.role == "block" and not any(map(name.startswith, done)):
+        if patch is not None and known is not None and known.role == "block" and not any(map(name.startswith, done)):
             parts += parts_of_block(name, module, patch, sharded)
             done.append(f"{name}." if name else "")
     parts += [Part(name, "block", "", (skipped or {}).get(name, what)) for name, what in unknown_blocks(model)]
