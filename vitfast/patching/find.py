@@ -61,8 +61,8 @@ def _attends(module: nn.Module) -> bool:
     return False
 
 
-def stems(model: nn.Module) -> Iterator[tuple[str, nn.Module | None]]:
-    """What cuts the patches in models of other libraries: its name, and the convolution, None where there is more.
+def stems(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """What cuts the patches in models of other libraries, a convolution in most, by name.
 
     Only beside blocks that are known: models that are not known are left as they are.
     """
@@ -71,7 +71,9 @@ def stems(model: nn.Module) -> Iterator[tuple[str, nn.Module | None]]:
     for name, module in outside_vits(model):
         inner = STEMS.get(name_of(class_of(module)))
         if inner is not None and _beside_known(name, blocks):
-            yield f"{name}.{inner}".strip("."), module._modules.get(inner) if inner else None
+            found = module._modules.get(inner) if inner else module
+            if found is not None:
+                yield f"{name}.{inner}".strip("."), found
 
 
 def _beside_known(name: str, blocks: list[tuple[str, bool]]) -> bool:

@@ -52,6 +52,8 @@ class Known:
         why_not: why this one module is not what an op computes, '' where it is; None: there is nothing to ask.
         forward: of a block or attention, the function that runs in place of its class's forward.
         calls: names of functions of its module that the forward calls, whose code belongs to the digest too.
+        layers: of a class that runs many blocks, the name of the list of them; `children` are those of each.
+        alone: of an attention with a forward of its own, why that runs no ops though a block could.
         paths: `children` as they are read at each call: (use, names from the outside, roles).
         branches: of a block, the same of its 'attn' and its 'mlp', with 'drop' for 'drop1' or 'drop2' and so on.
     """
@@ -64,9 +66,11 @@ class Known:
         why_not: Callable[[Any], str] | None = None,
         forward: Any = None,
         calls: tuple[str, ...] = (),
+        layers: str = "",
+        alone: Callable[[Any], str] | None = None,
     ):
         self.role, self.children, self.read, self.why_not = role, children or {}, read, why_not
-        self.forward, self.calls = forward, calls
+        self.forward, self.calls, self.layers, self.alone = forward, calls, layers, alone
         self.paths = [(use, name.split("."), USES[use]) for use, name in self.children.items()]
         self.branches = {
             part: [(use.rstrip("12"), *rest) for use, *rest in self.paths if use == part or use[-1] == number]

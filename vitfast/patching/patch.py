@@ -60,7 +60,7 @@ def patch(
         learnt = {type(inner) for inner in module.modules() if not learn(type(inner))}
         _put(module, Patch(*wanted, kind, tuple(sorted(learnt - {kind}, key=lambda each: each.__qualname__)), {}))
     for _, stem in list(stems(model)):
-        if stem is not None and not why_no_stem(stem) and not _taken(stem):
+        if not why_no_stem(stem) and not _taken(stem):
             _put(stem, Patch(*wanted, nn.Conv2d, (), {}))
     return report_of(model, skipped)
 

@@ -136,21 +136,37 @@ def parts_of_block(name: str, block: nn.Module, patch: Patch, sharded: bool) -> 
         if not getattr(patch, kind):
             reasons.append(f"{kind}=False was asked for")
         found = reasons_of(holder, names[use], (kind,), sharded)
-        if not found and holder is not None:
-            known = KNOWN[type(holder)]
-            found = _inside(holder, names[use], known, sharded)
+        known = None if holder is None else KNOWN.get(type(holder))
+        called = []
+        if holder is not None and known is not None and known.role == kind:
+            if "_vitfast" in holder.__dict__:
+                # its own forward runs ops, beside the hooks
+                called = [why for why in found if why.endswith("hooks")]
+                alone = known.alone(holder) if called and known.alone else ""
+                found = [why for why in found if why not in called] + ([alone] if alone else [])
+            found += _inside(holder, names[use], known, sharded)
             norm_name = norm_name or f"{names[use]}.{known.children['norm']}"
         for outer in ("drop", "scale", "drop_path"):
             if (inner := names.get(outer + branch)) is not None:
                 found += reasons_of(child(block, inner.split(".")), inner, USES[outer + branch], sharded)
         reasons += found
         ops, with_norm = ("", "layer_norm") if reasons else _ops_of(kind, holder)
-        rows.append(Part(at + names[use], kind, ops, "; ".join(reasons)))
+        rows.append(Part(at + names[use], kind, ops, "; ".join(reasons + called)))
         if norm_name is not None:
             why = list(whole) + ([] if patch.norm else ["norm=False was asked for"])
             why += reasons_of(child(block, norm_name.split(".")), norm_name, USES["norm"], sharded)
             rows.append(Part(at + norm_name, "norm", "" if why else with_norm, "; ".join(why)))
     return rows
+
+
+def _blocks_of(name: str, module: nn.Module, known: Known) -> Iterator[tuple[str, nn.Module]]:
+    """The blocks that a patched module runs: itself, or those of a list."""
+    if not known.layers:
+        yield name, module
+        return
+    at = f"{name}.{known.layers}" if name else known.layers
+    for inner, block in module._modules[known.layers].named_children():  # type: ignore[union-attr]
+        yield f"{at}.{inner}", block
 
 
 def _ops_of(kind: str, holder: nn.Module | None) -> tuple[str, str]:
@@ -176,9 +192,6 @@ def parts_of_stems(model: nn.Module, sharded: bool) -> list[Part]:
     """Of what cuts the patches."""
     parts = []
     for name, stem in stems(model):
-        if stem is None:
-            parts.append(Part(name, "patch_embed", "", "is more than a convolution"))
-            continue
         patch, why = stem.__dict__.get("_vitfast"), why_no_stem(stem)
         why = "" if sharded and why.endswith("of class DTensor") else why
         if not why and (patch is None or not patch.patch_embed):
@@ -203,7 +216,8 @@ def report_of(model: nn.Module, skipped: Mapping[str, str] | None = None, vits: 
         # a block says it for the attention in it
         known = None if patch is None else KNOWN.get(patch.kind)
         if patch is not None and known is not None and known.role == "block" and not any(map(name.startswith, done)):
-            parts += parts_of_block(name, module, patch, sharded)
+            for inner, block in _blocks_of(name, module, known):
+                parts += parts_of_block(inner, block, patch, sharded)
             done.append(f"{name}." if name else "")
     parts += [Part(name, "block", "", (skipped or {}).get(name, what)) for name, what in unknown_blocks(model)]
     for name, module in model.named_modules() if vits else ():

@@ -15,7 +15,7 @@ from vitfast.ops._register import wants_gradient
 from vitfast.patching.engine import runs_stock
 from vitfast.patching.known import KNOWN
 
-# 'module.Class' -> the name of the convolution in it; '' for a stem that is more than one
+# 'module.Class' -> the name of what cuts the patches in it, '' for all of it
 STEMS = {
     "timm.layers.patch_embed.PatchEmbed": "proj",
     "timm.layers.hybrid_embed.HybridEmbed": "",
@@ -26,9 +26,9 @@ STEMS = {
             ("vit", "ViT"), ("deit", "DeiT"), ("dinov2", "Dinov2"), ("dinov2_with_registers", "Dinov2WithRegisters"),
         )
     },
-    # pixels are normed before their projection
-    "vit_pytorch.vit.ViT": "",
-    "vit_pytorch.simple_vit.SimpleViT": "",
+    # norms and a product, where there is no convolution to gain from
+    "vit_pytorch.vit.ViT": "to_patch_embedding",
+    "vit_pytorch.simple_vit.SimpleViT": "to_patch_embedding",
 }  # fmt: skip
 
 ON_CPU = "on cpu, the convolution that cuts the patches is faster than an op in training in fp32, and runs there"

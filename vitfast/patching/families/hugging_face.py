@@ -30,11 +30,10 @@ def layer(module: Any, hidden_states: Tensor, attention_mask: Tensor | None = No
 
 
 def _layer(module: Any, patch: Patch, x: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-    attn = module._modules["attention"]
     x = attention_branch(
         module, patch, x,
         lambda attn, normed: attn(normed, attention_mask=attention_mask, **kwargs)[0],
-        absorbs=_without_weights(attn, attention_mask, kwargs, ("sdpa", "eager")),
+        absorbs=_plain_call(attention_mask, kwargs),
     )  # fmt: skip
     return mlp_branch(module, patch, x)
 
@@ -42,22 +41,18 @@ def _layer(module: Any, patch: Patch, x: Tensor, attention_mask: Tensor | None =
 def attention(module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
     """`ViTAttention.forward` and its like: [B, N, D] and the weights, None where the implementation makes none."""
     patch = module.__dict__.get("_vitfast")
-    stock = runs_stock(patch, hidden_states) or not patch.attention
     parts = None
-    if not stock and _without_weights(module, attention_mask, kwargs, ("sdpa",)) and not _why_not(module):
-        parts = inside(module, KNOWN[patch.kind])
+    if not runs_stock(patch, hidden_states) and patch.attention and _plain_call(attention_mask, kwargs):
+        parts = None if _why_not(module) or _makes_weights(module) else inside(module, KNOWN[patch.kind])
     if parts is None:
         return type(module).forward(module, hidden_states, attention_mask, **kwargs)
     out = heads_of(module, None, hidden_states, parts, patch, False)
     return parts["proj"](out), None
 
 
-def _without_weights(attn: Any, mask: Tensor | None, kwargs: dict[str, Any], implementations: tuple[str, ...]) -> bool:
-    """Whether this call runs one of these implementations of transformers' own, and asks it for no more than ops do."""
-    if mask is not None or any(value is not None and value is not False for value in kwargs.values()):
-        return False
-    chosen = attn.config._attn_implementation
-    return chosen in implementations and _is_own(chosen)
+def _plain_call(mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
+    """Whether attention is asked for no more than ops give."""
+    return mask is None and all(value is None or value is False for value in kwargs.values())
 
 
 def _is_own(implementation: str) -> bool:
@@ -78,7 +73,13 @@ def _heads(attn: Any) -> Heads:
 def _why_not(attn: Any) -> str:
     if attn.is_causal or getattr(attn, "num_key_value_groups", 1) != 1:
         return "is causal, or shares keys between heads"
-    return ""
+    chosen = attn.config._attn_implementation
+    return "" if chosen in ("sdpa", "eager") and _is_own(chosen) else f"runs the attn_implementation {chosen!r}"
+
+
+def _makes_weights(attn: Any) -> str:
+    eager = attn.config._attn_implementation == "eager"
+    return "makes its weights, for somebody watches it and the attn_implementation is 'eager'" if eager else ""
 
 
 def _gelu_why_not(act: Any) -> str:
