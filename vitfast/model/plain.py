@@ -40,17 +40,21 @@ def plain(module: nn.Module | None, *kinds: type) -> bool:
     if module is None:
         return False
     kind = type(module)
-    if kind not in kinds or kind.forward is not FORWARDS[kind]:
-        return False
+    return kind in kinds and does_what_its_class_says(module, kind)
+
+
+def does_what_its_class_says(module: nn.Module, kind: type) -> bool:
+    """No hook, no patch, plain weights; kind: its class, one of `FORWARDS`."""
     held = module.__dict__
     return (
-        not held["_forward_hooks"]
+        kind.forward is FORWARDS[kind]  # type: ignore[attr-defined]
+        and not held["_forward_hooks"]
         and not held["_forward_pre_hooks"]
         and not held["_backward_hooks"]
         and not held["_backward_pre_hooks"]
         and not ("forward" in held and patched(module))
         and ("_views" not in held or not any(map(why_changed, held["_views"].values())))
-        and (not held["_parameters"] or _plain_weights(module))
+        and (not held["_parameters"] or plain_weights(module))
     )
 
 
@@ -79,7 +83,8 @@ def replaced(model: nn.Module, name: str) -> bool:
     return of_class or (callable(model.__dict__.get(name)) and patched(model, name))
 
 
-def _plain_weights(module: nn.Module) -> bool:
+def plain_weights(module: nn.Module) -> bool:
+    """Whether no parameter is of a class that computes otherwise, as quantised ones are."""
     for parameter in module._parameters.values():
         if parameter is not None and type(parameter) not in PLAIN_TENSORS:
             # torch.export puts stand-ins of other classes in the place of parameters

@@ -15,33 +15,17 @@ from torch.nn import Parameter
 from vitfast import ops, reference
 from vitfast.choose.exportable import exporting, stock_only
 from vitfast.model.layers import added, dropping, eps_of, norm_args, norm_kind, parameters_of
-from vitfast.model.plain import FORWARDS, any_global_hook, plain
+from vitfast.model.plain import FORWARDS, PLAIN_TENSORS, any_global_hook, does_what_its_class_says
 from vitfast.ops._check import FLOATS, autocast_dtype
 from vitfast.ops._on_cpu import host_bound
-from vitfast.patching.known import KNOWN, Known, learn
-
-# what a child may be for -> the roles of `Known` that do; ABSENT: there may be nothing
-ABSENT = ""
-USES = {
-    **dict.fromkeys(("norm", "norm1", "norm2"), ("norm",)),
-    **dict.fromkeys(("q_norm", "k_norm", "inner_norm"), ("norm", "identity")),
-    **dict.fromkeys(("qkv", "q", "k", "v", "fc1", "gate", "value", "fc2"), ("linear",)),
-    "proj": ("linear", "identity"),
-    **dict.fromkeys(("attn_drop", "proj_drop", "mid_drop", "drop1", "drop2"), ("dropout", "identity")),
-    **dict.fromkeys(("scale1", "scale2"), ("scale", "identity")),
-    **dict.fromkeys(("drop_path1", "drop_path2"), ("drop_path", "identity")),
-    "act": ("activation",),
-    "softmax": ("softmax",),
-    "sequence": ("sequence",),
-    "attn": ("attention",),
-    "mlp": ("mlp",),
-    "output_gate": (ABSENT,),
-}
+from vitfast.patching.known import ABSENT, KNOWN, Known, learn, still_calls
 
 
 class Patch(NamedTuple):
-    """What is to be fused in a patched module. kind: the class whose forward it has otherwise; learnt: the classes
-    that were found in it, which another process learns again when it reads the module.
+    """What is to be fused in a patched module.
+
+    kind: the class whose forward it has otherwise; learnt: the classes that were found in it, which another process
+    learns again when it reads the module; seen: what was decided at the last call of each branch (`branch_of`).
     """
 
     attention: bool
@@ -50,14 +34,15 @@ class Patch(NamedTuple):
     patch_embed: bool
     kind: type
     learnt: tuple[type, ...]
+    seen: dict[tuple[int, str], Seen]
 
     def __reduce__(self) -> tuple:
-        return restored, tuple(self)
+        return restored, self[:-1]
 
 
 def restored(*fields: Any) -> Patch:
-    """A `Patch` that was saved."""
-    patch = Patch(*fields)
+    """A `Patch` that was saved or copied."""
+    patch = Patch(*fields, {})
     for kind in (patch.kind, *patch.learnt):
         learn(kind)
     return patch
@@ -82,34 +67,37 @@ def runs_stock(patch: Patch | None, x: Any) -> bool:
     return exporting() or stock_only()
 
 
-def child(module: nn.Module, name: str) -> nn.Module | None:
-    """The child of this name, dotted where it lies deeper; from `_modules`, for `getattr` takes 0.8 us."""
-    if "." not in name:
-        found = module._modules.get(name)
-        # a function that somebody put in the place of a module
-        return module.__dict__.get(name) if found is None else found
-    inner: nn.Module | None = module
-    for part in name.split("."):
-        inner = child(inner, part) if isinstance(inner, nn.Module) else None
-    return inner
+def child(module: nn.Module, names: list[str]) -> nn.Module | None:
+    """What lies there, from the outside in; from `_modules`, for `getattr` takes 0.8 us."""
+    found: Any = module
+    for name in names:
+        if not isinstance(found, nn.Module):
+            return None
+        # a function that somebody put in the place of a module is no child
+        inner = found._modules.get(name)
+        found = found.__dict__.get(name) if inner is None else inner
+    return found
 
 
 def absorbable(module: nn.Module | None, roles: tuple[str, ...]) -> bool:
     """Whether an op may stand in for this module where one of these roles is wanted."""
     if module is None:
         return ABSENT in roles
-    known = KNOWN.get(type(module))
-    return known is not None and known.role in roles and plain(module, type(module)) and not known.why_not(module)
+    kind = type(module)
+    known = KNOWN.get(kind)
+    if known is None or known.role not in roles or not does_what_its_class_says(module, kind):
+        return False
+    if known.calls and not torch.compiler.is_compiling() and not still_calls(kind):
+        return False
+    return known.why_not is None or not known.why_not(module)
 
 
-def inside(module: nn.Module | None, known: Known | None) -> dict[str, nn.Module] | None:
+def inside(module: nn.Module | None, known: Known) -> dict[str, nn.Module] | None:
     """What each child of an attention or MLP is for -> the child; None where an op may not stand in for one of them."""
-    if module is None or known is None:
-        return None
     parts = {}
-    for use, name in known.children.items():
-        found = child(module, name)
-        if not absorbable(found, USES[use]):
+    for use, names, roles in known.paths:
+        found = child(module, names)
+        if not absorbable(found, roles):
             return None
         if found is not None:
             parts[use] = found
@@ -126,12 +114,11 @@ def run_norm(norm: nn.Module, x: Tensor, patch: Patch) -> Tensor:
     return ops.layer_norm(x, weight, bias, eps_of(norm, weight), norm_kind(norm))
 
 
-def run_linear(x: Tensor, norm: nn.Module | None, linear: nn.Module, patch: Patch, act: str = "none") -> Tensor:
-    """`act(linear(norm(x)))`, the norm inside the op where that may stand in for it."""
-    weights = packed_weights(linear)
-    if norm is not None and patch.norm and absorbable(norm, ("norm",)):
-        return ops.linear(x, *weights, act=act, **norm_args(norm))
-    return ops.linear(x if norm is None else norm(x), *weights, act=act)
+def run_linear(x: Tensor, norm: nn.Module | None, linear: nn.Module, prologue: bool, act: str = "none") -> Tensor:
+    """`act(linear(norm(x)))`. prologue: the norm is computed inside the op."""
+    if norm is not None and prologue:
+        return ops.linear(x, *packed_weights(linear), act=act, **norm_args(norm))
+    return ops.linear(x if norm is None else norm(x), *packed_weights(linear), act=act)
 
 
 def packed_weights(linear: nn.Module) -> tuple[Tensor | None, Tensor | None]:
@@ -141,20 +128,27 @@ def packed_weights(linear: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     return parameters_of(linear)
 
 
-def heads_of(attn: nn.Module, norm: nn.Module | None, x: Tensor, parts: dict[str, nn.Module], patch: Patch) -> Tensor:
+def heads_of(
+    attn: nn.Module, norm: nn.Module | None, x: Tensor, parts: dict[str, nn.Module], patch: Patch, prologue: bool
+) -> Tensor:
     """Attention of norm(x) by all heads, before the projection: [B, N, D] -> [B, N, H * head_dim]."""
     heads: Heads = KNOWN[type(attn)].read(attn)
     how: dict[str, Any] = {"scale": heads.scale, "dropout_p": heads.dropout_p}
-    shape = *x.shape[:-1], -1, heads.num_heads, heads.head_dim
     if "q" in parts:
         # three weights: a packed copy of them would have to be made anew at each call
         x = x if norm is None else run_norm(norm, x, patch)
-        return ops.attention(*(parts[use](x).view(shape).squeeze(2) for use in "qkv"), **how)
-    qkv = run_linear(x, norm, parts.get("qkv", attn), patch).view(shape)
-    if all(KNOWN[type(parts[use])].role == "identity" for use in ("q_norm", "k_norm") if use in parts):
+        shape = *x.shape[:-1], heads.num_heads, heads.head_dim
+        return ops.attention(*(parts[use](x).view(shape) for use in "qkv"), **how)
+    qkv = run_linear(x, norm, parts.get("qkv", attn), prologue)
+    qkv = qkv.view(*x.shape[:-1], 3, heads.num_heads, heads.head_dim)
+    if not ("q_norm" in parts and (is_norm(parts["q_norm"]) or is_norm(parts["k_norm"]))):
         return ops.attention_qkv(qkv, **how)
     q, k, v = qkv.unbind(2)
     return ops.attention(run_norm(parts["q_norm"], q, patch), run_norm(parts["k_norm"], k, patch), v, **how)
+
+
+def is_norm(module: nn.Module) -> bool:
+    return KNOWN[type(module)].role == "norm"
 
 
 class Tail(NamedTuple):
@@ -172,10 +166,110 @@ class Tail(NamedTuple):
 
     def scales(self, x: Tensor) -> tuple[Tensor | None, Callable[[], Tensor | None]]:
         """gamma [D] and what draws the row_scale [B], as `added` wants them."""
-        gamma = None
-        if self.scale is not None and KNOWN[type(self.scale)].role == "scale":
-            gamma = KNOWN[type(self.scale)].read(self.scale)
+        scale = self.scale
+        known = None if scale is None else KNOWN[type(scale)]
+        gamma = None if known is None or known.role == "identity" else known.read(scale)
         return gamma, lambda: _row_scale(self.drop_path, x, gamma)
+
+
+class Branch(NamedTuple):
+    """Half of a block as it is now.
+
+    norm: None where `part`, the attention or MLP, has it inside. parts: what children of `part` are for -> child, None
+    where it runs itself. prologue: whether the norm is computed inside the op that follows.
+    """
+
+    norm: nn.Module | None
+    part: nn.Module
+    parts: dict[str, nn.Module] | None
+    tail: Tail
+    prologue: bool
+
+
+def branch_of(block: nn.Module, patch: Patch, part: str) -> Branch:
+    """'attn' or 'mlp' of a block; what was decided at the last call, where nothing of it has changed."""
+    key = id(block), part
+    seen = None if torch.compiler.is_compiling() else patch.seen.get(key)
+    if seen is not None and seen.holds():
+        return seen.branch
+    here: dict[str, Any] = {}
+    fits = True
+    for use, names, roles in KNOWN[patch.kind].branches[part]:
+        found = here[use] = child(block, names)
+        if use not in ("norm", part) and not absorbable(found, roles):
+            fits = False
+    norm, module, parts = here.get("norm"), here[part], None
+    asked, role = (patch.attention, "attention") if part == "attn" else (patch.mlp, "mlp")
+    if asked and fits and absorbable(module, (role,)):
+        parts = inside(module, KNOWN[type(module)])
+        norm = norm if parts is None else parts.get("norm", norm)
+    prologue = patch.norm and norm is not None and absorbable(norm, ("norm",))
+    tail = Tail(here.get("drop"), here.get("scale"), here.get("drop_path"))
+    branch = Branch(norm, module, parts, tail, prologue)
+    if parts is not None and prologue and not torch.compiler.is_compiling():
+        patch.seen[key] = Seen.of(block, patch, part, branch)
+    return branch
+
+
+class Seen(NamedTuple):
+    """What was decided of a branch, all of whose modules are as built, and what would change that.
+
+    block: kept, so that no other has its id. modules: (children of its parent, name, module, its class, its
+    `__dict__`, its own forward); forwards: (class, forward, `Known.calls`); parameters: the dicts that have some; asks:
+    (`Known.why_not`, module).
+    """
+
+    branch: Branch
+    block: nn.Module
+    modules: list[tuple]
+    forwards: list[tuple]
+    parameters: list[dict]
+    asks: list[tuple]
+
+    @classmethod
+    def of(cls, block: nn.Module, patch: Patch, part: str, branch: Branch) -> Seen:
+        paths = [(block, names) for _, names, _ in KNOWN[patch.kind].branches[part]]
+        paths += [(branch.part, names) for _, names, _ in KNOWN[type(branch.part)].paths]
+        modules, there = [], []
+        for holder, names in paths:
+            parent = child(holder, names[:-1])
+            found = None if parent is None else parent._modules.get(names[-1])
+            held = None if found is None else found.__dict__
+            own = None if held is None else held.get("forward")
+            modules.append((parent._modules if parent else {}, names[-1], found, type(found), held, own))
+            there += [] if found is None else [found]
+        kinds = {type(module) for module in there}
+        return cls(
+            branch,
+            block,
+            modules,
+            [(kind, kind.forward, KNOWN[kind].calls) for kind in kinds],  # type: ignore[attr-defined]
+            [module._parameters for module in there if module._parameters],
+            [(ask, module) for module in there if (ask := KNOWN[type(module)].why_not) is not None],
+        )
+
+    def holds(self) -> bool:
+        """`absorbable` of all these modules, written out: twelve blocks ask it of twenty modules each."""
+        for children, name, module, kind, held, own in self.modules:
+            if children.get(name) is not module:
+                return False
+            if module is not None and (
+                type(module) is not kind
+                or held["_forward_hooks"]
+                or held["_forward_pre_hooks"]
+                or held["_backward_hooks"]
+                or held["_backward_pre_hooks"]
+                or held.get("forward") is not own
+            ):
+                return False
+        for kind, forward, calls in self.forwards:
+            if kind.forward is not forward or (calls and not still_calls(kind)):
+                return False
+        for parameters in self.parameters:
+            for parameter in parameters.values():
+                if parameter is not None and type(parameter) not in PLAIN_TENSORS:
+                    return False
+        return not any(ask(module) for ask, module in self.asks)
 
 
 def _row_scale(drop_path: nn.Module | None, x: Tensor, gamma: Tensor | None) -> Tensor | None:
@@ -189,14 +283,6 @@ def _row_scale(drop_path: nn.Module | None, x: Tensor, gamma: Tensor | None) -> 
     return drop_path(x.new_ones((x.shape[0], 1, 1), dtype=dtype)).flatten()
 
 
-def tail_of(block: nn.Module, names: Any, branch: str) -> tuple[Tail, bool]:
-    """The tail of branch '1' or '2' of a block, and whether ops may stand in for it."""
-    uses = [use + branch for use in ("drop", "scale", "drop_path")]
-    modules = [child(block, names[use]) if use in names else None for use in uses]
-    fits = all(module is None or absorbable(module, USES[use]) for use, module in zip(uses, modules, strict=True))
-    return Tail(*modules), fits
-
-
 def attention_branch(
     block: nn.Module, patch: Patch, x: Tensor, call: Callable[[nn.Module, Tensor], Tensor], absorbs: bool = True
 ) -> Tensor:
@@ -207,16 +293,12 @@ def attention_branch(
         call: (attention module, normed tokens) -> what it gives, where the module is to run itself.
         absorbs: whether this call wants no more of it than ops give.
     """
-    names = KNOWN[patch.kind].children
-    norm, attn = child(block, names["norm1"]) if "norm1" in names else None, child(block, names["attn"])
-    tail, fits = tail_of(block, names, "1")
-    parts = None
-    if patch.attention and absorbs and fits and absorbable(attn, ("attention",)):
-        parts = inside(attn, KNOWN[type(attn)])
-    if parts is None:
+    norm, attn, parts, tail, prologue = branch_of(block, patch, "attn")
+    if parts is None or not absorbs:
+        norm = None if parts is not None and "norm" in parts else norm
         return x + tail.run(call(attn, x if norm is None else run_norm(norm, x, patch)))
-    out = heads_of(attn, parts.get("norm", norm), x, parts, patch)
-    dropouts = [drop for drop in (parts.get("proj_drop"), tail.dropout) if drop is not None]
+    out = heads_of(attn, norm, x, parts, patch, prologue)
+    dropouts = _there(parts.get("proj_drop"), tail.dropout)
     proj, inner = parts["proj"], parts.get("inner_norm")
     if KNOWN[type(proj)].role == "identity":
         for dropout in dropouts:
@@ -225,35 +307,33 @@ def attention_branch(
     return added(x, out, proj, dropouts, *tail.scales(x), **_prologue(inner))
 
 
+def _there(*modules: nn.Module | None) -> list[Any]:
+    """Those that are there and no Identity."""
+    return [module for module in modules if module is not None and type(module) is not nn.Identity]
+
+
 def _prologue(norm: nn.Module | None) -> dict[str, Any]:
-    return {} if norm is None or KNOWN[type(norm)].role == "identity" else norm_args(norm)
+    return norm_args(norm) if norm is not None and is_norm(norm) else {}
 
 
 def mlp_branch(block: nn.Module, patch: Patch, x: Tensor) -> Tensor:
     """x + drop_path(scale(dropout(mlp(norm(x))))), x [B, N, D]."""
-    names = KNOWN[patch.kind].children
-    norm, mlp = child(block, names["norm2"]) if "norm2" in names else None, child(block, names["mlp"])
-    tail, fits = tail_of(block, names, "2")
-    parts = None
-    if patch.mlp and fits and absorbable(mlp, ("mlp",)):
-        parts = inside(mlp, KNOWN[type(mlp)])
+    norm, mlp, parts, tail, prologue = branch_of(block, patch, "mlp")
     if parts is None:
         return x + tail.run(mlp(x if norm is None else run_norm(norm, x, patch)))
-    norm = parts.get("norm", norm)
-    scales, prologue = tail.scales(x), _prologue(parts.get("inner_norm"))
-    dropouts = [drop for drop in (parts.get("drop1"), tail.dropout) if drop is not None]
-    middle = parts.get("mid_drop")
-    drops = any(dropping(drop) for drop in (middle, *dropouts) if drop is not None)
-    if "fc1" in parts and not drops and not prologue and patch.norm and absorbable(norm, ("norm",)):
+    scales, inner = tail.scales(x), _prologue(parts.get("inner_norm"))
+    middle, dropouts = parts.get("mid_drop"), _there(parts.get("drop"), tail.dropout)
+    drops = any(dropping(drop) for drop in _there(middle, *dropouts))
+    if "fc1" in parts and prologue and not drops and not inner:
         gamma, row_scale = scales
         return ops.mlp(
             x, *parameters_of(norm), *parameters_of(parts["fc1"]), *parameters_of(parts["fc2"]),
             norm_eps=eps_of(norm, norm.weight), norm=norm_kind(norm), act=_act(parts), gated=gated(mlp),
             gamma=gamma, row_scale=row_scale(),
         )  # fmt: skip
-    hidden = hidden_of(mlp, norm, x, parts, patch)
+    hidden = hidden_of(mlp, norm, x, parts, prologue)
     hidden = hidden if middle is None else middle(hidden)
-    return added(x, hidden, parts["fc2"], dropouts, *scales, **prologue)
+    return added(x, hidden, parts["fc2"], dropouts, *scales, **inner)
 
 
 def gated(mlp: nn.Module) -> bool:
@@ -265,15 +345,15 @@ def _act(parts: dict[str, nn.Module]) -> str:
     return KNOWN[type(parts["act"])].read(parts["act"])
 
 
-def hidden_of(mlp: nn.Module, norm: nn.Module | None, x: Tensor, parts: dict[str, nn.Module], patch: Patch) -> Tensor:
+def hidden_of(mlp: nn.Module, norm: nn.Module | None, x: Tensor, parts: dict[str, nn.Module], prologue: bool) -> Tensor:
     """The hidden activation of an MLP, the norm before it included."""
     act = _act(parts)
     if "gate" in parts:
-        if norm is not None and not (patch.norm and absorbable(norm, ("norm",))):
+        if norm is not None and not prologue:
             x, norm = norm(x), None
-        value = run_linear(x, norm, parts["value"], patch)
-        return run_linear(x, norm, parts["gate"], patch, act) * value
+        value = run_linear(x, norm, parts["value"], prologue)
+        return run_linear(x, norm, parts["gate"], prologue, act) * value
     if gated(mlp):
-        gate, value = run_linear(x, norm, parts["fc1"], patch).chunk(2, dim=-1)
+        gate, value = run_linear(x, norm, parts["fc1"], prologue).chunk(2, dim=-1)
         return reference.activation(gate, act) * value
-    return run_linear(x, norm, parts["fc1"], patch, act)
+    return run_linear(x, norm, parts["fc1"], prologue, act)

@@ -12,7 +12,8 @@ from vitfast.kernels import cpu as cpu_kernels
 from vitfast.model.vit import ViT
 from vitfast.ops import _on_cpu
 from vitfast.ops._register import implementations
-from vitfast.patching.report import patched_parts
+from vitfast.patching import stem
+from vitfast.patching.report import report_of
 
 
 class Row(NamedTuple):
@@ -57,6 +58,7 @@ def explain(model: nn.Module) -> Explanation:
     """
     vits = [(name, m) for name, m in model.named_modules() if isinstance(m, ViT)]
     rows = _patched_rows(model)
+    stems = any(row.path == "op patch_embed" for row in rows)
     if not vits and not rows:
         raise TypeError(
             "explain: model must be or contain a vitfast.ViT, or one that vitfast.patch was called on, "
@@ -84,15 +86,19 @@ def explain(model: nn.Module) -> Explanation:
         report = getattr(vit, "graph_report", lambda: None)()
         notes += [] if report is None else str(report).splitlines()
     if device.type == "cpu":
-        notes += _on_cpu.notes() + [f"measured on this CPU: {line}" for line in cpu_kernels.measured()]
+        notes += (
+            [stem.ON_CPU] * stems
+            + _on_cpu.notes()
+            + [f"measured on this CPU: {line}" for line in cpu_kernels.measured()]
+        )
     return Explanation(rows, notes + (_built_in(rows, device) if device.type == "cuda" else []))
 
 
 def _patched_rows(model: nn.Module) -> list[Row]:
     """Of blocks that are patched, and of what was left in a model that has some."""
-    report = patched_parts(model)
-    if report is None:
+    if not any("_vitfast" in module.__dict__ for module in model.modules()):
         return []
+    report = report_of(model, vits=False)
     stock = "set_exportable(True) is on" if exportable.stock_only() else ""
     rows = []
     for part in (*report.fused, *report.left):
@@ -103,7 +109,7 @@ def _patched_rows(model: nn.Module) -> list[Row]:
 
 def _built_in(rows: list[Row], device: torch.device) -> list[str]:
     """What was measured, on cards like this one, of each kernel that may run a part."""
-    ops = {row.path.removeprefix("op ") for row in rows}
+    ops = {op for row in rows for op in row.path.removeprefix("op ").split(", ")}
     # another form of blocks that are made of this op
     ops |= {"prepared_block"} if "added_linear" in ops else set()
     return [

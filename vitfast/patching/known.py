@@ -15,37 +15,67 @@ import sys
 import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
 from vitfast.model.layers import activation_name, norm_kind
 from vitfast.model.plain import FORWARDS, stands_for
 
+# what a child may be for -> the roles of `Known` that do; ABSENT: there may be nothing
+ABSENT = ""
+USES = {
+    **dict.fromkeys(("norm", "norm1", "norm2"), ("norm",)),
+    **dict.fromkeys(("q_norm", "k_norm", "inner_norm"), ("norm", "identity")),
+    **dict.fromkeys(("qkv", "q", "k", "v", "fc1", "gate", "value", "fc2"), ("linear",)),
+    "proj": ("linear", "identity"),
+    **dict.fromkeys(("attn_drop", "proj_drop", "mid_drop", "drop", "drop1", "drop2"), ("dropout", "identity")),
+    **dict.fromkeys(("scale1", "scale2"), ("scale", "identity")),
+    **dict.fromkeys(("drop_path1", "drop_path2"), ("drop_path", "identity")),
+    "act": ("activation",),
+    "softmax": ("softmax",),
+    "sequence": ("sequence",),
+    "attn": ("attention",),
+    "mlp": ("mlp",),
+    "output_gate": (ABSENT,),
+}
 
-def _as_built(module: nn.Module) -> str:
-    return ""
 
-
-class Known(NamedTuple):
+class Known:
     """What vitfast knows of a class.
 
-    role: 'block', 'attention', 'mlp', 'patch_embed', or which part of these it can be.
-    children: of a block, attention or MLP: what a child is for -> its name, dotted where it lies deeper.
-    read: what an op takes of a module: of a norm 'layer' or 'rms', of an activation its name in `ops`, of a scale the
-        name of its parameter, of an attention its `Heads`.
-    why_not: why this one module is not what an op computes; '' where it is.
-    forward: of a block or attention, the function that runs in place of its class's forward.
-    calls: names of functions of its module that the forward calls, whose code belongs to the digest too.
+    Attributes:
+        role: 'block', 'attention', 'mlp', 'patch_embed', or which part of these it can be.
+        children: of a block, attention or MLP: what a child is for -> its name, dotted where it lies deeper.
+        read: what an op takes of a module: of a norm 'layer' or 'rms', of an activation its name in `ops`, of a scale
+            its gamma, of a drop path its rate, of an attention its `Heads`, of an MLP whether fc1 gives gate and value.
+        why_not: why this one module is not what an op computes, '' where it is; None: there is nothing to ask.
+        forward: of a block or attention, the function that runs in place of its class's forward.
+        calls: names of functions of its module that the forward calls, whose code belongs to the digest too.
+        layers: of a class that runs many blocks, the name of the list of them; `children` are those of each.
+        alone: of an attention with a forward of its own, why that runs no ops though a block could.
+        paths: `children` as they are read at each call: (use, names from the outside, roles).
+        branches: of a block, the same of its 'attn' and its 'mlp', with 'drop' for 'drop1' or 'drop2' and so on.
     """
 
-    role: str
-    children: Mapping[str, str] = {}
-    read: Callable[[Any], Any] = type
-    why_not: Callable[[Any], str] = _as_built
-    # None where there is none; mypy would ask that of every block
-    forward: Any = None
-    calls: tuple[str, ...] = ()
+    def __init__(
+        self,
+        role: str,
+        children: Mapping[str, str] | None = None,
+        read: Callable[[Any], Any] = type,
+        why_not: Callable[[Any], str] | None = None,
+        forward: Any = None,
+        calls: tuple[str, ...] = (),
+        layers: str = "",
+        alone: Callable[[Any], str] | None = None,
+    ):
+        self.role, self.children, self.read, self.why_not = role, children or {}, read, why_not
+        self.forward, self.calls, self.layers, self.alone = forward, calls, layers, alone
+        self.paths = [(use, name.split("."), USES[use]) for use, name in self.children.items()]
+        self.branches = {
+            part: [(use.rstrip("12"), *rest) for use, *rest in self.paths if use == part or use[-1] == number]
+            for part, number in (("attn", "1"), ("mlp", "2"))
+        }
 
 
 def _softmax_why_not(module: nn.Softmax) -> str:
@@ -74,6 +104,8 @@ KNOWN: dict[type, Known] = {
     nn.ModuleList: Known("sequence"),
 }
 stands_for(nn.modules.linear.NonDynamicallyQuantizableLinear, nn.ModuleList)
+# of classes whose forward calls functions of its module: (the module's globals, name, function)
+CALLED: dict[type, list[tuple[dict, str, Callable]]] = {}
 # by 'module.Class': what the modules of `families` say of other libraries
 LIBRARIES: dict[str, Known] = {}
 
@@ -103,9 +135,18 @@ def digest_of(kind: type, known: Known) -> str:
     Raises:
         OSError: there is no source to read.
     """
-    forward = inspect.unwrap(kind.forward)
-    texts = [_code(function) for function in (forward, *(forward.__globals__[name] for name in known.calls))]
+    texts = [_code(inspect.unwrap(kind.forward)), *(_code(function) for _, _, function in _called(kind, known))]
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
+
+
+def _called(kind: Any, known: Known) -> list[tuple[dict, str, Callable]]:
+    names = inspect.unwrap(kind.forward).__globals__
+    return [(names, name, names[name]) for name in known.calls]
+
+
+def still_calls(kind: type) -> bool:
+    """Whether the functions that its forward calls are those that were read."""
+    return all(names.get(name) is function for names, name, function in CALLED.get(kind, ()))
 
 
 def _code(function: Callable) -> str:
@@ -130,10 +171,12 @@ def learn(kind: type) -> str:
         return f"is {name}, which vitfast does not know"
     try:
         found = digest_of(kind, known)
-    except (OSError, TypeError, SyntaxError):
+    except (OSError, TypeError, SyntaxError, KeyError):
         return f"is {name}, whose source is not there to be compared with the one that was tested"
     if found not in digests().get(name, ()):
         return f"is {name} with a forward that was not tested: of another version, or patched"
     FORWARDS[kind] = kind.forward
+    if known.calls:
+        CALLED[kind] = _called(kind, known)
     KNOWN[kind] = known
     return ""

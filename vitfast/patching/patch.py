@@ -11,13 +11,14 @@ from torch import nn
 
 from vitfast.model.plain import IN_PLACE, why_changed
 from vitfast.model.plain import patched as patched_method
-from vitfast.model.vit import ViT
 from vitfast.patching import families as families
 from vitfast.patching.engine import Patch
+from vitfast.patching.find import known_blocks, stems
 from vitfast.patching.known import KNOWN, LIBRARIES, class_of, learn
 from vitfast.patching.report import PatchReport, report_of
+from vitfast.patching.stem import why_not as why_no_stem
 
-IN_PLACE |= {known.forward for known in LIBRARIES.values() if known.forward is not None}
+IN_PLACE |= {known.forward for known in (*LIBRARIES.values(), *KNOWN.values()) if known.forward is not None}
 # what a patched module has of its own
 METHODS = ("forward", "extra_repr", "_replicate_for_data_parallel")
 
@@ -50,15 +51,17 @@ def patch(
     _check("patch", model)
     wanted = (bool(attention), bool(norm), bool(mlp), bool(patch_embed))
     skipped: dict[str, str] = {}
-    found = list(_blocks(model))
-    for name, module in found:
+    for name, module in list(known_blocks(model)):
         kind = class_of(module)
         why = learn(kind) or _taken(module)
         if why:
             skipped[name] = why
             continue
         learnt = {type(inner) for inner in module.modules() if not learn(type(inner))}
-        _put(module, Patch(*wanted, kind, tuple(sorted(learnt - {kind}, key=lambda each: each.__qualname__))))
+        _put(module, Patch(*wanted, kind, tuple(sorted(learnt - {kind}, key=lambda each: each.__qualname__)), {}))
+    for _, stem in list(stems(model)):
+        if not why_no_stem(stem) and not _taken(stem):
+            _put(stem, Patch(*wanted, nn.Conv2d, (), {}))
     return report_of(model, skipped)
 
 
@@ -108,17 +111,6 @@ def _check(function: str, model: Any) -> None:
         )
 
 
-def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules of which vitfast has a forward, but those inside a `vitfast.ViT`."""
-    ours = [vit for vit in model.modules() if isinstance(vit, ViT)]
-    inside = {id(module) for vit in ours for module in vit.modules()}
-    for name, module in model.named_modules():
-        kind = class_of(module)
-        known = LIBRARIES.get(f"{kind.__module__}.{kind.__qualname__}")
-        if known is not None and known.forward is not None and id(module) not in inside:
-            yield name, module
-
-
 def _taken(module: nn.Module) -> str:
     """Why this module cannot be patched."""
     why = why_changed(module) if "forward" in module.__dict__ and "_vitfast" not in module.__dict__ else None
@@ -130,7 +122,8 @@ def _put(module: nn.Module, patch: Patch) -> None:
     held["_vitfast"] = patch
     functions = (KNOWN[patch.kind].forward, _extra_repr, _refuse_replica)
     for name, function in zip(METHODS, functions, strict=True):
-        mine, found = functools.partial(function, module), held.get(name)
+        mine = functools.partial(function, module)
+        found: Any = held.get(name)
         # what somebody has put over a patched forward calls that; a shallow copy has the original's
         if found.args != mine.args if _is_ours(found) else not patched_method(module, name):
             held[name] = mine

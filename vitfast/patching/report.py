@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 from torch import nn
 
-from vitfast.model.plain import FORWARDS, any_global_hook, why_changed, why_not_plain
+from vitfast.model.plain import FORWARDS, any_global_hook, why_not_plain
 from vitfast.model.vit import ViT
-from vitfast.patching.engine import ABSENT, USES, Patch, child
-from vitfast.patching.known import KNOWN, Known, class_of, learn
+from vitfast.patching.engine import Patch, child
+from vitfast.patching.find import has_sharded, outside_vits, stems, unknown_blocks
+from vitfast.patching.known import ABSENT, KNOWN, USES, Known, learn, still_calls
+from vitfast.patching.stem import why_not as why_no_stem
 
 KINDS = ("attention", "norm", "mlp", "patch_embed")
 # `ViT.fusion_report` names ops; this is the kind that each is of
@@ -80,7 +82,7 @@ def _grouped(parts: list[Part]) -> Iterator[tuple[str, str, str, str]]:
     """A row for all blocks of which the same holds: 'blocks.*.attn (12)'."""
     groups: dict[tuple, list[str]] = {}
     for part in parts:
-        pattern = ".".join("*" if step.isdigit() else step for step in part.name.split("."))
+        pattern = re.sub(r"\d+(?=[.:])|(?<=[.])\d+$|(?<=layer_)\d+$|^\d+$", "*", part.name)
         groups.setdefault((pattern, *part[1:]), []).append(part.name)
     for (pattern, kind, op, reason), names in groups.items():
         name = names[0] if len(names) == 1 else f"{pattern} ({len(names)})"
@@ -103,14 +105,16 @@ def reasons_of(module: nn.Module | None, name: str, roles: tuple[str, ...], shar
     # FSDP2 has whole weights there while the block runs
     if why and not (sharded and why.endswith("of class DTensor")):
         return [f"{name} {why}"]
-    why = known.why_not(module)
+    if not still_calls(type(module)):
+        return [f"{name} is a {type(module).__name__}, of which {' or '.join(known.calls)} was patched"]
+    why = known.why_not(module) if known.why_not is not None else ""
     return [f"{name} {why}"] if why else []
 
 
 def _inside(holder: nn.Module, name: str, known: Known, sharded: bool) -> list[str]:
     found = []
-    for use, inner in known.children.items():
-        found += reasons_of(child(holder, inner), f"{name}.{inner}", USES[use], sharded)
+    for _, names, roles in known.paths:
+        found += reasons_of(child(holder, names), ".".join((name, *names)), roles, sharded)
     return found
 
 
@@ -120,105 +124,104 @@ def parts_of_block(name: str, block: nn.Module, patch: Patch, sharded: bool) -> 
     at = f"{name}." if name else ""
     if any_global_hook():
         whole = ["a global module hook is registered"]
-    if patch.kind.forward is not FORWARDS.get(patch.kind):
+    if patch.kind.forward is not FORWARDS.get(patch.kind):  # type: ignore[attr-defined]
         whole.append(f"is in a {patch.kind.__name__}, whose forward was patched")
     rows = []
     for branch, kind in (("1", "attention"), ("2", "mlp")):
         use = "attn" if kind == "attention" else "mlp"
         if use not in names:
             continue
-        holder, norm_name = child(block, names[use]), names.get(f"norm{branch}")
+        holder, norm_name = child(block, names[use].split(".")), names.get(f"norm{branch}")
         reasons = list(whole)
         if not getattr(patch, kind):
             reasons.append(f"{kind}=False was asked for")
         found = reasons_of(holder, names[use], (kind,), sharded)
-        if not found and holder is not None:
-            known = KNOWN[type(holder)]
-            found = _inside(holder, names[use], known, sharded)
+        known = None if holder is None else KNOWN.get(type(holder))
+        called = []
+        if holder is not None and known is not None and known.role == kind:
+            if "_vitfast" in holder.__dict__:
+                # its own forward runs ops, beside the hooks
+                called = [why for why in found if why.endswith("hooks")]
+                alone = known.alone(holder) if called and known.alone else ""
+                found = [why for why in found if why not in called] + ([alone] if alone else [])
+            found += _inside(holder, names[use], known, sharded)
             norm_name = norm_name or f"{names[use]}.{known.children['norm']}"
         for outer in ("drop", "scale", "drop_path"):
             if (inner := names.get(outer + branch)) is not None:
-                found += reasons_of(child(block, inner), inner, USES[outer + branch], sharded)
+                found += reasons_of(child(block, inner.split(".")), inner, USES[outer + branch], sharded)
         reasons += found
-        rows.append(Part(at + names[use], kind, "" if reasons else _op_of(kind, holder), "; ".join(reasons)))
+        ops, with_norm = ("", "layer_norm") if reasons else _ops_of(kind, holder)
+        rows.append(Part(at + names[use], kind, ops, "; ".join(reasons + called)))
         if norm_name is not None:
             why = list(whole) + ([] if patch.norm else ["norm=False was asked for"])
-            why += reasons_of(child(block, norm_name), norm_name, USES["norm"], sharded)
-            op = "" if why else ("in " + rows[-1].op if rows[-1].op and not _alone(holder) else "layer_norm")
-            rows.append(Part(at + norm_name, "norm", op, "; ".join(why)))
+            why += reasons_of(child(block, norm_name.split(".")), norm_name, USES["norm"], sharded)
+            rows.append(Part(at + norm_name, "norm", "" if why else with_norm, "; ".join(why)))
     return rows
 
 
-def _op_of(kind: str, holder: Any) -> str:
-    return "linear, attention, linear" if kind == "attention" else "mlp"
+def _blocks_of(name: str, module: nn.Module, known: Known) -> Iterator[tuple[str, nn.Module]]:
+    """The blocks that a patched module runs: itself, or those of a list."""
+    if not known.layers:
+        yield name, module
+        return
+    at = f"{name}.{known.layers}" if name else known.layers
+    for inner, block in module._modules[known.layers].named_children():  # type: ignore[union-attr]
+        yield f"{at}.{inner}", block
 
 
-def _alone(holder: Any) -> bool:
-    """Whether the norm before three projections is an op of its own."""
-    return "q" in KNOWN[type(holder)].children
+def _ops_of(kind: str, holder: nn.Module | None) -> tuple[str, str]:
+    """The ops that an attention or MLP runs as, and the one that has its norm inside."""
+    children = {} if holder is None else KNOWN[type(holder)].children
+    if kind == "attention":
+        return ("attention, linear", "layer_norm") if "q" in children else ("linear, attention, linear", "linear")
+    return ("linear (one a projection)", "linear") if "gate" in children else ("mlp", "mlp")
 
 
 def parts_of_vit(name: str, vit: ViT) -> list[Part]:
     """Of a `vitfast.ViT`, which needs no patch."""
     rows = []
     for part, op, reasons in vit.fusion_report():
-        kind = KIND_OF_OP.get(op.split(" ")[0])
+        kind = "norm" if part.endswith("norm1 + attn.qkv") else KIND_OF_OP.get(op.split(" ")[0])
         if kind is not None:
             at = f"{name}.{part}" if name else part
             rows.append(Part(at, kind, "" if reasons else op, "; ".join(reasons)))
     return rows
 
 
-def has_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 is at work somewhere in the model."""
-    sharded = sys.modules.get("torch.distributed.fsdp")
-    return sharded is not None and any(isinstance(module, sharded.FSDPModule) for module in model.modules())
+def parts_of_stems(model: nn.Module, sharded: bool) -> list[Part]:
+    """Of what cuts the patches."""
+    parts = []
+    for name, stem in stems(model):
+        patch, why = stem.__dict__.get("_vitfast"), why_no_stem(stem)
+        why = "" if sharded and why.endswith("of class DTensor") else why
+        if not why and (patch is None or not patch.patch_embed):
+            why = "patch_embed=False was asked for" if patch is not None else "is not patched"
+            why = "has a patched forward" if patch is None and "forward" in stem.__dict__ else why
+        parts.append(Part(name, "patch_embed", "" if why else "patch_embed", why))
+    return parts
 
 
-def looks_like_block(module: nn.Module) -> bool:
-    """Whether a module that vitfast does not know has attention right inside, which does not pool."""
-    words = [f"{name} {type(inner).__name__}".lower() for name, inner in module.named_children()]
-    return any(("attention" in word or "attn" in word) and "pool" not in word for word in words)
+def report_of(model: nn.Module, skipped: Mapping[str, str] | None = None, vits: bool = True) -> PatchReport:
+    """Of the model as it is now.
 
-
-def _around(names: Iterable[str]) -> set[str]:
-    """Of all modules that have one of these inside."""
-    steps = [name.split(".") for name in names if name]
-    return {".".join(each[:i]) for each in steps for i in range(len(each))}
-
-
-def report_of(model: nn.Module, skipped: dict[str, str]) -> PatchReport:
-    """Of the model as it is now; skipped: blocks that are not patched, with the reason."""
+    Args:
+        model: any module.
+        skipped: names of blocks that could not be patched, with the reason.
+        vits: with each `vitfast.ViT` in it.
+    """
     sharded, done = has_sharded(model), list[str]()
-    parts, notes = list[Part](), list[str]()
-    held = [name for name, module in model.named_modules() if "_vitfast" in module.__dict__]
-    around = _around([*held, *skipped])
-    for name, module in model.named_modules():
-        if any(name == path or name.startswith(f"{path}." if path else "") for path in done):
-            continue
-        patch = module.__dict__.get("_vitfast")
+    notes, parts = list[str](), parts_of_stems(model, sharded)
+    for name, module in outside_vits(model):
+        patch: Patch | None = module.__dict__.get("_vitfast")
+        # a block says it for the attention in it
+        known = None if patch is None else KNOWN.get(patch.kind)
+        if patch is not None and known is not None and known.role == "block" and not any(map(name.startswith, done)):
+            for inner, block in _blocks_of(name, module, known):
+                parts += parts_of_block(inner, block, patch, sharded)
+            done.append(f"{name}." if name else "")
+    parts += [Part(name, "block", "", (skipped or {}).get(name, what)) for name, what in unknown_blocks(model)]
+    for name, module in model.named_modules() if vits else ():
         if isinstance(module, ViT):
             parts += parts_of_vit(name, module)
             notes.append(f"{name or 'the model'} is a vitfast.ViT, which runs ops of its own and needs no patch")
-        elif patch is not None and patch.kind in KNOWN and KNOWN[patch.kind].role == "block":
-            parts += parts_of_block(name, module, patch, sharded)
-        elif name in skipped:
-            parts.append(Part(name, "block", "", skipped[name]))
-        elif class_of(module) in KNOWN and KNOWN[class_of(module)].role == "block":
-            parts.append(Part(name, "block", "", why_changed(module) or "was not there when the model was patched"))
-        elif class_of(module) not in KNOWN and name not in around and looks_like_block(module):
-            parts.append(Part(name, "block", "", learn(class_of(module))))
-        else:
-            continue
-        done.append(name)
     return PatchReport(parts, notes)
-
-
-def patched_parts(model: nn.Module) -> PatchReport | None:
-    """The report of a model as it is now, without its `vitfast.ViT`s; None where no block of it is patched."""
-    if not any("_vitfast" in module.__dict__ for module in model.modules()):
-        return None
-    report = report_of(model, {})
-    vits = [name for name, module in model.named_modules() if isinstance(module, ViT)]
-    own = lambda part: not any(part.name.startswith(f"{name}." if name else "") for name in vits)  # noqa: E731
-    return PatchReport([part for part in (*report.fused, *report.left) if own(part)])

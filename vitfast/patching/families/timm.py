@@ -40,7 +40,7 @@ def _glu(mlp: Any) -> str:
     return "has its gate last" if mlp.gate_last else "" if mlp.chunk_dim == -1 else f"has chunk_dim {mlp.chunk_dim}"
 
 
-_MLP = {"act": "act", "mid_drop": "drop1", "inner_norm": "norm", "fc2": "fc2", "drop1": "drop2"}
+_MLP = {"act": "act", "mid_drop": "drop1", "inner_norm": "norm", "fc2": "fc2", "drop": "drop2"}
 LIBRARIES |= {
     "timm.models.vision_transformer.Block": Known(
         "block",
