@@ -29,7 +29,7 @@ def known_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def unknown_blocks(model: nn.Module) -> list[tuple[str, str]]:
     """(name, what it is) of modules with attention right inside that are not patched and hold nothing that is."""
-    found, above = {}, set[str]()
+    found, perhaps, above = {}, dict[str, str](), set[str]()
     inside_patched = set[int]()
     for name, module in outside_vits(model):
         if id(module) in inside_patched:
@@ -38,13 +38,21 @@ def unknown_blocks(model: nn.Module) -> list[tuple[str, str]]:
         # what another process has patched may be unknown here
         if patch is not None and patch.kind in KNOWN:
             inside_patched |= {id(inner) for inner in module.modules()}
+        elif class_of(module) in KNOWN and KNOWN[class_of(module)].role != "block":
+            continue
         elif _attends(module):
             unknown = learn(class_of(module)) or why_changed(module)
             found[name] = unknown or "was not there when the model was patched"
         else:
+            # attention of its own, or a block that is all of one piece
+            if "attn_drop" in module._modules:
+                perhaps[name] = learn(class_of(module))
             continue
         steps = name.split(".")
         above |= {".".join(steps[:i]) for i in range(len(steps))} - {name}
+    for name, what in perhaps.items():
+        if name not in above and not any(name.startswith(f"{outer}." if outer else "") for outer in found):
+            found[name] = what
     return [(name, what) for name, what in found.items() if name not in above]
 
 
