@@ -90,10 +90,15 @@ def patched_copy(model, **parts):
 
 
 def ops_in(model, *images):
-    """Names of vitfast's ops that a call runs."""
+    """Names of vitfast's ops that a call runs in blocks; whether one cuts the patches is decided by dtype."""
+    return ops_of(lambda: model(*images))[1] - {"patch_embed"}
+
+
+def ops_of(function):
+    """What a function gives, and the names of vitfast's ops that it runs."""
     with Recorder() as recorder:
-        model(*images)
-    return {str(func).split(".")[1] for func, *_ in recorder.calls}
+        out = function()
+    return out, {str(func).split(".")[1] for func, *_ in recorder.calls}
 
 
 def state_of(model):

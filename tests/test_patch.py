@@ -200,11 +200,11 @@ def test_another_process_reads_another_model(library, tmp_path):
     distance, paths, report = found.stdout.split("\n", 2)
     if library == "same":
         assert float(distance) < 1e-5
-        assert "own" not in paths and "op mlp" in paths
+        assert "own modules" not in paths and "op mlp" in paths
         assert "linear, attention, linear" in report
     else:
         assert float(distance) > 0.1
-        assert "op" not in paths
+        assert "op mlp" not in paths and "own forward" in paths
         assert "blocks.* (2)" in report and "whose source is not there to be compared" in report
 
 
