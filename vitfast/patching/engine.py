@@ -234,8 +234,9 @@ class Seen(NamedTuple):
         for holder, names in paths:
             parent = child(holder, names[:-1])
             found = None if parent is None else parent._modules.get(names[-1])
-            held = None if found is None else found.__dict__
-            own = None if held is None else held.get("forward")
+            # where there is no module somebody may put a function
+            held = {} if parent is None else (parent if found is None else found).__dict__
+            own = held.get(names[-1] if found is None else "forward")
             modules.append((parent._modules if parent else {}, names[-1], found, type(found), held, own))
             there += [] if found is None else [found]
         kinds = {type(module) for module in there}
@@ -253,7 +254,10 @@ class Seen(NamedTuple):
         for children, name, module, kind, held, own in self.modules:
             if children.get(name) is not module:
                 return False
-            if module is not None and (
+            if module is None:
+                if held.get(name) is not own:
+                    return False
+            elif (
                 type(module) is not kind
                 or held["_forward_hooks"]
                 or held["_forward_pre_hooks"]

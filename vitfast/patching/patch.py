@@ -20,7 +20,7 @@ from vitfast.patching.stem import why_not as why_no_stem
 
 IN_PLACE |= {known.forward for known in (*LIBRARIES.values(), *KNOWN.values()) if known.forward is not None}
 # what a patched module has of its own
-METHODS = ("forward", "extra_repr", "_replicate_for_data_parallel")
+METHODS = ("forward", "extra_repr", "_replicate_for_data_parallel", "__prepare_scriptable__")
 
 
 def patch(
@@ -120,7 +120,7 @@ def _taken(module: nn.Module) -> str:
 def _put(module: nn.Module, patch: Patch) -> None:
     held = module.__dict__
     held["_vitfast"] = patch
-    functions = (KNOWN[patch.kind].forward, _extra_repr, _refuse_replica)
+    functions = (KNOWN[patch.kind].forward, _extra_repr, _refuse_replica, _refuse_script)
     for name, function in zip(METHODS, functions, strict=True):
         mine = functools.partial(function, module)
         found: Any = held.get(name)
@@ -130,7 +130,7 @@ def _put(module: nn.Module, patch: Patch) -> None:
 
 
 def _is_ours(found: Any) -> bool:
-    return isinstance(found, functools.partial) and found.func in (*IN_PLACE, _extra_repr, _refuse_replica)
+    return isinstance(found, functools.partial) and found.func in (*IN_PLACE, *OWN)
 
 
 def _extra_repr(module: nn.Module) -> str:
@@ -148,3 +148,13 @@ def _refuse_replica(module: nn.Module) -> nn.Module:
         f"nn.DataParallel cannot copy a {type(module).__name__} that vitfast.patch has changed: the copy would run the "
         "original's weights; use DistributedDataParallel, or vitfast.unpatch(model)"
     )
+
+
+def _refuse_script(module: nn.Module) -> nn.Module:
+    raise NotImplementedError(
+        f"torch.jit.script cannot read a {type(module).__name__} that vitfast.patch has changed; call "
+        "vitfast.unpatch(model) before it, or take torch.jit.trace or torch.export.export"
+    )
+
+
+OWN = (_extra_repr, _refuse_replica, _refuse_script)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vitfast import ops
-from vitfast.model.plain import plain_weights, why_changed
+from vitfast.model.plain import FORWARDS, plain_weights, why_changed
 from vitfast.ops._check import autocast_dtype
 from vitfast.ops._register import wants_gradient
 from vitfast.patching.engine import runs_stock
@@ -34,13 +34,13 @@ STEMS = {
 ON_CPU = "on cpu, the convolution that cuts the patches is faster than an op in training in fp32, and runs there"
 
 
-def conv(module: nn.Conv2d, images: Tensor) -> Tensor:
-    """`Conv2d.forward` of a convolution whose stride is its kernel: images [B, C, H, W] -> [B, D, H / ph, W / pw]."""
+def conv(module: nn.Conv2d, input: Tensor) -> Tensor:
+    """`Conv2d.forward` of a convolution whose stride is its kernel: input [B, C, H, W] -> [B, D, H / ph, W / pw]."""
     patch = module.__dict__.get("_vitfast")
-    if runs_stock(patch, images) or not patch.patch_embed or why_not(module) or _by_stock(module, images):
-        return type(module).forward(module, images)
-    (B, _, H, W), (ph, pw) = images.shape, module.kernel_size
-    tokens = ops.patch_embed(images, module.weight, module.bias)
+    if runs_stock(patch, input) or not patch.patch_embed or why_not(module) or _by_stock(module, input):
+        return type(module).forward(module, input)
+    (B, _, H, W), (ph, pw) = input.shape, module.kernel_size
+    tokens = ops.patch_embed(input, module.weight, module.bias)
     return tokens.transpose(1, 2).view(B, module.out_channels, H // ph, W // pw)
 
 
@@ -55,6 +55,8 @@ def why_not(module: nn.Module) -> str:
         return f"has kernel {module.kernel_size}, stride {module.stride}, padding {module.padding}"
     if module.groups != 1:
         return f"has {module.groups} groups"
+    if nn.Conv2d.forward is not FORWARDS[nn.Conv2d]:
+        return "is a Conv2d, whose forward was patched"
     # hooks of its own run whatever its forward is
     return "" if plain_weights(module) else why_changed(module) or ""
 

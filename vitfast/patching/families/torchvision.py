@@ -11,13 +11,13 @@ from vitfast.patching.engine import Heads, attention_branch, mlp_branch, runs_st
 from vitfast.patching.known import KNOWN, LIBRARIES, Known
 
 
-def block(module: nn.Module, x: Tensor) -> Tensor:
+def block(module: nn.Module, input: Tensor) -> Tensor:
     """`torchvision.models.vision_transformer.EncoderBlock.forward`."""
     patch = module.__dict__.get("_vitfast")
-    if runs_stock(patch, x):
-        return type(module).forward(module, x)
+    if runs_stock(patch, input):
+        return type(module).forward(module, input)
     x = attention_branch(
-        module, patch, x, lambda attn, normed: attn(normed, normed, normed, need_weights=False)[0]
+        module, patch, input, lambda attn, normed: attn(normed, normed, normed, need_weights=False)[0]
     )  # fmt: skip
     return mlp_branch(module, patch, x)
 
