@@ -36,7 +36,7 @@ def test_argument_is_no_module(function, given, got):
 
 
 def test_data_parallel_runs_the_weights_of_another_copy():
-    """Refused by name where it is there, and where it comes later and copies."""
+    """Refused by name where it is there, and where it comes later and copies. So is torch.jit.script."""
     model, images = small()
     with pytest.raises(NotImplementedError, match="patch: nn.DataParallel .*DistributedDataParallel"):
         vitfast.patch(nn.Sequential(nn.DataParallel(model)))
@@ -44,6 +44,8 @@ def test_data_parallel_runs_the_weights_of_another_copy():
     vitfast.patch(model)
     with pytest.raises(NotImplementedError, match=r"DataParallel cannot copy a Block .*vitfast\.unpatch\(model\)"):
         model.blocks[0]._replicate_for_data_parallel()
+    with pytest.raises(NotImplementedError, match=r"torch.jit.script cannot read a .*vitfast\.unpatch\(model\)"):
+        torch.jit.script(model)
     vitfast.unpatch(model)
     assert type(model.blocks[0]._replicate_for_data_parallel()) is Block
 

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from patch_pair import equal, near, ops_in, patched_copy, small, state_of
+from patch_pair import equal, near, ops_in, ops_of, patched_copy, small, state_of
 from timm_pair import run
 from torch import nn
 from torch.nn.modules import module as torch_module
@@ -293,6 +293,7 @@ VALUES = {
     "scale that SDPA ignores": (at("attn"), set_to(scale=0.7, fused_attn=True), ""),
     "rate": (at("mlp.drop1"), set_to(p=0.5), ""),
     "rate of attention": (at("attn.attn_drop"), set_to(p=0.5), ""),
+    "function as gate": (at("attn"), set_to(gate=lambda x: x), "attn.gate is builtins.function"),
     "other linear": (child_of("mlp.fc2"), other_of_its_class, ""),
     "other attention": (child_of("attn"), other_of_its_class, ""),
     "other norm": (child_of("norm1"), other_of_its_class, ""),
@@ -353,6 +354,50 @@ def test_change_of_a_module_is_passed_over(change, when):
     undo()
     assert not vitfast.patch(patched).left
     assert ops_in(patched.blocks[1], torch.randn(1, 5, 64)) == ALL_OPS
+
+
+STEM_CHANGES = [parametrized, weight_norm, old_weight_norm, pruned, own_forward, accelerated, scaled_weight, own_weight]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("change", STEM_CHANGES, ids=lambda change: change.__name__)
+def test_change_of_the_stem_is_passed_over(change, when):
+    """In the convolution that cuts the patches, where it runs as an op: without gradients, or in half precision."""
+    model, images = small()
+    patched = copy.deepcopy(model)
+    if when == "after":
+        vitfast.patch(patched).require("patch_embed")
+    with torch.no_grad():
+        plain, undos = model(images), []
+        near(patched(images), plain)
+        for each in (model, patched):
+            undos.append(change(each.patch_embed.proj))
+        if when == "before":
+            vitfast.patch(patched)
+        near(patched(images), model(images))
+        for undo in undos:
+            undo()
+        assert not vitfast.patch(patched).left
+        found, ops = ops_of(lambda: patched(images))
+        near(found, model(images))
+    assert "patch_embed" in ops
+
+
+def test_stem_is_called_in_another_way(monkeypatch):
+    """By keyword, with one image, with another class's forward: as `nn.Conv2d` is."""
+    model, images = small()
+    patched = patched_copy(model)
+    with torch.no_grad():
+        near(patched.patch_embed.proj(input=images), model.patch_embed.proj(images))
+        near(patched.patch_embed.proj(images[0]), model.patch_embed.proj(images[0]))
+        for message in ("channels", "same"):
+            wrong = images[:, :2] if message == "channels" else images.double()
+            with pytest.raises(RuntimeError, match=message):
+                patched.patch_embed.proj(wrong)
+        stock = nn.Conv2d.forward
+        monkeypatch.setattr(nn.Conv2d, "forward", lambda self, x: 2 * stock(self, x))
+        near(patched(images), model(images))
+        assert "is a Conv2d, whose forward was patched" in str(vitfast.patch(patched).left)
 
 
 def test_forward_of_a_block_is_overwritten_or_passed_over():
