@@ -270,6 +270,12 @@ def taken_out(found):
     return lambda: setattr(parent, name, stock)
 
 
+def over_tokens(found):
+    parent, name, stock = found
+    setattr(parent, name, nn.LayerNorm((5, 64)))
+    return lambda: setattr(parent, name, stock)
+
+
 def as_function(found):
     parent, name, stock = found
     delattr(parent, name)
@@ -298,6 +304,7 @@ VALUES = {
     "other attention": (child_of("attn"), other_of_its_class, ""),
     "other norm": (child_of("norm1"), other_of_its_class, ""),
     "other block": (child_of(""), other_of_its_class, ""),
+    "norm of tokens too": (child_of("norm1"), over_tokens, "norm1 normalizes over 2 dims, not 1"),
     "no scale": (child_of("ls1"), taken_out, ""),
     "no norm": (child_of("norm2"), taken_out, "norm2 is Identity, not norm"),
     "no projection": (child_of("attn.proj"), taken_out, ""),

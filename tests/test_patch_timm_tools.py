@@ -252,6 +252,7 @@ LEFT = {
     "parallel, differential": (partial(vit, block_fn=vision_transformer.DiffParallelScalingBlock), "DiffParallel", ""),
     "differential": (partial(vit, attn_layer="diff"), "attn is timm.layers.diff_attention.DiffAttention", "norm mlp"),
     "gated": (gated, "attn.gate is Linear, not nothing", "norm mlp"),
+    "gate last": (partial(vit, mlp_layer=timm.layers.GluMlp), "mlp has its gate last", "attention norm"),
     "fast norms": (fast_norms, "norm1 has timm's fast norm on", "mlp"),
     "own block": (partial(vit, block_fn=Doubled), "test_patch_timm_tools.Doubled, which", ""),
     "own name": (partial(vit, block_fn=Renamed), "test_patch_timm_tools.Renamed", ""),
