@@ -1,6 +1,7 @@
 """timm's VisionTransformers with weights like trained ones, small, and the same models patched."""
 
 import copy
+import types
 from functools import partial
 
 import timm
@@ -125,3 +126,24 @@ def near(found, expected, rtol=1e-5):
     """To rounding in fp32; where a mask, a weight or a module is another one, results differ by far more."""
     assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
     assert (found - expected).norm() <= rtol * expected.norm()
+
+
+def results_of(model, images):
+    """By name: the output, and the gradients that there are."""
+    out, grads = run(model, images)
+    return {"out": out} | {name: grad for name, grad in grads.items() if grad is not None}
+
+
+def same(found, expected, rtol=1e-4):
+    assert found.keys() == expected.keys() and len(expected) > 1
+    for name, other in expected.items():
+        one = found[name]
+        # a key's bias shifts all logits of a query: its gradient is rounding
+        assert "k_norm.bias" in name or (one - other).norm() <= rtol * other.norm() + 1e-6, name
+
+
+def own_forward(module):
+    """Give the module another forward, as people do; returns what takes it back."""
+    stock = module.forward
+    module.forward = types.MethodType(lambda self, *args, **how: 2 * stock(*args, **how), module)
+    return lambda: delattr(module, "forward")

@@ -12,7 +12,6 @@ import weakref
 import pytest
 import torch
 from patch_pair import equal, near, ops_in, patched_copy, small, state_of
-from test_create import ops_called
 from timm.models.vision_transformer import Block, VisionTransformer
 from timm_pair import run
 from torch import nn
@@ -287,65 +286,6 @@ def test_forward_in_another_thread_sees_half_a_patch():
     assert not faults
 
 
-def small_without_sdpa(**keywords):
-    """PyTorch has no forward mode and no second derivative of its own on CPUs."""
-    model, images = small(**keywords)
-    for block in model.blocks:
-        block.attn.fused_attn = False
-    return model, images
-
-
-def test_functional_calls_take_other_weights():
-    """`torch.func`: weights that are given, derivatives, batches of models and of images."""
-    model, images = small_without_sdpa()
-    patched = patched_copy(model)
-    names = dict(model.named_parameters())
-    weights = {name: (1.1 * p).detach() for name, p in names.items()}
-    results = []
-    for each in (model, patched):
-        call = lambda w, x, each=each: torch.func.functional_call(each, w, (x,))  # noqa: E731
-        given = {name: w.clone().requires_grad_() for name, w in weights.items()}
-        out = call(given, images)
-        loss = lambda w, call=call: call(w, images).square().mean()  # noqa: E731
-        single = torch.func.vmap(lambda x, call=call: call(weights, x[None])[0])(images)
-        many = torch.func.vmap(call, in_dims=(0, None))(
-            {n: torch.stack([w, 2 * w]) for n, w in weights.items()}, images
-        )
-        derivative = torch.func.grad(loss)(weights)
-        tangent = torch.func.jvp(loss, (weights,), (names,))[1]
-        by_backward = torch.autograd.grad(out.sum(), list(given.values()))
-        results.append([out.detach(), single, many, tangent, *derivative.values(), *by_backward])
-    for found, expected in zip(*results, strict=True):
-        assert (found - expected).norm() <= 1e-4 * expected.norm() + 1e-6
-    assert (results[1][0] - patched(images)).norm() > 1e-3
-
-
-def test_second_derivative_is_another_one():
-    model, images = small_without_sdpa(train=True)
-    results = []
-    for each in (model, patched_copy(model)):
-        x = images.clone().requires_grad_()
-        (slope,) = torch.autograd.grad(each(x).square().sum(), x, create_graph=True)
-        results.append([slope.detach(), *torch.autograd.grad(slope.square().sum(), list(each.blocks.parameters()))])
-    for found, expected in zip(*results, strict=True):
-        assert (found - expected).norm() <= 1e-3 * expected.norm() + 1e-6
-
-
-@pytest.mark.parametrize("way", ["hooks of saved tensors", "offload"])
-def test_saved_tensors_are_not_seen(way):
-    """`save_on_cpu` and other hooks get all that an op saves, once."""
-    model, images = small(train=True)
-    expected = run(patched_copy(model), images)
-    vitfast.patch(model)
-    if way == "offload":
-        hooks = torch.autograd.graph.save_on_cpu()
-    else:
-        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t)
-    with hooks:
-        found = run(model, images)
-    equal(found, expected)
-
-
 def test_vit_of_ours_is_patched():
     ours = vitfast.create_model("test_vit", img_size=32, depth=2, num_classes=10).eval()
     before = state_of(ours)
@@ -455,27 +395,6 @@ def test_model_is_kept_alive():
     del model
     gc.collect()
     assert alive() is None
-
-
-@pytest.mark.parametrize("patch_first", [True, False])
-def test_compiled_model_is_what_it_was_before(patch_first):
-    """A graph that is kept though the model was patched, or unpatched, since."""
-    model, images = small()
-    expected = model(images)
-    torch._dynamo.reset()
-    if patch_first:
-        vitfast.patch(model)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    near(compiled(images), expected)
-    for wanted in (True, False, True):
-        if wanted:
-            vitfast.patch(compiled).require(*KINDS)
-            near(compiled(images), expected)
-        else:
-            vitfast.unpatch(compiled)
-            equal(compiled(images), expected)
-        assert bool(ops_called(lambda: compiled(images))[1]) == wanted
-    torch._dynamo.reset()
 
 
 def test_shallow_copy_stays_patched():
