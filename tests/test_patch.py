@@ -11,7 +11,7 @@ import weakref
 
 import pytest
 import torch
-from patch_pair import equal, near, ops_in, patched_copy, small, state_of
+from patch_pair import equal, near, ops_in, ops_of, patched_copy, small, state_of
 from timm.models.vision_transformer import Block, VisionTransformer
 from timm_pair import run
 from torch import nn
@@ -72,7 +72,9 @@ def test_part_that_is_off_runs_or_another_is_off_too(off):
     near(model(images), expected)
     blocks = nn.Sequential(*model.blocks)
     assert ops_in(blocks, torch.randn(2, 5, 64)) == FLAGS[off]
-    for kind in KINDS:
+    with torch.no_grad():
+        assert ("patch_embed" in ops_of(lambda: model(images))[1]) == ("patch_embed" not in off)
+    for kind in (*KINDS, "patch_embed"):
         if kind in off:
             with pytest.raises(RuntimeError, match=f"nothing of kind '{kind}' is fused: .*{kind}=False was asked for"):
                 report.require(kind)
@@ -176,8 +178,15 @@ model, images, out = torch.load(sys.argv[1], weights_only=False)
 import vitfast
 from vitfast.ops import _on_cpu
 _on_cpu.HOST_BOUND, _on_cpu.LIMITS = 0, dict.fromkeys(_on_cpu.LIMITS, 0)
-with torch.no_grad():
+from torch.utils._python_dispatch import TorchDispatchMode
+class Names(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        names.add(str(func))
+        return func(*args, **(kwargs or {}))
+names = set()
+with torch.no_grad(), Names():
     found = model(images)
+print("vitfast.mlp.default" in names)
 print(float((found - out).norm() / out.norm()))
 print(sorted({part.path for part in vitfast.explain(model).rows}))
 print(vitfast.patch(model))
@@ -198,7 +207,8 @@ def test_another_process_reads_another_model(library, tmp_path):
     command = [sys.executable, "-c", READ, str(tmp_path / "model.pt"), library]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
-    distance, paths, report = found.stdout.split("\n", 2)
+    fused, distance, paths, report = found.stdout.split("\n", 3)
+    assert fused == str(library == "same")
     if library == "same":
         assert float(distance) < 1e-5
         assert "own modules" not in paths and "op mlp" in paths

@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from patch_pair import near, ops_in, ops_of, own_forward, patched_copy, results_of, same, small
+from timm.layers import SwiGLUPacked
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -229,6 +230,19 @@ def test_value_is_of_an_earlier_call(change, train):
     for undo in undos:
         undo()
     same(results_of(patched, images), plain)
+
+
+def test_gate_is_where_it_was_at_an_earlier_call():
+    """What is asked of a module itself: here which half of its first product is the gate."""
+    model, images = small(mlp_layer=SwiGLUPacked)
+    patched = patched_copy(model)
+    plain = model(images)
+    near(patched(images), plain)
+    for each in (model, patched):
+        each.blocks[1].mlp.gate_last = True
+    near(patched(images), model(images))
+    assert (model(images) - plain).norm() > 1e-2 * plain.norm()
+    assert "mlp has its gate last" in str(vitfast.explain(patched).rows)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
