@@ -110,3 +110,23 @@ def test_compiled_model_runs_a_forward_that_was_replaced(kind, monkeypatch):
         model.blocks[1].mlp.fc2 = nn.Linear(linear.in_features, linear.out_features)
     near(compiled(images), model(images))
     torch._dynamo.reset()
+
+
+def test_exported_model_has_ops_or_other_bits():
+    """What exporters and tracers get is the library's own forward, of a model that was called before."""
+    model, images = small()
+    with torch.no_grad():
+        expected = model(images)
+        vitfast.patch(model)
+        near(model(images), expected)
+        vitfast.set_exportable(True)
+        try:
+            equal(model(images), expected)
+        finally:
+            vitfast.set_exportable(False)
+        program = torch.export.export(model, (images,))
+        assert not [node for node in program.graph.nodes if "vitfast" in str(node.target)]
+        equal(program.module()(images), expected)
+        traced = torch.jit.trace(model, images)
+        assert "vitfast" not in str(traced.inlined_graph).replace("vitfast/", "")
+        equal(traced(images), expected)
