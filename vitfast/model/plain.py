@@ -10,8 +10,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn import Parameter
 from torch.nn.modules import module as torch_module
 
@@ -55,7 +55,7 @@ def does_what_its_class_says(module: nn.Module, kind: type) -> bool:
         and not held["_backward_pre_hooks"]
         and not ("forward" in held and patched(module))
         # of what is not in a `__dict__` a compiler's graph does not ask again, of attributes it does
-        and (not torch.compiler.is_compiling() or module.forward is not None)
+        and (not is_compiling() or module.forward is not None)
         and ("_views" not in held or not any(map(why_changed, held["_views"].values())))
         and (not held["_parameters"] or plain_weights(module))
     )
