@@ -54,6 +54,12 @@ def exporting() -> bool:
     return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
+def exporting_strictly() -> bool:
+    """Whether torch.export traces the model now by way of Dynamo, where `exporting` is False."""
+    # read as a global: Dynamo takes it as it is, and guards on it (torch 2.11)
+    return torch.compiler._is_exporting_flag
+
+
 def stock_only() -> bool:
     """Whether ops must run as stock PyTorch operators now."""
     switched = _exportable or _thread.lowered > 0
