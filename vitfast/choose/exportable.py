@@ -54,9 +54,9 @@ def exporting() -> bool:
     return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
-def exporting_strictly() -> bool:
-    """Whether torch.export traces the model now by way of Dynamo, where `exporting` is False."""
-    # read as a global: Dynamo takes it as it is, and guards on it (torch 2.11)
+def inside_export() -> bool:
+    """Whether torch.export traces the model now, by way of Dynamo (`strict=True`) too."""
+    # Dynamo folds `is_exporting`, and not the flag behind it (torch 2.11)
     return torch.compiler._is_exporting_flag
 
 

@@ -65,8 +65,8 @@ def patched(module: nn.Module, method: str = "forward") -> bool:
     found = module.__dict__[method]
     if isinstance(found, functools.partial) and found.func in IN_PLACE and found.args == (module,):
         return False
-    own = getattr(found, "__self__", None) is module
-    return not own or getattr(found, "__func__", None) is not getattr(type(module), method)
+    own, function = getattr(found, "__self__", None) is module, getattr(found, "__func__", None)
+    return not own or not (function is getattr(type(module), method) or function in IN_PLACE)
 
 
 def note_methods(*kinds: type) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from vitfast import ops, reference
-from vitfast.choose.exportable import exporting, exporting_strictly, stock_only
+from vitfast.choose.exportable import inside_export, stock_only
 from vitfast.model.layers import added, dropping, eps_of, norm_args, norm_kind, parameters_of
 from vitfast.model.plain import FORWARDS, PLAIN_TENSORS, any_global_hook, does_what_its_class_says
 from vitfast.ops._check import FLOATS, autocast_dtype
@@ -64,7 +64,7 @@ def runs_stock(patch: Patch | None, x: Any) -> bool:
     # tracers and tensors of other kinds know nothing of ops
     if type(x) not in (Tensor, Parameter) or x.dtype not in FLOATS or host_bound(x):
         return True
-    return exporting() or exporting_strictly() or stock_only()
+    return inside_export() or stock_only()
 
 
 def child(module: nn.Module, names: list[str]) -> nn.Module | None:
