@@ -188,8 +188,9 @@ class Branch(NamedTuple):
 
 def branch_of(block: nn.Module, patch: Patch, part: str) -> Branch:
     """'attn' or 'mlp' of a block; what was decided at the last call, where nothing of it has changed."""
-    key = id(block), part
-    seen = None if torch.compiler.is_compiling() else patch.seen.get(key)
+    compiling = torch.compiler.is_compiling()
+    # an id in a graph would make it one of this block alone
+    seen = None if compiling else patch.seen.get((id(block), part))
     if seen is not None and seen.holds():
         return seen.branch
     here: dict[str, Any] = {}
@@ -206,8 +207,8 @@ def branch_of(block: nn.Module, patch: Patch, part: str) -> Branch:
     prologue = patch.norm and norm is not None and absorbable(norm, ("norm",))
     tail = Tail(here.get("drop"), here.get("scale"), here.get("drop_path"))
     branch = Branch(norm, module, parts, tail, prologue)
-    if parts is not None and prologue and not torch.compiler.is_compiling():
-        patch.seen[key] = Seen.of(block, patch, part, branch)
+    if parts is not None and prologue and not compiling:
+        patch.seen[id(block), part] = Seen.of(block, patch, part, branch)
     return branch
 
 
