@@ -82,7 +82,8 @@ def test_compiled_model_is_less_exact_than_unpatched(family, dtype):
         runs = Runs("aot_eager")
         call = torch.compile(model, backend=runs, fullgraph=True)
         found, ran = runs.during(lambda: step(call, model, images()))
-    assert ran == FUSED * 2
+    # in fp32 the convolution that cuts patches is faster, in training on a CPU
+    assert ran == ["patch_embed"] * (dtype is not None) + FUSED * 2
     level(found, low, ref)
 
 
