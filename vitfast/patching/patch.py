@@ -17,7 +17,7 @@ from vitfast.patching.engine import Patch
 from vitfast.patching.find import known_blocks, stems
 from vitfast.patching.known import KNOWN, LIBRARIES, class_of, learn
 from vitfast.patching.report import PatchReport, report_of
-from vitfast.patching.stem import why_not as why_no_stem
+from vitfast.patching.stem import cuts_otherwise
 
 IN_PLACE |= {known.forward for known in (*LIBRARIES.values(), *KNOWN.values()) if known.forward is not None}
 
@@ -59,7 +59,7 @@ def patch(
         learnt = {type(inner) for inner in module.modules() if not learn(type(inner))}
         _put(module, Patch(*wanted, kind, tuple(sorted(learnt - {kind}, key=lambda each: each.__qualname__)), {}))
     for _, stem in list(stems(model)):
-        if not why_no_stem(stem) and not _taken(stem):
+        if not cuts_otherwise(stem) and not _taken(stem):
             _put(stem, Patch(*wanted, nn.Conv2d, (), {}))
     return report_of(model, skipped)
 
