@@ -7,6 +7,7 @@ changed what those forwards do: a LoRA adapter, a hook, a parametrization or a q
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -63,10 +64,11 @@ def patched(module: nn.Module, method: str = "forward") -> bool:
     if method not in module.__dict__:
         return False
     found = module.__dict__[method]
-    if isinstance(found, functools.partial) and found.func in IN_PLACE and found.args == (module,):
-        return False
-    own, function = getattr(found, "__self__", None) is module, getattr(found, "__func__", None)
-    return not own or not (function is getattr(type(module), method) or function in IN_PLACE)
+    # by its class: Dynamo does not find `__self__` by a getattr with a default
+    if isinstance(found, types.MethodType):
+        own = found.__func__ in IN_PLACE or found.__func__ is getattr(type(module), method)
+        return not own or found.__self__ is not module
+    return not (isinstance(found, functools.partial) and found.func in IN_PLACE and found.args == (module,))
 
 
 def note_methods(*kinds: type) -> None:

@@ -124,7 +124,8 @@ def class_of(module: nn.Module) -> type:
     kind = type(module)
     if len(kind.__bases__) == 2 and kind.__bases__[0].__module__.startswith("torch.distributed."):
         below = kind.__bases__[1]
-        return below if kind.forward is below.forward else kind
+        # transformers wraps the forward of each class that is made of one of its layers
+        return below if inspect.unwrap(kind.forward) is inspect.unwrap(below.forward) else kind
     return kind
 
 
