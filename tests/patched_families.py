@@ -1,28 +1,47 @@
 """A small model of each library that `vitfast.patch` knows, for tests of what others do with a patched model."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import pytest
 import timm
 import torch
+import transformers
+import vit_pytorch
 from test_parity_timm import gradients_not_worse, not_worse, relative
 from timm_pair import make_trained_like
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.models.vision_transformer import VisionTransformer
 
 from vitfast.check.acceptance import RMS_RATIO
 
 DRAWS = {"drop_path": 0.2, "dropout": 0.1}
 
 
+FUSED = ("linear", "attention_qkv", "linear", "mlp")
+# where q, k and v are projected apart
+APART = ("layer_norm", "attention", "linear", "mlp")
+
+
 class Family(NamedTuple):
-    """build: (drop_path, dropout, attention_dropout, depth) -> a model that gives a tensor, in training mode; blocks:
-    those of a model.
+    """A model of a library.
+
+    build: (drop_path, dropout, attention_dropout, depth) -> a model that gives a tensor, in training mode;
+    blocks: those of a model; ops: of a forward of a block without dropout; last: of the model after its blocks; stem: whether a
+    convolution cuts its patches.
     """
 
     build: Callable[..., nn.Module]
-    blocks: Callable[[nn.Module], nn.ModuleList]
+    blocks: Callable[[nn.Module], Sequence[nn.Module]]
+    ops: tuple[str, ...] = FUSED
+    last: tuple[str, ...] = ()
+    stem: bool = True
+
+    def all_ops(self, depth=2, stem=False):
+        """Of a forward; stem: whether the convolution runs as an op, which in fp32 it does not in training."""
+        return ["patch_embed"] * (stem and self.stem) + [*self.ops * depth, *self.last]
 
 
 def timm_model(drop_path=0.0, dropout=0.0, attention_dropout=0.0, depth=2):
@@ -33,7 +52,66 @@ def timm_model(drop_path=0.0, dropout=0.0, attention_dropout=0.0, depth=2):
     return make_trained_like(model, images(), massive=False)
 
 
-FAMILIES = {"timm": Family(timm_model, lambda model: model.blocks)}
+class Logits(nn.Module):
+    """A model of Hugging Face that gives a tensor."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x).logits
+
+
+def dinov2(drop_path=0.0, dropout=0.0, attention_dropout=0.0, depth=2):
+    config = transformers.Dinov2Config(
+        image_size=32, patch_size=16, hidden_size=64, num_hidden_layers=depth, num_attention_heads=2, mlp_ratio=4,
+        num_labels=10, layerscale_value=0.1, use_mask_token=False, drop_path_rate=drop_path, attention_probs_dropout_prob=attention_dropout,
+        hidden_dropout_prob=dropout,
+    )  # fmt: skip
+    return shaken(Logits(transformers.Dinov2ForImageClassification(config)))
+
+
+def torchvision_model(drop_path=0.0, dropout=0.0, attention_dropout=0.0, depth=2):
+    """It has no stochastic depth."""
+    return shaken(
+        VisionTransformer(
+            image_size=32, patch_size=16, num_layers=depth, num_heads=2, hidden_dim=64, mlp_dim=256, num_classes=10,
+            dropout=dropout, attention_dropout=attention_dropout,
+        )
+    )  # fmt: skip
+
+
+def vit_pytorch_model(drop_path=0.0, dropout=0.0, attention_dropout=0.0, depth=2):
+    """One rate for all its dropouts, and no stochastic depth."""
+    return shaken(
+        vit_pytorch.ViT(
+            image_size=32, patch_size=16, num_classes=10, dim=64, depth=depth, heads=2, dim_head=32, mlp_dim=256,
+            dropout=max(dropout, attention_dropout),
+        )
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def shaken(model):
+    """Weights that are exact in bf16, none of them 0 or 1 as they are made."""
+    for p in model.parameters():
+        p.add_(0.1 * torch.randn_like(p)).copy_(p.bfloat16())
+    return model.train()
+
+
+FAMILIES = {
+    "timm": Family(timm_model, lambda model: model.blocks),
+    "Hugging Face": Family(dinov2, lambda model: model.model.dinov2.encoder.layer, APART),
+    "torchvision": Family(torchvision_model, lambda model: model.encoder.layers),
+    # one module runs all blocks, and the norm
+    "vit_pytorch": Family(vit_pytorch_model, lambda model: [model.transformer], last=("layer_norm",), stem=False),
+}
+# for tests in which one family shows what the others would, next to all of them for `make test-all`
+one_family = pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[pytest.mark.full] * (name != "timm")) for name in FAMILIES]
+)
+every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def images(batch=3, seed=1):

@@ -9,7 +9,18 @@ import warnings
 import onnxruntime
 import pytest
 import torch
-from patched_families import FAMILIES, Ops, Runs, blocks_of, build, exact, images, ops_of
+from patched_families import (
+    FAMILIES,
+    Ops,
+    Runs,
+    blocks_of,
+    build,
+    every_family,
+    exact,
+    images,
+    one_family,
+    ops_of,
+)  # fmt: skip
 from test_compile import forget_compiled_code as forget_compiled_code
 from test_compile import needs_compiler
 from test_export import ELSEWHERE
@@ -20,8 +31,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitfast
-
-every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def exported(model, strict=False):
@@ -57,10 +66,10 @@ def test_exported_program_holds_ops_or_differs_from_unpatched(family, training, 
         assert torch.equal(program.module()(images()), model(images()))
     with Ops() as ran:
         other(images())
-    assert ran.names == ["linear", "attention_qkv", "linear", "mlp"] * 2, "the export has left something behind"
+    assert ran.names == FAMILIES[family].all_ops(), "the export has left something behind"
 
 
-@every_family
+@one_family
 @pytest.mark.slow
 def test_exported_files_need_vitfast(family, tmp_path):
     """In a process where it cannot be imported; an ONNX file in onnxruntime."""
@@ -74,7 +83,7 @@ def test_exported_files_need_vitfast(family, tmp_path):
     assert result.stdout == "right\n", result.stderr
 
 
-@every_family
+@one_family
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamo", [pytest.param(True, marks=pytest.mark.full), False], ids=["dynamo", "TorchScript"])
 def test_onnx_file_has_ops_or_computes_something_else(family, dynamo, tmp_path):
@@ -90,7 +99,7 @@ def test_onnx_file_has_ops_or_computes_something_else(family, dynamo, tmp_path):
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.full
-@every_family
+@one_family
 def test_package_of_aot_inductor_needs_vitfast(family, tmp_path):
     model = build(family).eval()
     with torch.no_grad():
@@ -107,7 +116,8 @@ def test_torchscript_trace_holds_ops(family):
     model = build(family).eval()
     expected = model(images())
     vitfast.patch(model)
-    traced = torch.jit.trace(model, images(2))
+    # the check fails for torchvision's models, patched or not
+    traced = torch.jit.trace(model, images(2), check_trace=False)
     assert "vitfast::" not in str(traced.inlined_graph)
     assert torch.equal(traced(images()), expected)
 
@@ -125,7 +135,7 @@ def test_script_fails_somewhere_inside():
     assert all(one is other for one, other in zip(modules, model.modules(), strict=True))
 
 
-@every_family
+@one_family
 def test_symbolic_trace_is_another_one(family):
     block = blocks_of(family, build(family))[0]
     plain = torch.fx.symbolic_trace(block)
@@ -133,7 +143,7 @@ def test_symbolic_trace_is_another_one(family):
     assert torch.fx.symbolic_trace(block).code == plain.code
 
 
-@every_family
+@one_family
 def test_switch_leaves_ops_or_is_not_explained(family):
     model = build(family).eval()
     expected = model(images())
@@ -151,7 +161,7 @@ def test_switch_leaves_ops_or_is_not_explained(family):
     assert any(row.path.startswith("op ") for row in vitfast.explain(model).rows)
 
 
-@every_family
+@one_family
 def test_counted_flops_change(family):
     counts = []
     model = build(family)
@@ -205,7 +215,7 @@ TRANSFORMS = {
 }
 
 
-@every_family
+@one_family
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_transform_fails_or_computes_something_else(family, transform):
     block = blocks_of(family, exact(build(family)))[0]
