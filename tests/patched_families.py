@@ -29,8 +29,8 @@ class Family(NamedTuple):
     """A model of a library.
 
     build: (drop_path, dropout, attention_dropout, depth) -> a model that gives a tensor, in training mode;
-    blocks: those of a model; ops: of a forward of a block without dropout; last: of the model after its blocks; stem: whether a
-    convolution cuts its patches.
+    blocks: those of a model; ops: of a forward of a block without dropout; last: of the model after its blocks;
+    stem: whether a convolution cuts its patches.
     """
 
     build: Callable[..., nn.Module]
@@ -66,7 +66,8 @@ class Logits(nn.Module):
 def dinov2(drop_path=0.0, dropout=0.0, attention_dropout=0.0, depth=2):
     config = transformers.Dinov2Config(
         image_size=32, patch_size=16, hidden_size=64, num_hidden_layers=depth, num_attention_heads=2, mlp_ratio=4,
-        num_labels=10, layerscale_value=0.1, use_mask_token=False, drop_path_rate=drop_path, attention_probs_dropout_prob=attention_dropout,
+        num_labels=10, layerscale_value=0.1, use_mask_token=False,
+        drop_path_rate=drop_path, attention_probs_dropout_prob=attention_dropout,
         hidden_dropout_prob=dropout,
     )  # fmt: skip
     return shaken(Logits(transformers.Dinov2ForImageClassification(config)))

@@ -80,7 +80,7 @@ def test_compiled_block_breaks_or_computes_something_else(family, rates):
     torch.testing.assert_close(tokens.grad, grad)
     if not rates:
         assert ran == list(FAMILIES[family].ops * (2 if family == "vit_pytorch" else 1) + FAMILIES[family].last)
-    assert "linear" in ran and any(name.startswith("attention") for name in ran)
+    assert "linear" in ran
 
 
 @one_family
