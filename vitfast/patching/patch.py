@@ -132,7 +132,7 @@ def _is_ours(found: Any) -> bool:
     return isinstance(found, (types.MethodType, functools.partial)) and function in IN_PLACE
 
 
-def _owner(found: Any) -> nn.Module:
+def _owner(found: Any) -> Any:
     return found.__self__ if isinstance(found, types.MethodType) else found.args[0]
 
 
