@@ -54,6 +54,12 @@ def exporting() -> bool:
     return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
+def inside_export() -> bool:
+    """Whether torch.export traces the model now, by way of Dynamo (`strict=True`) too."""
+    # Dynamo folds `is_exporting`, and not the flag behind it (torch 2.11)
+    return torch.compiler._is_exporting_flag
+
+
 def stock_only() -> bool:
     """Whether ops must run as stock PyTorch operators now."""
     switched = _exportable or _thread.lowered > 0

@@ -7,6 +7,7 @@ changed what those forwards do: a LoRA adapter, a hook, a parametrization or a q
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -66,10 +67,11 @@ def patched(module: nn.Module, method: str = "forward") -> bool:
     if method not in module.__dict__:
         return False
     found = module.__dict__[method]
-    if isinstance(found, functools.partial) and found.func in IN_PLACE and found.args == (module,):
-        return False
-    own = getattr(found, "__self__", None) is module
-    return not own or getattr(found, "__func__", None) is not getattr(type(module), method)
+    # by its class: Dynamo does not find `__self__` by a getattr with a default
+    if isinstance(found, types.MethodType):
+        own = found.__func__ in IN_PLACE or found.__func__ is getattr(type(module), method)
+        return not own or found.__self__ is not module
+    return not (isinstance(found, functools.partial) and found.func in IN_PLACE and found.args == (module,))
 
 
 def note_methods(*kinds: type) -> None:

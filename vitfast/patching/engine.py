@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from vitfast import ops, reference
-from vitfast.choose.exportable import exporting, stock_only
+from vitfast.choose.exportable import inside_export, stock_only
 from vitfast.model.layers import added, dropping, eps_of, norm_args, norm_kind, parameters_of
 from vitfast.model.plain import FORWARDS, PLAIN_TENSORS, any_global_hook, does_what_its_class_says
 from vitfast.ops._check import FLOATS, autocast_dtype
@@ -64,7 +64,7 @@ def runs_stock(patch: Patch | None, x: Any) -> bool:
     # tracers and tensors of other kinds know nothing of ops
     if type(x) not in (Tensor, Parameter) or x.dtype not in FLOATS or host_bound(x):
         return True
-    return exporting() or stock_only()
+    return inside_export() or stock_only()
 
 
 def child(module: nn.Module, names: list[str]) -> nn.Module | None:
@@ -188,8 +188,9 @@ class Branch(NamedTuple):
 
 def branch_of(block: nn.Module, patch: Patch, part: str) -> Branch:
     """'attn' or 'mlp' of a block; what was decided at the last call, where nothing of it has changed."""
-    key = id(block), part
-    seen = None if torch.compiler.is_compiling() else patch.seen.get(key)
+    compiling = torch.compiler.is_compiling()
+    # an id in a graph would make it one of this block alone
+    seen = None if compiling else patch.seen.get((id(block), part))
     if seen is not None and seen.holds():
         return seen.branch
     here: dict[str, Any] = {}
@@ -206,8 +207,8 @@ def branch_of(block: nn.Module, patch: Patch, part: str) -> Branch:
     prologue = patch.norm and norm is not None and absorbable(norm, ("norm",))
     tail = Tail(here.get("drop"), here.get("scale"), here.get("drop_path"))
     branch = Branch(norm, module, parts, tail, prologue)
-    if parts is not None and prologue and not torch.compiler.is_compiling():
-        patch.seen[key] = Seen.of(block, patch, part, branch)
+    if parts is not None and prologue and not compiling:
+        patch.seen[id(block), part] = Seen.of(block, patch, part, branch)
     return branch
 
 

@@ -11,7 +11,6 @@ import functools
 import hashlib
 import inspect
 import json
-import sys
 import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -121,11 +120,12 @@ def name_of(kind: type) -> str:
 
 
 def class_of(module: nn.Module) -> type:
-    """Its class, or where FSDP2 has put a class of its own on it the one below."""
+    """Its class, or where FSDP2 or `replicate` has put a class of its own on it the one below."""
     kind = type(module)
-    sharded = sys.modules.get("torch.distributed.fsdp")
-    if sharded is not None and issubclass(kind, sharded.FSDPModule) and len(kind.__bases__) == 2:
-        return kind.__bases__[1]
+    if len(kind.__bases__) == 2 and kind.__bases__[0].__module__.startswith("torch.distributed."):
+        below = kind.__bases__[1]
+        # transformers wraps the forward of each class that is made of one of its layers
+        return below if inspect.unwrap(kind.forward) is inspect.unwrap(below.forward) else kind
     return kind
 
 

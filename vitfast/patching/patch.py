@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,11 +17,9 @@ from vitfast.patching.engine import Patch
 from vitfast.patching.find import known_blocks, stems
 from vitfast.patching.known import KNOWN, LIBRARIES, class_of, learn
 from vitfast.patching.report import PatchReport, report_of
-from vitfast.patching.stem import why_not as why_no_stem
+from vitfast.patching.stem import cuts_otherwise
 
 IN_PLACE |= {known.forward for known in (*LIBRARIES.values(), *KNOWN.values()) if known.forward is not None}
-# what a patched module has of its own
-METHODS = ("forward", "extra_repr", "_replicate_for_data_parallel", "__prepare_scriptable__")
 
 
 def patch(
@@ -60,7 +59,7 @@ def patch(
         learnt = {type(inner) for inner in module.modules() if not learn(type(inner))}
         _put(module, Patch(*wanted, kind, tuple(sorted(learnt - {kind}, key=lambda each: each.__qualname__)), {}))
     for _, stem in list(stems(model)):
-        if not why_no_stem(stem) and not _taken(stem):
+        if not cuts_otherwise(stem) and not _taken(stem):
             _put(stem, Patch(*wanted, nn.Conv2d, (), {}))
     return report_of(model, skipped)
 
@@ -77,7 +76,7 @@ def unpatch(model: nn.Module) -> None:
     _check("unpatch", model)
     for module in model.modules():
         module.__dict__.pop("_vitfast", None)
-        for name in METHODS:
+        for name in ("forward", *BESIDE):
             if _is_ours(module.__dict__.get(name)):
                 del module.__dict__[name]
 
@@ -120,17 +119,39 @@ def _taken(module: nn.Module) -> str:
 def _put(module: nn.Module, patch: Patch) -> None:
     held = module.__dict__
     held["_vitfast"] = patch
-    functions = (KNOWN[patch.kind].forward, _extra_repr, _refuse_replica, _refuse_script)
-    for name, function in zip(METHODS, functions, strict=True):
-        mine = functools.partial(function, module)
+    for name, function in (("forward", KNOWN[patch.kind].forward), *BESIDE.items()):
         found: Any = held.get(name)
         # what somebody has put over a patched forward calls that; a shallow copy has the original's
-        if found.args != mine.args if _is_ours(found) else not patched_method(module, name):
-            held[name] = mine
+        if _owner(found) is not module if _is_ours(found) else not patched_method(module, name):
+            # of a method Dynamo asks what code it is, of a partial which one: no two blocks would share a graph
+            held[name] = types.MethodType(function, module)
 
 
 def _is_ours(found: Any) -> bool:
-    return isinstance(found, functools.partial) and found.func in (*IN_PLACE, *OWN)
+    function = found.__func__ if isinstance(found, types.MethodType) else getattr(found, "func", None)
+    return isinstance(found, (types.MethodType, functools.partial)) and function in IN_PLACE
+
+
+def _owner(found: Any) -> Any:
+    return found.__self__ if isinstance(found, types.MethodType) else found.args[0]
+
+
+class _Method(functools.partial):
+    """A method as it is saved and copied: pickle would look for one of its name in the class."""
+
+    def __reduce__(self) -> tuple:
+        return _bound, (self.func, *self.args)
+
+
+def _bound(function: Any, module: nn.Module) -> types.MethodType:
+    return types.MethodType(function, module)
+
+
+def _state(module: nn.Module) -> dict[str, Any]:
+    """What is saved and copied of a patched module."""
+    state = type(module).__getstate__(module)
+    methods = {name: held for name, held in state.items() if isinstance(held, types.MethodType) and _is_ours(held)}
+    return state | {name: _Method(held.__func__, held.__self__) for name, held in methods.items()}
 
 
 def _extra_repr(module: nn.Module) -> str:
@@ -151,10 +172,19 @@ def _refuse_replica(module: nn.Module) -> nn.Module:
 
 
 def _refuse_script(module: nn.Module) -> nn.Module:
+    if module.__dict__.get("_vitfast") is None:
+        return module
     raise NotImplementedError(
-        f"torch.jit.script cannot read a {type(module).__name__} that vitfast.patch has changed; call "
-        "vitfast.unpatch(model) before it, or take torch.jit.trace or torch.export.export"
+        f"torch.jit.script cannot compile a {type(module).__name__} that vitfast.patch has changed; use "
+        "torch.jit.trace or torch.export.export, or vitfast.unpatch(model) before"
     )
 
 
-OWN = (_extra_repr, _refuse_replica, _refuse_script)
+# what a patched module has of its own beside its forward
+BESIDE = {
+    "extra_repr": _extra_repr,
+    "__getstate__": _state,
+    "__prepare_scriptable__": _refuse_script,
+    "_replicate_for_data_parallel": _refuse_replica,
+}
+IN_PLACE |= {*BESIDE.values()}

@@ -49,6 +49,12 @@ KNOWN[nn.Conv2d].forward = conv
 
 def why_not(module: nn.Module) -> str:
     """Why this is no convolution that cuts patches as it was built, '' where it is one."""
+    # hooks of its own run whatever its forward is
+    return cuts_otherwise(module) or ("" if plain_weights(module) else why_changed(module) or "")
+
+
+def cuts_otherwise(module: nn.Module) -> str:
+    """`why_not` but for its weights, which FSDP2 makes whole only while the model runs."""
     if type(module) is not nn.Conv2d:
         return f"is {type(module).__module__}.{type(module).__qualname__}, not Conv2d"
     if module.kernel_size != module.stride or module.padding != (0, 0) or module.dilation != (1, 1):
@@ -57,8 +63,7 @@ def why_not(module: nn.Module) -> str:
         return f"has {module.groups} groups"
     if nn.Conv2d.forward is not FORWARDS[nn.Conv2d]:
         return "is a Conv2d, whose forward was patched"
-    # hooks of its own run whatever its forward is
-    return "" if plain_weights(module) else why_changed(module) or ""
+    return ""
 
 
 def _by_stock(module: nn.Conv2d, images: Tensor) -> bool:
