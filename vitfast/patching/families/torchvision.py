@@ -14,7 +14,8 @@ from vitfast.patching.known import KNOWN, LIBRARIES, Known
 def block(module: nn.Module, x: Tensor) -> Tensor:
     """`torchvision.models.vision_transformer.EncoderBlock.forward`."""
     patch = module.__dict__.get("_vitfast")
-    if runs_stock(patch, x):
+    # what is no batch of tokens is theirs to refuse
+    if runs_stock(patch, x) or x.dim() != 3:
         return type(module).forward(module, x)
     x = attention_branch(
         module, patch, x, lambda attn, normed: attn(normed, normed, normed, need_weights=False)[0]
