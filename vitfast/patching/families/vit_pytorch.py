@@ -58,7 +58,7 @@ def feed_forward(module: nn.Module, x: Tensor) -> Tensor:
     """`FeedForward.forward`, its norm included, without the residual."""
     patch = module.__dict__.get("_vitfast")
     parts = None
-    if not runs_stock(patch, x) and patch.mlp and not KNOWN[patch.kind].why_not(module):
+    if not runs_stock(patch, x) and x.dim() > 1 and patch.mlp and not KNOWN[patch.kind].why_not(module):
         parts = inside(module, KNOWN[patch.kind])
     if parts is None:
         return type(module).forward(module, x)
