@@ -91,7 +91,7 @@ def test_output_or_gradient_is_less_exact_than_vit_pytorchs(name, dtype):
 @both
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_has_another_dtype_or_is_less_exact(name, dtype):
-    Case(*build(name, batch=16)).as_exact_as_stock_in_autocast(dtype)
+    Case(*build(name, batch=64)).as_exact_as_stock_in_autocast(dtype)
 
 
 @every_model
