@@ -38,10 +38,12 @@ def unknown_blocks(model: nn.Module) -> list[tuple[str, str]]:
         # what another process has patched may be unknown here
         if patch is not None and patch.kind in KNOWN:
             inside_patched |= {id(inner) for inner in module.modules()}
-        elif class_of(module) in KNOWN and KNOWN[class_of(module)].role != "block":
+        elif class_of(module) in KNOWN and KNOWN[class_of(module)].role not in ("block", "sequence"):
             continue
-        elif _attends(module):
-            unknown = learn(class_of(module)) or why_changed(module)
+        elif (attention := _attention_in(module)) is not None:
+            # a list of an attention and an MLP has no forward that could be known
+            block = attention if isinstance(module, nn.ModuleList) else module
+            unknown = learn(class_of(block)) or why_changed(block)
             found[name] = unknown or "was not there when the model was patched"
         else:
             # attention of its own, or a block that is all of one piece
@@ -56,7 +58,7 @@ def unknown_blocks(model: nn.Module) -> list[tuple[str, str]]:
     return [(name, what) for name, what in found.items() if name not in above]
 
 
-def _attends(module: nn.Module) -> bool:
+def _attention_in(module: nn.Module) -> nn.Module | None:
     # what pools, or drops weights, makes no block
     for name, inner in module.named_children():
         word = f"{name} {type(inner).__name__}".lower()
@@ -65,8 +67,8 @@ def _attends(module: nn.Module) -> bool:
             and ("attention" in word or "attn" in word)
             and next(inner.parameters(), None) is not None
         ):
-            return True
-    return False
+            return inner
+    return None
 
 
 def stems(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

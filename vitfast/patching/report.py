@@ -155,6 +155,9 @@ def parts_of_block(name: str, block: nn.Module, patch: Patch, sharded: bool) -> 
         if norm_name is not None:
             why = list(whole) + ([] if patch.norm else ["norm=False was asked for"])
             why += reasons_of(child(block, norm_name.split(".")), norm_name, USES["norm"], sharded)
+            # a forward that is the library's own calls the norm
+            if reasons and not why and f"norm{branch}" not in names:
+                why.append(f"is in {names[use]}, which runs its own modules")
             rows.append(Part(at + norm_name, "norm", "" if why else with_norm, "; ".join(why)))
     return rows
 

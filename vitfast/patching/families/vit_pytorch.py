@@ -30,7 +30,8 @@ def transformer(module: nn.Module, x: Tensor) -> Tensor:
     """`Transformer.forward`: all blocks, then the norm where there is one."""
     patch = module.__dict__.get("_vitfast")
     layers: Any = module._modules["layers"]
-    if runs_stock(patch, x) or any(len(layer) != 2 for layer in layers):
+    # what is no batch of tokens is theirs to refuse
+    if runs_stock(patch, x) or x.dim() != 3 or any(len(layer) != 2 for layer in layers):
         return type(module).forward(module, x)
     for layer in layers:
         x = attention_branch(layer, patch, x, lambda attn, tokens: attn(tokens))
@@ -43,7 +44,7 @@ def attention(module: nn.Module, x: Tensor) -> Tensor:
     """`Attention.forward`, its norm included, without the residual."""
     patch = module.__dict__.get("_vitfast")
     parts = None
-    if not runs_stock(patch, x) and patch.attention and not _attention_why_not(module):
+    if not runs_stock(patch, x) and x.dim() == 3 and patch.attention and not _attention_why_not(module):
         parts = inside(module, KNOWN[patch.kind])
     if parts is None:
         return type(module).forward(module, x)
@@ -57,7 +58,7 @@ def feed_forward(module: nn.Module, x: Tensor) -> Tensor:
     """`FeedForward.forward`, its norm included, without the residual."""
     patch = module.__dict__.get("_vitfast")
     parts = None
-    if not runs_stock(patch, x) and patch.mlp and not KNOWN[patch.kind].why_not(module):
+    if not runs_stock(patch, x) and x.dim() > 1 and patch.mlp and not KNOWN[patch.kind].why_not(module):
         parts = inside(module, KNOWN[patch.kind])
     if parts is None:
         return type(module).forward(module, x)
