@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from vitfast.model.plain import FORWARDS, any_global_hook, why_not_plain
+from vitfast.model.plain import FORWARDS, HOOKS, any_global_hook, patched, why_not_plain
 from vitfast.model.vit import ViT
 from vitfast.patching.engine import Patch, child
 from vitfast.patching.find import has_sharded, outside_vits, stems, unknown_blocks
@@ -111,6 +111,16 @@ def reasons_of(module: nn.Module | None, name: str, roles: tuple[str, ...], shar
     return [f"{name} {why}"] if why else []
 
 
+def _why_not_alone(attn: nn.Module) -> str | None:
+    """Why an attention with hooks runs no ops of its own, '' where it does; None where more than hooks is there."""
+    known, patch = KNOWN.get(type(attn)), attn.__dict__.get("_vitfast")
+    if known is None or known.why_not_alone is None or patch is None or not patch.attention:
+        return None
+    if not any(getattr(attn, hooks) for hooks in HOOKS) or patched(attn) or not still_calls(type(attn)):
+        return None
+    return known.why_not_alone(attn)
+
+
 def _inside(holder: nn.Module, name: str, known: Known, sharded: bool) -> list[str]:
     found = []
     for _, names, roles in known.paths:
@@ -136,6 +146,8 @@ def parts_of_block(name: str, block: nn.Module, patch: Patch, sharded: bool) -> 
         if not getattr(patch, kind):
             reasons.append(f"{kind}=False was asked for")
         found = reasons_of(holder, names[use], (kind,), sharded)
+        if found and holder is not None and (alone := _why_not_alone(holder)) is not None:
+            found = [f"{names[use]} {alone}"] if alone else []
         if not found and holder is not None:
             known = KNOWN[type(holder)]
             found = _inside(holder, names[use], known, sharded)
