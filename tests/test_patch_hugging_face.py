@@ -111,7 +111,7 @@ def test_other_numbers_are_dropped_in_half_precision(name, autocast):
 
 @pytest.mark.parametrize("name", ["ViT", "DINOv2"])
 def test_mode_that_somebody_sets_is_not_asked(name):
-    """Dropouts left on in inference, as Monte-Carlo dropout does it; the attention's own mode decides for its weights."""
+    """Dropouts left on in inference, as Monte-Carlo dropout has them; attention asks for its own mode."""
     stock, _, images = pair(name, massive=False, **DROPS)
     for on in ("attention", "dropout", "drop_path"):
         for layer in layers_of(stock.eval()):
