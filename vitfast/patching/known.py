@@ -50,9 +50,9 @@ class Known:
             its gamma, of a drop path its rate, of an attention its `Heads`, of an MLP whether fc1 gives gate and value.
         why_not: why this one module is not what an op computes, '' where it is; None: there is nothing to ask.
         forward: of a block or attention, the function that runs in place of its class's forward.
-        calls: names of functions of its module that the forward calls, whose code belongs to the digest too.
+        calls: names of functions, of its class or module, that the forward calls: their code is in the digest too.
         layers: of a class that runs many blocks, the name of the list of them; `children` are those of each.
-        alone: of an attention with a forward of its own, why that runs no ops though a block could.
+        why_not_alone: of an attention with a `forward`, why it runs no ops where its block has to call it.
         paths: `children` as they are read at each call: (use, names from the outside, roles).
         branches: of a block, the same of its 'attn' and its 'mlp', with 'drop' for 'drop1' or 'drop2' and so on.
     """
@@ -66,10 +66,10 @@ class Known:
         forward: Any = None,
         calls: tuple[str, ...] = (),
         layers: str = "",
-        alone: Callable[[Any], str] | None = None,
+        why_not_alone: Callable[[Any], str] | None = None,
     ):
         self.role, self.children, self.read, self.why_not = role, children or {}, read, why_not
-        self.forward, self.calls, self.layers, self.alone = forward, calls, layers, alone
+        self.forward, self.calls, self.layers, self.why_not_alone = forward, calls, layers, why_not_alone
         self.paths = [(use, name.split("."), USES[use]) for use, name in self.children.items()]
         self.branches = {
             part: [(use.rstrip("12"), *rest) for use, *rest in self.paths if use == part or use[-1] == number]
@@ -103,8 +103,8 @@ KNOWN: dict[type, Known] = {
     nn.ModuleList: Known("sequence"),
 }
 stands_for(nn.modules.linear.NonDynamicallyQuantizableLinear, nn.ModuleList)
-# of classes whose forward calls functions of its module: (the module's globals, name, function)
-CALLED: dict[type, list[tuple[dict, str, Callable]]] = {}
+# of classes with `Known.calls`: (what has the function: the class's own names, or its module's; name, function)
+CALLED: dict[type, list[tuple[Mapping, str, Callable]]] = {}
 # by 'module.Class': what the modules of `families` say of other libraries
 LIBRARIES: dict[str, Known] = {}
 
@@ -139,9 +139,9 @@ def digest_of(kind: type, known: Known) -> str:
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
 
-def _called(kind: Any, known: Known) -> list[tuple[dict, str, Callable]]:
-    names = inspect.unwrap(kind.forward).__globals__
-    return [(names, name, names[name]) for name in known.calls]
+def _called(kind: Any, known: Known) -> list[tuple[Mapping, str, Callable]]:
+    own, names = vars(kind), inspect.unwrap(kind.forward).__globals__
+    return [(own if name in own else names, name, (own if name in own else names)[name]) for name in known.calls]
 
 
 def still_calls(kind: type) -> bool:

@@ -142,8 +142,8 @@ def parts_of_block(name: str, block: nn.Module, patch: Patch, sharded: bool) -> 
             if "_vitfast" in holder.__dict__:
                 # its own forward runs ops, beside the hooks
                 called = [why for why in found if why.endswith("hooks")]
-                alone = known.alone(holder) if called and known.alone else ""
-                found = [why for why in found if why not in called] + ([alone] if alone else [])
+                alone = known.why_not_alone(holder) if called and known.why_not_alone else ""
+                found = [why for why in found if why not in called] + ([f"{names[use]} {alone}"] if alone else [])
             found += _inside(holder, names[use], known, sharded)
             norm_name = norm_name or f"{names[use]}.{known.children['norm']}"
         for outer in ("drop", "scale", "drop_path"):
