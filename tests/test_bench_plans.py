@@ -425,7 +425,9 @@ def ran(tree, *arguments, **more):
 
 @pytest.mark.slow
 # the others have their stages with no rows
-@pytest.mark.parametrize("name", ["tune", *(pytest.param(name, marks=pytest.mark.full) for name in ("models", "rest"))])
+@pytest.mark.parametrize(
+    "name", ["tune", *(pytest.param(name, marks=pytest.mark.full) for name in ("models", "patched", "rest"))]
+)
 def test_stage_fails_on_its_first_gpu(name, copy):
     """Every stage on a CPU: wrong arguments, a result that is not right, too many files, a second run that repeats."""
     # compiling would take most of the time

@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         add("names", nargs="*", help=what)
         add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
         add("--dtypes", nargs="+", choices=DTYPES, help="(default: bf16, on a CPU fp32)")
-        add("--batches", nargs="+", type=_positive, metavar="N", help="images (default: 64, on a CPU 8; models, patch: 1 8)")
+        add("--batches", nargs="+", type=_positive, metavar="N", help="images (default: ops 64, on a CPU 8; else 1 8)")
         add("--modes", nargs="+", choices=modes, default=list(usual))
         add("--seconds", type=float, default=2.0, help="how long to time a row (default: %(default)s)")
         add("--budget", type=float, default=3600.0, metavar="SECONDS", help="for all; then it stops")

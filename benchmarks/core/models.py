@@ -167,9 +167,10 @@ def cnn(
     if group in ("all", "compiled"):
         example = partial(torch.zeros, batch, 3, size, size, dtype=DTYPES[dtype])
         variants["timm compiled"] = Variant(lambda: setting.compiled_best(last(), example))
+    truth = truth_of(setting, (model, size), network)
     return case_of(
-        model, setting, group, (size, size), meta.num_classes, variants, truth_of(setting, (model, size), network), meta,
-        _counted(meta, setting, size), gradients=2, by_image=not setting.training,
+        model, setting, group, (size, size), meta.num_classes, variants, truth, meta, _counted(meta, setting, size),
+        gradients=2, by_image=not setting.training,
     )  # fmt: skip
 
 

@@ -28,7 +28,9 @@ KIND = "patched model"
 PARTS = ("attention", "norm", "mlp", "patch_embed")
 # besides all parts at once: each alone, or all but one
 SPLITS = ("whole", "alone", "without")
-SIZES = {"S": "vit_small_patch16_224", "B": "vit_base_patch16_224"}
+SIZES = {"Ti": "vit_tiny_patch16_224", "S": "vit_small_patch16_224", "B": "vit_base_patch16_224"}
+# the second of families that have `has_base`
+USUAL = ("S", "B")
 UNPATCHED, PATCHED = "unpatched", "patched"
 
 
@@ -89,7 +91,7 @@ class Model(NamedTuple):
 
 @functools.cache
 def found_in(model: Model) -> dict[str, dict[str, Any]]:
-    """What `vitfast.patch` says of a model: "fused" parts by kind and number, and what is "left" by kind and reasons."""
+    """What `vitfast.patch` says of a model: what is "fused", by kind and number; what is "left", by kind and why."""
     report = vitfast.patch(model.network().module)
     fused, left = dict[str, int](), dict[str, str]()
     for part in report.fused:
@@ -156,7 +158,7 @@ def listed(
             size only, for a step of eight images takes seconds.
     """
     # rows with the same truth one after the other
-    for size, mode, batch in itertools.product(sizes or SIZES, modes, batches):
+    for size, mode, batch in itertools.product(sizes or USUAL, modes, batches):
         if not sizes and size == "B" and mode == "training" and batch != min(batches):
             continue
         for family, dtype in itertools.product(names or FAMILIES, dtypes):
