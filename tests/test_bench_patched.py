@@ -66,8 +66,10 @@ def test_unpatched_is_patched_or_patched_is_not(dtype, monkeypatch):
     assert case.baseline == case.yardstick == patched.UNPATCHED
 
 
-def test_fused_parts_are_not_told():
+def test_fused_parts_are_not_told_or_those_of_no_device_are_others():
     notes = case_of().notes
+    whole = vitfast.patch(patched.Model("timm", **TINY).network().module)
+    assert notes["fused"] == Counter(part.kind for part in whole.fused)
     assert notes["fused"]["attention"] == notes["fused"]["mlp"] == TINY["depth"]
     assert notes["family"] == "timm" and notes["model"] == "ViT-Ti/16" and notes["split"] == "whole"
 

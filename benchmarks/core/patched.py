@@ -77,9 +77,10 @@ class Model(NamedTuple):
         """Libraries that have the same architecture have the same weights, and so the same truth."""
         return "patched", self.family == "vit-pytorch", self.size, *self.options.items()
 
-    def network(self) -> Network:
+    def network(self, empty: bool = False) -> Network:
+        """With random weights, or with `empty` on no device."""
         meta = self.meta()
-        weights = models.weights_of(self.key, meta)
+        weights = meta.state_dict() if empty else models.weights_of(self.key, meta)
         if self.family == "timm":
             return rivals.of_timm(SIZES[self.size], self.options, meta.config, weights)
         of = {
@@ -92,7 +93,7 @@ class Model(NamedTuple):
 @functools.cache
 def found_in(model: Model) -> dict[str, dict[str, Any]]:
     """What `vitfast.patch` says of a model: what is "fused", by kind and number; what is "left", by kind and why."""
-    report = vitfast.patch(model.network().module)
+    report = vitfast.patch(model.network(empty=True).module)
     fused, left = dict[str, int](), dict[str, str]()
     for part in report.fused:
         fused[part.kind] = fused.get(part.kind, 0) + 1
