@@ -196,6 +196,8 @@ def test_rival_that_ends_its_process_costs_the_row(a_run):
 
     def start(stage, budget_s):
         if not (pid := os.fork()):
+            # the threads of an earlier test are not in this process, and more than one would wait for them
+            torch.set_num_threads(1)
             stages.perform(run, stage, budget_s)
             os._exit(0)
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
