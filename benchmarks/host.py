@@ -270,10 +270,9 @@ def recorded_calls() -> Iterator[list[Callable[[], Any]]]:
 
 def recorded_modules(model: torch.nn.Module, images: torch.Tensor) -> list[Recorded]:
     """The outermost patched modules of a patched model, in the order in which they run. Call it within `by_op`."""
-    every = [(name, each) for name, each in model.named_modules() if "_vitfast" in each.__dict__]
-    outer = [
-        each for name, each in every if not any(name.startswith(f"{other}.") for other, _ in every if other != name)
-    ]
+    every = [each for each in model.modules() if "_vitfast" in each.__dict__]
+    inner = {id(module) for each in every for module in each.modules() if module is not each}
+    outer = [each for each in every if id(each) not in inner]
     seen: list[tuple] = []
     hooks = [
         each.register_forward_pre_hook(lambda *given: seen.append(given) or None, with_kwargs=True) for each in outer

@@ -12,7 +12,6 @@ from benchmarks.core import models, packed, patched
 from benchmarks.core import ops as op_rows
 from benchmarks.core.ceilings import PRODUCTS
 from benchmarks.core.harness import COMPILERS
-from benchmarks.core.steps import MODES
 from benchmarks.gpu.goals import goals, processor
 from benchmarks.gpu.profile import profile
 from benchmarks.gpu.rows import compilable, compiled, defaults, extension, measure_ceilings, rows
@@ -259,9 +258,9 @@ PLANS: dict[str, tuple[Stage, ...]] = {
         measured("networks of convolutions", 200, of(*models.CNNS, batches=(8, 1), dtypes=("fp32",))),
         measured("tanh GELU", 60, tanh_gelu),
         measured("growth", 900, growth),
-        *(measured(f"patched, {mode}", 700, partial(
+        *(measured(f"patched, {mode}", budget, partial(
             patched_models, mode=mode, batches=(1, 8), dtypes=("bf16", "fp32"), sizes=(),
-        )) for mode in MODES),
+        )) for mode, budget in (("inference", 500), ("training", 900))),
     ),
     "amx": (
         Stage("processor", 10, processor, always=True),
