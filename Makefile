@@ -62,14 +62,14 @@ format: $(VENV)/.test ## lay out every source as `make lint` wants it
 aot: $(VENV)/.test ## compile every kernel for four architectures with no GPU, compare with benchmarks/aot.json
 	$(BIN)/python -m benchmarks.aot --write
 
-bench: $(VENV)/.bench ## time models and ops on this CPU against timm, torch.compile, ONNX Runtime and OpenVINO
+bench: $(VENV)/.bench ## time models and ops on this CPU against timm, torch.compile, ONNX Runtime and OpenVINO; vitfast.patch
 	$(BIN)/python -m benchmarks.gpu.run cpu $(if $(RESUME),--resume) $(if $(OUT),--out $(OUT))
 
 amx: $(VENV)/.bench ## on a CPU with AMX: its kernels beside oneDNN's, ViT-S and B beside compilers, and which goals are met
 	$(BIN)/python -m benchmarks.gpu.run amx $(if $(RESUME),--resume) $(if $(OUT),--out $(OUT))
 
-gpu: ## RUN=check|tune|models|tests|profile|rest|next|all: test and time on a GPU, with the PYTHON that has torch; MINUTES=9
-	$(PYTHON) -m benchmarks.gpu.run $(or $(RUN),$(error RUN must be check, tune, models, tests, profile, rest, next or all)) \
+gpu: ## RUN=check|tune|models|patched|tests|profile|rest|next|all: test and time on a GPU, with the PYTHON that has torch; MINUTES=9
+	$(PYTHON) -m benchmarks.gpu.run $(or $(RUN),$(error RUN must be check, tune, models, patched, tests, profile, rest, next or all)) \
 		$(if $(MINUTES),--minutes $(MINUTES)) $(if $(RESUME),--resume) $(if $(OUT),--out $(OUT))
 
 report: $(VENV)/.bench ## write the tables and pictures of README and docs from benchmarks/results

@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: ops and models on this machine, or one of the larger programs by name."""
+"""`python -m benchmarks`: ops, models and patched models on this machine, or one of the larger programs by name."""
 
 from __future__ import annotations
 

@@ -1,11 +1,13 @@
 """What a call costs the host: microseconds an op on next to no numbers, and small models beside timm's, on one thread.
 
-    python -m benchmarks.host [--against FOLDER] [--crossover] [--rounds N]
+    python -m benchmarks.host [--against FOLDER] [--crossover] [--patched] [--rounds N]
 
 Ops are timed as users call them and, in rows "by op", as ops at sizes where a CPU takes stock operators.
 --against   another checkout of vitfast, its extension built in place: the same there, in turn; the table then has
             before, after, and the quotient
 --crossover ops beside stock operators from 17 to 788 tokens, from which `vitfast.ops._on_cpu` has its limits
+--patched   `vitfast.patch`: what a patched module costs beyond the ops that it calls, and milliseconds of the call
+            itself for a ViT-B
 
 Models are compared with timm's by `vitfast.measure.timing.interleaved_medians` after their logits were accepted.
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import importlib.util
 import json
 import os
 import statistics
@@ -22,12 +25,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import timm
 import torch
 
 import vitfast
+from benchmarks.core import patched
 from vitfast import ops
 from vitfast.check import acceptance
 from vitfast.choose.exportable import stock_operators
@@ -215,12 +221,124 @@ def stock_operators_of(call: Callable) -> Callable:
     return run
 
 
+class Recorded(NamedTuple):
+    """A patched module, what it was called with, and the calls of ops and products in it."""
+
+    module: torch.nn.Module
+    args: tuple
+    kwargs: dict[str, Any]
+    calls: list[Callable[[], Any]]
+
+    def run(self) -> None:
+        self.module(*self.args, **self.kwargs)
+
+    def run_ops(self) -> None:
+        """Nothing but those calls, each with the tensors of then."""
+        for call in self.calls:
+            call()
+
+
+@contextlib.contextmanager
+def recorded_calls() -> Iterator[list[Callable[[], Any]]]:
+    """Calls of ops, and of products by `nn.Linear`, that are not within one another."""
+    found: list[Callable[[], Any]] = []
+    within = [False]
+
+    def recording(function: Callable) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if within[0]:
+                return function(*args, **kwargs)
+            found.append(partial(function, *args, **kwargs))
+            within[0] = True
+            try:
+                return function(*args, **kwargs)
+            finally:
+                within[0] = False
+
+        return call
+
+    places = [*((ops, name) for name in ops.__all__), (torch.nn.functional, "linear")]
+    before = [getattr(*place) for place in places]
+    for place, function in zip(places, before, strict=True):
+        setattr(*place, recording(function))
+    try:
+        yield found
+    finally:
+        for place, function in zip(places, before, strict=True):
+            setattr(*place, function)
+
+
+def recorded_modules(model: torch.nn.Module, images: torch.Tensor) -> list[Recorded]:
+    """The outermost patched modules of a patched model, in the order in which they run. Call it within `by_op`."""
+    every = [each for each in model.modules() if "_vitfast" in each.__dict__]
+    inner = {id(module) for each in every for module in each.modules() if module is not each}
+    outer = [each for each in every if id(each) not in inner]
+    seen: list[tuple] = []
+    hooks = [
+        each.register_forward_pre_hook(lambda *given: seen.append(given) or None, with_kwargs=True) for each in outer
+    ]
+    with torch.inference_mode():
+        model(images)
+        for hook in hooks:
+            hook.remove()
+        found = []
+        for module, args, kwargs in seen:
+            with recorded_calls() as calls:
+                module(*args, **kwargs)
+            found.append(Recorded(module, args, kwargs, calls))
+    return found
+
+
+def patched_models(image_size: int | None, depth: int | None, size: str) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Those of every library that is here, not yet patched."""
+    for name, family in patched.FAMILIES.items():
+        if importlib.util.find_spec(family.package) is not None:
+            yield family.title, patched.Model(name, size, image_size, depth).network().module.eval()
+
+
+def patched_table(rounds: int) -> list[str]:
+    """Medians over rounds, of an image of 5 tokens: a patched module beside its ops alone and beside its class's."""
+    rows = [table_row(["patched module", "stock, us", "patched, us", "its ops, us", "beyond them, us"])]
+    for title, model in patched_models(32, 1, "Ti"):
+        with by_op(), torch.inference_mode():
+            if not vitfast.patch(model).fused:
+                rows.append(table_row([f"{title}: nothing is fused"]))
+                continue
+            for each in recorded_modules(model, torch.randn(1, 3, 32, 32)):
+                times: list[tuple[float, ...]] = []
+                for _ in range(rounds):
+                    vitfast.unpatch(model)
+                    stock = microseconds(each.run)
+                    vitfast.patch(model)
+                    times.append((stock, microseconds(each.run), microseconds(each.run_ops)))
+                beyond = statistics.median(ours - of_ops for _, ours, of_ops in times)
+                cells = [f"{statistics.median(found):.1f}" for found in zip(*times, strict=True)]
+                rows.append(table_row([f"{title} {type(each.module).__name__}", *cells, f"{beyond:.1f}"]))
+    return rows
+
+
+def patching_table(rounds: int) -> list[str]:
+    """Milliseconds of `vitfast.patch`; the first call of a process reads the classes' code."""
+    rows = [table_row(["vitfast.patch of a ViT-B", "first call, ms", "later, ms", "unpatch, ms"])]
+    for title, model in patched_models(None, None, "B"):
+        times: list[list[float]] = [[], []]
+        for _ in range(rounds + 1):
+            for call, found in zip((vitfast.patch, vitfast.unpatch), times, strict=True):
+                began = time.perf_counter()
+                call(model)
+                found.append((time.perf_counter() - began) * 1e3)
+        cells = [times[0][0], statistics.median(times[0][1:]), statistics.median(times[1][1:])]
+        rows.append(table_row([title, *(f"{ms:.1f}" for ms in cells)]))
+    return rows
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.host", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--against", type=Path, help="a second checkout of vitfast")
     parser.add_argument("--crossover", action="store_true", help="ops beside stock operators by size, and nothing else")
+    parser.add_argument("--patched", action="store_true", help="`vitfast.patch`, and nothing else")
     parser.add_argument("--rounds", type=int, default=15, help="of each op")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each model and mode")
     parser.add_argument("--answer", action="store_true", help=argparse.SUPPRESS)
@@ -234,6 +352,10 @@ def main(argv: list[str] | None = None) -> int:
         answer()
     elif given.crossover:
         print("\n".join(crossover_table()))
+    elif given.patched:
+        # before anything else has read the classes' code
+        print("\n".join(patching_table(given.rounds)), "\n")
+        print("\n".join(patched_table(given.rounds)))
     else:
         print("\n".join(ops_table([*([given.against.resolve()] if given.against else []), ROOT], given.rounds)), "\n")
         print("\n".join(models_table(given.seconds)))

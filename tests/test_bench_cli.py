@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as program
-from benchmarks.core import harness, models, ops
+from benchmarks.core import harness, models, ops, patched
 from vitfast.check import acceptance
 from vitfast.measure.machine import ROOT
 
@@ -47,6 +47,8 @@ def test_the_command_prints_no_table_or_runs_again_what_is_there(tmp_path, capsy
         ("ops softmax", "softmax is not among attention"),
         ("ops patch_embed --tokens 5", "197"),
         ("ops mlp --device tpu", "tpu"),
+        ("patch keras", "keras is not among timm, hugging-face, torchvision, vit-pytorch"),
+        ("patch torchvision --image-size 30", "image_size"),
         ("models no_such_model", "no_such_model"),
         ("models vit_tiny_patch16_224 --image-size 30", "image_size"),
         ("models resnet50 --autocast --dtypes fp32", "--dtypes must name bf16 or fp16, got fp32 alone"),
@@ -65,7 +67,9 @@ def test_wrong_use_of_the_command_is_not_explained(arguments, message, capsys, t
     assert status == 2 and not out and message in err and len(err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("wrong", ["", "bench", "ops --modes training", "models --dtypes fp8", "ops mlp --batches 0"])
+@pytest.mark.parametrize(
+    "wrong", ["", "bench", "ops --modes training", "models --dtypes fp8", "ops mlp --batches 0", "patch --sizes L"]
+)
 def test_unknown_word_is_taken(wrong, capsys):
     with pytest.raises(SystemExit) as exit_:
         program.main(wrong.split())
@@ -76,13 +80,14 @@ def test_help_leaves_out_an_op_or_a_program(capsys):
     for words, names in (
         (["ops", "-h"], ops.FACTORIES),
         (["models", "-h"], [models.VIT_PYTORCH]),
+        (["patch", "-h"], patched.FAMILIES),
         (["-h"], program.PROGRAMS),
     ):
         with pytest.raises(SystemExit) as exit_:
             program.main(words)
         assert exit_.value.code == 0
-        # argparse breaks lines at spaces
-        said = " ".join(capsys.readouterr().out.split())
+        # argparse breaks lines at spaces and after hyphens
+        said = "".join(capsys.readouterr().out.split())
         assert all(name in said for name in names)
 
 

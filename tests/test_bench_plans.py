@@ -196,6 +196,8 @@ def test_rival_that_ends_its_process_costs_the_row(a_run):
 
     def start(stage, budget_s):
         if not (pid := os.fork()):
+            # the threads of an earlier test are not in this process, and more than one would wait for them
+            torch.set_num_threads(1)
             stages.perform(run, stage, budget_s)
             os._exit(0)
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -425,7 +427,9 @@ def ran(tree, *arguments, **more):
 
 @pytest.mark.slow
 # the others have their stages with no rows
-@pytest.mark.parametrize("name", ["tune", *(pytest.param(name, marks=pytest.mark.full) for name in ("models", "rest"))])
+@pytest.mark.parametrize(
+    "name", ["tune", *(pytest.param(name, marks=pytest.mark.full) for name in ("models", "patched", "rest"))]
+)
 def test_stage_fails_on_its_first_gpu(name, copy):
     """Every stage on a CPU: wrong arguments, a result that is not right, too many files, a second run that repeats."""
     # compiling would take most of the time

@@ -1,4 +1,4 @@
-"""`python -m benchmarks ops` and `models`: against what else computes them, on this machine."""
+"""`python -m benchmarks ops`, `models` and `patch`: against what else computes them, on this machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.core import ceilings, harness, models, ops, record, steps
+from benchmarks.core import ceilings, harness, models, ops, patched, record, steps
 from vitfast.check.case import DTYPES
 from vitfast.measure import device as devices
 from vitfast.measure import machine
@@ -48,15 +48,20 @@ def _parser() -> argparse.ArgumentParser:
         epilog="A ratio above 1 is faster than the first variant of the row; ~ marks what is within the noise, which "
         "is the first's ratio to itself. Wrong results of vitfast's are not timed, those of rivals are marked.",
     )
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="ops|models")
-    for kind, what, modes in (("ops", ", ".join(ops.FACTORIES), ops.MODES), ("models", "timm's", steps.MODES)):
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="ops|models|patch")
+    takes = {
+        "ops": (f"{', '.join(ops.FACTORIES)}; none: the usual", ops.MODES, ops.MODES),
+        "models": (f"timm's, {models.VIT_PYTORCH}; none: the usual", steps.MODES, steps.MODES[:1]),
+        "patch": (f"whose models: {', '.join(patched.FAMILIES)}; none: all", steps.MODES, steps.MODES),
+    }
+    for kind, (what, modes, usual) in takes.items():
         found = kinds.add_parser(kind, epilog=parser.epilog)
         add = found.add_argument
-        add("names", nargs="*", help=f"{what}{'' if kind == 'ops' else ', ' + models.VIT_PYTORCH}; none: the usual")
+        add("names", nargs="*", help=what)
         add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
         add("--dtypes", nargs="+", choices=DTYPES, help="(default: bf16, on a CPU fp32)")
-        add("--batches", nargs="+", type=_positive, metavar="N", help="images (default: 64, on a CPU 8; models 1 8)")
-        add("--modes", nargs="+", choices=modes, default=list(modes if kind == "ops" else modes[:1]))
+        add("--batches", nargs="+", type=_positive, metavar="N", help="images (default: ops 64, on a CPU 8; else 1 8)")
+        add("--modes", nargs="+", choices=modes, default=list(usual))
         add("--seconds", type=float, default=2.0, help="how long to time a row (default: %(default)s)")
         add("--budget", type=float, default=3600.0, metavar="SECONDS", help="for all; then it stops")
         add("--ceilings", type=float, default=0.5, metavar="SECONDS", help="to measure each of them, 0: not")
@@ -64,8 +69,12 @@ def _parser() -> argparse.ArgumentParser:
         if kind == "ops":
             add("--tokens", nargs="+", type=_positive, metavar="N", default=[197, 257], help="tokens an image")
             add("--tiny", action="store_true", help="one tiny shape each, to see whether all runs")
+            continue
+        add("--image-size", type=_positive, metavar="PIXELS", help="another size than their own")
+        if kind == "patch":
+            add("--sizes", nargs="+", choices=patched.SIZES, help="(default: S, of timm and hugging-face B too)")
+            add("--parts", choices=patched.SPLITS, default="whole", help="add each part alone, or all without it")
         else:
-            add("--image-size", type=_positive, metavar="PIXELS", help="another size than their own")
             add("--rivals", choices=models.GROUPS, default="all", help="which (default: %(default)s)")
             add("--autocast", action="store_true", help="also fp32 weights under autocast")
     return parser
@@ -80,6 +89,13 @@ def _positive(text: str) -> int:
 def _makers(told: argparse.Namespace, device: Any) -> Iterator[harness.Maker]:
     gpu = device.type == "cuda"
     common = {"device": str(device), "dtypes": told.dtypes or ["bf16" if gpu else "fp32"], "modes": told.modes}
+    if told.kind == "patch":
+        if unknown := [name for name in told.names if name not in patched.FAMILIES]:
+            raise ValueError(f"{unknown[0]} is not among {', '.join(patched.FAMILIES)}")
+        return patched.listed(
+            told.names, batches=told.batches or [1, 8], sizes=told.sizes or (), split=told.parts,
+            image_size=told.image_size, **common,
+        )  # fmt: skip
     if told.kind == "models":
         if told.autocast and set(common["dtypes"]) == {"fp32"}:
             raise ValueError("--autocast computes in half precision: --dtypes must name bf16 or fp16, got fp32 alone")

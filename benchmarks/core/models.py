@@ -73,7 +73,7 @@ def vit(
         meta = make()
     config = meta.config
     key = (model, *make.keywords.items())
-    weights = partial(_remembered, _WEIGHTS, key, lambda: rivals.random_weights(meta.state_dict()))
+    weights = partial(weights_of, key, meta)
 
     def ours() -> Network:
         return Network(rivals.filled(make, weights()), rivals.watched(config))
@@ -115,16 +115,25 @@ def vit(
             lambda: setting.compiled_best(theirs(), example, autotuned=True), graph=False,
             apart=None if cpu else autotune_s,
         )  # fmt: skip
+    return case_of_vit(model, setting, group, variants, truth_of(setting, key, theirs), meta)
+
+
+def case_of_vit(
+    name: str, setting: Setting, group: str, variants: Mapping[str, Variant], truth: Function, meta: nn.Module
+) -> Case:
+    """meta: a `vitfast.ViT` of these sizes, on no device."""
+    config = meta.config
     shape = {
         "tokens": config.num_patches + config.num_prefix_tokens, "dim": config.dim, "depth": config.depth,
         "heads": config.heads,
     }  # fmt: skip
     count = work.model(
-        config, batch, dtype, training=setting.training, image_dtype=setting.kept_in, weight_dtype=setting.kept_in
-    )
-    return _case(
-        model, setting, group, config.image_size, config.num_classes or config.dim, variants,
-        _truth(setting, key, theirs), meta, count, gradients=3, shape=shape,
+        config, setting.batch, setting.dtype, training=setting.training, image_dtype=setting.kept_in,
+        weight_dtype=setting.kept_in,
+    )  # fmt: skip
+    return case_of(
+        name, setting, group, config.image_size, config.num_classes or config.dim, variants, truth, meta, count,
+        gradients=3, shape=shape,
     )  # fmt: skip
 
 
@@ -158,13 +167,14 @@ def cnn(
     if group in ("all", "compiled"):
         example = partial(torch.zeros, batch, 3, size, size, dtype=DTYPES[dtype])
         variants["timm compiled"] = Variant(lambda: setting.compiled_best(last(), example))
-    return _case(
-        model, setting, group, (size, size), meta.num_classes, variants, _truth(setting, (model, size), network), meta,
-        _counted(meta, setting, size), gradients=2, by_image=not setting.training,
+    truth = truth_of(setting, (model, size), network)
+    return case_of(
+        model, setting, group, (size, size), meta.num_classes, variants, truth, meta, _counted(meta, setting, size),
+        gradients=2, by_image=not setting.training,
     )  # fmt: skip
 
 
-def _case(
+def case_of(
     model: str, setting: Setting, group: str, image_size: tuple[int, int], classes: int,
     variants: Mapping[str, Variant], truth: Function, meta: nn.Module, count: Work, *, gradients: int,
     shape: Mapping[str, int] | None = None, by_image: bool = True,
@@ -233,7 +243,12 @@ def _remembered(memory: dict[tuple, Any], key: tuple, make: Callable[[], Any]) -
     return memory[key]
 
 
-def _truth(setting: Setting, key: tuple, make: Make) -> Function:
+def weights_of(key: tuple, meta: nn.Module) -> dict[str, Tensor]:
+    """Random ones for `meta`, remembered under `key`."""
+    return _remembered(_WEIGHTS, key, lambda: rivals.random_weights(meta.state_dict()))
+
+
+def truth_of(setting: Setting, key: tuple, make: Make) -> Function:
     """The results in fp64, remembered: what is judged of rows of other batches and dtypes are the same images."""
     key = (*key, setting.mode, str(setting.device))
 

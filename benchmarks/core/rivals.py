@@ -66,10 +66,11 @@ def exact(values: Tensor) -> Tensor:
 
 
 def filled(make: Callable[[], nn.Module], weights: Weights) -> nn.Module:
-    """What `make` makes, with these weights; made on no device, for initialisation takes longer than all else."""
+    """What `make` makes, with these weights, where they are; made on no device, for initialisation takes longer than
+    all else."""
     with torch.device("meta"):
         module = make()
-    module.to_empty(device="cpu").load_state_dict(weights)
+    module.to_empty(device=next(iter(weights.values())).device).load_state_dict(weights)
     return module
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from benchmarks.core import models, packed
+from benchmarks.core import models, packed, patched
 from benchmarks.core import ops as op_rows
 from benchmarks.core.ceilings import PRODUCTS
 from benchmarks.core.harness import COMPILERS
@@ -102,6 +102,19 @@ def tanh_gelu(run: Run) -> Iterator[Callable[[], Case]]:
     tokens, width, batch = (17, 32, 1) if run.tiny else (729, 768, 8)
     for dtype in ("bf16", "fp32"):
         yield partial(op_rows.mlp, batch=batch, tokens=tokens, width=width, act="gelu_tanh", dtype=dtype)
+
+
+def patched_models(
+    run: Run, mode: str, *, batches: Iterable[int] = BATCHES, dtypes: Iterable[str] = ("bf16",),
+    sizes: Iterable[str] = ("S",),
+) -> Makers:  # fmt: skip
+    """Those of every library, before and after `vitfast.patch`. sizes: as `patched.listed`."""
+    small = {}
+    if run.tiny:
+        batches, sizes, small = [2], ["S"], {"image_size": 32, "depth": 2}
+    return patched.listed(
+        device=str(run.device), dtypes=list(dtypes), batches=list(batches), modes=[mode], sizes=list(sizes), **small
+    )
 
 
 def of(*names: str, batches: Iterable[int] = BATCHES, **how: Any) -> Callable[[Run], Makers]:
@@ -198,6 +211,16 @@ PLANS: dict[str, tuple[Stage, ...]] = {
             measured("max-autotune", 10, of(BASE_AND_SMALL[0], batches=(256,), group="autotuned"), least_s=150.0),
         ),
     ),
+    "patched": (
+        EXTENSION,
+        DEFAULTS,
+        CEILINGS,
+        *ahead(
+            40,
+            *(measured(f"patched, {mode}", budget, partial(patched_models, mode=mode))
+              for mode, budget in (("inference", 60), ("training", 75))),
+        ),
+    ),
     "tests": (
         EXTENSION,
         DEFAULTS,
@@ -235,6 +258,9 @@ PLANS: dict[str, tuple[Stage, ...]] = {
         measured("networks of convolutions", 200, of(*models.CNNS, batches=(8, 1), dtypes=("fp32",))),
         measured("tanh GELU", 60, tanh_gelu),
         measured("growth", 900, growth),
+        *(measured(f"patched, {mode}", budget, partial(
+            patched_models, mode=mode, batches=(1, 8), dtypes=("bf16", "fp32"), sizes=(),
+        )) for mode, budget in (("inference", 500), ("training", 900))),
     ),
     "amx": (
         Stage("processor", 10, processor, always=True),
@@ -248,8 +274,10 @@ PLANS: dict[str, tuple[Stage, ...]] = {
     ),
 }  # fmt: skip
 # what `next` does, in this order
-ORDER = ("check", "tune", "models", "tests", "profile", "rest")
+ORDER = ("check", "tune", "models", "patched", "tests", "profile", "rest")
 # of a call: for one plan, with what it takes to start python and to write the last files
-LIMITS_S = {**dict.fromkeys(ORDER, 540.0), "check": 300.0, "profile": 180.0, "cpu": 4700.0, "amx": 1950.0}
+LIMITS_S = {
+    **dict.fromkeys(ORDER, 540.0), "check": 300.0, "patched": 270.0, "profile": 180.0, "cpu": 5600.0, "amx": 1950.0,
+}  # fmt: skip
 # of a CPU; all others are of a GPU
 ON_CPU = ("cpu", "amx")

@@ -211,7 +211,7 @@ def compiles(name: str, variant: Variant) -> bool:
 
 def gib(case: Case) -> float:
     """About what a call needs, of activations: in training those of all blocks are kept."""
-    if case.kind != "model" or "tokens" not in case.shape:
+    if case.kind == "op" or "tokens" not in case.shape:
         return 0.0
     # an eager block keeps 17 times its input for its backward
     kept = 17 * case.shape["depth"] if case.mode == "training" else 20

@@ -1,10 +1,11 @@
-"""Run a plan of benchmarks: check, tune, models, tests, profile and rest for a GPU, cpu and amx for a CPU.
+"""Run a plan of benchmarks: check, tune, models, patched, tests, profile and rest for a GPU, cpu and amx for a CPU.
 
     python -m benchmarks.gpu.run PLAN|next|all [--out FOLDER] [--minutes M] [--resume] [--device DEVICE] [--tiny]
 
 check    the extension, a test of each kernel and each kind of model, also under compute-sanitizer, ceilings
 tune     every configuration of every kernel beside stock operators, and from it the built-in tables
 models   ViT-B, S, then others: ours, timm's, Hugging Face's and torchvision's, compiled and not, inference and training
+patched  other libraries' ViT-S as they are and after vitfast.patch, inference and training
 tests    all tests that need a GPU
 profile  what the hardware counts in three kernels, by ncu
 rest     ops and further models, for the tables of the report
@@ -21,10 +22,10 @@ row in the making, so that the process after one that was lost, hung or died lea
 compiling is compiled by many processes that share a list of tasks, before one that compiles nothing takes times. Going
 on is nothing but running the same plan again: stages, rows and tests that are in the record are left out.
 
-Each plan of a GPU is over in nine minutes, check in five, on sixteen cores. Needs nothing but this source tree and a
-python with torch, triton, timm, transformers, pytest and xdist: no network, nothing installed. What one stage leaves of
-its budget goes to the next ones, one that fails or overruns costs those after it nothing, what does not fit is listed
-as skipped.
+Each plan of a GPU is over in nine minutes, check and patched in five, on sixteen cores. Needs nothing but this source
+tree and a python with torch, triton, timm, transformers, pytest and xdist: no network, nothing installed; rows of a
+library that is not there are listed as skipped. What one stage leaves of its budget goes to the next ones, one that
+fails or overruns costs those after it nothing, what does not fit is listed as skipped.
 `next`, `all` and --resume go on with what is in benchmarks/state, so on another machine put files of an earlier call
 there; what is not gone on with gets the suffix .before. --tiny runs every stage on small sizes, on any device; its
 records have names of their own, and a copy only where --out says so.

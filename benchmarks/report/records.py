@@ -39,6 +39,6 @@ def _what(data: Mapping[str, Any]) -> str:
         variants = sum(len(row["variants"]) for row in rows.values())
         parts.append(f"{len(rows):,} calls of ops, {variants:,} ways to run them in all")
     elif rows:
-        kinds = {kind: sum(row["kind"] == kind for row in rows) for kind in ("model", "op")}
+        kinds = {kind: sum(row["kind"] == kind for row in rows) for kind in ("model", "patched model", "op")}
         parts.append(" and ".join(f"{count} rows of {kind}s" for kind, count in kinds.items() if count))
     return "; ".join(parts)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.core import record
+from benchmarks.core import patched, record
 from vitfast.timm_names.variants import VARIANTS
 
 CNNS = ("resnet", "mobilenet", "efficientnet", "convnext", "regnet")
@@ -140,6 +140,18 @@ def _model(row: Row) -> str:
 
 def of_kind(kind: str, device: Device) -> list[Row]:
     return [row for row in device.rows if row["kind"] == kind]
+
+
+def patched_models(device: Device) -> list[Row]:
+    """Rows of other libraries' models and `vitfast.patch`, by library in the order of the record; those of the whole
+    patch, not of its parts."""
+    rows = [row for row in of_kind(patched.KIND, device) if row["notes"]["split"] == patched.SPLITS[0]]
+    families = list(dict.fromkeys(row["notes"]["family"] for row in rows))
+    return sorted(
+        rows,
+        key=lambda row: (families.index(row["notes"]["family"]), row["shape"]["dim"], row["mode"], row["batch"],
+                         row["dtype"]),
+    )  # fmt: skip
 
 
 def models(device: Device, mode: str | None = None, main_dtype: bool = False) -> list[Row]:

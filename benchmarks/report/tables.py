@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
+from benchmarks.core.patched import PATCHED, UNPATCHED
 from benchmarks.report import rows as of
 from benchmarks.report.rows import Device, Row, images_per_s, number, ours, rival, timed
 
@@ -21,6 +22,12 @@ COARSE = (
     "comparison: in no ratio to the fastest other do they count."
 )
 PRODUCT = "Product alone: the time of `F.linear` without anything around it as a share of vitfast's."
+
+BOTH = (
+    "Other libraries' models as they are and after `vitfast.patch`, in turns in one process, ms of a call; training is "
+    "forward, loss and backward. Ratio: unpatched by patched, pair by pair, ≈ within noise, which is what unpatched "
+    "is to itself; of both the quartiles."
+)
 
 Line = Mapping[str, object]
 
@@ -165,6 +172,30 @@ def of_ops(rows: Callable[[Device], list[Row]], device: Device) -> str | None:
     return captioned(device, found, table(lines), f"{RATIOS.capitalize()} {ROOFLINE}{more}")
 
 
+def patched(device: Device) -> str | None:
+    """A line for each of other libraries' models before and after `vitfast.patch`."""
+    rows, lines = of.patched_models(device), []
+    for row in rows:
+        notes, found = row["notes"], row["variants"].get(PATCHED, {})
+        # of a model in which nothing is fused no time says anything
+        shown = bool(notes["fused"]) and timed(found) and found.get("ratio") is not None
+        left = "; ".join(f"{kind}: {why}" for kind, why in notes["left"].items()).replace("|", "/").replace("<", "&lt;")
+        note = f" ⟦left: {left}⟧" if left else ""
+        lines.append({
+            "family": notes["family"], "model": notes["model"], "mode": row["mode"], "batch": row["batch"],
+            "dtype": row["dtype"], "fused": (", ".join(notes["fused"]) or "nothing") + note,
+            "unpatched ms": time(row, UNPATCHED), "patched ms": time(row, PATCHED, False) if notes["fused"] else None,
+            "ratio": of.ratio_text(found) if shown else None,
+            "ratio's quartiles": quartiles(found["ratio_25"], found["ratio_75"]) if shown else None,
+            "noise": quartiles(row["noise_25"], row["noise_75"]) if row.get("noise_25") is not None else None,
+        })  # fmt: skip
+    return captioned(device, rows, table(lines), BOTH)
+
+
+def quartiles(low: float, high: float) -> str:
+    return f"{low:.2f} to {high:.2f}"
+
+
 def flops(device: Device) -> str | None:
     """The fastest of ours and of the others for each model, at its largest batch, beside what a model computes."""
     rows, lines = [row for row in of.largest_models(device) if ours(row) or rival(row)], []
@@ -206,7 +237,7 @@ def _by_variant(rows: Callable[[Device], list[Row]], *how: Any) -> Callable[[Dev
 
 TABLES = {
     "summary": summary, "ops": partial(of_ops, of.base_ops), "all ops": partial(of_ops, partial(of.of_kind, "op")),
-    "flops": flops, "ceilings": ceilings,
+    "flops": flops, "ceilings": ceilings, "patched": patched,
     "host": _by_variant(
         lambda device: [row for row in of.models(device) if is_replayed(row) and ours(row)], called,
         "Milliseconds of a call from Python without a graph, by the host's clock.",

@@ -77,7 +77,7 @@ class Case:
         work: the least work, for the percent of the ceilings.
     """
 
-    kind: Literal["op", "model"]
+    kind: Literal["op", "model", "patched model"]
     name: str
     mode: Literal["forward", "forward+backward", "inference", "training"]
     shape: Mapping[str, int]

@@ -186,7 +186,7 @@ class _Run:
     def time(self) -> None:
         case, place = self.case, self.place
         others = OtherProcesses() if case.device.type == "cpu" else None
-        if case.mode in ("training", "forward+backward") or isinstance(place, devices.Cpu) and case.kind == "model":
+        if case.mode in ("training", "forward+backward") or isinstance(place, devices.Cpu) and case.kind != "op":
             # what brings graphs of its own has its memory in their pool, whose peak is past
             for name in [name for name in self.calls if case.variants[name].graph]:
                 try:

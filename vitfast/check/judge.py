@@ -110,7 +110,7 @@ class Judge:
 def sets_to_judge(case: Case, inputs: Tensors) -> int:
     """How many sets like `inputs` it takes to see `check_images` images of a whole model's inference."""
     by_image = all(case.per_image) and all(t.dim() > 0 and len(t) == case.batch for t in inputs)
-    return -(-case.check_images // case.batch) if case.kind == "model" and by_image else 1
+    return -(-case.check_images // case.batch) if case.kind != "op" and by_image else 1
 
 
 def _tensors(results: Any) -> list[Tensor]:
