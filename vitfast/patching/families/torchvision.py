@@ -11,19 +11,22 @@ from vitfast.patching.engine import Heads, attention_branch, mlp_branch, runs_st
 from vitfast.patching.known import KNOWN, LIBRARIES, Known
 
 
-def block(module: nn.Module, x: Tensor) -> Tensor:
+def block(module: nn.Module, input: Tensor) -> Tensor:
     """`torchvision.models.vision_transformer.EncoderBlock.forward`."""
     patch = module.__dict__.get("_vitfast")
-    if runs_stock(patch, x):
-        return type(module).forward(module, x)
+    # it says itself what is wrong of other shapes
+    if runs_stock(patch, input) or input.dim() != 3:
+        return type(module).forward(module, input)
     x = attention_branch(
-        module, patch, x, lambda attn, normed: attn(normed, normed, normed, need_weights=False)[0]
+        module, patch, input, lambda attn, normed: attn(normed, normed, normed, need_weights=False)[0]
     )  # fmt: skip
     return mlp_branch(module, patch, x)
 
 
 def _heads(attn: Any) -> Heads:
-    return Heads(attn.num_heads, attn.head_dim, attn.head_dim**-0.5, attn.dropout if attn.training else 0.0)
+    # not its `head_dim`, which stays what it was where somebody changes the number of heads
+    head_dim = attn.embed_dim // attn.num_heads
+    return Heads(attn.num_heads, head_dim, head_dim**-0.5, attn.dropout if attn.training else 0.0)
 
 
 def _other_than_built(attn: Any) -> str:
