@@ -14,8 +14,10 @@ from vitfast import ops
 from vitfast.model.layers import parameters_of
 from vitfast.patching.engine import (
     Heads,
+    Patch,
     absorbable,
     attention_branch,
+    child,
     heads_of,
     hidden_of,
     inside,
@@ -27,17 +29,35 @@ from vitfast.patching.known import KNOWN, LIBRARIES, Known
 
 
 def transformer(module: nn.Module, x: Tensor) -> Tensor:
-    """`Transformer.forward`: all blocks, then the norm where there is one."""
+    """`Transformer.forward` of those with a norm after the blocks."""
     patch = module.__dict__.get("_vitfast")
-    layers: Any = module._modules["layers"]
-    # what is no batch of tokens is theirs to refuse
-    if runs_stock(patch, x) or x.dim() != 3 or any(len(layer) != 2 for layer in layers):
+    if runs_stock(patch, x) or x.dim() != 3 or not _as_built(module):
         return type(module).forward(module, x)
+    return run_norm(child(module, ["norm"]), _run(module, patch, x), patch)
+
+
+def transformer_without_norm(module: nn.Module, x: Tensor) -> Tensor:
+    """`Transformer.forward` of those that return what the last block gives, whatever else somebody put there."""
+    patch = module.__dict__.get("_vitfast")
+    if runs_stock(patch, x) or x.dim() != 3 or not _as_built(module):
+        return type(module).forward(module, x)
+    return _run(module, patch, x)
+
+
+def _as_built(module: nn.Module) -> bool:
+    """Whether each layer is a list of two: with other ones the loop is the library's."""
+    layers = child(module, ["layers"])
+    return type(layers) is nn.ModuleList and all(
+        type(layer) is nn.ModuleList and [*layer._modules] == ["0", "1"] for layer in layers
+    )
+
+
+def _run(module: nn.Module, patch: Patch, x: Tensor) -> Tensor:
+    layers: Any = module._modules["layers"]
     for layer in layers:
         x = attention_branch(layer, patch, x, lambda attn, tokens: attn(tokens))
         x = mlp_branch(layer, patch, x)
-    norm = module._modules.get("norm")
-    return x if norm is None else run_norm(norm, x, patch)
+    return x
 
 
 def attention(module: nn.Module, x: Tensor) -> Tensor:
@@ -76,7 +96,7 @@ def _heads(attn: Any) -> Heads:
 
 
 def _attention_why_not(attn: Any) -> str:
-    to_out = attn._modules["to_out"]
+    to_out: Any = child(attn, ["to_out"])
     if type(to_out) is nn.Identity:
         return "has no projection after its one head"
     longer = type(to_out) is nn.Sequential and len(to_out) != 2
@@ -84,14 +104,21 @@ def _attention_why_not(attn: Any) -> str:
 
 
 def _net_of(length: int) -> Any:
-    return lambda mlp: "" if len(mlp.net) == length else f"has {len(mlp.net)} modules in net, not {length}"
+    def why_not(mlp: Any) -> str:
+        net: Any = child(mlp, ["net"])
+        # what else there is instead is told of itself
+        longer = type(net) is nn.Sequential and len(net) != length
+        return f"has {len(net)} modules in net, not {length}" if longer else ""
+
+    return why_not
 
 
 _QKV = {"norm": "norm", "qkv": "to_qkv", "softmax": "attend"}
 _NET = {"sequence": "net", "norm": "net.0", "fc1": "net.1", "act": "net.2"}
-_LAYERS = Known("block", {"attn": "0", "mlp": "1"}, forward=transformer, layers="layers")
+_LAYERS = {"attn": "0", "mlp": "1"}
+_WITH_NORM = {"Transformer": Known("block", _LAYERS, forward=transformer, layers="layers")}
+_WITHOUT_NORM = {"Transformer": Known("block", _LAYERS, forward=transformer_without_norm, layers="layers")}
 _OF_VIT = {
-    "Transformer": _LAYERS,
     "Attention": Known(
         "attention",
         {**_QKV, "attn_drop": "dropout", "sequence": "to_out", "proj": "to_out.0", "proj_drop": "to_out.1"},
@@ -103,16 +130,16 @@ _OF_VIT = {
     ),
 }  # fmt: skip
 _OF_SIMPLE_VIT = {
-    "Transformer": _LAYERS,
     "Attention": Known("attention", {**_QKV, "proj": "to_out"}, _heads, _attention_why_not, forward=attention),
     "FeedForward": Known("mlp", {**_NET, "fc2": "net.3"}, why_not=_net_of(4), forward=feed_forward),
 }
 for _modules, _classes in (
-    (("vit", "vit_1d", "vit_3d", "vit_with_patch_dropout"), _OF_VIT),
+    (("vit",), _OF_VIT | _WITH_NORM),
+    (("vit_1d", "vit_3d", "vit_with_patch_dropout"), _OF_VIT | _WITHOUT_NORM),
     (
         ("simple_vit", "simple_vit_1d", "simple_vit_3d", "simple_vit_with_fft", "simple_vit_with_patch_dropout",
          "simple_vit_with_register_tokens"),
-        _OF_SIMPLE_VIT,
+        _OF_SIMPLE_VIT | _WITH_NORM,
     ),
 ):  # fmt: skip
     for _module in _modules:
