@@ -38,7 +38,9 @@ def unknown_blocks(model: nn.Module) -> list[tuple[str, str]]:
         # what another process has patched may be unknown here
         if patch is not None and patch.kind in KNOWN:
             inside_patched |= {id(inner) for inner in module.modules()}
-        elif class_of(module) in KNOWN and KNOWN[class_of(module)].role not in ("block", "sequence"):
+        elif (
+            class_of(module) in KNOWN and KNOWN[class_of(module)].role != "block" and type(module) is not nn.ModuleList
+        ):
             continue
         elif (attention := _attention_in(module)) is not None:
             # a list of an attention and an MLP has no forward that could be known

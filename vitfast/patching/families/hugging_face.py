@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -120,6 +121,9 @@ def _why_not_alone(attn: Any) -> str:
 
 def _is_sdpa(function: Any) -> bool:
     """Whether it is transformers' own, and nothing that wraps it."""
+    if torch.compiler.is_compiling():
+        # Dynamo knows no `__module__` of a function
+        return function is sys.modules["transformers.integrations.sdpa_attention"].sdpa_attention_forward
     at = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
     own = at == ("transformers.integrations.sdpa_attention", "sdpa_attention_forward")
     return own and not hasattr(function, "__wrapped__")
