@@ -61,6 +61,8 @@ def ops_whatever_the_size(request, monkeypatch):
     """
     if request.node.get_closest_marker("as_users") is None:
         monkeypatch.setattr(_on_cpu, "HOST_BOUND", 0)
+        monkeypatch.setattr(_on_cpu, "TRAINING_BOUND", 0)
+        monkeypatch.setattr(_on_cpu, "WEIGHTS_IN_HALF", False)
         monkeypatch.setattr(_on_cpu, "LIMITS", dict.fromkeys(_on_cpu.LIMITS, 0))
 
 

@@ -24,6 +24,12 @@ LIMITS = {
     "rms_norm": 1 << 17,
     "linear": 1 << 16,
 }
+# Whether attention that a library computes without SDPA stays as it is in training in half precision: SDPA's backward,
+# which is the op's, takes longer there than products and a softmax (`python -m benchmarks patch vit-pytorch`).
+WEIGHTS_IN_HALF = True
+# Numbers in the input of a block of another library up to which it runs its own forward in training: there ops are
+# level with stock operators, or up to 4 % slower (`python -m benchmarks patch --batches 1 --modes training`).
+TRAINING_BOUND = 1 << 18
 # Numbers in the input of a block or a model up to which its modules run as they are: there is less to do than to ask.
 HOST_BOUND = 1 << 14
 

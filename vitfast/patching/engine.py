@@ -16,6 +16,7 @@ from vitfast import ops, reference
 from vitfast.choose.exportable import inside_export, stock_only
 from vitfast.model.layers import added, dropping, eps_of, norm_args, norm_kind, parameters_of
 from vitfast.model.plain import FORWARDS, PLAIN_TENSORS, any_global_hook, does_what_its_class_says
+from vitfast.ops import _on_cpu
 from vitfast.ops._check import FLOATS, autocast_dtype
 from vitfast.ops._on_cpu import host_bound
 from vitfast.patching.known import ABSENT, KNOWN, Known, learn, still_calls
@@ -49,12 +50,16 @@ def restored(*fields: Any) -> Patch:
 
 
 class Heads(NamedTuple):
-    """What an attention module says of its heads. dropout_p: the rate at which weights are dropped now."""
+    """What an attention module says of its heads.
+
+    dropout_p: the rate at which weights are dropped now. makes_weights: whether its own forward does, not SDPA.
+    """
 
     num_heads: int
     head_dim: int
     scale: float
     dropout_p: float
+    makes_weights: bool
 
 
 def runs_stock(patch: Patch | None, x: Any) -> bool:
@@ -63,6 +68,8 @@ def runs_stock(patch: Patch | None, x: Any) -> bool:
         return True
     # tracers and tensors of other kinds know nothing of ops
     if type(x) not in (Tensor, Parameter) or x.dtype not in FLOATS or host_bound(x):
+        return True
+    if x.requires_grad and x.is_cpu and x.numel() <= _on_cpu.TRAINING_BOUND and not torch.compiler.is_compiling():
         return True
     return inside_export() or stock_only()
 
@@ -145,6 +152,26 @@ def heads_of(
         return ops.attention_qkv(qkv, **how)
     q, k, v = qkv.unbind(2)
     return ops.attention(run_norm(parts["q_norm"], q, patch), run_norm(parts["k_norm"], k, patch), v, **how)
+
+
+NOTES_ON_CPU = (
+    f"on cpu, in training, blocks of other libraries of up to {_on_cpu.TRAINING_BOUND:,} numbers run as they are: ops "
+    "are no faster",
+    "on cpu, in training in bf16 and fp16, attention without SDPA, if a library has that, runs as it is: ops are slower",
+)
+
+
+def faster_as_it_is(attn: nn.Module, x: Tensor) -> bool:
+    """Whether the attention module is faster than ops (`NOTES_ON_CPU`), by which a step takes 1.2 to 1.3 times as long."""
+    if (
+        not x.is_cpu
+        or not torch.is_grad_enabled()
+        or not _on_cpu.WEIGHTS_IN_HALF
+        or not KNOWN[type(attn)].read(attn).makes_weights
+    ):
+        return False
+    half = (autocast_dtype(x) or x.dtype) in (torch.bfloat16, torch.float16)
+    return half and (x.requires_grad or any(parameter.requires_grad for parameter in attn.parameters()))
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -299,7 +326,7 @@ def attention_branch(
         absorbs: whether this call wants no more of it than ops give.
     """
     norm, attn, parts, tail, prologue = branch_of(block, patch, "attn")
-    if parts is None or not absorbs:
+    if parts is None or not absorbs or faster_as_it_is(attn, x):
         norm = None if parts is not None and "norm" in parts else norm
         return x + tail.run(call(attn, x if norm is None else run_norm(norm, x, patch)))
     out = heads_of(attn, norm, x, parts, patch, prologue)

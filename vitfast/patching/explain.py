@@ -13,6 +13,7 @@ from vitfast.model.vit import ViT
 from vitfast.ops import _on_cpu
 from vitfast.ops._register import implementations
 from vitfast.patching import stem
+from vitfast.patching.engine import NOTES_ON_CPU
 from vitfast.patching.report import report_of
 
 
@@ -58,7 +59,7 @@ def explain(model: nn.Module) -> Explanation:
     """
     vits = [(name, m) for name, m in model.named_modules() if isinstance(m, ViT)]
     rows = _patched_rows(model)
-    stems = any(row.path == "op patch_embed" for row in rows)
+    of_libraries, stems = bool(rows), any(row.path == "op patch_embed" for row in rows)
     if not vits and not rows:
         raise TypeError(
             "explain: model must be or contain a vitfast.ViT, or one that vitfast.patch was called on, "
@@ -88,6 +89,7 @@ def explain(model: nn.Module) -> Explanation:
     if device.type == "cpu":
         notes += (
             [stem.ON_CPU] * stems
+            + [*NOTES_ON_CPU] * of_libraries
             + _on_cpu.notes()
             + [f"measured on this CPU: {line}" for line in cpu_kernels.measured()]
         )

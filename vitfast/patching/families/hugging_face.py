@@ -21,7 +21,7 @@ from vitfast.patching.known import KNOWN, LIBRARIES, Known
 # what layers hand on to attentions and neither SDPA nor eager attention looks at
 UNREAD = ("output_hidden_states", "num_items_in_batch")
 # what transformers takes out of the keywords, and warns of, where it checkpoints
-CACHES = ("use_cache", "past_key_values", "layer_past")
+CACHES = ("use_cache", "past_key_values", "cache", "layer_past")
 
 
 def vit_layer(module: nn.Module, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Tensor:
@@ -98,7 +98,8 @@ def _reads_none_of(kwargs: Mapping[str, Any]) -> bool:
 
 def _heads(attn: Any) -> Heads:
     num_heads = attn._modules["q_proj"].out_features // attn.head_dim
-    return Heads(num_heads, attn.head_dim, attn.scaling, attn.attention_dropout if attn.training else 0.0)
+    rate = attn.attention_dropout if attn.training else 0.0
+    return Heads(num_heads, attn.head_dim, attn.scaling, rate, attn.config._attn_implementation == "eager")
 
 
 def _why_not(attn: Any) -> str:

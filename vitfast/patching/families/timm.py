@@ -28,7 +28,7 @@ def _heads(attn: Any) -> Heads:
     # where timm makes the weights it multiplies by `scale` and calls the dropout; else SDPA's own scale, and the rate
     scale = attn.head_dim**-0.5 if fused else attn.scale
     rate = getattr(drop, "p", 0.0) if (attn if fused else drop).training else 0.0
-    return Heads(attn.num_heads, attn.head_dim, scale, rate)
+    return Heads(attn.num_heads, attn.head_dim, scale, rate, not fused)
 
 
 def _slow_norm(norm: Any) -> str:

@@ -26,7 +26,7 @@ def block(module: nn.Module, input: Tensor) -> Tensor:
 def _heads(attn: Any) -> Heads:
     # not its `head_dim`, which stays what it was where somebody changes the number of heads
     head_dim = attn.embed_dim // attn.num_heads
-    return Heads(attn.num_heads, head_dim, head_dim**-0.5, attn.dropout if attn.training else 0.0)
+    return Heads(attn.num_heads, head_dim, head_dim**-0.5, attn.dropout if attn.training else 0.0, False)
 
 
 def _other_than_built(attn: Any) -> str:

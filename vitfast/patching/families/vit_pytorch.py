@@ -18,6 +18,7 @@ from vitfast.patching.engine import (
     absorbable,
     attention_branch,
     child,
+    faster_as_it_is,
     heads_of,
     hidden_of,
     inside,
@@ -66,7 +67,7 @@ def attention(module: nn.Module, x: Tensor) -> Tensor:
     parts = None
     if not runs_stock(patch, x) and x.dim() == 3 and patch.attention and not _attention_why_not(module):
         parts = inside(module, KNOWN[patch.kind])
-    if parts is None:
+    if parts is None or faster_as_it_is(module, x):
         return type(module).forward(module, x)
     norm = parts["norm"]
     out = heads_of(module, norm, x, parts, patch, patch.norm and absorbable(norm, ("norm",)))
@@ -92,7 +93,8 @@ def feed_forward(module: nn.Module, x: Tensor) -> Tensor:
 def _heads(attn: Any) -> Heads:
     head_dim = attn.to_qkv.weight.shape[0] // (3 * attn.heads)
     drop = attn._modules.get("dropout")
-    return Heads(attn.heads, head_dim, attn.scale, drop.p if type(drop) is nn.Dropout and drop.training else 0.0)
+    rate = drop.p if type(drop) is nn.Dropout and drop.training else 0.0
+    return Heads(attn.heads, head_dim, attn.scale, rate, True)
 
 
 def _attention_why_not(attn: Any) -> str:
