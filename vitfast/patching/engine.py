@@ -157,12 +157,12 @@ def heads_of(
 NOTES_ON_CPU = (
     f"on cpu, in training, blocks of other libraries of up to {_on_cpu.TRAINING_BOUND:,} numbers run as they are: ops "
     "are no faster",
-    "on cpu, in training in bf16 and fp16, attention without SDPA, if a library has that, runs as it is: ops are slower",
+    "on cpu, in training in bf16 and fp16, attention without SDPA, where a library has it, is faster and runs as it is",
 )
 
 
 def faster_as_it_is(attn: nn.Module, x: Tensor) -> bool:
-    """Whether the attention module is faster than ops (`NOTES_ON_CPU`), by which a step takes 1.2 to 1.3 times as long."""
+    """Whether the attention module is faster than ops (`NOTES_ON_CPU`): a step by them takes 1.2 to 1.3 times as long."""
     if (
         not x.is_cpu
         or not torch.is_grad_enabled()
