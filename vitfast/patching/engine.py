@@ -161,17 +161,19 @@ NOTES_ON_CPU = (
 )
 
 
-def faster_as_it_is(attn: nn.Module, x: Tensor) -> bool:
-    """Whether the attention module is faster than ops (`NOTES_ON_CPU`): a step by them takes 1.2 to 1.3 times as long."""
-    if (
-        not x.is_cpu
-        or not torch.is_grad_enabled()
-        or not _on_cpu.WEIGHTS_IN_HALF
-        or not KNOWN[type(attn)].read(attn).makes_weights
-    ):
+def trains_in_half(x: Tensor) -> bool:
+    """Whether a backward in half precision on a CPU may follow (`NOTES_ON_CPU`).
+
+    There a step takes 1.2 to 1.3 times as long by ops as by products and a softmax.
+    """
+    if not (_on_cpu.WEIGHTS_IN_HALF and x.is_cpu and x.requires_grad and torch.is_grad_enabled()):
         return False
-    half = (autocast_dtype(x) or x.dtype) in (torch.bfloat16, torch.float16)
-    return half and (x.requires_grad or any(parameter.requires_grad for parameter in attn.parameters()))
+    return (autocast_dtype(x) or x.dtype) in (torch.bfloat16, torch.float16)
+
+
+def faster_as_it_is(attn: nn.Module, x: Tensor) -> bool:
+    """Whether this attention is such products and a softmax, and trains so."""
+    return trains_in_half(x) and KNOWN[type(attn)].read(attn).makes_weights
 
 
 def is_norm(module: nn.Module) -> bool:
