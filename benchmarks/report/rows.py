@@ -29,7 +29,7 @@ class Device:
     Attributes:
         rows: of each key the newest with times. Beyond what a record has: "run", which measured it; "dtype" says how
             products were computed too; those of models have "model" without the group of rivals, with its image size.
-        ceilings: the newest, with "run", "date" and "commit"; {} where none did.
+        ceilings: the newest but of runs of patched models alone, with "run", "date" and "commit"; {} where none did.
     """
 
     name: str
@@ -66,7 +66,9 @@ def load(folder: Path) -> list[Device]:
 def _device(name: str, gpu: bool, files: dict[Path, Row]) -> Device:
     records = {file: data for file, data in files.items() if "schema" in data}
     in_order = sorted(records.values(), key=lambda data: data["run"]["date"])
-    ceilings = [data["ceilings"] | _stamp(data["run"]) for data in in_order if data["ceilings"]]
+    # beside what is shown under them: those of a run of patched models alone are of another hour of the clock
+    shown = [data for data in in_order if {row["kind"] for row in data["rows"]} != {patched.KIND}]
+    ceilings = [data["ceilings"] | _stamp(data["run"]) for data in shown or in_order if data["ceilings"]]
     runs = sorted((run for data in in_order for run in (*data["earlier"], data["run"])), key=lambda run: run["date"])
     rows = []
     for row in fair(record.merge(records)["rows"] if records else []):
