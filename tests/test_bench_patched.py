@@ -220,6 +220,21 @@ def lines_of(folder, *rows, table="patched"):
     return text, [line for line in (text or "").splitlines() if line.startswith("|")][2:]
 
 
+def test_ceilings_of_a_run_of_patched_models_stand_beside_other_rows(tmp_path):
+    """Models then seem to pass the ceiling of an hour in which the clock was lower."""
+    cpu = lambda date: fake_record.run("Some CPU", gpu=False) | {"date": date}  # noqa: E731
+    ours, theirs = fake_record.ceilings(), fake_record.ceilings()
+    theirs["copy"]["gbps"] = 1.0
+    model = a_row() | {"kind": "op"}
+    fake_record.write(tmp_path / "ops.json", [model], cpu("2026-01-01T00:00:00"), ours)
+    fake_record.write(tmp_path / "patched.json", [a_row()], cpu("2026-01-02T00:00:00"), theirs)
+    (device,) = report_rows.load(tmp_path)
+    assert device.ceilings["copy"] == ours["copy"]
+    (tmp_path / "ops.json").unlink()
+    (device,) = report_rows.load(tmp_path)
+    assert device.ceilings["copy"] == theirs["copy"]
+
+
 def test_line_hides_what_is_fused_a_time_or_the_noise(tmp_path):
     text, (line,) = lines_of(tmp_path, a_row())
     cells = [cell.strip() for cell in line.strip("|").split("|")]
