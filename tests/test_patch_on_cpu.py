@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from test_create import ops_called
+from torch.utils.checkpoint import checkpoint
 from vit_pytorch import ViT
 
 import vitfast
@@ -27,8 +28,8 @@ def test_small_batch_trains_by_ops_or_infers_without(make, monkeypatch):
     vitfast.patch(model).require("attention", "norm", "mlp")
     blocks = lambda: {op for op in ops_called(lambda: model(images))[1] if "patch_embed" not in op}  # noqa: E731
     assert blocks() == set()
-    with torch.no_grad():
-        assert blocks()
+    assert model.eval() and blocks()
+    model.train()
     monkeypatch.setattr(_on_cpu, "TRAINING_BOUND", images.shape[0] * 17 * 192 - 1)
     assert blocks()
     notes = str(vitfast.explain(model))
@@ -44,11 +45,23 @@ def test_attention_that_makes_its_weights_is_trained_by_ops_in_half(make, fused,
     vitfast.patch(model)
     attends = lambda: any("attention" in op for op in ops_called(lambda: model(images))[1])  # noqa: E731
     assert attends() is fused
-    with torch.no_grad():
-        assert attends()
+    assert model.eval() and attends()
+    model.train()
     model.float()
     images = images.float()
     assert attends()
+
+
+def test_pass_of_a_checkpoint_is_by_ops_and_the_other_is_not():
+    """Reentrant checkpoints run without gradients first: a block inside then sees tokens that want none."""
+    model, images = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2), torch.randn(16, 3, 64, 64)
+    vitfast.patch(model)
+
+    def step():
+        tokens = model.patch_embed(images)
+        checkpoint(model.blocks, tokens, use_reentrant=True).sum().backward()
+
+    assert not any("patch_embed" not in op for op in ops_called(step)[1])
 
 
 def unfused(model):

@@ -62,14 +62,18 @@ class Heads(NamedTuple):
     makes_weights: bool
 
 
-def runs_stock(patch: Patch | None, x: Any) -> bool:
-    """Whether the forward of the module's class is to run: no patch any more, a tracer, or too little to do."""
+def runs_stock(patch: Patch | None, x: Any, training: bool = False) -> bool:
+    """Whether the forward of the module's class is to run: no patch any more, a tracer, or too little to do.
+
+    training: the module's mode. Not whether x wants a gradient, which in a checkpoint is True in one pass alone: with
+    ops in the other, dropout might draw otherwise.
+    """
     if patch is None or any_global_hook() or patch.kind.forward is not FORWARDS.get(patch.kind):
         return True
     # tracers and tensors of other kinds know nothing of ops
     if type(x) not in (Tensor, Parameter) or x.dtype not in FLOATS or host_bound(x):
         return True
-    if x.requires_grad and x.is_cpu and x.numel() <= _on_cpu.TRAINING_BOUND and not torch.compiler.is_compiling():
+    if training and x.is_cpu and x.numel() <= _on_cpu.TRAINING_BOUND and not torch.compiler.is_compiling():
         return True
     return inside_export() or stock_only()
 
@@ -161,19 +165,19 @@ NOTES_ON_CPU = (
 )
 
 
-def trains_in_half(x: Tensor) -> bool:
-    """Whether a backward in half precision on a CPU may follow (`NOTES_ON_CPU`).
+def trains_in_half(module: nn.Module, x: Tensor) -> bool:
+    """Whether a module in training mode computes in half precision on a CPU (`NOTES_ON_CPU`).
 
     There a step takes 1.2 to 1.3 times as long by ops as by products and a softmax.
     """
-    if not (_on_cpu.WEIGHTS_IN_HALF and x.is_cpu and x.requires_grad and torch.is_grad_enabled()):
+    if not (_on_cpu.WEIGHTS_IN_HALF and module.training and x.is_cpu):
         return False
     return (autocast_dtype(x) or x.dtype) in (torch.bfloat16, torch.float16)
 
 
 def faster_as_it_is(attn: nn.Module, x: Tensor) -> bool:
     """Whether this attention is such products and a softmax, and trains so."""
-    return trains_in_half(x) and KNOWN[type(attn)].read(attn).makes_weights
+    return trains_in_half(attn, x) and KNOWN[type(attn)].read(attn).makes_weights
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -45,7 +45,11 @@ def _dinov2_call(attn: nn.Module, normed: Tensor, attention_mask: Any, kwargs: d
 def _layer(module: Any, call: Callable, hidden_states: Tensor, attention_mask: Any, kwargs: dict[str, Any]) -> Tensor:
     patch = module.__dict__.get("_vitfast")
     checkpoints = _checkpoints(module)
-    if runs_stock(patch, hidden_states) or hidden_states.dim() != 3 or (checkpoints and any(map(kwargs.get, CACHES))):
+    if (
+        runs_stock(patch, hidden_states, module.training)
+        or hidden_states.dim() != 3
+        or (checkpoints and any(map(kwargs.get, CACHES)))
+    ):
         return type(module).forward(module, hidden_states, attention_mask, **kwargs)
     if checkpoints:
         run = functools.partial(_branches, module, patch, call, kwargs)
@@ -76,7 +80,7 @@ def attention(module: Any, hidden_states: Tensor, attention_mask: Any = None, **
     """`ViTAttention.forward`, which is asked for its weights too: only SDPA has none to give."""
     patch, parts = module.__dict__.get("_vitfast"), None
     if (
-        not runs_stock(patch, hidden_states)
+        not runs_stock(patch, hidden_states, module.training)
         and hidden_states.dim() == 3
         and patch.attention
         and attention_mask is None

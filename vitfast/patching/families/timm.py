@@ -13,7 +13,7 @@ from vitfast.patching.known import LIBRARIES, Known, norm_why_not
 def block(module: nn.Module, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
     """`timm.models.vision_transformer.Block.forward`."""
     patch = module.__dict__.get("_vitfast")
-    if runs_stock(patch, x):
+    if runs_stock(patch, x, module.training):
         return type(module).forward(module, x, attn_mask=attn_mask, is_causal=is_causal)
     x = attention_branch(
         module, patch, x,

@@ -15,7 +15,7 @@ def block(module: nn.Module, input: Tensor) -> Tensor:
     """`torchvision.models.vision_transformer.EncoderBlock.forward`."""
     patch = module.__dict__.get("_vitfast")
     # what is no batch of tokens is theirs to refuse
-    if runs_stock(patch, input) or input.dim() != 3:
+    if runs_stock(patch, input, module.training) or input.dim() != 3:
         return type(module).forward(module, input)
     x = attention_branch(
         module, patch, input, lambda attn, normed: attn(normed, normed, normed, need_weights=False)[0]

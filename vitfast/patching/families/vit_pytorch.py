@@ -32,7 +32,7 @@ from vitfast.patching.known import KNOWN, LIBRARIES, Known
 def transformer(module: nn.Module, x: Tensor) -> Tensor:
     """`Transformer.forward` of those with a norm after the blocks."""
     patch = module.__dict__.get("_vitfast")
-    if runs_stock(patch, x) or trains_in_half(x) or x.dim() != 3 or not _as_built(module):
+    if runs_stock(patch, x, module.training) or trains_in_half(module, x) or x.dim() != 3 or not _as_built(module):
         return type(module).forward(module, x)
     return run_norm(child(module, ["norm"]), _run(module, patch, x), patch)
 
@@ -40,7 +40,7 @@ def transformer(module: nn.Module, x: Tensor) -> Tensor:
 def transformer_without_norm(module: nn.Module, x: Tensor) -> Tensor:
     """`Transformer.forward` of those that return what the last block gives, whatever else somebody put there."""
     patch = module.__dict__.get("_vitfast")
-    if runs_stock(patch, x) or trains_in_half(x) or x.dim() != 3 or not _as_built(module):
+    if runs_stock(patch, x, module.training) or trains_in_half(module, x) or x.dim() != 3 or not _as_built(module):
         return type(module).forward(module, x)
     return _run(module, patch, x)
 
@@ -65,9 +65,14 @@ def attention(module: nn.Module, x: Tensor) -> Tensor:
     """`Attention.forward`, its norm included, without the residual."""
     patch = module.__dict__.get("_vitfast")
     parts = None
-    if not runs_stock(patch, x) and x.dim() == 3 and patch.attention and not _attention_why_not(module):
+    if (
+        not runs_stock(patch, x, module.training)
+        and x.dim() == 3
+        and patch.attention
+        and not _attention_why_not(module)
+    ):
         parts = inside(module, KNOWN[patch.kind])
-    if parts is None or trains_in_half(x):
+    if parts is None or trains_in_half(module, x):
         return type(module).forward(module, x)
     norm = parts["norm"]
     out = heads_of(module, norm, x, parts, patch, patch.norm and absorbable(norm, ("norm",)))
@@ -79,10 +84,15 @@ def feed_forward(module: nn.Module, x: Tensor) -> Tensor:
     """`FeedForward.forward`, its norm included, without the residual."""
     patch = module.__dict__.get("_vitfast")
     parts = None
-    if not runs_stock(patch, x) and x.dim() > 1 and patch.mlp and not KNOWN[patch.kind].why_not(module):
+    if (
+        not runs_stock(patch, x, module.training)
+        and x.dim() > 1
+        and patch.mlp
+        and not KNOWN[patch.kind].why_not(module)
+    ):
         parts = inside(module, KNOWN[patch.kind])
     # beside attention that runs as it is, the MLP was 3 % slower by ops
-    if parts is None or trains_in_half(x):
+    if parts is None or trains_in_half(module, x):
         return type(module).forward(module, x)
     norm = parts["norm"]
     hidden = hidden_of(module, norm, x, parts, patch.norm and absorbable(norm, ("norm",)))
