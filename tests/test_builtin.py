@@ -11,7 +11,7 @@ from vitfast.check.measuring import Measurer
 from vitfast.choose import builtin, config_tables, dispatch
 from vitfast.choose.builtin import Builtin, Measured
 from vitfast.kernels.triton import attention, linear, mlp
-from vitfast.model import explain
+from vitfast.patching import explain
 
 ARCHS = config_tables.ARCHITECTURES
 HALF = "bfloat16"

@@ -244,7 +244,8 @@ def resumed(family, patched, x, folder):
 
 def work(rank, folder, chosen):
     torch.set_num_threads(1)
-    _on_cpu.HOST_BOUND, _on_cpu.LIMITS = 0, dict.fromkeys(_on_cpu.LIMITS, 0)
+    _on_cpu.HOST_BOUND = _on_cpu.TRAINING_BOUND = 0
+    _on_cpu.WEIGHTS_IN_HALF, _on_cpu.LIMITS = False, dict.fromkeys(_on_cpu.LIMITS, 0)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     x = images(4).double()
     mine, found = x[2 * rank : 2 * rank + 2], {}
