@@ -23,6 +23,8 @@ def devices(monkeypatch):
     """The devices of the models that a test prepares, in their order."""
     with on_cpu(monkeypatch) as made:
         yield made
+        # what a test has put over the pretended device goes first: undone later it would put that device back
+        monkeypatch.undo()
 
 
 def test_batch_is_padded_by_more_than_a_fifth_or_cut():
