@@ -11,7 +11,7 @@ import weakref
 
 import pytest
 import torch
-from patch_pair import equal, near, ops_in, ops_of, patched_copy, small, state_of
+from patch_pair import build, equal, near, ops_in, ops_of, patched_copy, small, state_of
 from timm.models.vision_transformer import Block, VisionTransformer
 from timm_pair import run
 from torch import nn
@@ -416,3 +416,17 @@ def test_shallow_copy_stays_patched():
     assert copied.forward.__self__ is copied
     vitfast.unpatch(copied)
     assert not any(name in copied.__dict__ for name in ("forward", *BESIDE)) and "forward" in model.blocks[0].__dict__
+
+
+def test_norm_inside_attention_or_mlp_is_fused_unasked(monkeypatch):
+    """With norm=False each norm is called, those before the last projections too."""
+    model, images = build("all norms")
+    model.eval()
+    expected = model(images)
+    vitfast.patch(model, norm=False)
+    called = []
+    for norm in (m for m in model.blocks.modules() if isinstance(m, nn.LayerNorm)):
+        monkeypatch.setattr(type(norm), "__call__", lambda self, x: called.append(self) or self.forward(x))
+    found = model(images)
+    assert {id(m) for m in called} >= {id(m) for m in model.blocks.modules() if isinstance(m, nn.LayerNorm)}
+    near(found, expected, 1e-4)

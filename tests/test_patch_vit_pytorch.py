@@ -30,6 +30,7 @@ from vit_pytorch.deepvit import DeepViT
 from vit_pytorch.extractor import Extractor
 from vit_pytorch.recorder import Recorder
 from vit_pytorch.simple_vit_with_qk_norm import SimpleViT as QKNorm
+from vit_pytorch.vit import Attention, FeedForward
 
 import vitfast
 
@@ -397,3 +398,15 @@ def test_model_that_is_not_known_is_patched_or_not_named(kind):
     equal(model(images), expected)
     with pytest.raises(RuntimeError, match=r"vit_pytorch\.\w+\.Attention, which vitfast does not know"):
         report.require("attention")
+
+
+def test_attention_in_a_block_of_ones_own_runs_ops_unsaid():
+    """Its forward is another without the Transformer around it, and the report has to say so."""
+    mine = nn.Sequential(Attention(64, heads=2, dim_head=32), FeedForward(64, 128)).eval()
+    tokens = torch.randn(2, 5, 64)
+    expected = mine(tokens)
+    report = vitfast.patch(mine).require("attention", "mlp")
+    assert [(part.name, part.kind) for part in report.fused] == [("0", "attention"), ("1", "mlp")]
+    torch.testing.assert_close(mine(tokens), expected)
+    left = vitfast.patch(mine, mlp=False).left
+    assert [(part.name, part.reason) for part in left] == [("1", "mlp=False was asked for")]

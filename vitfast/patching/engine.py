@@ -336,13 +336,13 @@ def attention_branch(
         norm = None if parts is not None and "norm" in parts else norm
         return x + tail.run(call(attn, x if norm is None else run_norm(norm, x, patch)))
     out = heads_of(attn, norm, x, parts, patch, prologue)
-    dropouts = _there(parts.get("proj_drop"), tail.dropout)
-    proj, inner = parts["proj"], parts.get("inner_norm")
+    dropouts, proj = _there(parts.get("proj_drop"), tail.dropout), parts["proj"]
+    out, inner = _inner(parts, out, patch)
     if KNOWN[type(proj)].role == "identity":
         for dropout in dropouts:
             out = dropout(out)
         return x + tail._replace(dropout=None).run(out)
-    return added(x, out, proj, dropouts, *tail.scales(x), **_prologue(inner))
+    return added(x, out, proj, dropouts, *tail.scales(x), **inner)
 
 
 def _there(*modules: nn.Module | None) -> list[Any]:
@@ -350,8 +350,12 @@ def _there(*modules: nn.Module | None) -> list[Any]:
     return [module for module in modules if module is not None and type(module) is not nn.Identity]
 
 
-def _prologue(norm: nn.Module | None) -> dict[str, Any]:
-    return norm_args(norm) if norm is not None and is_norm(norm) else {}
+def _inner(parts: dict[str, nn.Module], out: Tensor, patch: Patch) -> tuple[Tensor, dict[str, Any]]:
+    """What the last projection takes, and the norm before it, which the op computes where norms are to be fused."""
+    norm = parts.get("inner_norm")
+    if norm is None or not is_norm(norm):
+        return out, {}
+    return (out, norm_args(norm)) if patch.norm else (norm(out), {})
 
 
 def mlp_branch(block: nn.Module, patch: Patch, x: Tensor) -> Tensor:
@@ -359,10 +363,10 @@ def mlp_branch(block: nn.Module, patch: Patch, x: Tensor) -> Tensor:
     norm, mlp, parts, tail, prologue = branch_of(block, patch, "mlp")
     if parts is None:
         return x + tail.run(mlp(x if norm is None else run_norm(norm, x, patch)))
-    scales, inner = tail.scales(x), _prologue(parts.get("inner_norm"))
+    scales, inner = tail.scales(x), parts.get("inner_norm")
     middle, dropouts = parts.get("mid_drop"), _there(parts.get("drop"), tail.dropout)
     drops = any(dropping(drop) for drop in _there(middle, *dropouts))
-    if "fc1" in parts and prologue and not drops and not inner:
+    if "fc1" in parts and prologue and not drops and (inner is None or not is_norm(inner)):
         gamma, row_scale = scales
         return ops.mlp(
             x, *parameters_of(norm), *parameters_of(parts["fc1"]), *parameters_of(parts["fc2"]),
@@ -370,8 +374,8 @@ def mlp_branch(block: nn.Module, patch: Patch, x: Tensor) -> Tensor:
             gamma=gamma, row_scale=row_scale(),
         )  # fmt: skip
     hidden = hidden_of(mlp, norm, x, parts, prologue)
-    hidden = hidden if middle is None else middle(hidden)
-    return added(x, hidden, parts["fc2"], dropouts, *scales, **inner)
+    hidden, last = _inner(parts, hidden if middle is None else middle(hidden), patch)
+    return added(x, hidden, parts["fc2"], dropouts, *scales, **last)
 
 
 def gated(mlp: nn.Module) -> bool:

@@ -162,6 +162,16 @@ def parts_of_block(name: str, block: nn.Module, patch: Patch, sharded: bool) -> 
     return rows
 
 
+def _alone(name: str, module: nn.Module, patch: Patch, known: Known, sharded: bool) -> Part:
+    """Of a patched attention or MLP in a block that is not known, or in none."""
+    reasons = [] if getattr(patch, known.role) else [f"{known.role}=False was asked for"]
+    reasons += [why for why in reasons_of(module, "it", (known.role,), sharded) if not why.endswith("hooks")]
+    if known.why_not_alone and (why := known.why_not_alone(module)):
+        reasons.append(why)
+    reasons += _inside(module, name, known, sharded)
+    return Part(name, known.role, "" if reasons else _ops_of(known.role, module)[0], "; ".join(reasons))
+
+
 def _blocks_of(name: str, module: nn.Module, known: Known) -> Iterator[tuple[str, nn.Module]]:
     """The blocks that a patched module runs: itself, or those of a list."""
     if not known.layers:
@@ -222,6 +232,8 @@ def report_of(model: nn.Module, skipped: Mapping[str, str] | None = None, vits: 
             for inner, block in _blocks_of(name, module, known):
                 parts += parts_of_block(inner, block, patch, sharded)
             done.append(f"{name}." if name else "")
+        elif patch is not None and known is not None and known.role in KINDS and not any(map(name.startswith, done)):
+            parts.append(_alone(name, module, patch, known, sharded))
     parts += [Part(name, "block", "", (skipped or {}).get(name, what)) for name, what in unknown_blocks(model)]
     for name, module in model.named_modules() if vits else ():
         if isinstance(module, ViT):
