@@ -3,6 +3,7 @@
 import copy
 
 import torch
+from patch_pair import patched_copy as patched_copy
 from test_ops import Recorder
 from test_parity_timm import RATIO, gradients_not_worse, not_worse, products, relative
 from timm_pair import MASSIVE, run
@@ -51,12 +52,6 @@ def _write_massive_activations(x, fc1, fc2):
     fc2.weight[MASSIVE, 0] = 1
     channel = fc2.forward(nn.functional.gelu(fc1.forward(x)))[..., MASSIVE]
     fc2.weight[MASSIVE, 0] = 1e3 / (channel.amax() - channel.amin())
-
-
-def patched_copy(model, **parts):
-    copied = copy.deepcopy(model)
-    vitfast.patch(copied, **parts)
-    return copied
 
 
 def ops_in(model, *inputs):
