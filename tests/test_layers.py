@@ -15,8 +15,8 @@ ROOT = PACKAGE.parent
 # from the lowest: a file imports from its own room and from those before it. The root's own face, `__init__`, and
 # `__main__` stand above all
 LAYERS = (
-    "version", "measure", "config", "choose", "reference", "kernels", "ops", "weights", "model", "patching",
-    "inference", "check", "checkpoints", "timm_names", "commands",
+    "version", "measure", "config", "timm_names", "choose", "reference", "kernels", "ops", "weights", "model",
+    "patching", "inference", "check", "checkpoints", "loading", "parity", "commands",
 )  # fmt: skip
 FACE = ("vitfast", "vitfast.__main__")
 # what these show is what a user imports

@@ -17,10 +17,10 @@ from vitfast.choose.dispatch import backend, set_backend
 from vitfast.choose.exportable import set_exportable
 from vitfast.config import ViTConfig
 from vitfast.inference.prepare import prepare
+from vitfast.loading.create import create_model
 from vitfast.model.vit import ViT
 from vitfast.patching.explain import explain
 from vitfast.patching.patch import patch, patched, unpatch
-from vitfast.timm_names.create import create_model
 from vitfast.timm_names.variants import UNSUPPORTED, VARIANTS, config_for, list_models
 from vitfast.version import __version__ as __version__
 

@@ -13,10 +13,8 @@ from vitfast.choose.exportable import refuse_proxy
 from vitfast.model.block import Mlp, given
 from vitfast.model.layers import DropPath, run_norm
 from vitfast.ops.mlp import RECOMPUTE
+from vitfast.timm_names.variants import POOLS_BY_TIMM_NAME, TIMM_POOLS
 from vitfast.weights.resample import resample_pos_embed
-
-TIMM_POOLS = {"token": "token", "mean": "avg", "map": "map", "none": ""}
-POOLS_BY_TIMM_NAME = {timm_name: pool for pool, timm_name in TIMM_POOLS.items()}
 
 
 def pool_of(argument: str, timm_name: str) -> str:

@@ -1,1 +1,1 @@
-"""timm's model names and keywords, and `create_model`."""
+"""timm's model names, keywords and entries: what they stand for here."""

@@ -8,7 +8,9 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from vitfast.config import ACTIVATIONS, ViTConfig
-from vitfast.model.timm_surface import POOLS_BY_TIMM_NAME
+
+TIMM_POOLS = {"token": "token", "mean": "avg", "map": "map", "none": ""}
+POOLS_BY_TIMM_NAME = {timm_name: pool for pool, timm_name in TIMM_POOLS.items()}
 
 # mlp_ratio, 4 where not given, is timm's literal: the MLP's width has to follow it when a caller changes embed_dim
 _SIZES: dict[str, dict[str, Any]] = {

@@ -1,0 +1,1 @@
+"""Models made from weights of any origin, and written under other libraries' names."""
