@@ -3,6 +3,7 @@
     vitfast.ViT(image_size=..., ...)    vit-pytorch's signature and architecture
     vitfast.create_model(name, ...)     timm's names and keywords
     vitfast.ViT.from_config(config)     any ViTConfig
+    vitfast.load(source)                weights of any library's ViT, from files, folders or a model in memory
     vitfast.patch(model)                timm's, Hugging Face's, torchvision's or vit-pytorch's model on vitfast's ops
     vitfast.prepare(model)              frozen, packed, for inference
     vitfast.warmup(model, batch)        check and compile a GPU's kernels, before the first image
@@ -18,6 +19,7 @@ from vitfast.choose.exportable import set_exportable
 from vitfast.config import ViTConfig
 from vitfast.inference.prepare import prepare
 from vitfast.loading.create import create_model
+from vitfast.loading.load import load
 from vitfast.model.vit import ViT
 from vitfast.patching.explain import explain
 from vitfast.patching.patch import patch, patched, unpatch
@@ -25,7 +27,7 @@ from vitfast.timm_names.variants import UNSUPPORTED, VARIANTS, config_for, list_
 from vitfast.version import __version__ as __version__
 
 __all__ = [
-    "UNSUPPORTED", "VARIANTS", "ViT", "ViTConfig", "backend", "config_for", "create_model", "explain", "list_models",
+    "UNSUPPORTED", "VARIANTS", "ViT", "ViTConfig", "backend", "config_for", "create_model", "explain", "list_models", "load",
     "load_checkpoint", "ops", "patch", "patched", "prepare", "read_checkpoint", "read_config", "reference",
     "save_checkpoint", "set_backend", "set_exportable", "unpatch", "warmup",
 ]  # fmt: skip

@@ -174,12 +174,12 @@ def _dinov2(view: View, facts: Facts, given: Mapping[str, Any]) -> Known:
     packed = "encoder.layer.0.mlp.weights_in.weight" in view
     fc1 = "encoder.layer.0.mlp.weights_in.weight" if packed else "encoder.layer.0.mlp.fc1.weight"
     registers = view.shape("embeddings.register_tokens")[1] if "embeddings.register_tokens" in view else 0
-    known.fields |= {
-        "mlp_dim": view.shape(fc1)[0], "num_classes": 0, "layer_scale": facts.hf.get("layerscale_value", 1.0),
-        "register_tokens": registers, "pos_embed": "patches" if registers else "all",
-    }  # fmt: skip
+    known.fields.update(
+        mlp_dim=view.shape(fc1)[0], num_classes=0, layer_scale=facts.hf.get("layerscale_value", 1.0),
+        register_tokens=registers, pos_embed="patches" if registers else "all",
+    )  # fmt: skip
     if packed:
-        known.fields |= {"mlp": "swiglu_packed", "activation": "silu"}
+        known.fields.update(mlp="swiglu_packed", activation="silu")
         known.assumed.pop("activation", None)
     return with_grid(known, view, facts, given, 1)
 

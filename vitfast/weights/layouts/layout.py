@@ -174,8 +174,8 @@ def joined(ours: str, *theirs: str) -> tuple[Rule, Rule]:
 
 def grid_side(patches: int) -> int | None:
     """Rows of a square grid of so many patches, None where no square has as many."""
-    side = math.isqrt(patches)
-    return side if side * side == patches else None
+    side = math.isqrt(max(patches, 0))
+    return side if side and side * side == patches else None
 
 
 def grid_of(positions: int, prefix: int, given: Mapping[str, Any]) -> tuple[int, int]:

@@ -52,13 +52,15 @@ def _describe(view: View, facts: Facts, given: Mapping[str, Any]) -> Known:
     assumed: dict[str, str] = {}
     seen["pos_embed"], grid, why = _positions(view, seen, given)
     assumed |= {"pos_embed": why} if why else {}
-    candidates = [name for name, config in _configs().items() if _fits(seen, config)]
+    candidates = _like(seen)
     fields = dict(seen)
     for field in OPEN:
-        if field not in given and field not in seen:
+        if field in given:
+            fields[field] = given[field]
+        elif field not in seen:
             fields[field], assumed[field] = _open(field, seen, candidates)
-    for field in ("norm_after_pool",):
-        fields.setdefault(field, fields["pool"] == "mean" and "norm.weight" not in view)
+    fields.setdefault("norm_after_pool", fields["pool"] == "mean" and "norm.weight" not in view)
+    fields.setdefault("head_dim", view.shape("blocks.0.attn.qkv.weight")[0] // 3 // given.get("heads", fields["heads"]))
     fields["image_size"] = tuple(g * p for g, p in zip(grid, seen["patch_size"], strict=True))
     preprocessing = _agreed_input(candidates)
     if preprocessing:
@@ -108,8 +110,6 @@ def _seen(view: View) -> dict[str, Any]:
     if seen["qk_norm"]:
         head_dim = view.shape(f"{block}.attn.q_norm.weight")[0]
         seen |= {"head_dim": head_dim, "heads": inner // head_dim}
-    elif inner != D:
-        seen["head_dim"] = None
     if has("attn_pool.latent"):
         seen |= {"pool": "map", "norm_after_pool": False}
     elif has("fc_norm.weight"):
@@ -150,8 +150,17 @@ def _configs() -> dict[str, ViTConfig]:
     return {name: config_for(name) for name in VARIANTS}
 
 
+def _like(seen: Mapping[str, Any]) -> list[str]:
+    """timm's models with such weights; of other depths where there is none of this one."""
+    shallower = {field: value for field, value in seen.items() if field != "depth"}
+    fitting = ([n for n, config in _configs().items() if _fits(told, config)] for told in (seen, shallower))
+    return next(filter(None, fitting), [])
+
+
 def _fits(seen: Mapping[str, Any], config: ViTConfig) -> bool:
-    return (seen["layer_scale"] is None) == (config.layer_scale is None) and all(
+    alike = (seen["layer_scale"] is None) == (config.layer_scale is None)
+    alike &= (seen.get("pool") == "map") == (config.pool == "map")
+    return alike and all(
         getattr(config, field) == seen[field] for field in (*TOLD, *OPEN) if field in seen and seen[field] is not None
     )
 
@@ -165,9 +174,9 @@ def _open(field: str, seen: Mapping[str, Any], candidates: list[str]) -> tuple[A
         value, name = next(iter(found.items()))
         others = len(candidates) - 1
         return value, f"as {name}{f' and {others} other models of timm' * bool(others)} with such weights"
-    if field == "heads":
+    if field == "heads" and not found:
         return heads_of(seen["dim"], seen["depth"])
-    if field == "activation" and (found or seen["pre_norm"]):
+    if field == "heads" or (field == "activation" and (found or seen["pre_norm"])):
         told = "; ".join(f"{name} has {value}" for value, name in found.items()) or "CLIP's towers have either"
         raise needs(field, [*found] or ["gelu", "quick_gelu"], f"weights do not tell, and {told}")
     if field == "pool":

@@ -1,0 +1,153 @@
+"""A model in memory as a source of weights: what its modules and attributes tell of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitfast.checkpoints.checkpoint import unwrapped
+from vitfast.checkpoints.described import config_of
+from vitfast.model.vit import ViT
+from vitfast.timm_names.variants import POOLS_BY_TIMM_NAME
+from vitfast.weights.layouts.layout import Facts
+
+# class of an activation -> ViTConfig's name of it
+ACTIVATIONS = {
+    "GELU": "gelu", "GELUActivation": "gelu", "GELUTanh": "gelu_tanh", "GeluTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "QuickGELUActivation": "quick_gelu", "SiLU": "silu",
+    "SiLUActivation": "silu",
+}  # fmt: skip
+
+
+def of_live(model: nn.Module) -> tuple[dict[str, Tensor], Facts, str]:
+    """(weights, facts, whose) of a model of vitfast, timm, Hugging Face, torchvision or vit-pytorch.
+
+    Raises:
+        TypeError: a model of another library.
+        NotImplementedError: parts that no ViTConfig describes.
+    """
+    model = unwrapped(model)
+    if type(model).__name__ == "TimmWrapperModel" or hasattr(model, "timm_model"):
+        model = model.timm_model
+    whose = f"{type(model).__module__}.{type(model).__qualname__}"
+    if isinstance(model, ViT):
+        return model.state_dict(), Facts(fields=config_of(model).to_dict()), whose
+    for kind in type(model).__mro__:
+        facts_of = FACTS.get(f"{kind.__module__}.{kind.__qualname__}")
+        if facts_of is not None:
+            return model.state_dict(), facts_of(model), whose
+    if hasattr(model, "config") and hasattr(model.config, "to_dict"):
+        return _hugging_face(model.state_dict()), Facts(hf=model.config.to_dict()), whose
+    raise TypeError(f"source must be a ViT of vitfast, timm, Hugging Face, torchvision or vit-pytorch, got {whose}")
+
+
+def _hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As on disk: gate and value of DINOv2's MLP are one product there."""
+    for name in [name for name in state if ".mlp.gate_proj." in name]:
+        gate, up = state.pop(name), state.pop(name.replace(".gate_proj.", ".up_proj."))
+        state[name.replace(".gate_proj.", ".weights_in.")] = torch.cat([gate, up])
+        down = name.replace(".gate_proj.", ".down_proj.")
+        state[name.replace(".gate_proj.", ".weights_out.")] = state.pop(down)
+    return state
+
+
+def activation_of(module: nn.Module) -> str:
+    """ViTConfig's name.
+
+    Raises:
+        NotImplementedError: it has none.
+    """
+    name = type(module).__name__
+    if name not in ACTIVATIONS:
+        raise NotImplementedError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name}")
+    found = ACTIVATIONS[name]
+    return "gelu_tanh" if found == "gelu" and getattr(module, "approximate", "none") == "tanh" else found
+
+
+def eps_of(model: nn.Module) -> float:
+    """The eps that all norms of a model share.
+
+    Raises:
+        NotImplementedError: they have several.
+    """
+    found = {module.eps for module in model.modules() if hasattr(module, "eps") and hasattr(module, "normalized_shape")}
+    if len(found) != 1:
+        raise NotImplementedError(f"norm_eps must be one for all norms, got {sorted(found)}")
+    return found.pop()
+
+
+def _timm(model: Any) -> Facts:
+    blocks = list(model.blocks)
+    kinds = {type(block).__name__ for block in blocks} | {
+        type(block.attn).__name__ for block in blocks[:1] if hasattr(block, "attn")
+    }
+    if not kinds <= {"Block", "Attention"} or not hasattr(model.patch_embed, "proj"):
+        raise NotImplementedError(
+            f"a model of timm must have Block, Attention and PatchEmbed, got {', '.join(sorted(kinds))} and "
+            f"{type(model.patch_embed).__name__}"
+        )
+    if model.global_pool not in POOLS_BY_TIMM_NAME:
+        raise NotImplementedError(f"global_pool must be one of {list(POOLS_BY_TIMM_NAME)}, got {model.global_pool!r}")
+    attn, mlp = (blocks[0].attn, blocks[0].mlp) if blocks else (None, None)
+    after = not isinstance(model.fc_norm, nn.Identity)
+    fields = {
+        "image_size": model.patch_embed.img_size or tuple(g * p for g, p in zip(model.patch_embed.grid_size, model.patch_embed.patch_size, strict=True)),
+        "norm_eps": eps_of(model), "pool": POOLS_BY_TIMM_NAME[model.global_pool], "norm_after_pool": after,
+        "pool_prefix": bool(getattr(model, "pool_include_prefix", False)),
+        "dynamic_image_size": bool(model.dynamic_img_size),
+        "dynamic_pad": bool(getattr(model.patch_embed, "dynamic_img_pad", False)),
+        "emb_dropout": model.pos_drop.p if isinstance(model.pos_drop, nn.Dropout) else 0.0,
+        "head_dropout": model.head_drop.p if isinstance(model.head_drop, nn.Dropout) else 0.0,
+    }  # fmt: skip
+    if model.pos_embed is None:
+        fields["pos_embed"] = "none"
+    else:
+        fields["pos_embed"] = "patches" if model.no_embed_class and model.num_prefix_tokens else "all"
+    if attn is not None:
+        drop = getattr(blocks[-1].drop_path1, "drop_prob", 0.0)
+        fields |= {
+            "heads": attn.num_heads, "head_dim": attn.head_dim, "activation": activation_of(mlp.act),
+            "attn_dropout": attn.attn_drop.p, "proj_dropout": attn.proj_drop.p,
+            "mlp_dropout": getattr(mlp.drop1, "p", 0.0), "drop_path": drop or 0.0,
+        }  # fmt: skip
+    return Facts(timm={"pretrained_cfg": dict(_cfg(model))}, fields=fields)
+
+
+def _cfg(model: Any) -> dict[str, Any]:
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    return cfg.to_dict() if hasattr(cfg, "to_dict") else dict(cfg)
+
+
+def _torchvision(model: Any) -> Facts:
+    layers = list(model.encoder.layers)
+    rates = {
+        "emb_dropout": model.encoder.dropout.p,
+        "proj_dropout": layers[0].dropout.p,
+        "attn_dropout": layers[0].self_attention.dropout,
+        "mlp_dropout": layers[0].mlp[2].p,
+    }
+    size = {"image_size": model.image_size, "patch_size": model.patch_size}
+    return Facts(fields=size | {
+        "heads": layers[0].num_heads, "norm_eps": eps_of(model), "activation": activation_of(layers[0].mlp[1]),
+    } | rates)  # fmt: skip
+
+
+def _vit_pytorch(model: Any) -> Facts:
+    attention, feed_forward = model.transformer.layers[0]
+    inner = attention.to_qkv.out_features // 3
+    return Facts(fields={
+        "heads": attention.heads, "head_dim": inner // attention.heads, "norm_eps": eps_of(model),
+        "activation": activation_of(feed_forward.net[2]), "emb_dropout": model.dropout.p,
+        "attn_dropout": attention.dropout.p, "mlp_dropout": feed_forward.net[3].p,
+        "proj_dropout": attention.to_out[1].p if isinstance(attention.to_out, nn.Sequential) else 0.0,
+    })  # fmt: skip
+
+
+FACTS: dict[str, Callable[[Any], Facts]] = {
+    "timm.models.vision_transformer.VisionTransformer": _timm,
+    "torchvision.models.vision_transformer.VisionTransformer": _torchvision,
+    "vit_pytorch.vit.ViT": _vit_pytorch,
+}

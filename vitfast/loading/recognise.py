@@ -1,0 +1,55 @@
+"""Whose weights these are: by their names and shapes, never by the name of a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+from vitfast.weights.layouts import LAYOUTS
+from vitfast.weights.layouts.layout import Facts, Layout, View, views
+
+
+class Recognised(NamedTuple):
+    """A library's weights among those of a file.
+
+    Attributes:
+        layout: whose they are; why: in words.
+        prefix: what stands before their names.
+        view: the weights as seen from there.
+    """
+
+    layout: Layout
+    why: str
+    prefix: str
+    view: View
+
+
+def recognise(state: Mapping[str, Tensor], facts: Facts, as_: str | None = None) -> Recognised:
+    """The first layout that knows these weights.
+
+    Args:
+        as_: the name of a layout, in place of all.
+
+    Raises:
+        ValueError: nobody's weights that are known, not those of `as_`, or those of several models.
+        NotImplementedError: weights of a model that no ViTConfig describes; names what is missing.
+    """
+    known = [layout for layout in LAYOUTS if as_ in (None, layout.name)]
+    if not known:
+        raise ValueError(f"as_ must be one of {', '.join(layout.name for layout in LAYOUTS)}, got {as_!r}")
+    for layout in known:
+        found = [
+            Recognised(layout, why, prefix, view)
+            for prefix, view in views(layout, state)
+            if (why := layout.recognises(view, facts)) is not None
+        ]
+        if len(found) > 1:
+            places = ", ".join(repr(each.prefix.rstrip("./")) for each in found)
+            raise ValueError(f"there are {len(found)} models of {layout.whose}, under {places}: choose one with key=")
+        if found:
+            return found[0]
+    names = ", ".join([*state][:4])
+    whose = f"those of {known[0].whose}" if as_ else "those of a ViT in any layout that is known"
+    raise ValueError(f"weights must be {whose}, got {len(state)} with names such as {names or '(none)'}")

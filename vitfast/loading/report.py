@@ -1,0 +1,52 @@
+"""What `load` found, assumed, passed over and changed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from vitfast.config import ViTConfig
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """Attributes:
+    source: the path, or the class of a live model.
+    layout: its name, such as 'hf-vit'; whose: the library; why: by what it was recognised.
+    prefix: what stood before the names.
+    config: of the weights as they were, before anything was changed.
+    assumed: field -> why, of what neither weights nor files beside them tell.
+    ignored: name of a weight -> what it is.
+    changed: what differs from the weights: classifier, channels, positions.
+    preprocessing: of images, in timm's terms; empty where nobody knows.
+    labels: class -> name.
+    not_finite: weights with NaN or Inf.
+    """
+
+    source: str
+    layout: str
+    whose: str
+    why: str
+    prefix: str
+    config: ViTConfig
+    assumed: dict[str, str] = field(default_factory=dict)
+    ignored: dict[str, str] = field(default_factory=dict)
+    changed: tuple[str, ...] = ()
+    preprocessing: dict[str, Any] = field(default_factory=dict)
+    labels: dict[int, str] = field(default_factory=dict)
+    not_finite: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        under = f", under {self.prefix!r}" if self.prefix else ""
+        lines = [f"{self.source}: weights of {self.whose} ({self.layout}): {self.why}{under}"]
+        value = lambda name: getattr(self.config, name, self.preprocessing)  # noqa: E731
+        lines += [f"  assumed {name} = {value(name)!r}: {why}" for name, why in self.assumed.items()]
+        lines += [f"  passed over {count} of {what}" for what, count in Counter(self.ignored.values()).items()]
+        lines += [f"  {change}" for change in self.changed]
+        lines += [f"  images: {', '.join(f'{k} {v}' for k, v in self.preprocessing.items()) or 'not known'}"]
+        if self.labels:
+            lines.append(f"  {len(self.labels)} labels, the first {next(iter(self.labels.values()))!r}")
+        if self.not_finite:
+            lines.append(f"  NaN or Inf in {', '.join(self.not_finite)}")
+        return "\n".join(lines)
