@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import secrets
 from collections import OrderedDict
 from collections.abc import Mapping
-from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +21,7 @@ from vitfast.checkpoints.files import INDEX, file_of, is_safetensors
 from vitfast.checkpoints.pickled import Unread, load_pickled
 from vitfast.config import ViTConfig
 from vitfast.model.vit import ViT
-from vitfast.weights.hints import prefixes
 from vitfast.weights.names import own_weights, rename_keys, without_wrappers
-from vitfast.weights.resample import resample_pos_embed
-from vitfast.weights.state_dict import load_most
 
 CONFIG_KEY = "vitfast_config"
 # what training scripts and wrappers call the model that they hold
@@ -278,59 +273,6 @@ def _is_entry(name: Any, value: Any, unread: bool = False) -> bool:
     # a module's extra state may be anything, but nothing of which a part was passed over
     extra = isinstance(name, str) and name.endswith(_EXTRA_STATE_KEY_SUFFIX) and not unread
     return isinstance(name, str) and (isinstance(value, Tensor) or extra)
-
-
-def load_checkpoint(
-    model: ViT, path: str | os.PathLike, *, strict: bool = True, allow_pickle: bool = False, key: str | None = None
-) -> ViT:
-    """Load a file written by `save_checkpoint`, or weights of timm's or vit-pytorch's models that a training run saved.
-
-    Positions of another image size are resampled to the model's grid. The file's own config says from which grid; a
-    file without one is taken to have square images.
-
-    Args:
-        strict: False loads what fits by name; that has to be half of the model or half of what is in the file.
-        allow_pickle, key: as `read_checkpoint`.
-
-    Raises:
-        RuntimeError: one error that lists every missing, unexpected and wrongly shaped key; nothing is loaded then.
-        FileNotFoundError, ValueError: as `read_checkpoint`.
-        TypeError: no ViT.
-    """
-    wrapped, model = model, unwrapped(model)
-    if not isinstance(model, ViT):
-        raise TypeError(f"load_checkpoint: model must be a vitfast.ViT, got {type(model).__name__}")
-    state = _joined(read_checkpoint(path, allow_pickle=allow_pickle, key=key), model)
-    # blocks compiled or wrapped one by one
-    own_names = {without_wrappers(name): name for name in own_weights(model)}
-    state = rename_keys(state, lambda name: own_names.get(name, name))
-    own, given = model.pos_embed, state.get("pos_embed")
-    if own is not None and given is not None and given.dim() == own.dim() == 3:
-        prefix = 0 if model.no_embed_class else model.num_prefix_tokens
-        config = read_config(path)
-        if config is not None:
-            grid = config.grid_size
-        elif given.shape[1] != own.shape[1]:
-            grid = (math.isqrt(max(given.shape[1] - prefix, 0)),) * 2
-        else:
-            grid = model.patch_embed.grid_size
-        if prefix + grid[0] * grid[1] == given.shape[1]:
-            state["pos_embed"] = resample_pos_embed(given, model.patch_embed.grid_size, grid, prefix)
-    if strict:
-        model.load_state_dict(state)
-    else:
-        load_most(model, state)
-    return wrapped
-
-
-def _joined(state: dict[str, Tensor], model: ViT) -> dict[str, Tensor]:
-    """A backbone under a prefix and the classifier beside it, where together they are the model and nothing else."""
-    own = own_weights(model)
-    for prefix in prefixes(state, own):
-        joined = [key.removeprefix(prefix) for key in state]
-        if len(joined) == len(own) and own.keys() == {*joined}:
-            return rename_keys(state, methodcaller("removeprefix", prefix))
-    return state
 
 
 def read_config(path: str | os.PathLike) -> ViTConfig | None:

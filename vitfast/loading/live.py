@@ -92,9 +92,9 @@ def _timm(model: Any) -> Facts:
     if model.global_pool not in POOLS_BY_TIMM_NAME:
         raise NotImplementedError(f"global_pool must be one of {list(POOLS_BY_TIMM_NAME)}, got {model.global_pool!r}")
     attn, mlp = (blocks[0].attn, blocks[0].mlp) if blocks else (None, None)
-    after = not isinstance(model.fc_norm, nn.Identity)
+    stem, after = model.patch_embed, not isinstance(model.fc_norm, nn.Identity)
     fields = {
-        "image_size": model.patch_embed.img_size or tuple(g * p for g, p in zip(model.patch_embed.grid_size, model.patch_embed.patch_size, strict=True)),
+        "image_size": stem.img_size or tuple(g * p for g, p in zip(stem.grid_size, stem.patch_size, strict=True)),
         "norm_eps": eps_of(model), "pool": POOLS_BY_TIMM_NAME[model.global_pool], "norm_after_pool": after,
         "pool_prefix": bool(getattr(model, "pool_include_prefix", False)),
         "dynamic_image_size": bool(model.dynamic_img_size),

@@ -10,16 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitfast.checkpoints.checkpoint import read_checkpoint, read_config
 from vitfast.config import ViTConfig
-from vitfast.loading.live import of_live
 from vitfast.loading.recognise import Recognised, recognise
 from vitfast.loading.report import LoadReport
+from vitfast.loading.source import source_of
 from vitfast.model.vit import ViT
 from vitfast.timm_names import pretrained_cfg as cfgs
-from vitfast.weights.layouts.layout import Facts, Known, converted, sources_of
+from vitfast.weights.layouts.layout import Known, converted, sources_of
 from vitfast.weights.names import own_weights
-from vitfast.weights.resample import resample_patch_embed, resample_pos_embed  # TODO adapt_input_channels
+from vitfast.weights.resample import resample_patch_embed, resample_pos_embed
 
 HEADS = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")
 
@@ -67,7 +66,7 @@ def load(
         FileNotFoundError, ValueError: as `read_checkpoint`.
         TypeError: no source, or a field that ViTConfig does not have.
     """
-    state, facts, name = _source(source, allow_pickle, key)
+    state, facts, name, _ = source_of(source, allow_pickle=allow_pickle, key=key)
     given = fields | _given(num_classes=num_classes, image_size=image_size, grid=grid)
     try:
         found = recognise(state, facts, as_)
@@ -86,16 +85,6 @@ def load(
 
 def _given(**arguments: Any) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if value is not None}
-
-
-def _source(source: Any, allow_pickle: bool, key: str | None) -> tuple[dict[str, Tensor], Facts, str]:
-    if isinstance(source, nn.Module):
-        return of_live(source)
-    if not isinstance(source, (str, os.PathLike)):
-        raise TypeError(f"load: source must be a path or a model, got {type(source).__name__}")
-    state = read_checkpoint(source, allow_pickle=allow_pickle, key=key)
-    config = read_config(source)
-    return state, Facts(fields=config.to_dict() if config else {}), os.fspath(source)
 
 
 def _filled(
@@ -156,11 +145,11 @@ def _fitted(name: str, weight: Tensor, config: ViTConfig, target: ViTConfig, res
     if name == "pos_embed" and config.grid_size != target.grid_size:
         prefix = config.num_prefix_tokens if config.pos_embed == "all" else 0
         rows = weight if weight.dim() == 3 else weight[None]
-        rows = resample_pos_embed(rows, target.grid_size, config.grid_size, prefix, mode=resampling)
+        rows = resample_pos_embed(rows, target.grid_size, config.grid_size, prefix, antialias=resampling == "timm")
         return rows if weight.dim() == 3 else rows[0]
     if name == "patch_embed.proj.weight":
         if config.channels != target.channels:
-            weight = adapt_input_channels(weight, target.channels)
+            raise NotImplementedError("channels")
         if config.patch_size != target.patch_size:
             weight = resample_patch_embed(weight, target.patch_size)  # type: ignore[arg-type]  # a pair
     return weight
