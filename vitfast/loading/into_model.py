@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from collections.abc import Mapping
 from operator import methodcaller
 
 import torch
@@ -29,7 +30,7 @@ SILENT = ("activation", "norm_eps", "heads", "pool", "pool_prefix", "norm_after_
 
 def load_checkpoint(
     model: ViT,
-    source: str | os.PathLike[str] | nn.Module,
+    source: str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module,
     *,
     strict: bool = True,
     allow_pickle: bool = False,

@@ -24,7 +24,7 @@ HEADS = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")
 
 
 def load(
-    source: str | os.PathLike[str] | nn.Module,
+    source: str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module,
     *,
     num_classes: int | None = None,
     image_size: int | tuple[int, int] | None = None,
@@ -46,7 +46,7 @@ def load(
     and said in `model.load_report`; where two libraries differ, the error asks for the field.
 
     Args:
-        source: a path, see `read_checkpoint`; a model of timm, Hugging Face, torchvision, vit-pytorch or vitfast.
+        source: a path, see `read_checkpoint`; a state dict; a model of timm, Hugging Face, torchvision, vit-pytorch or vitfast.
         num_classes: of the model; where it differs from the weights' the classifier is new, and zero (Dosovitskiy et
             al., "An Image is Worth 16x16 Words", 2021, section 3.2). 0 for none.
         image_size: of the model, pixels; positions are resampled.
@@ -72,6 +72,7 @@ def load(
         found = recognise(state, facts, as_)
         del state
         known = found.layout.describe(found.view, facts, given)
+        known = known._replace(assumed={name: why for name, why in known.assumed.items() if name not in fields})
         config = ViTConfig(**known.fields | fields)
         sizes = _given(num_classes=num_classes, image_size=image_size, patch_size=patch_size, channels=channels)
         target = config.replace(**sizes)
@@ -155,7 +156,7 @@ def _fitted(name: str, weight: Tensor, config: ViTConfig, target: ViTConfig, res
     return weight
 
 
-def _pretrained_cfg(config: ViTConfig, report: LoadReport) -> Mapping[str, Any]:
+def _pretrained_cfg(config: ViTConfig, report: LoadReport) -> dict[str, Any]:
     """timm's entries, which its tools read."""
     size = {"input_size": (config.channels, *config.image_size)}  # type: ignore[misc]  # a pair
     names = {"first_conv": "patch_embed.proj", "classifier": "head"}

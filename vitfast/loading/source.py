@@ -1,8 +1,9 @@
-"""Where weights come from: a file, a folder, a model in memory."""
+"""Where weights come from: a file, a folder, a state dict, a model in memory."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -25,14 +26,16 @@ def source_of(source: Any, *, allow_pickle: bool = False, key: str | None = None
     """Read a source.
 
     Raises:
-        TypeError: neither a path nor a model.
+        TypeError: none of these.
         FileNotFoundError, ValueError: as `read_checkpoint`.
         NotImplementedError: a model that no ViTConfig describes.
     """
     if isinstance(source, nn.Module):
         return Source(*of_live(source), False)
+    if isinstance(source, Mapping):
+        return Source(dict(source), Facts(), "state dict", False)
     if not isinstance(source, (str, os.PathLike)):
-        raise TypeError(f"source must be a path or a model, got {type(source).__name__}")
+        raise TypeError(f"source must be a path, a state dict or a model, got {type(source).__name__}")
     state = read_checkpoint(source, allow_pickle=allow_pickle, key=key)
     config = read_config(source)
     return Source(state, Facts(fields=config.to_dict() if config else {}), os.fspath(source), config is not None)
