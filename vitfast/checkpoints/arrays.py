@@ -13,6 +13,7 @@ from numpy.lib import format as npy
 from torch import Tensor
 
 from vitfast.checkpoints.files import is_zip
+from vitfast.checkpoints.progress import Progress
 from vitfast.checkpoints.zipped import opened
 
 PART = 1 << 20
@@ -55,7 +56,12 @@ def read_arrays(path: Path) -> dict[str, Tensor]:
     """
     with opened(path) as (archive, members):
         declared = {name: _declared(archive, info) for name, info in members.items()}
-        return {name.removesuffix(".npy"): _read(archive, members[name], declared[name]) for name in members}
+        arrays = {}
+        with Progress(f"reading {path.name}", sum(info.file_size for info in members.values())) as progress:
+            for name, info in members.items():
+                arrays[name.removesuffix(".npy")] = _read(archive, info, declared[name])
+                progress.add(info.file_size)
+        return arrays
 
 
 def _declared(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Declared:

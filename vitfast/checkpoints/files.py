@@ -89,6 +89,32 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
+def shard_names(index: Path) -> list[str]:
+    """The names of files in an index of shards.
+
+    Raises:
+        ValueError: it is no index, or names what cannot be a shard beside it.
+    """
+    where = f"read_checkpoint: {str(index)!r}"
+    try:
+        weight_map = read_json(index)["weight_map"]
+        named = [*weight_map.values()]
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{where} is no index of shards: {error!r}") from error
+    strange = [name for name in named if not isinstance(name, str)]
+    if strange or not named:
+        raise ValueError(
+            f"{where} is no index of shards: a shard is {strange[0]!r}" if strange else f"{where} is empty"
+        )
+    names = sorted({*named})
+    for name in names:
+        if Path(name).name != name or "\\" in name or "\0" in name:
+            raise ValueError(f"{where} names a file outside its folder, {name!r}")
+        if name.endswith(INDEX):
+            raise ValueError(f"{where} names {name!r}, an index, in place of a shard")
+    return names
+
+
 def shards_of(index: Path) -> list[Path]:
     """The files that an index of shards names.
 
@@ -96,27 +122,15 @@ def shards_of(index: Path) -> list[Path]:
         FileNotFoundError: one is missing.
         ValueError: it is no index, or names what is no shard beside it.
     """
-    where = f"read_checkpoint: {str(index)!r}"
-    try:
-        weight_map = read_json(index)["weight_map"]
-        names = sorted({name for name in weight_map.values() if isinstance(name, str)})
-        strange = [name for name in weight_map.values() if not isinstance(name, str)]
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"{where} is no index of shards: {error!r}") from error
-    if strange or not names:
-        raise ValueError(f"{where} is no index of shards: it names {strange[:1] or 'none'}")
-    files = []
-    for name in names:
-        file = index.parent / name
-        if Path(name).name != name or "\\" in name or "\0" in name:
-            raise ValueError(f"{where} names a file outside its folder, {name!r}")
-        if name.endswith(INDEX):
-            raise ValueError(f"{where} names {name!r}, an index, in place of a shard")
+    files = [index.parent / name for name in shard_names(index)]
+    for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"read_checkpoint: no file {str(file)!r}, which {index.name} names")
         if not _is_inside(file, index):
-            raise ValueError(f"{where} names {name!r}, a link to a file outside its folder, {str(file.resolve())!r}")
-        files.append(file)
+            raise ValueError(
+                f"read_checkpoint: {str(index)!r} names {file.name!r}, a link to a file outside its folder, "
+                f"{str(file.resolve())!r}"
+            )
     return files
 
 

@@ -110,7 +110,7 @@ def _before_1_6(path: Path) -> tuple[Any, bool]:
             raise ValueError("it is no file of torch.save")
         unpickler.load()  # of the machine
         content, keys = unpickler.load(), unpickler.load()
-        if type(keys) is not list or {*map(str, keys)} != {*loaded} or len(keys) != len(loaded):
+        if sorted(keys) != sorted(loaded):
             raise ValueError("it has other storages than it lists")
         for key in keys:
             memory, dtype = loaded[key]
