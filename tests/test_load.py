@@ -248,6 +248,8 @@ def test_config_of_another_model_beside_a_file_is_believed(tmp_path):
     """Only the file that the config's own library would take has it."""
     theirs = filled(transformers.ViTModel(transformers.ViTConfig(**SMALL, layer_norm_eps=1e-3)))
     theirs.save_pretrained(tmp_path)
-    assert vitfast.load(tmp_path).config.norm_eps == vitfast.load(tmp_path / "model.safetensors").config.norm_eps == 1e-3
+    assert (
+        vitfast.load(tmp_path).config.norm_eps == vitfast.load(tmp_path / "model.safetensors").config.norm_eps == 1e-3
+    )
     (tmp_path / "model.safetensors").rename(tmp_path / "other.safetensors")
     assert vitfast.load(tmp_path / "other.safetensors", heads=3).config.norm_eps == 1e-12

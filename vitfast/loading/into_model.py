@@ -145,9 +145,7 @@ def _resample(state: dict[str, Tensor], model: ViT, grid: tuple[int, int] | None
         grid = (math.isqrt(max(given.shape[1] - prefix, 0)),) * 2
     grid = grid or model.patch_embed.grid_size
     if prefix + grid[0] * grid[1] == given.shape[1]:
-        state["pos_embed"] = resample_pos_embed(
-            given, model.patch_embed.grid_size, grid, prefix, antialias=mode == "timm"
-        )
+        state["pos_embed"] = resample_pos_embed(given, model.patch_embed.grid_size, grid, prefix, mode=mode)
 
 
 def _other_head(state: dict[str, Tensor], model: ViT) -> dict[str, Tensor]:

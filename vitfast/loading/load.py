@@ -20,7 +20,7 @@ from vitfast.model.vit import ViT
 from vitfast.timm_names import pretrained_cfg as cfgs
 from vitfast.weights.layouts.layout import Known, converted, sources_of
 from vitfast.weights.names import own_weights
-from vitfast.weights.resample import resample_patch_embed, resample_pos_embed
+from vitfast.weights.resample import adapt_input_channels, resample_patch_embed, resample_pos_embed
 
 HEADS = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")
 
@@ -148,11 +148,11 @@ def _fitted(name: str, weight: Tensor, config: ViTConfig, target: ViTConfig, res
     if name == "pos_embed" and config.grid_size != target.grid_size:
         prefix = config.num_prefix_tokens if config.pos_embed == "all" else 0
         rows = weight if weight.dim() == 3 else weight[None]
-        rows = resample_pos_embed(rows, target.grid_size, config.grid_size, prefix, antialias=resampling == "timm")
+        rows = resample_pos_embed(rows, target.grid_size, config.grid_size, prefix, mode=resampling)
         return rows if weight.dim() == 3 else rows[0]
     if name == "patch_embed.proj.weight":
         if config.channels != target.channels:
-            raise NotImplementedError("channels")
+            weight = adapt_input_channels(weight, target.channels)
         if config.patch_size != target.patch_size:
             weight = resample_patch_embed(weight, target.patch_size)  # type: ignore[arg-type]  # a pair
     return weight
