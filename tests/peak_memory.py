@@ -1,11 +1,11 @@
 """How much memory a piece of code takes at its peak, in a process of its own: what is not a view of a file."""
 
+import os
 import subprocess
 import sys
-import textwrap
 
 PROGRAM = """
-import sys, threading
+import gc, sys, threading
 import torch
 
 torch.set_num_threads(1)
@@ -33,25 +33,23 @@ class Peak:
         self.thread.join()
 
 
-args = sys.argv[1:]
 {first}
-with Peak() as taken:
-{code}
-print(taken.peak - taken.first)
+for arg in sys.argv[1:]:
+    with Peak() as taken:
+        code({code!r}, arg)
+    gc.collect()
+    print(taken.peak - taken.first)
 """
+CODE = "def code(text, arg):\n    exec(text, {**globals(), 'arg': arg})\n"
 
 
-def peak_of(code, *args, first="pass"):
-    """Bytes. The code has its `args` as strings; what `first` does, such as imports, isn't counted."""
-    program = PROGRAM.format(first=textwrap.dedent(first), code=textwrap.indent(textwrap.dedent(code), "    "))
+def peaks_of(code, args, first="pass"):
+    """Bytes for each of the args, which the code has as the string `arg`; what `first` does isn't counted."""
+    program = PROGRAM.format(first=f"{first}\n{CODE}", code=code)
     # large tensors then go back to the system at once, as large arrays do
-    env = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 20)}
-    done = subprocess.run(
-        [sys.executable, "-c", program, *map(str, args)],
-        capture_output=True,
-        text=True,
-        env={**__import__("os").environ, **env},
-    )
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 20)}
+    command = [sys.executable, "-c", program, *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:
         raise RuntimeError(done.stderr)
-    return int(done.stdout)
+    return [int(line) for line in done.stdout.split()]
