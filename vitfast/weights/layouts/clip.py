@@ -41,6 +41,7 @@ OPENAI_ONLY = ("/input_resolution", "/context_length", "/vocab_size")
 # (width, depth) -> heads, of open_clip's configs that timm does not have
 OPEN_CLIP_HEADS = {(1792, 56): 16}
 CROP_MODES = {"shortest": "center", "squash": "squash", "longest": "border"}
+SIGLIP_IMAGES = HALF | {"interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "squash"}
 # what transformers takes where a config.json leaves it out, which Google's of SigLIP do
 HF_CLIP = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_attention_heads": 12}
 HF_SIGLIP = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "num_attention_heads": 12}
@@ -231,6 +232,9 @@ def _trunk_known(view: View, facts: Facts, given: Mapping[str, Any]) -> Known:
         known.fields["num_classes"] = view.shape("/head.proj.weight")[0]
         # open_clip takes the classifier off a model that is built, and its norm stays where it is
         known.fields["norm_after_pool"] = "fc_norm.weight" in view
+    if "attn_pool.latent" in view and not facts.timm and not facts.fields:
+        known = known._replace(preprocessing=SIGLIP_IMAGES)
+        known.assumed["preprocessing"] = "as open_clip's SigLIP; there is no open_clip_config.json"
     return known
 
 
@@ -271,7 +275,7 @@ def _hf_known(
     hf = facts.hf.get("vision_config") or facts.hf
     hf = {**defaults, **hf} if hf else {}
     told = given.keys() | facts.fields.keys()
-    found, why = preprocessing_of(facts.processor, images | {"interpolation": "bicubic", "crop_pct": 1.0})
+    found, why = preprocessing_of(facts.processor, images)
     labels = facts.hf.get("id2label") or {} if "/classifier.weight" in view else {}
     fields: dict[str, Any] = {
         "dim": D, "channels": channels, "patch_size": tuple(patch), "depth": depth,
@@ -302,7 +306,7 @@ def _hf_known(
 
 
 def _hf_clip_known(view: View, facts: Facts, given: Mapping[str, Any]) -> Known:
-    known = _hf_known(view, facts, given, HF_CLIP, "_clip_", OF_CLIP)
+    known = _hf_known(view, facts, given, HF_CLIP, "_clip_", _open_clip_images(Facts()))
     if "/classifier.weight" in view:
         # it reads the mean of the patches as the last block leaves them
         own = {"num_classes": view.shape("/classifier.weight")[0], "pool": "mean", "final_norm": False}
@@ -314,7 +318,7 @@ def _hf_clip_known(view: View, facts: Facts, given: Mapping[str, Any]) -> Known:
 
 
 def _hf_siglip_known(view: View, facts: Facts, given: Mapping[str, Any]) -> Known:
-    known = _hf_known(view, facts, given, HF_SIGLIP, "_siglip_", HALF | {"crop_mode": "squash"})
+    known = _hf_known(view, facts, given, HF_SIGLIP, "_siglip_", SIGLIP_IMAGES)
     known.fields.update(class_token=False, num_classes=0, norm_after_pool=False, pool="none")
     if "/classifier.weight" in view and given.get("pool") in (None, "mean"):
         known.fields.update(num_classes=view.shape("/classifier.weight")[0], pool="mean")
