@@ -17,7 +17,6 @@ from vitfast.weights.layouts.layout import (
     Layout,
     Rule,
     View,
-    alone,
     class_token_with_position,
     grid_of,
     heads_of,
@@ -66,7 +65,7 @@ def _rules(config: ViTConfig) -> tuple[Rule, ...]:
     tokens: tuple[Rule, ...] = ()
     if config.register_tokens:
         tokens = (
-            Rule("cls_token", ("cls_token", "pos_embed"), class_token_with_position, alone),
+            Rule("cls_token", ("cls_token", "pos_embed"), class_token_with_position, lambda token, _: (token, None)),
             one("pos_embed", "pos_embed", lambda tensors, *_: tensors[0][:, 1:], with_zero_position),
             one("reg_token", "register_tokens"),
         )
