@@ -1,6 +1,6 @@
 """Names of weights in other libraries. `LAYOUTS` has them in the order in which they are tried."""
 
-from vitfast.weights.layouts import clip, facebook, hugging_face, timm, torchvision
+from vitfast.weights.layouts import clip, facebook, hugging_face, mmpretrain, timm, torchvision
 from vitfast.weights.layouts.layout import Layout
 
 LAYOUTS: tuple[Layout, ...] = (
@@ -8,5 +8,6 @@ LAYOUTS: tuple[Layout, ...] = (
     *clip.LAYOUTS,
     *torchvision.LAYOUTS,
     *facebook.LAYOUTS,
+    *mmpretrain.LAYOUTS,
     *timm.LAYOUTS,
 )

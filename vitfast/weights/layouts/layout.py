@@ -278,7 +278,9 @@ def _view(layout: Layout, state: Mapping[str, Tensor], prefix: str) -> View:
             name = "/" + name[len(outer) :]
         else:
             name = "//" + name
-        view[_renamed(layout, name)] = value
+        renamed = _renamed(layout, name)
+        # of two that get one name neither is lost: the second is left over, and said
+        view[name if renamed in view else renamed] = value
     return view
 
 
