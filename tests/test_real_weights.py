@@ -15,6 +15,8 @@ from timm_pair import run, taps_of
 
 import vitfast
 from vitfast.check.acceptance import accept_model
+from vitfast.weights.layouts import LAYOUTS
+from vitfast.weights.layouts.layout import written
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,20 @@ def test_onnxruntime_computes_other_tokens(pair, images):
     taps = ours.intermediates(images)
     for name, value in values.items():
         assert relative(taps[name], value) < 1e-5, name
+
+
+@torch.no_grad()
+def test_positions_are_resampled_otherwise_than_by_their_library(images, tmp_path):
+    """From pixels on, under Hugging Face's names: the graph resamples as Hugging Face does, with its own operators."""
+    layout = next(layout for layout in LAYOUTS if layout.name == "hf-dinov2")
+    state = written(layout, state_of_timm(), vitfast.config_for(TIMM_NAME))
+    save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "model.safetensors")
+    values = run_graph(images.numpy())
+    taps = vitfast.load(tmp_path, image_size=224).intermediates(images)
+    for name, value in values.items():
+        assert relative(taps[name], value) < 1e-5, name
+    other = vitfast.load(tmp_path, image_size=224, resampling="timm").intermediates(images)
+    assert relative(other["patch_tokens"], values["patch_tokens"]) > 1e-3
 
 
 def test_trained_weights_show_an_error_that_random_ones_hide(pair, images):

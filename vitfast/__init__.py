@@ -13,12 +13,13 @@ Importing needs neither a GPU nor triton, and asks no device anything.
 
 from vitfast import ops, reference
 from vitfast.check.warmup import warmup
-from vitfast.checkpoints.checkpoint import load_checkpoint, read_checkpoint, read_config, save_checkpoint
+from vitfast.checkpoints.checkpoint import read_checkpoint, read_config, save_checkpoint
 from vitfast.choose.dispatch import backend, set_backend
 from vitfast.choose.exportable import set_exportable
 from vitfast.config import ViTConfig
 from vitfast.inference.prepare import prepare
 from vitfast.loading.create import create_model
+from vitfast.loading.into_model import load_checkpoint
 from vitfast.loading.load import load
 from vitfast.model.vit import ViT
 from vitfast.patching.explain import explain
@@ -27,7 +28,7 @@ from vitfast.timm_names.variants import UNSUPPORTED, VARIANTS, config_for, list_
 from vitfast.version import __version__ as __version__
 
 __all__ = [
-    "UNSUPPORTED", "VARIANTS", "ViT", "ViTConfig", "backend", "config_for", "create_model", "explain", "list_models", "load",
-    "load_checkpoint", "ops", "patch", "patched", "prepare", "read_checkpoint", "read_config", "reference",
+    "UNSUPPORTED", "VARIANTS", "ViT", "ViTConfig", "backend", "config_for", "create_model", "explain", "list_models",
+    "load", "load_checkpoint", "ops", "patch", "patched", "prepare", "read_checkpoint", "read_config", "reference",
     "save_checkpoint", "set_backend", "set_exportable", "unpatch", "warmup",
 ]  # fmt: skip

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import secrets
-from collections import OrderedDict
-from collections.abc import Mapping
-from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +12,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from vitfast.checkpoints.described import config_of
-from vitfast.checkpoints.files import INDEX, file_of, is_safetensors
-from vitfast.checkpoints.pickled import Unread, load_pickled
+from vitfast.checkpoints.files import file_of, is_safetensors
+from vitfast.checkpoints.reading import read
 from vitfast.config import ViTConfig
 from vitfast.model.vit import ViT
-from vitfast.weights.hints import prefixes
-from vitfast.weights.names import own_weights, rename_keys, without_wrappers
-from vitfast.weights.resample import resample_pos_embed
-from vitfast.weights.state_dict import load_most
+from vitfast.weights.names import own_weights
 
 CONFIG_KEY = "vitfast_config"
-# what training scripts and wrappers call the model that they hold
-NAMED = (
-    "model.", "net.", "network.", "backbone.", "encoder.", "student.", "teacher.", "vit.", "timm_model.", "ema_model.",
-    "_forward_module.",
-)  # fmt: skip
-COUNTER = "n_averaged"  # of torch's AveragedModel, no weight
-# averaged weights first, as timm's loader takes them
-WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
 
 def save_checkpoint(model: ViT, path: str | os.PathLike, *, layout: str = "timm", with_config: bool = True) -> None:
@@ -131,9 +115,9 @@ def read_checkpoint(
     `model_ema`), as timm does. Weights in shards are read from all of them.
 
     Args:
-        path: a .safetensors file, or with `allow_pickle` a .pt, .pth, .pth.tar, .ckpt or .bin file; the
-            .index.json of shards; a folder of transformers, accelerate or timm, whose model.safetensors is read where
-            there is a pytorch_model.bin too.
+        path: a .safetensors file, an .npz file of numpy's arrays, or with `allow_pickle` a .pt, .pth, .pth.tar, .ckpt
+            or .bin file; the .index.json of shards; a folder of transformers, accelerate or timm, whose
+            model.safetensors is read where there is a pytorch_model.bin too.
         allow_pickle: read pickled files too (nothing that they name is run, and what is no tensor is passed over). Even
             so, only open files that you trust.
         key: of a file with several models the one to take, by its name in the file or before its keys: 'teacher',
@@ -144,193 +128,7 @@ def read_checkpoint(
         ValueError: a pickled file without `allow_pickle`, no flat mapping of names to tensors inside, or several of
             them and no `key`; names what there is.
     """
-    given, path = path, file_of(path)
-    content, unread = _content(path, allow_pickle, given)
-    state, prefix = _weights(path, content, key)
-    if not isinstance(state, Mapping) or (isinstance(state, Unread) and not state):
-        wrong = f"a {type(state).__name__}; of a model save the state_dict()"
-    else:
-        wrong = ", ".join(f"{k!r}: {type(v).__name__}" for k, v in state.items() if not _is_entry(k, v, unread))
-    if wrong:
-        raise ValueError(f"read_checkpoint: {str(path)!r} must hold a flat mapping of names to tensors, got {wrong}")
-    state = _part(state, "")
-    if prefix and not any(name.startswith(f"{prefix}.") for name in state):
-        there = sorted({name.partition(".")[0] for name in state})
-        raise ValueError(f"read_checkpoint: {str(path)!r} has nothing under key={key!r}, only {', '.join(there)}")
-    if prefix:
-        state = _part(state, f"{prefix}.")
-    while (common := next((n for n in NAMED if state and all(name.startswith(n) for name in state)), None)) is not None:
-        state = _part(state, common)
-    return state
-
-
-def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """What stands under the prefix, without it."""
-    inside = OrderedDict(
-        (name, value)
-        for name, value in state.items()
-        if name.startswith(prefix) and without_wrappers(name[len(prefix) :]) != COUNTER
-    )
-    versions = getattr(state, "_metadata", None)
-    if versions is not None:
-        vars(inside)["_metadata"] = {module: v for module, v in versions.items() if f"{module}.".startswith(prefix)}
-    return rename_keys(inside, lambda name: without_wrappers(name[len(prefix) :]))
-
-
-def _content(path: Path, allow_pickle: bool, given: str | os.PathLike) -> tuple[Any, bool]:
-    """What the file holds, on the CPU, and whether stand-ins may be in it. given: the path that was asked for.
-
-    Raises:
-        FileNotFoundError: a shard is missing.
-        ValueError: a pickled file without `allow_pickle`, a damaged one, or one of another kind.
-    """
-    if path.name.endswith(INDEX):
-        return _shards(path, allow_pickle, given)
-    if is_safetensors(path):
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}, False  # noqa: SIM118  (not a dict)
-        except SafetensorError as error:
-            raise ValueError(f"read_checkpoint: {str(path)!r} is not a whole safetensors file: {error}") from error
-    if path.suffix in (".npz", ".npy"):
-        raise ValueError(
-            f"read_checkpoint: {str(path)!r} holds numpy arrays, as JAX's ViTs do. timm reads them: "
-            "model.load_state_dict(timm.create_model(name, checkpoint_path=path).state_dict())"
-        )
-    if not allow_pickle:
-        raise ValueError(
-            f"read_checkpoint: path must be a .safetensors file, got {os.fspath(given)!r} ({path.name}); a pickled "
-            "file can be read with load_checkpoint(model, path, allow_pickle=True) if you trust where it comes from"
-        )
-    try:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True), False
-        except Exception as error:
-            if "TorchScript" in str(error):
-                raise ValueError("a TorchScript archive; save the state_dict() of torch.jit.load(path)") from None
-        # there is more in it than weights
-        return load_pickled(path)
-    except Exception as error:  # a damaged or hostile file can raise anything
-        raise ValueError(
-            f"read_checkpoint: {str(path)!r} is not a whole file of plain weights: {type(error).__name__}: {error}"
-        ) from error
-
-
-def _shards(path: Path, allow_pickle: bool, given: str | os.PathLike) -> tuple[dict[str, Any], bool]:
-    try:
-        names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-        files = [path.parent / name for name in names]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"read_checkpoint: {str(path)!r} is no index of shards: {error!r}") from error
-    state: dict[str, Any] = {}
-    unread = False
-    for name, file in zip(names, files, strict=True):
-        if Path(name).name != name:
-            raise ValueError(f"read_checkpoint: {str(path)!r} names a file outside its folder, {name!r}")
-        if not file.is_file():
-            raise FileNotFoundError(f"read_checkpoint: no file {str(file)!r}, which {path.name} names")
-        shard, partly = _content(file, allow_pickle, given)
-        if not isinstance(shard, Mapping):
-            raise ValueError(f"read_checkpoint: {str(file)!r} must map names to tensors, got {type(shard).__name__}")
-        state, unread = {**state, **shard}, unread or partly
-    return state, unread
-
-
-def _weights(path: Path, content: Any, key: str | None) -> tuple[Any, str]:
-    """The state dict inside a checkpoint, and the prefix that is left of the key."""
-    prefix = key or ""
-    while prefix and isinstance(content, Mapping):
-        name, _, rest = prefix.partition(".")
-        if not isinstance(content.get(name), Mapping):
-            break
-        content, prefix = content[name], rest
-    # bounded: a pickled mapping may contain itself
-    for _ in WRAPPERS:
-        if not isinstance(content, Mapping):
-            break
-        sets = [name for name, value in content.items() if _is_state(value)]
-        wrapper = next((name for name in WRAPPERS if _holds_weights(content.get(name))), None)
-        if wrapper is None and len(sets) > 1:
-            none = f"nothing under key={key!r} but " if key else ""
-            raise ValueError(
-                f"read_checkpoint: {str(path)!r} holds {none}several sets of weights, {', '.join(map(repr, sets))}: "
-                f"choose one with load_checkpoint(model, path, key={sets[0]!r}, ...)"
-            )
-        if wrapper is None and not sets:
-            break
-        content = content[sets[0] if wrapper is None else wrapper]
-    return content, prefix
-
-
-def _holds_weights(content: Any, depth: int = len(WRAPPERS)) -> bool:
-    """Whether a mapping has weights in it; numbers, as of an average's decay, are none."""
-    if not isinstance(content, Mapping) or not depth:
-        return False
-    values = content.values()
-    return any(isinstance(v, Tensor) and v.dim() or _holds_weights(v, depth - 1) for v in values)
-
-
-def _is_state(value: Any) -> bool:
-    return isinstance(value, Mapping) and bool(value) and all(_is_entry(k, v) for k, v in value.items())
-
-
-def _is_entry(name: Any, value: Any, unread: bool = False) -> bool:
-    # a module's extra state may be anything, but nothing of which a part was passed over
-    extra = isinstance(name, str) and name.endswith(_EXTRA_STATE_KEY_SUFFIX) and not unread
-    return isinstance(name, str) and (isinstance(value, Tensor) or extra)
-
-
-def load_checkpoint(
-    model: ViT, path: str | os.PathLike, *, strict: bool = True, allow_pickle: bool = False, key: str | None = None
-) -> ViT:
-    """Load a file written by `save_checkpoint`, or weights of timm's or vit-pytorch's models that a training run saved.
-
-    Positions of another image size are resampled to the model's grid. The file's own config says from which grid; a
-    file without one is taken to have square images.
-
-    Args:
-        strict: False loads what fits by name; that has to be half of the model or half of what is in the file.
-        allow_pickle, key: as `read_checkpoint`.
-
-    Raises:
-        RuntimeError: one error that lists every missing, unexpected and wrongly shaped key; nothing is loaded then.
-        FileNotFoundError, ValueError: as `read_checkpoint`.
-        TypeError: no ViT.
-    """
-    wrapped, model = model, unwrapped(model)
-    if not isinstance(model, ViT):
-        raise TypeError(f"load_checkpoint: model must be a vitfast.ViT, got {type(model).__name__}")
-    state = _joined(read_checkpoint(path, allow_pickle=allow_pickle, key=key), model)
-    # blocks compiled or wrapped one by one
-    own_names = {without_wrappers(name): name for name in own_weights(model)}
-    state = rename_keys(state, lambda name: own_names.get(name, name))
-    own, given = model.pos_embed, state.get("pos_embed")
-    if own is not None and given is not None and given.dim() == own.dim() == 3:
-        prefix = 0 if model.no_embed_class else model.num_prefix_tokens
-        config = read_config(path)
-        if config is not None:
-            grid = config.grid_size
-        elif given.shape[1] != own.shape[1]:
-            grid = (math.isqrt(max(given.shape[1] - prefix, 0)),) * 2
-        else:
-            grid = model.patch_embed.grid_size
-        if prefix + grid[0] * grid[1] == given.shape[1]:
-            state["pos_embed"] = resample_pos_embed(given, model.patch_embed.grid_size, grid, prefix)
-    if strict:
-        model.load_state_dict(state)
-    else:
-        load_most(model, state)
-    return wrapped
-
-
-def _joined(state: dict[str, Tensor], model: ViT) -> dict[str, Tensor]:
-    """A backbone under a prefix and the classifier beside it, where together they are the model and nothing else."""
-    own = own_weights(model)
-    for prefix in prefixes(state, own):
-        joined = [key.removeprefix(prefix) for key in state]
-        if len(joined) == len(own) and own.keys() == {*joined}:
-            return rename_keys(state, methodcaller("removeprefix", prefix))
-    return state
+    return read(path, allow_pickle=allow_pickle, key=key, mapped=False).state
 
 
 def read_config(path: str | os.PathLike) -> ViTConfig | None:

@@ -10,7 +10,8 @@ from typing import Any, Literal, overload
 import torch
 from torch import nn
 
-from vitfast.checkpoints.checkpoint import load_checkpoint, read_checkpoint
+from vitfast.checkpoints.checkpoint import read_checkpoint
+from vitfast.loading.into_model import load_checkpoint
 from vitfast.model.vit import ViT
 from vitfast.timm_names import pretrained_cfg as cfgs
 from vitfast.timm_names.variants import config_for

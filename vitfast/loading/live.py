@@ -22,7 +22,7 @@ ACTIVATIONS = {
 }  # fmt: skip
 
 
-def of_live(model: nn.Module) -> tuple[dict[str, Tensor], Facts, str]:
+def of_live(model: Any) -> tuple[dict[str, Tensor], Facts, str]:
     """(weights, facts, whose) of a model of vitfast, timm, Hugging Face, torchvision or vit-pytorch.
 
     Raises:
@@ -67,7 +67,7 @@ def activation_of(module: nn.Module) -> str:
     return "gelu_tanh" if found == "gelu" and getattr(module, "approximate", "none") == "tanh" else found
 
 
-def eps_of(model: nn.Module) -> float:
+def eps_of(model: Any) -> float:
     """The eps that all norms of a model share.
 
     Raises:
@@ -91,10 +91,9 @@ def _timm(model: Any) -> Facts:
         )
     if model.global_pool not in POOLS_BY_TIMM_NAME:
         raise NotImplementedError(f"global_pool must be one of {list(POOLS_BY_TIMM_NAME)}, got {model.global_pool!r}")
-    attn, mlp = (blocks[0].attn, blocks[0].mlp) if blocks else (None, None)
-    after = not isinstance(model.fc_norm, nn.Identity)
+    stem, after = model.patch_embed, not isinstance(model.fc_norm, nn.Identity)
     fields = {
-        "image_size": model.patch_embed.img_size or tuple(g * p for g, p in zip(model.patch_embed.grid_size, model.patch_embed.patch_size, strict=True)),
+        "image_size": stem.img_size or tuple(g * p for g, p in zip(stem.grid_size, stem.patch_size, strict=True)),
         "norm_eps": eps_of(model), "pool": POOLS_BY_TIMM_NAME[model.global_pool], "norm_after_pool": after,
         "pool_prefix": bool(getattr(model, "pool_include_prefix", False)),
         "dynamic_image_size": bool(model.dynamic_img_size),
@@ -106,7 +105,8 @@ def _timm(model: Any) -> Facts:
         fields["pos_embed"] = "none"
     else:
         fields["pos_embed"] = "patches" if model.no_embed_class and model.num_prefix_tokens else "all"
-    if attn is not None:
+    if blocks:
+        attn, mlp = blocks[0].attn, blocks[0].mlp
         drop = getattr(blocks[-1].drop_path1, "drop_prob", 0.0)
         fields |= {
             "heads": attn.num_heads, "head_dim": attn.head_dim, "activation": activation_of(mlp.act),

@@ -10,22 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitfast.checkpoints.checkpoint import read_checkpoint, read_config
 from vitfast.config import ViTConfig
-from vitfast.loading.live import of_live
 from vitfast.loading.recognise import Recognised, recognise
 from vitfast.loading.report import LoadReport
+from vitfast.loading.source import source_of
 from vitfast.model.vit import ViT
 from vitfast.timm_names import pretrained_cfg as cfgs
-from vitfast.weights.layouts.layout import Facts, Known, converted, sources_of
+from vitfast.weights.layouts.layout import Known, converted, sources_of
 from vitfast.weights.names import own_weights
-from vitfast.weights.resample import resample_patch_embed, resample_pos_embed  # TODO adapt_input_channels
+from vitfast.weights.resample import resample_patch_embed, resample_pos_embed
 
 HEADS = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")
 
 
 def load(
-    source: str | os.PathLike[str] | nn.Module,
+    source: str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module,
     *,
     num_classes: int | None = None,
     image_size: int | tuple[int, int] | None = None,
@@ -47,7 +46,7 @@ def load(
     and said in `model.load_report`; where two libraries differ, the error asks for the field.
 
     Args:
-        source: a path, see `read_checkpoint`; a model of timm, Hugging Face, torchvision, vit-pytorch or vitfast.
+        source: a path, see `read_checkpoint`; a state dict; a model of timm, Hugging Face, torchvision, vit-pytorch or vitfast.
         num_classes: of the model; where it differs from the weights' the classifier is new, and zero (Dosovitskiy et
             al., "An Image is Worth 16x16 Words", 2021, section 3.2). 0 for none.
         image_size: of the model, pixels; positions are resampled.
@@ -67,12 +66,13 @@ def load(
         FileNotFoundError, ValueError: as `read_checkpoint`.
         TypeError: no source, or a field that ViTConfig does not have.
     """
-    state, facts, name = _source(source, allow_pickle, key)
+    state, facts, name, _ = source_of(source, allow_pickle=allow_pickle, key=key)
     given = fields | _given(num_classes=num_classes, image_size=image_size, grid=grid)
     try:
         found = recognise(state, facts, as_)
         del state
         known = found.layout.describe(found.view, facts, given)
+        known = known._replace(assumed={name: why for name, why in known.assumed.items() if name not in fields})
         config = ViTConfig(**known.fields | fields)
         sizes = _given(num_classes=num_classes, image_size=image_size, patch_size=patch_size, channels=channels)
         target = config.replace(**sizes)
@@ -86,16 +86,6 @@ def load(
 
 def _given(**arguments: Any) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if value is not None}
-
-
-def _source(source: Any, allow_pickle: bool, key: str | None) -> tuple[dict[str, Tensor], Facts, str]:
-    if isinstance(source, nn.Module):
-        return of_live(source)
-    if not isinstance(source, (str, os.PathLike)):
-        raise TypeError(f"load: source must be a path or a model, got {type(source).__name__}")
-    state = read_checkpoint(source, allow_pickle=allow_pickle, key=key)
-    config = read_config(source)
-    return state, Facts(fields=config.to_dict() if config else {}), os.fspath(source)
 
 
 def _filled(
@@ -156,17 +146,17 @@ def _fitted(name: str, weight: Tensor, config: ViTConfig, target: ViTConfig, res
     if name == "pos_embed" and config.grid_size != target.grid_size:
         prefix = config.num_prefix_tokens if config.pos_embed == "all" else 0
         rows = weight if weight.dim() == 3 else weight[None]
-        rows = resample_pos_embed(rows, target.grid_size, config.grid_size, prefix, mode=resampling)
+        rows = resample_pos_embed(rows, target.grid_size, config.grid_size, prefix, antialias=resampling == "timm")
         return rows if weight.dim() == 3 else rows[0]
     if name == "patch_embed.proj.weight":
         if config.channels != target.channels:
-            weight = adapt_input_channels(weight, target.channels)
+            raise NotImplementedError("channels")
         if config.patch_size != target.patch_size:
             weight = resample_patch_embed(weight, target.patch_size)  # type: ignore[arg-type]  # a pair
     return weight
 
 
-def _pretrained_cfg(config: ViTConfig, report: LoadReport) -> Mapping[str, Any]:
+def _pretrained_cfg(config: ViTConfig, report: LoadReport) -> dict[str, Any]:
     """timm's entries, which its tools read."""
     size = {"input_size": (config.channels, *config.image_size)}  # type: ignore[misc]  # a pair
     names = {"first_conv": "patch_embed.proj", "classifier": "head"}

@@ -14,20 +14,20 @@ from vitfast.weights.names import INSIDE, without_wrappers
 from vitfast.weights.vit_pytorch import OWN_BLOCKS, ours
 
 CONVERTED = "timm.models.vision_transformer.checkpoint_filter_fn(state_dict, timm_model) gives them timm's"
-RENAMED = "rename them, and join query, key and value to one attn.qkv"
+READ = "vitfast.load builds the model that they are of, and vitfast.load_checkpoint puts them into one that is there"
 HUGGING_FACES = (
     r"(^|\.)(embeddings\.patch_embed(ding)?s?|layers?\.\d+\.(self_attn|attention)\.(attention\.)?(q_proj|query))\."
 )
 CURRENT = "vitfast.ViT takes those of its ViT since release 1.4, and of no other of its models"
 # (a key that only this layout has, whose layout it is, how to get to ours)
 LAYOUTS = (
-    (HUGGING_FACES, "Hugging Face's transformers", RENAMED),
-    (r"(^|\.)transformer\.resblocks\.\d", "OpenAI's CLIP and open_clip", CONVERTED),
-    (r"(^|\.)encoder\.layers\.encoder_layer_\d", "torchvision", RENAMED.replace("query, key and value", "in_proj")),
-    (r"(^|/)Transformer/encoderblock_\d", "JAX", "timm.create_model(name, checkpoint_path=...) reads the .npz file"),
-    (r"(^|\.)decoder_blocks\.\d", "masked autoencoders (MAE)", "leave out mask_token and what starts with decoder_"),
+    (HUGGING_FACES, "Hugging Face's transformers", READ),
+    (r"(^|\.)transformer\.resblocks\.\d", "OpenAI's CLIP and open_clip", READ),
+    (r"(^|\.)encoder\.layers\.encoder_layer_\d", "torchvision", READ),
+    (r"(^|/)Transformer/encoderblock_\d", "JAX", READ),
+    (r"(^|\.)decoder_blocks\.\d", "masked autoencoders (MAE)", READ),
     (rf"^{OWN_BLOCKS}", "vit-pytorch", CURRENT),
-    (r"^(register_tokens$|blocks\.\d+\.mlp\.w12\.)", "facebook's DINOv2", CONVERTED),
+    (r"^(register_tokens$|blocks\.\d+\.mlp\.w12\.)", "facebook's DINOv2", READ),
     (r"^(preprocessor\.patchifier|radio_model|beit3|encoder\.beit3)\.", "AIMv2, RADIO or BEiT-3", CONVERTED),
 )
 

@@ -62,7 +62,7 @@ def preprocessing_of(processor: Mapping[str, Any], assumed: Mapping[str, Any]) -
     """timm's entries of transformers' preprocessor_config.json, and why where they are `assumed`."""
     if not processor:
         return dict(assumed), "the library's default; there is no preprocessor_config.json"
-    found = {"mean": tuple(processor["image_mean"])} if "image_mean" in processor else {}
+    found: dict[str, Any] = {"mean": tuple(processor["image_mean"])} if "image_mean" in processor else {}
     found |= {"std": tuple(processor["image_std"])} if "image_std" in processor else {}
     if processor.get("do_normalize") is False:
         found |= {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
@@ -86,7 +86,7 @@ def _size(size: Any) -> tuple[int, int] | None:
     return None
 
 
-def common(view: View, facts: Facts, eps: float, preprocessing: Mapping[str, Any]) -> Known:
+def common(view: View, facts: Facts, given: Mapping[str, Any], eps: float, preprocessing: Mapping[str, Any]) -> Known:
     """What the family has in common: sizes by shapes, the rest by config.json or assumed."""
     hf, assumed = facts.hf, dict[str, str]()
     D, channels, *patch = view.shape("embeddings.patch_embeddings.projection.weight")
@@ -99,7 +99,7 @@ def common(view: View, facts: Facts, eps: float, preprocessing: Mapping[str, Any
     if "num_attention_heads" in hf:
         fields["heads"] = hf["num_attention_heads"]
     elif "heads" not in facts.fields:
-        fields["heads"], assumed["heads"] = heads_of(D, depth)
+        fields["heads"], assumed["heads"] = heads_of(D, depth, given)
     fields["activation"] = activation_of(hf)
     if fields["activation"] is None:
         fields["activation"], assumed["activation"] = "gelu", f"the library's default; {no_config}"
@@ -144,13 +144,13 @@ def _has(*names: str, without: Sequence[str] = ()) -> Any:
 
 def _vit(view: View, facts: Facts, given: Mapping[str, Any]) -> Known:
     token = "embeddings.cls_token" in view
-    known = _vit_or_deit(view, facts, HALF | {"interpolation": "bilinear", "crop_pct": 1.0})
+    known = _vit_or_deit(view, facts, given, HALF | {"interpolation": "bilinear", "crop_pct": 1.0})
     known.fields.update(num_classes=head(view), class_token=token, pool="token" if token else "mean")
     return with_grid(known, view, facts, given, int(token))
 
 
 def _deit(view: View, facts: Facts, given: Mapping[str, Any]) -> Known:
-    known = _vit_or_deit(view, facts, IMAGENET | {"interpolation": "bicubic", "crop_pct": 0.875})
+    known = _vit_or_deit(view, facts, given, IMAGENET | {"interpolation": "bicubic", "crop_pct": 0.875})
     two = "/distillation_classifier.weight" in view
     # where nobody reads the distillation token after the blocks it is a register that has a position
     known.fields.update({"distillation_token": True} if two else {"register_tokens": 1})
@@ -158,14 +158,14 @@ def _deit(view: View, facts: Facts, given: Mapping[str, Any]) -> Known:
     return with_grid(known, view, facts, given, 2)
 
 
-def _vit_or_deit(view: View, facts: Facts, preprocessing: Mapping[str, Any]) -> Known:
-    known = common(view, facts, 1e-12, preprocessing)
+def _vit_or_deit(view: View, facts: Facts, given: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> Known:
+    known = common(view, facts, given, 1e-12, preprocessing)
     known.fields.update(mlp_dim=view.shape("encoder.layer.0.intermediate.dense.weight")[0], norm_after_pool=False)
     return known
 
 
 def _dinov2(view: View, facts: Facts, given: Mapping[str, Any]) -> Known:
-    known = common(view, facts, 1e-6, IMAGENET | {"interpolation": "bicubic", "crop_pct": 0.875})
+    known = common(view, facts, given, 1e-6, IMAGENET | {"interpolation": "bicubic", "crop_pct": 0.875})
     if "/classifier.weight" in view and "num_classes" not in given:
         raise NotImplementedError(
             "classifier reads the class token beside the mean of the patches, which ViTConfig does not have; "

@@ -198,12 +198,14 @@ def grid_of(positions: int, prefix: int, given: Mapping[str, Any]) -> tuple[int,
     return side, side
 
 
-def heads_of(dim: int, depth: int) -> tuple[int, str]:
-    """Heads of a published model of this width and depth, or of 64 channels each; and why.
+def heads_of(dim: int, depth: int, given: Mapping[str, Any]) -> tuple[int, str]:
+    """Heads: those given, of a published model of this width and depth, or of 64 channels each; and why.
 
     Raises:
         NeedsArgument: published models differ, or 64 does not divide the width.
     """
+    if "heads" in given:
+        return given["heads"], "given"
     found: dict[int, str] = {}
     for name, fields in VARIANTS.items():
         fields = {"dim": ViTConfig.dim, "depth": ViTConfig.depth, "heads": ViTConfig.heads} | fields

@@ -175,16 +175,15 @@ def _open(field: str, seen: Mapping[str, Any], candidates: list[str]) -> tuple[A
         others = len(candidates) - 1
         return value, f"as {name}{f' and {others} other models of timm' * bool(others)} with such weights"
     if field == "heads" and not found:
-        return heads_of(seen["dim"], seen["depth"])
+        return heads_of(seen["dim"], seen["depth"], {})
     if field == "heads" or (field == "activation" and (found or seen["pre_norm"])):
         told = "; ".join(f"{name} has {value}" for value, name in found.items()) or "CLIP's towers have either"
         raise needs(field, [*found] or ["gelu", "quick_gelu"], f"weights do not tell, and {told}")
-    if field == "pool":
-        default = "token" if seen["class_token"] else "mean"
-    else:
-        default = (
-            1e-5 if field == "norm_eps" and (seen["pre_norm"] or seen["norm"] == "rms") else getattr(ViTConfig, field)
-        )
+    default: Any = getattr(ViTConfig, field)
+    if field == "pool" and not seen["class_token"]:
+        default = "mean"
+    if field == "norm_eps" and (seen["pre_norm"] or seen["norm"] == "rms"):
+        default = 1e-5
     differ = "; ".join(f"{name} has {value!r}" for value, name in found.items())
     return default, f"timm's default; {differ or 'no model of timm has such weights'}"
 
@@ -219,7 +218,7 @@ def _with_facts(view: View, seen: dict[str, Any], facts: Facts, given: Mapping[s
 
 def _agreed_input(candidates: Iterable[str]) -> dict[str, Any]:
     """How images are prepared for timm's weights under these names, where all agree."""
-    found = []
+    found: list[dict[str, Any]] = []
     for name in candidates:
         config = _configs()[name]
         cfg = pretrained_cfg(name, config.image_size, config.num_classes)  # type: ignore[arg-type]  # a pair
