@@ -206,16 +206,20 @@ def accept_stages(
     _raise(faults, "stages", dtype)
 
 
-def stage_faults(out: Tensor, ref: Tensor, low: Tensor) -> tuple[list[str], Tensor | None]:
+def stage_faults(
+    out: Tensor, ref: Tensor, low: Tensor, *, few: bool = False
+) -> tuple[list[str], Tensor | None]:
     """What `accept_stages` has against one stage, and for each of its rows the logarithm of error by eager's error.
 
-    None in the place of the rows where clause 0 of `accept` is broken.
+    None in the place of the rows where clause 0 of `accept` is broken. few: let luck do more to a stage of few numbers
+    (`rms_ratio_of_few`), as where it may be logits alone.
     """
     faults = _contract_faults(out, ref, low)
     if faults:
         return faults, None
     dtype = out.dtype
     luck, floor = LUCK[dtype], RMS_FLOOR_EPS * _eps(dtype)
+    luck *= rms_ratio_of_few(out.numel(), dtype) / RMS_RATIO[dtype] if few else 1.0
     finite, ref_rows, e_out, e_low, faults = _errors(out, ref, low)
     rms_out, rms_low, rms_ref = (_rms(t, finite) for t in (e_out, e_low, ref_rows))
     if not rms_out <= luck * rms_low + floor * rms_ref:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vitfast.check.acceptance import FORMULA, apart
 from vitfast.checkpoints.checkpoint import unwrapped
 from vitfast.parity.adapters import ADAPTERS
 from vitfast.parity.adapters.adapter import UnknownPart, class_name
-from vitfast.parity.adapters.hugging_face import resamples
+from vitfast.parity.adapters.hugging_face import BASES, resamples
 from vitfast.parity.chain import Chain
 
 # of a model that is not known: its blocks are a list of at least so many modules of one class
@@ -31,7 +31,8 @@ def exact_chain(model: nn.Module, images: Tensor) -> tuple[Chain, dict[str, Tens
     Raises:
         ValueError, RuntimeError, TypeError: as its forward, for images that it cannot take.
     """
-    inner = unwrapped(without_fp32(model))
+    inner = unwrapped(model)
+    notes = (f"{class_name(inner)}: in fp64 by sdpa, for its eager attention is in fp32",) if without_fp32(inner) else ()
     chain, why = _by_class(inner, images)
     if chain is not None:
         try:
@@ -44,10 +45,10 @@ def exact_chain(model: nn.Module, images: Tensor) -> tuple[Chain, dict[str, Tens
             ((last, value),) = own.items()
             # NaN has no distance
             if values[last].shape == value.shape and (apart(values[last], value) <= FORMULA or value.isnan().any()):
-                return chain, values | own
+                return replace(chain, notes=notes), values | own
             why = "run stage by stage gives other values than its forward"
     chain = _hooked(inner, f"{class_name(inner)} {why}")
-    return chain, chain.values(images)
+    return replace(chain, notes=notes + chain.notes), chain.values(images)
 
 
 def chain_like(exact: Chain, model: nn.Module, images: Tensor) -> Chain:
@@ -147,10 +148,19 @@ def _blocks_of(model: nn.Module) -> tuple[str, list[nn.Module]]:
     return best
 
 
-@torch.no_grad()
-def without_fp32(model: nn.Module) -> nn.Module:
-    """`model` with attention that computes in its own dtype: transformers' eager one has its softmax in fp32."""
-    config = getattr(unwrapped(model), "config", None)
-    if getattr(config, "_attn_implementation", None) == "eager":
-        config._attn_implementation = "sdpa"  # type: ignore[union-attr]  # there, as it has the attribute
-    return model
+def off_grid(model: Any, images: Tensor) -> bool:
+    """Whether the model has learned positions for images of another size."""
+    inner = unwrapped(model)
+    base = next((inner._modules[name] for name in BASES if name in inner._modules), inner)
+    stem = base._modules.get("patch_embed") or getattr(base._modules.get("embeddings"), "patch_embeddings", None)
+    sizes = [getattr(stem, name, None) for name in ("img_size", "image_size")]
+    return any(size is not None and tuple(size) != tuple(images.shape[2:]) for size in sizes)
+
+
+def without_fp32(model: Any) -> bool:
+    """Let attention compute in its own dtype: transformers' eager one has its softmax in fp32. Whether it did not."""
+    config = getattr(model, "config", None)
+    if getattr(config, "_attn_implementation", None) != "eager":
+        return False
+    config._attn_implementation = "sdpa"  # type: ignore[union-attr]  # there, as it has the attribute
+    return True
