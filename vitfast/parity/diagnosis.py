@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vitfast.check.acceptance import FORMULA
+from vitfast.check.acceptance import FORMULA, LUCK
 from vitfast.parity.cases import Case, Side, cases_in_dtype, cases_of, off
 from vitfast.parity.substitutions import TABLE, precision
 from vitfast.parity.substitutions.substitution import Blocks, Substitution
@@ -30,6 +30,10 @@ IN_ORDER = ("qkv order", "head split", "heads")
 # a rounding explains what a stage is off by where this share of it is left: at most a few numbers fall on the other
 # side of a boundary, because fp64 and the dtype come there with different last bits
 LEFT = 0.25
+# a difference that was folded into weights, as mean and std can be, leaves their rounding: at most this share of it
+FOLDED = 1e-3
+# (side, substitutions, how far apart the two are with them)
+Tried = tuple[int, Sequence["Substitution"], float]
 
 
 class Step(NamedTuple):
@@ -121,10 +125,11 @@ def diagnosis(a: Side, b: Side, images: Tensor, dtype: torch.dtype, labels: tupl
     if not cases:
         return Diagnosis((), (), ("there are no stages that both can be run from",))
     variants = [_canonical(side, label, images, notes) for side, label in zip((a, b), labels, strict=True)]
-    search = Search(cases, variants, labels, notes)
+    rounded = LUCK[dtype] * torch.finfo(dtype).eps
+    search = Search(cases, variants, labels, notes, rounded)
     if b.exact is not None and not search.deviating(*variants):
         # the formulas agree, so that it is arithmetic
-        search = Search(cases_in_dtype(a, b, images, dtype), variants, labels, notes)
+        search = Search(cases_in_dtype(a, b, images, dtype), variants, labels, notes, rounded)
         search.round()
         return Diagnosis(tuple(search.findings), (), tuple(notes))
     for _ in range(ROUNDS):
@@ -155,13 +160,16 @@ class Search:
     """
 
     def __init__(
-        self, cases: list[Case], variants: Sequence[Variant | None], labels: tuple[str, str], notes: list[str]
-    ):
+        self, cases: list[Case], variants: Sequence[Variant | None], labels: tuple[str, str], notes: list[str],
+        rounded: float,
+    ):  # fmt: skip
         self.cases, self.labels, self.notes = cases, labels, notes
         self.variants: list[Variant | None] = list(variants)
         self.changed = [False, False]
         self.findings: list[Finding] = []
         self.given_up: set[int] = set()
+        # what rounding of weights may leave
+        self.rounded = rounded
         self.rounding = any(case.rounding for case in cases)
         # a variant stands for its model where it gives its values
         self.trusted = [self._trusted(0), self._trusted(1)]
@@ -204,15 +212,21 @@ class Search:
             return False
         i = left[0]
         before = self.apart(i, *self.variants)
-        explained: list[tuple[int, tuple[Substitution, ...]]] = []
+        sides = [side for side in ((0,) if self.rounding else (0, 1)) if i in self.trusted[side]]
+        tried: list[Tried] = []
         for tries in (self._singles, self._pairs):
-            for side in (0, 1):
-                if not explained and i in self.trusted[side]:
-                    explained = [(side, steps) for steps in tries(i, side, before)]
-        if not explained:
+            for side in sides:
+                found = tries(i, side)
+                tried += found
+                if explained := self._explaining(found, LEFT * before if self.rounding else self.cases[i].bound):
+                    self._choose(i, before, explained)
+                    return True
+        # weights that somebody folded the difference into are rounded anew
+        if explained := self._explaining(tried, min(self.rounded, FOLDED * before)):
+            self._choose(i, before, explained)
+            self.cases[i] = self.cases[i]._replace(bound=self.rounded)
+        else:
             self.given_up.add(i)
-            return True
-        self._choose(i, before, explained)
         return True
 
     def _candidates(self, i: int, side: int) -> list[Substitution]:
@@ -228,12 +242,12 @@ class Search:
         kinds = kinds_between(self.variants[side], case.start, case.stage)  # type: ignore[arg-type]  # trusted
         return sorted({block for _, block in kinds if block is not None})
 
-    def _singles(self, i: int, side: int, before: float) -> list[tuple[Substitution, ...]]:
+    def _singles(self, i: int, side: int) -> list[Tried]:
         blocks = self._blocks(i, side)
-        tried = [((each,), self._try(i, side, [each], blocks)) for each in self._candidates(i, side)]
-        return self._explaining(i, tried, before)
+        candidates = self._candidates(i, side)
+        return [(side, (each,), self._try(i, side, [each], blocks)) for each in candidates]
 
-    def _pairs(self, i: int, side: int, before: float) -> list[tuple[Substitution, ...]]:
+    def _pairs(self, i: int, side: int) -> list[Tried]:
         if self.rounding:
             return []
         blocks = self._blocks(i, side)
@@ -241,18 +255,13 @@ class Search:
         pairs = list(_pairs_of(candidates))
         if len(pairs) > PAIRS:
             self.notes.append(f"of {len(pairs)} pairs of substitutions the first {PAIRS} were tried")
-        tried = [(pair, self._try(i, side, pair, blocks)) for pair in pairs[:PAIRS]]
-        return self._explaining(i, tried, before)
+        return [(side, pair, self._try(i, side, pair, blocks)) for pair in pairs[:PAIRS]]
 
-    def _explaining(
-        self, i: int, tried: list[tuple[tuple[Substitution, ...], float]], before: float
-    ) -> list[tuple[Substitution, ...]]:
-        case = self.cases[i]
-        bound = LEFT * before if self.rounding else case.bound
-        good = [(steps, left) for steps, left in tried if left <= bound]
+    def _explaining(self, tried: list[Tried], bound: float) -> list[Tried]:
+        good = [each for each in tried if each[2] <= bound]
         # where a bound is wide, as it is without fp64, what leaves twice as much as the best is no explanation
-        best = min((left for _, left in good), default=0.0)
-        return [steps for steps, left in good if left <= max(2 * best, FORMULA)]
+        best = min((left for *_, left in good), default=0.0)
+        return [each for each in good if each[2] <= max(2 * best, FORMULA)]
 
     def _with(self, side: int, steps: Sequence[Substitution], blocks: Blocks, only: Blocks = None) -> Variant | None:
         """The variant of one side with these steps, made in `blocks` where they can be; its others are shared."""
@@ -271,10 +280,10 @@ class Search:
         pair = (changed, self.variants[1]) if side == 0 else (self.variants[0], changed)
         return self.apart(i, *pair)
 
-    def _choose(self, i: int, before: float, explained: list[tuple[int, tuple[Substitution, ...]]]) -> None:
+    def _choose(self, i: int, before: float, explained: list[Tried]) -> None:
         """Of what explains stage `i` that which leaves the fewest stages, made everywhere or in these blocks only."""
         ranked = []
-        for side, steps in explained:
+        for side, steps, _ in explained:
             own = self._blocks(i, side)
             scopes: list[tuple[str, Blocks]] = [("", None)]
             if any(step.by_block for step in steps):
