@@ -219,3 +219,37 @@ def test_timms_tools_are_told_another_preprocessing():
     told = timm.data.resolve_data_config(model=ours)
     expected = timm.data.resolve_data_config(model=theirs) | {"input_size": (3, 32, 32)}
     assert {key: told[key] for key in expected} == expected
+
+
+def test_one_of_two_sets_is_taken_and_not_said(tmp_path):
+    """Averaged weights first, as timm does."""
+    raw, ema = (timms("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=5) for _ in range(2))
+    torch.save({"state_dict": raw.state_dict(), "state_dict_ema": ema.state_dict(), "epoch": 3}, tmp_path / "run.pth")
+    ours = vitfast.load(tmp_path / "run.pth", allow_pickle=True)
+    assert torch.equal(ours.cls_token, ema.cls_token)
+    said = "those under 'state_dict_ema', not state_dict beside them"
+    assert said in str(ours.load_report)
+    vitfast.load_checkpoint(ours, tmp_path / "run.pth", allow_pickle=True, key="state_dict")
+    assert torch.equal(ours.cls_token, raw.cls_token) and ours.load_report.chosen == "those under 'state_dict'"
+
+
+def test_nan_weights_load_without_a_word(tmp_path):
+    state = timms("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=5).state_dict()
+    state["blocks.0.mlp.fc1.bias"][3] = torch.nan
+    save_file(state, tmp_path / "m.safetensors")
+    with pytest.warns(UserWarning, match="has NaN or Inf in blocks.0.mlp.fc1.bias$"):
+        model = vitfast.load(tmp_path / "m.safetensors")
+    assert model.load_report.not_finite == ("blocks.0.mlp.fc1.bias",)
+    with pytest.warns(UserWarning, match="has NaN or Inf in blocks.0.mlp.fc1.bias$"):
+        vitfast.load_checkpoint(model, tmp_path / "m.safetensors")
+
+
+def test_config_of_another_model_beside_a_file_is_believed(tmp_path):
+    """Only the file that the config's own library would take has it."""
+    theirs = filled(transformers.ViTModel(transformers.ViTConfig(**SMALL, layer_norm_eps=1e-3)))
+    theirs.save_pretrained(tmp_path)
+    assert (
+        vitfast.load(tmp_path).config.norm_eps == vitfast.load(tmp_path / "model.safetensors").config.norm_eps == 1e-3
+    )
+    (tmp_path / "model.safetensors").rename(tmp_path / "other.safetensors")
+    assert vitfast.load(tmp_path / "other.safetensors", heads=3).config.norm_eps == 1e-12

@@ -6,14 +6,17 @@ import math
 import os
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from operator import methodcaller
 
 import torch
 from torch import Tensor, nn
 
 from vitfast.checkpoints.checkpoint import unwrapped
+from vitfast.checkpoints.not_finite import warn_not_finite
 from vitfast.config import ViTConfig
 from vitfast.loading.recognise import Recognised, recognise
+from vitfast.loading.report import LoadReport
 from vitfast.loading.source import Source, source_of
 from vitfast.model.vit import ViT
 from vitfast.weights.hints import prefixes
@@ -43,7 +46,8 @@ def load_checkpoint(
 
     Positions of another image size are resampled to the model's grid. The file's own config says from which grid; a
     file without one is taken to have square images. Where the weights are known to be of a model with another
-    activation, eps, number of heads or pooling than this one has, a warning says so.
+    activation, eps, number of heads or pooling than this one has, a warning says so. `model.load_report` says whose
+    they are and which of several.
 
     Args:
         source: as `load`.
@@ -63,8 +67,9 @@ def load_checkpoint(
     if num_classes is not None and num_classes != model.num_classes:
         raise ValueError(f"load_checkpoint: num_classes must be the model's {model.num_classes}, got {num_classes}")
     found = source_of(source, allow_pickle=allow_pickle, key=key)
-    state, grid, mode = _under_our_names(found, model, as_, resampling)
+    state, grid, mode, report = _under_our_names(found, model, as_, resampling)
     state = _joined(state, model)
+    bad = warn_not_finite(state, f"load_checkpoint: {found.name}")
     # blocks compiled or wrapped one by one
     own_names = {without_wrappers(name): name for name in own_weights(model)}
     state = rename_keys(state, lambda name: own_names.get(name, name))
@@ -72,39 +77,44 @@ def load_checkpoint(
     other_head = _other_head(state, model)
     if other_head and num_classes is not None:
         state |= {name: torch.zeros_like(weight) for name, weight in other_head.items()}
-    if not strict:
-        load_most(model, state)
-        return wrapped
     try:
-        model.load_state_dict(state)
+        load_most(model, state) if not strict else model.load_state_dict(state)
     except RuntimeError as error:
-        if not other_head or num_classes is not None:
+        hint = report.why if report.why.startswith("these are weights") else ""
+        if strict and other_head and num_classes is None:
+            hint = f"load_checkpoint(..., num_classes={model.num_classes}) loads all but the classifier, zero then"
+        if not hint:
             raise
-        hint = f"load_checkpoint(..., num_classes={model.num_classes}) loads all but the classifier, which is zero then"
         raise RuntimeError(f"{error}\n  ({hint})") from None
+    changed = (f"classifier: a new one, zero, for {num_classes} classes",) if other_head else ()
+    model.load_report = replace(report, changed=changed, not_finite=tuple(bad), chosen=found.note)
     return wrapped
 
 
 def _under_our_names(
     source: Source, model: ViT, as_: str | None, resampling: str | None
-) -> tuple[dict[str, Tensor], tuple[int, int] | None, str]:
-    """The weights, the grid of their positions where it is known, and how these are resampled."""
+) -> tuple[dict[str, Tensor], tuple[int, int] | None, str, LoadReport]:
+    """The weights, the grid of their positions where it is known, how these are resampled, and whose they are."""
+    report = LoadReport(source.name, "", "vitfast", "by the model's own names", "", model.config)
     grid = ViTConfig(**source.facts.fields).grid_size if source.has_config else None
     try:
         found = recognise(source.state, source.facts, as_)
-    except (ValueError, NotImplementedError):
+    except (ValueError, NotImplementedError) as error:
         if as_ is not None:
             raise
-        # whose they are the model's own error says
-        return source.state, grid, resampling or "timm"
+        # they may fit a model to which somebody added such a part; if not, its own error says so too
+        why = str(error) if isinstance(error, NotImplementedError) else report.why
+        return source.state, grid, resampling or "timm", replace(report, why=why)
+    report = replace(report, layout=found.layout.name, whose=found.layout.whose, why=found.why, prefix=found.prefix)
     mode = resampling or found.layout.resampling
     if found.layout.name in OWN:
-        return source.state, grid, mode
+        return source.state, grid, mode, report
     config = _config_of(found, source.facts, model)
     with torch.device("meta"):
         own = own_weights(ViT.from_config(config))
     sources = sources_of(found.layout, found.view, config, own)
-    return dict(converted(sources, found.view, config, own)), config.grid_size, mode
+    report = replace(report, config=config, ignored=sources.ignored)
+    return dict(converted(sources, found.view, config, own)), config.grid_size, mode, report
 
 
 def _config_of(found: Recognised, facts: Facts, model: ViT) -> ViTConfig:
@@ -138,9 +148,7 @@ def _resample(state: dict[str, Tensor], model: ViT, grid: tuple[int, int] | None
         grid = (math.isqrt(max(given.shape[1] - prefix, 0)),) * 2
     grid = grid or model.patch_embed.grid_size
     if prefix + grid[0] * grid[1] == given.shape[1]:
-        state["pos_embed"] = resample_pos_embed(
-            given, model.patch_embed.grid_size, grid, prefix, antialias=mode == "timm"
-        )
+        state["pos_embed"] = resample_pos_embed(given, model.patch_embed.grid_size, grid, prefix, mode=mode)
 
 
 def _other_head(state: dict[str, Tensor], model: ViT) -> dict[str, Tensor]:

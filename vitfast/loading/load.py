@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vitfast.checkpoints.not_finite import not_finite
 from vitfast.config import ViTConfig
 from vitfast.loading.recognise import Recognised, recognise
 from vitfast.loading.report import LoadReport
@@ -18,7 +20,7 @@ from vitfast.model.vit import ViT
 from vitfast.timm_names import pretrained_cfg as cfgs
 from vitfast.weights.layouts.layout import Known, converted, sources_of
 from vitfast.weights.names import own_weights
-from vitfast.weights.resample import resample_patch_embed, resample_pos_embed
+from vitfast.weights.resample import adapt_input_channels, resample_patch_embed, resample_pos_embed
 
 HEADS = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")
 
@@ -46,7 +48,8 @@ def load(
     and said in `model.load_report`; where two libraries differ, the error asks for the field.
 
     Args:
-        source: a path, see `read_checkpoint`; a state dict; a model of timm, Hugging Face, torchvision, vit-pytorch or vitfast.
+        source: a path, see `read_checkpoint`; 'hf-hub:owner/name', from the cache or downloaded; a state dict; a model
+            of timm, Hugging Face, torchvision, vit-pytorch or vitfast.
         num_classes: of the model; where it differs from the weights' the classifier is new, and zero (Dosovitskiy et
             al., "An Image is Worth 16x16 Words", 2021, section 3.2). 0 for none.
         image_size: of the model, pixels; positions are resampled.
@@ -66,7 +69,7 @@ def load(
         FileNotFoundError, ValueError: as `read_checkpoint`.
         TypeError: no source, or a field that ViTConfig does not have.
     """
-    state, facts, name, _ = source_of(source, allow_pickle=allow_pickle, key=key)
+    state, facts, name, _, note = source_of(source, allow_pickle=allow_pickle, key=key)
     given = fields | _given(num_classes=num_classes, image_size=image_size, grid=grid)
     try:
         found = recognise(state, facts, as_)
@@ -79,7 +82,7 @@ def load(
         model, report = _filled(found, known, config, target, resampling, dtype, device, name)
     except (ValueError, RuntimeError, NotImplementedError) as error:
         raise type(error)(f"load: {name}: {error}") from error
-    model.load_report = report
+    model.load_report = replace(report, chosen=note)
     model.pretrained_cfg = model.default_cfg = _pretrained_cfg(target, report)
     return model.eval()
 
@@ -99,21 +102,20 @@ def _filled(
     resampling = resampling or found.layout.resampling
     changed = _changes(config, target, resampling)
     model = model.to(dtype or torch.get_default_dtype()).to_empty(device=device or torch.get_default_device())
-    places, not_finite = own_weights(model), []
+    places, bad = own_weights(model), list[str]()
     with torch.no_grad():
         for weight_name, weight in converted(sources, found.view, config, own):
-            if weight.is_floating_point() and not weight.isfinite().all():
-                not_finite.append(weight_name)
+            bad += not_finite({weight_name: weight})
             if weight_name in places and not (weight_name in HEADS and config.num_classes != target.num_classes):
                 places.pop(weight_name).copy_(_fitted(weight_name, weight, config, target, resampling))
         for place in places.values():
             # a new classifier
             place.zero_()
-    if not_finite:
-        warnings.warn(f"load: {name} has NaN or Inf in {', '.join(not_finite)}", stacklevel=3)
+    if bad:
+        warnings.warn(f"load: {name} has NaN or Inf in {', '.join(bad)}", stacklevel=3)
     return model, LoadReport(
         name, found.layout.name, found.layout.whose, found.why, found.prefix, config, known.assumed, sources.ignored,
-        changed, known.preprocessing, known.labels, tuple(not_finite),
+        changed, known.preprocessing, known.labels, tuple(bad),
     )  # fmt: skip
 
 
@@ -146,11 +148,11 @@ def _fitted(name: str, weight: Tensor, config: ViTConfig, target: ViTConfig, res
     if name == "pos_embed" and config.grid_size != target.grid_size:
         prefix = config.num_prefix_tokens if config.pos_embed == "all" else 0
         rows = weight if weight.dim() == 3 else weight[None]
-        rows = resample_pos_embed(rows, target.grid_size, config.grid_size, prefix, antialias=resampling == "timm")
+        rows = resample_pos_embed(rows, target.grid_size, config.grid_size, prefix, mode=resampling)
         return rows if weight.dim() == 3 else rows[0]
     if name == "patch_embed.proj.weight":
         if config.channels != target.channels:
-            raise NotImplementedError("channels")
+            weight = adapt_input_channels(weight, target.channels)
         if config.patch_size != target.patch_size:
             weight = resample_patch_embed(weight, target.patch_size)  # type: ignore[arg-type]  # a pair
     return weight

@@ -21,6 +21,7 @@ class LoadReport:
     changed: what differs from the weights: classifier, channels, positions.
     preprocessing: of images, in timm's terms; empty where nobody knows.
     labels: class -> name.
+    chosen: which of several sets of weights these are.
     not_finite: weights with NaN or Inf.
     """
 
@@ -36,10 +37,12 @@ class LoadReport:
     preprocessing: dict[str, Any] = field(default_factory=dict)
     labels: dict[int, str] = field(default_factory=dict)
     not_finite: tuple[str, ...] = ()
+    chosen: str = ""
 
     def __str__(self) -> str:
         under = f", under {self.prefix!r}" if self.prefix else ""
         lines = [f"{self.source}: weights of {self.whose} ({self.layout}): {self.why}{under}"]
+        lines += [f"  {self.chosen}"] if self.chosen else []
         value = lambda name: getattr(self.config, name, self.preprocessing)  # noqa: E731
         lines += [f"  assumed {name} = {value(name)!r}: {why}" for name, why in self.assumed.items()]
         lines += [f"  passed over {count} of {what}" for what, count in Counter(self.ignored.values()).items()]

@@ -155,6 +155,17 @@ def zeros(_: Sequence[Tensor], __: ViTConfig, own: Tensor) -> Tensor:
     return torch.zeros(own.shape, dtype=own.dtype)
 
 
+def class_token_with_position(tensors: Sequence[Tensor], *_: Any) -> Tensor:
+    """Of a library whose class token has a position and whose registers, which come after it, have none."""
+    token, positions = tensors
+    return token + positions[:, :1]
+
+
+def with_zero_position(positions: Tensor, _: ViTConfig) -> tuple[Tensor]:
+    """The class token holds its position already."""
+    return (torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1),)
+
+
 def one(ours: str, theirs: str, join: Join = first, split: Split | None = alone) -> Rule:
     """A weight under another name."""
     return Rule(ours, (theirs,), join, split)
