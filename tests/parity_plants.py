@@ -78,7 +78,9 @@ def order(*names):
     return qkv(lambda p, _: torch.cat([p.chunk(3)["qkv".index(name)] for name in names]))
 
 
-by_head = qkv(lambda p, attn: torch.stack([w.unflatten(0, (attn.num_heads, -1)) for w in p.chunk(3)], 1).reshape(p.shape))
+by_head = qkv(
+    lambda p, attn: torch.stack([w.unflatten(0, (attn.num_heads, -1)) for w in p.chunk(3)], 1).reshape(p.shape)
+)
 
 
 def heads(count):

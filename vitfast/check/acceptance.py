@@ -43,6 +43,8 @@ MODEL_RMS_RATIO = 1.25
 # than the rest, 1e3 times gains of 10: 1.4e5 eps, for which 2^22 eps, 9e-10, leaves as much again as luck may do. What
 # is least of other formulas, norms with an eps of 1e-12 for 1e-6, is 5e-7 at a variance of 1.
 FORMULA = 2**22 * torch.finfo(torch.float64).eps
+# the same where one of them resampled positions in fp32: one unit in the last place, as clause A allows
+FORMULA_OF_FP32 = torch.finfo(torch.float32).eps
 
 
 class NotAccepted(AssertionError):
@@ -206,9 +208,7 @@ def accept_stages(
     _raise(faults, "stages", dtype)
 
 
-def stage_faults(
-    out: Tensor, ref: Tensor, low: Tensor, *, few: bool = False
-) -> tuple[list[str], Tensor | None]:
+def stage_faults(out: Tensor, ref: Tensor, low: Tensor, *, few: bool = False) -> tuple[list[str], Tensor | None]:
     """What `accept_stages` has against one stage, and for each of its rows the logarithm of error by eager's error.
 
     None in the place of the rows where clause 0 of `accept` is broken. few: let luck do more to a stage of few numbers
@@ -227,6 +227,11 @@ def stage_faults(
     row_out, row_low, row_ref = (_rms(t, finite, dim=-1) for t in (e_out, e_low, ref_rows))
     floors = floor * row_ref + torch.finfo(torch.float64).tiny
     return faults, ((row_out + floors) / (row_low + floors)).log()
+
+
+def rounded_anew(dtype: torch.dtype) -> float:
+    """What is left of a difference that was folded into weights, which were rounded to `dtype` after it."""
+    return LUCK[dtype] * _eps(dtype)
 
 
 def apart(value: Tensor, exact: Tensor, base: Tensor | None = None) -> float:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vitfast.check.acceptance import FORMULA, LUCK, apart
+from vitfast.check.acceptance import FORMULA, FORMULA_OF_FP32, LUCK, apart
 from vitfast.parity.chain import IMAGES, Chain, clone_in
 from vitfast.parity.stages import chain_like, off_grid
 
@@ -101,7 +101,7 @@ def cases_of(a: Side, b: Side, images: Tensor, dtype: torch.dtype) -> list[Case]
         if why_a:
             raise RuntimeError(f"compare: a {why_a}")
         # libraries interpolate positions in fp32, or not
-        bound = torch.finfo(torch.float32).eps if off_the_grid and start in (IMAGES, "patches") else FORMULA
+        bound = FORMULA_OF_FP32 if off_the_grid and start in (IMAGES, "patches") else FORMULA
         found.append(Case(stage, start, x, of_a, of_b, why, bound, bound))
     return found
 

@@ -5,7 +5,8 @@ How far off a stage may be is asked of `vitfast.check.acceptance`; what is compu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -57,7 +58,9 @@ def compare(
     if not sides[0].chain.stages and sides[1].chain.stages:
         sides.reverse()
         labels = ("b", "a")
-        notes.append("a can't be run stage by stage, so b's rounding is the yardstick, and errors are against b in fp64")
+        notes.append(
+            "a can't be run stage by stage, so b's rounding is the yardstick, and errors are against b in fp64"
+        )
     one, two = sides
     stages, why = in_common(one, two)
     notes += [f"{why}: only their outputs are compared"] if why else []
@@ -69,6 +72,22 @@ def compare(
     whose = dict(zip(labels, (one.chain.whose, two.chain.whose), strict=True))
     notes += _what_the_dtype_hides(rows, cases, dtype)
     return Comparison(whose["a"], whose["b"], _name(dtype), rows, first, typical, told, tuple(notes), found)
+
+
+def worst_by_kind(rows: Iterable[Row]) -> list[Row]:
+    """One row for all blocks' attention and one for all blocks' MLPs: the one that is most yardsticks off."""
+    worst: dict[str, Row] = {}
+    for row in rows:
+        kind = re.sub(r"^blocks\.\d+\.", "blocks.*.", row.stage)
+        if kind not in worst or _used(row) > _used(worst[kind]):
+            worst[kind] = row
+    return list(worst.values())
+
+
+def _used(row: Row) -> float:
+    error = row.inherited or row.own
+    # NaN is the worst
+    return float("inf") if error is None or error.units != error.units else error.units
 
 
 def _model(name: str, model: Any) -> nn.Module | Outside:

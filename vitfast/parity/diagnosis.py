@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vitfast.check.acceptance import FORMULA, LUCK
+from vitfast.check.acceptance import FORMULA, rounded_anew
 from vitfast.parity.cases import Case, Side, cases_in_dtype, cases_of, off
 from vitfast.parity.substitutions import TABLE, precision
 from vitfast.parity.substitutions.substitution import Blocks, Substitution
@@ -125,7 +125,7 @@ def diagnosis(a: Side, b: Side, images: Tensor, dtype: torch.dtype, labels: tupl
     if not cases:
         return Diagnosis((), (), ("there are no stages that both can be run from",))
     variants = [_canonical(side, label, images, notes) for side, label in zip((a, b), labels, strict=True)]
-    rounded = LUCK[dtype] * torch.finfo(dtype).eps
+    rounded = rounded_anew(dtype)
     search = Search(cases, variants, labels, notes, rounded)
     if b.exact is not None and not search.deviating(*variants):
         # the formulas agree, so that it is arithmetic
@@ -267,7 +267,11 @@ class Search:
         """The variant of one side with these steps, made in `blocks` where they can be; its others are shared."""
         variant = self.variants[side].copy(only)  # type: ignore[union-attr]  # trusted
         for step in steps:
-            changed = step.change(variant, blocks if step.by_block else None)
+            try:
+                changed = step.change(variant, blocks if step.by_block else None)
+            except ValueError:
+                # a combination that no config has, a grid that a mode can't resample
+                return None
             if changed is None:
                 return None
             variant = changed

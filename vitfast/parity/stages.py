@@ -32,7 +32,9 @@ def exact_chain(model: nn.Module, images: Tensor) -> tuple[Chain, dict[str, Tens
         ValueError, RuntimeError, TypeError: as its forward, for images that it cannot take.
     """
     inner = unwrapped(model)
-    notes = (f"{class_name(inner)}: in fp64 by sdpa, for its eager attention is in fp32",) if without_fp32(inner) else ()
+    notes = (
+        (f"{class_name(inner)}: in fp64 by sdpa, for its eager attention is in fp32",) if without_fp32(inner) else ()
+    )
     chain, why = _by_class(inner, images)
     if chain is not None:
         try:
@@ -60,6 +62,20 @@ def chain_like(exact: Chain, model: nn.Module, images: Tensor) -> Chain:
             raise RuntimeError(f"{exact.whose} {why}, but not so in fp64")
         return chain
     return _hooked(inner, "")
+
+
+def stage_values(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """The value of each stage that `ViT.intermediates` names, of a model whose class is known, as it is.
+
+    Raises:
+        ValueError: its class is not known, or one of its parts.
+    """
+    chain, why = _by_class(unwrapped(model), images)
+    if chain is None:
+        raise ValueError(f"stage_values: model must be one of {', '.join(ADAPTERS)}, got one that {why}")
+    values = chain.values(images)
+    del values["patches"]
+    return values
 
 
 def _by_class(inner: nn.Module, images: Tensor) -> tuple[Chain | None, str]:
@@ -109,14 +125,18 @@ def _hooked(model: nn.Module, note: str) -> Chain:
     """Values of a model whose parts cannot be run one by one: what enters and leaves its blocks, and its output."""
     name, blocks = _blocks_of(model)
     output = _output_of(model)[1]
-    how = f"its values are read by hooks on {name}.0 to {name}.{len(blocks) - 1}" if blocks else "only its output is seen"
+    how = (
+        f"its values are read by hooks on {name}.0 to {name}.{len(blocks) - 1}" if blocks else "only its output is seen"
+    )
 
     def read(images: Tensor) -> Mapping[str, Tensor]:
         taps: dict[str, Tensor] = {}
         handles = []
         for i, block in enumerate(blocks):
             if i == 0:
-                handles.append(block.register_forward_pre_hook(lambda _, args: taps.setdefault("patch_tokens", args[0])))
+                handles.append(
+                    block.register_forward_pre_hook(lambda _, args: taps.setdefault("patch_tokens", args[0]))
+                )
             handles.append(
                 block.register_forward_hook(lambda _, __, out, at=f"blocks.{i}.mlp": taps.update({at: _first(out)}))
             )

@@ -20,8 +20,6 @@ from vitfast.weights.resample import resample_pos_embed
 
 # (stage's name, its own run) -> the run that takes its place
 Wrapper = Callable[[str, Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]]
-# 'dinov2' and the others with their own factor are asked for by `mode`
-RESAMPLINGS = ("timm", "hf")
 
 
 @dataclass(frozen=True)
@@ -135,13 +133,10 @@ def place_positions(variant: Variant, grid: tuple[int, int], mode: str) -> None:
     if variant.learned is None:
         return
     rows, old, _ = variant.learned
-    set_parameter(model, "pos_embed", resampled(rows, grid, old, model._positioned_prefix(), mode))
+    rows = resample_pos_embed(rows, grid, old, model._positioned_prefix(), mode=mode)
+    set_parameter(model, "pos_embed", rows)
     stem = model.patch_embed
     stem.img_size, stem.grid_size, stem.num_patches = tuple(variant.images.shape[2:]), grid, grid[0] * grid[1]
-
-
-def resampled(rows: Tensor, grid: tuple[int, int], old: tuple[int, int], prefix: int, mode: str) -> Tensor:
-    return resample_pos_embed(rows, grid, old, prefix, antialias=mode == "timm")
 
 
 def set_parameter(module: nn.Module, name: str, value: Tensor | None) -> None:
@@ -193,4 +188,3 @@ def kinds_between(variant: Variant, start: str, stop: str) -> list[tuple[str, in
         parts = name.split(".")
         found.append((parts[2], int(parts[1])) if len(parts) == 3 else (name, None))
     return found
-

@@ -28,6 +28,8 @@ ROUNDINGS = {"tf32": "TF32", "bf16": "bf16", "fp16": "fp16"}
 def precision() -> list[Substitution]:
     """Products in fewer bits, which any stage may have."""
     return [
-        Substitution("precision", f"operands of products rounded to {told}", lambda v, _, to=to: replace(v, rounding=to))
+        Substitution(
+            "precision", f"operands of products rounded to {told}", lambda v, _, to=to: replace(v, rounding=to)
+        )
         for to, told in ROUNDINGS.items()
     ]

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from vitfast.model.layers import NORMS, LayerScale, activation_name, build_activation, eps_of
-from vitfast.parity.substitutions.substitution import EPS, Blocks, Substitution, no_bias, on_blocks, removed, rewrite_rows
+from vitfast.parity.substitutions.substitution import (
+    EPS,
+    Blocks,
+    Substitution,
+    no_bias,
+    on_blocks,
+    removed,
+    rewrite_rows,
+)
 from vitfast.parity.variant import Variant, set_parameter
 
 GELUS = {"gelu": "erf", "gelu_tanh": "tanh", "quick_gelu": "quick"}

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from vitfast import reference
 from vitfast.parity.substitutions.substitution import Blocks, Substitution, eps_of_norms, no_bias, on_model, removed
-from vitfast.parity.variant import RESAMPLINGS, Variant, around, place_positions, set_parameter
+from vitfast.parity.variant import Variant, around, place_positions, set_parameter
+from vitfast.weights.resample import MODES
 
 # mean and std by which images are prepared
 STATISTICS = {
@@ -93,7 +94,9 @@ def of_patch_tokens(variant: Variant) -> Iterator[Substitution]:
     yield from _resampling(variant)
     yield from _positions(variant)
     yield from _prefix(variant)
-    yield Substitution("norm", "without norm_pre", on_model(lambda m: hasattr(m, "norm_pre") and removed(m, "norm_pre")))
+    yield Substitution(
+        "norm", "without norm_pre", on_model(lambda m: hasattr(m, "norm_pre") and removed(m, "norm_pre"))
+    )
     yield from eps_of_norms(variant, "norm_pre")
 
 
@@ -101,7 +104,7 @@ def _resampling(variant: Variant) -> Iterator[Substitution]:
     if variant.learned is None:
         return
     grid = variant.model.patch_embed.grid_size
-    for mode in RESAMPLINGS:
+    for mode in MODES:
         if mode == variant.learned[2]:
             continue
 
