@@ -70,14 +70,14 @@ def load(
         TypeError: no source, or a field that ViTConfig does not have.
     """
     state, facts, name, _, note = source_of(source, allow_pickle=allow_pickle, key=key)
-    given = fields | _given(num_classes=num_classes, image_size=image_size, grid=grid)
+    sizes = _given(num_classes=num_classes, image_size=image_size, patch_size=patch_size, channels=channels)
+    given = fields | sizes | _given(grid=grid)
     try:
         found = recognise(state, facts, as_)
         del state
         known = found.layout.describe(found.view, facts, given)
         known = known._replace(assumed={name: why for name, why in known.assumed.items() if name not in fields})
         config = ViTConfig(**known.fields | fields)
-        sizes = _given(num_classes=num_classes, image_size=image_size, patch_size=patch_size, channels=channels)
         target = config.replace(**sizes)
         model, report = _filled(found, known, config, target, resampling, dtype, device, name)
     except (ValueError, RuntimeError, NotImplementedError) as error:
