@@ -6,22 +6,26 @@ import argparse
 import dataclasses
 import json
 import sys
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from vitfast.check.case import DTYPES
-from vitfast.checkpoints.files import file_of
+from vitfast.checkpoints.files import INDEX, file_of, shards_of
 from vitfast.checkpoints.hub import hub_file, is_hub_name
+from vitfast.checkpoints.not_finite import not_finite
 from vitfast.checkpoints.progress import sha256_of
 from vitfast.config import ViTConfig
-from vitfast.loading.convert import convert
+from vitfast.loading.convert import checked, convert
 from vitfast.loading.report import LoadReport
-from vitfast.loading.take import Taken, take
+from vitfast.loading.take import take
 from vitfast.loading.write import WRITERS
 from vitfast.weights.layouts import LAYOUTS
+from vitfast.weights.layouts.layout import NeedsArgument
 from vitfast.weights.resample import MODES
 
-FIELDS = {field.name: field for field in dataclasses.fields(ViTConfig)}
+FIELDS = {field.name for field in dataclasses.fields(ViTConfig)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,26 +36,66 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("give OUT, or --inspect without it")
     try:
         options = _options(told)
-    except ValueError as problem:
-        parser.error(str(problem))
+        if not told.inspect:
+            checked(told.out, told.to, told.force)
+    except (ValueError, OSError) as problem:
+        return _failed(2, problem)
     try:
-        if told.inspect:
-            taken = take(told.source, **options)
-            print(_as_json(taken, told.source) if told.json else _as_text(taken, told.source))
-            return 0
-        dtype = DTYPES[told.dtype] if told.dtype else None
-        report = convert(told.source, told.out, told.to, dtype=dtype, force=told.force, **options)
-    except FileExistsError as problem:
-        print(f"vitfast convert: {problem}", file=sys.stderr)
-        return 2
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            text = _inspected(told, options) if told.inspect else _written(told, options)
+    except NeedsArgument as problem:
+        return _failed(2, f"{problem} (--field NAME=VALUE, or the option of that name)")
     except (ValueError, TypeError, RuntimeError, NotImplementedError, OSError, ImportError) as problem:
-        print(f"vitfast convert: {problem}", file=sys.stderr)
-        return 1
+        return _failed(1, problem)
     except KeyboardInterrupt:
         print("vitfast convert: stopped; nothing was written", file=sys.stderr)
         return 130
-    print(json.dumps(_told(report), indent=2) if told.json else f"{report}\nwritten to {told.out} for {told.to}")
+    for warning in caught:
+        print(f"vitfast convert: {warning.message}", file=sys.stderr)
+    print(text)
     return 0
+
+
+def _failed(status: int, problem: Exception | str) -> int:
+    print(f"vitfast convert: {problem}", file=sys.stderr)
+    return status
+
+
+def _written(told: argparse.Namespace, options: dict[str, Any]) -> str:
+    dtype = DTYPES[told.dtype] if told.dtype else None
+    report = convert(told.source, told.out, told.to, dtype=dtype, force=told.force, **options)
+    if told.json:
+        return json.dumps(_told(report) | {"out": told.out, "to": told.to}, indent=2)
+    return f"{report}\nwritten to {told.out} under the names of {told.to}"
+
+
+def _inspected(told: argparse.Namespace, options: dict[str, Any]) -> str:
+    """What was recognised; each weight is freed once it was looked at."""
+    taken = take(told.source, **options)
+    parameters, sizes, bad = 0, dict[str, int](), list[str]()
+    for name, weight in taken.weights:
+        parameters += weight.numel()
+        dtype = str(weight.dtype).removeprefix("torch.")
+        sizes[dtype] = sizes.get(dtype, 0) + weight.nbytes
+        bad += not_finite({name: weight})
+    report = dataclasses.replace(taken.report, not_finite=tuple(bad))
+    files = [
+        {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in _files(told.source)
+    ]
+    if told.json:
+        return json.dumps(_told(report) | {"parameters": parameters, "bytes": sizes, "files": files}, indent=2)
+    usual = ViTConfig().to_dict()
+    own = ", ".join(f"{name}={value}" for name, value in report.config.to_dict().items() if value != usual[name])
+    held = ", ".join(f"{size / 1e6:.1f} MB of {dtype}" for dtype, size in sizes.items())
+    lines = [str(report), f"  config: {own}", f"  {parameters:,} numbers, {held}"]
+    lines += [f"  {each['file']}: {each['bytes']:,} bytes, sha256 {each['sha256']}" for each in files]
+    return "\n".join(lines)
+
+
+def _files(source: str) -> list[Path]:
+    path = file_of(hub_file(source) if is_hub_name(source) else source)
+    return [path, *shards_of(path)] if path.name.endswith(INDEX) else [path]
 
 
 def _options(told: argparse.Namespace) -> dict[str, Any]:
@@ -80,33 +124,6 @@ def _options(told: argparse.Namespace) -> dict[str, Any]:
 
 def _told(report: LoadReport) -> dict[str, Any]:
     return dataclasses.asdict(report) | {"config": report.config.to_dict()}
-
-
-def _as_json(taken: Taken, source: str) -> str:
-    weights = {
-        name: {"shape": list(w.shape), "dtype": str(w.dtype).removeprefix("torch.")} for name, w in taken.weights
-    }
-    return json.dumps(_told(taken.report) | {"sha256": _sha256(source), "weights": weights}, indent=2)
-
-
-def _as_text(taken: Taken, source: str) -> str:
-    fields = taken.report.config.to_dict()
-    default = {name: field.default for name, field in FIELDS.items()}
-    own = ", ".join(f"{name}={value}" for name, value in fields.items() if value != default[name])
-    number, sizes = 0, dict[str, int]()
-    for _, weight in taken.weights:
-        number += weight.numel()
-        dtype = str(weight.dtype).removeprefix("torch.")
-        sizes[dtype] = sizes.get(dtype, 0) + weight.nbytes
-    held = ", ".join(f"{size / 1e6:.1f} MB of {dtype}" for dtype, size in sizes.items())
-    lines = [str(taken.report), f"  config: {own}", f"  {number:,} numbers, {held}"]
-    lines += [f"  sha256 of {name}: {digest}" for name, digest in _sha256(source).items()]
-    return "\n".join(lines)
-
-
-def _sha256(source: str) -> dict[str, str]:
-    path = file_of(hub_file(source) if is_hub_name(source) else source)
-    return {path.name: sha256_of(path)}
 
 
 def _parser() -> argparse.ArgumentParser:
