@@ -20,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     models.add_argument("--json", action="store_true", help="machine-readable")
     commands.add_parser("demo", help="train, save, reload, compare and time a small ViT on real digits", add_help=False)
     commands.add_parser("tune", help="measure which kernels are faster on this GPU, and keep it", add_help=False)
+    commands.add_parser("parity", help="two models stage by stage: where they differ, and why", add_help=False)
     given = sys.argv[1:] if argv is None else list(argv)
     if given[:1] == ["bench"]:
         parser.error("bench is no part of the installed package: run `python -m benchmarks` in a checkout of vitfast")
@@ -32,6 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from vitfast.commands import tune
 
         return tune.main(rest)
+    if arguments.command == "parity":
+        from vitfast.commands import parity
+
+        return parity.main(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vitfast.model.layers import NORMS, LayerScale, activation_name, build_activation, eps_of
 from vitfast.parity.substitutions.substitution import (
