@@ -19,6 +19,7 @@ from vitfast.choose.dispatch import backend, set_backend
 from vitfast.choose.exportable import set_exportable
 from vitfast.config import ViTConfig
 from vitfast.inference.prepare import prepare
+from vitfast.loading.convert import convert, save_as
 from vitfast.loading.create import create_model
 from vitfast.loading.into_model import load_checkpoint
 from vitfast.loading.load import load
@@ -30,7 +31,7 @@ from vitfast.timm_names.variants import UNSUPPORTED, VARIANTS, config_for, list_
 from vitfast.version import __version__ as __version__
 
 __all__ = [
-    "UNSUPPORTED", "VARIANTS", "ViT", "ViTConfig", "backend", "compare", "config_for", "create_model", "explain",
-    "list_models", "load", "load_checkpoint", "ops", "patch", "patched", "prepare", "read_checkpoint", "read_config", "reference",
-    "save_checkpoint", "set_backend", "set_exportable", "unpatch", "warmup",
+    "UNSUPPORTED", "VARIANTS", "ViT", "ViTConfig", "backend", "compare", "config_for", "convert", "create_model",
+    "explain", "list_models", "load", "load_checkpoint", "ops", "patch", "patched", "prepare", "read_checkpoint",
+    "read_config", "reference", "save_as", "save_checkpoint", "set_backend", "set_exportable", "unpatch", "warmup",
 ]  # fmt: skip
