@@ -13,6 +13,7 @@ from collections.abc import Sequence
 ROOMY = {
     "convert": "write weights of any ViT under another library's names, or say whose they are",
     "demo": "train, save, reload, compare and time a small ViT on real digits",
+    "parity": "where two models differ first, by how much, and why",
     "tune": "measure which kernels are faster on this GPU, and keep it",
 }
 
