@@ -25,7 +25,6 @@ from vitfast.weights.layouts.layout import (
     Layout,
     Rule,
     View,
-    alone,
     class_token_with_position,
     grid_of,
     grid_side,
@@ -126,7 +125,7 @@ def _dinov2_rules(config: ViTConfig) -> tuple[Rule, ...]:
     tokens: tuple[Rule, ...] = ()
     if config.register_tokens:
         tokens = (
-            Rule("cls_token", ("cls_token", "pos_embed"), class_token_with_position, alone),
+            Rule("cls_token", ("cls_token", "pos_embed"), class_token_with_position, lambda token, _: (token, None)),
             one("pos_embed", "pos_embed", lambda tensors, *_: tensors[0][:, 1:], with_zero_position),
             one("reg_token", "register_tokens"),
         )

@@ -94,7 +94,8 @@ class Rule(NamedTuple):
         ours: its name, with {i} for the number of the block, or {name} for any name.
         theirs: their names as in a `View`, with the same {i} or {name}.
         join: makes ours of theirs; the last argument has our shape and dtype.
-        split: makes theirs, or a `Part` of theirs, of ours; None where that cannot be undone.
+        split: makes theirs, or a `Part` of theirs, of ours, with None for those that another rule makes; None where
+            that cannot be undone.
     """
 
     ours: str
@@ -395,6 +396,8 @@ def written(layout: Layout, weights: Mapping[str, Tensor], config: ViTConfig) ->
             continue
         rule, theirs = match
         for each, made in zip(theirs, rule.split(weight, config), strict=True):  # type: ignore[misc]  # not None
+            if made is None:
+                continue
             if isinstance(made, Part):
                 parts.setdefault(each, []).append(made)
             else:
