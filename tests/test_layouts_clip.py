@@ -365,7 +365,8 @@ PUBLISHED = {
     ),
     "open_clip_vit_m_16_alt": (
         "openai-clip", {"activation": "gelu"},
-        config_for("vit_medium_patch16_clip_224").replace(depth=2, layer_scale=1e-5, num_classes=384), {"the text tower": 29},
+        config_for("vit_medium_patch16_clip_224").replace(depth=2, layer_scale=1e-5, num_classes=384),
+        {"the text tower": 29},
     ),
     "open_clip_vit_l_14_clipa": (
         "openai-clip", {},
@@ -427,8 +428,8 @@ def test_custom_blocks_of_open_clip_are_read_as_plain_ones(more, said):
     [
         ("visual.head.mlp.fc1.weight", r"only visual\.head\.proj\.weight is supported.*head\.mlp"),
         ("visual.head.proj.bias", r"only visual\.head\.proj\.weight is supported.*head\.proj\.bias"),
-        ("visual.trunk.embeds.proj.weight", "NaFlexVit"),
-        ("visual.trunk.blocks.0.attn.q_bias", "EVA-CLIP"),
+        ("visual.trunk.embeds.proj.weight", "NaFlexViT"),
+        ("visual.trunk.blocks.0.attn.q_bias", "EVA or BEiT"),
     ],
 )
 def test_a_trunk_with_another_head_or_blocks_is_read_as_a_plain_one(name, said):

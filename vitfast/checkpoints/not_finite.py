@@ -27,8 +27,14 @@ def _is_finite(weight: Tensor) -> bool:
     return bool(torch.stack(torch.aminmax(weight)).isfinite().all())
 
 
-def warn_not_finite(state: Mapping[str, Any], of: str, stacklevel: int = 2) -> list[str]:
-    """One warning that names the tensors with NaN or Inf, none where there are none; returns their names."""
+def warn_not_finite(state: Mapping[str, Any], of: str, stacklevel: int = 1) -> list[str]:
+    """One warning that names the tensors with NaN or Inf, none where there are none; returns their names.
+
+    Args:
+        state: tensors by their names; what is no tensor is passed over.
+        of: the file or model, as the warning names it.
+        stacklevel: 1 for a warning at the line that calls this, 2 at the one that called that.
+    """
     names = not_finite(state)
     if names:
         more = f" and {len(names) - NAMES} more" * (len(names) > NAMES)

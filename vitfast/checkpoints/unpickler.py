@@ -62,24 +62,6 @@ class Unpickler:
     def __init__(self, data: bytes | mmap, storage: Callable[[tuple], Storage], claims: int):
         self.data, self.at, self.storage, self.claims = data, 0, storage, claims
         self.unknown: dict[str, type[Unread]] = {}
-        self.calls: dict[str, Callable[..., Any]] = {
-            "collections.OrderedDict": ordered,
-            "collections.Counter": lambda *args: Counter(ordered(*args)),
-            "__builtin__.set": lambda items=(): {key_of(item) for item in items},
-            "__builtin__.complex": lambda *args: complex(*args),
-            "__builtin__.bytearray": lambda text="", codec="latin-1": bytearray(encoded(text, codec)),
-            "_codecs.encode": encoded,
-            "torch.Size": lambda sizes=(): torch.Size(sizes),
-            "torch.device": lambda *args: torch.device(*args),
-            "torch._utils._rebuild_tensor": self.tensor,
-            "torch._utils._rebuild_tensor_v2": self.tensor,
-            "torch._utils._rebuild_tensor_v3": lambda *args: self.tensor(*args[:6], *args[7:], dtype=args[6]),
-            "torch._utils._rebuild_parameter": lambda data, *_: data,
-            "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
-            "torch._utils._rebuild_device_tensor_from_cpu_tensor": lambda data, *_: data,
-            "torch._tensor._rebuild_from_type_v2": self.of_class,
-        }
-        self.calls |= {name.replace("__builtin__", "builtins"): call for name, call in self.calls.items()}
 
     def read(self, count: int) -> bytes:
         part = self.data[self.at : self.at + count]
@@ -194,8 +176,8 @@ class Unpickler:
         full = f"{module}.{name}"
         if module in BLOCKED:
             raise ValueError(f"unsupported GLOBAL {full}, whose module {module} is blocked")
-        if full in self.calls:
-            return self.calls[full]
+        if full in CALLS:
+            return CALLS[full]
         if full in PLAIN:
             return Kind()
         if module in ("torch", "torch.cuda", "torch.storage") and name in STORAGES:
@@ -211,12 +193,13 @@ class Unpickler:
     def made(self, call: Any, args: Any) -> Any:
         if isinstance(call, type) and issubclass(call, Unread):
             return call()
-        if not self.is_call(call) or type(args) is not tuple:
-            raise ValueError(f"it calls an object of {type(call).__name__}")
-        return call(*args)
-
-    def is_call(self, call: Any) -> bool:
-        return any(call is known for known in self.calls.values())
+        if type(args) is not tuple:
+            raise ValueError(f"it calls with {type(args).__name__}")
+        if any(call is known for known in METHODS.values()):
+            return call(self, *args)
+        if any(call is known for known in FUNCTIONS.values()):
+            return call(*args)
+        raise ValueError(f"it calls an object of {type(call).__name__}")
 
     def of_class(self, rebuild: Any, kind: Any, args: Any, state: Any = None) -> Any:
         """A tensor of a class of its own; of an unknown class nothing can be said."""
@@ -252,6 +235,9 @@ class Unpickler:
         if self.claims < 0:
             raise ValueError("its tensors are views that claim many times the bytes of the file")
         return torch.empty(0, dtype=dtype).set_(storage.data, offset, size, stride)
+
+    def tensor_v3(self, *args: Any) -> Tensor:
+        return self.tensor(*args[:6], *args[7:], dtype=args[6])
 
 
 def encoded(text: Any, codec: Any = "latin-1") -> bytes:
@@ -297,3 +283,27 @@ def build(target: Any, state: Any) -> None:
             vars(target)["_metadata"] = versions
     elif not isinstance(target, (Unread, Counter)):
         raise ValueError(f"it sets the state of {type(target).__name__}")
+
+
+# what a file may call, under the names that its pickle has; those of builtins are Python 2's
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "collections.OrderedDict": ordered,
+    "collections.Counter": lambda *args: Counter(ordered(*args)),
+    "__builtin__.set": lambda items=(): {key_of(item) for item in items},
+    "__builtin__.complex": lambda *args: complex(*args),
+    "__builtin__.bytearray": lambda text="", codec="latin-1": bytearray(encoded(text, codec)),
+    "_codecs.encode": encoded,
+    "torch.Size": lambda sizes=(): torch.Size(sizes),
+    "torch.device": lambda *args: torch.device(*args),
+    "torch._utils._rebuild_parameter": lambda data, *_: data,
+    "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
+    "torch._utils._rebuild_device_tensor_from_cpu_tensor": lambda data, *_: data,
+}
+METHODS: dict[str, Callable[..., Any]] = {
+    "torch._utils._rebuild_tensor": Unpickler.tensor,
+    "torch._utils._rebuild_tensor_v2": Unpickler.tensor,
+    "torch._utils._rebuild_tensor_v3": Unpickler.tensor_v3,
+    "torch._tensor._rebuild_from_type_v2": Unpickler.of_class,
+}
+CALLS = FUNCTIONS | METHODS
+CALLS |= {name.replace("__builtin__", "builtins"): call for name, call in CALLS.items()}

@@ -80,9 +80,11 @@ def load_checkpoint(
     try:
         load_most(model, state) if not strict else model.load_state_dict(state)
     except RuntimeError as error:
-        if not strict or not other_head or num_classes is not None:
+        hint = report.why if report.why.startswith("these are weights") else ""
+        if strict and other_head and num_classes is None:
+            hint = f"load_checkpoint(..., num_classes={model.num_classes}) loads all but the classifier, zero then"
+        if not hint:
             raise
-        hint = f"load_checkpoint(..., num_classes={model.num_classes}) loads all but the classifier, which is zero then"
         raise RuntimeError(f"{error}\n  ({hint})") from None
     changed = (f"classifier: a new one, zero, for {num_classes} classes",) if other_head else ()
     model.load_report = replace(report, changed=changed, not_finite=tuple(bad), chosen=found.note)
@@ -97,11 +99,12 @@ def _under_our_names(
     grid = ViTConfig(**source.facts.fields).grid_size if source.has_config else None
     try:
         found = recognise(source.state, source.facts, as_)
-    except (ValueError, NotImplementedError):
+    except (ValueError, NotImplementedError) as error:
         if as_ is not None:
             raise
-        # whose they are the model's own error says
-        return source.state, grid, resampling or "timm", report
+        # they may fit a model to which somebody added such a part; if not, its own error says so too
+        why = str(error) if isinstance(error, NotImplementedError) else report.why
+        return source.state, grid, resampling or "timm", replace(report, why=why)
     report = replace(report, layout=found.layout.name, whose=found.layout.whose, why=found.why, prefix=found.prefix)
     mode = resampling or found.layout.resampling
     if found.layout.name in OWN:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vitfast.weights.layouts import LAYOUTS
 from vitfast.weights.layouts.layout import Facts, Layout, View, views
+from vitfast.weights.layouts.refused import refused
 
 
 class Recognised(NamedTuple):
@@ -39,6 +40,9 @@ def recognise(state: Mapping[str, Tensor], facts: Facts, as_: str | None = None)
     known = [layout for layout in LAYOUTS if as_ in (None, layout.name)]
     if not known:
         raise ValueError(f"as_ must be one of {', '.join(layout.name for layout in LAYOUTS)}, got {as_!r}")
+    # of a layout that was asked for its own error says what does not fit
+    if as_ is None and (other := refused(state)) is not None:
+        raise NotImplementedError(f"these are weights of {other.whose}: ViTConfig does not have {other.lacks}")
     for layout in known:
         found = [
             Recognised(layout, why, prefix, view)

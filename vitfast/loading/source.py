@@ -14,6 +14,7 @@ from vitfast.checkpoints.hub import hub_file, is_hub_name
 from vitfast.checkpoints.reading import read
 from vitfast.loading.live import of_live
 from vitfast.weights.layouts.layout import Facts
+from vitfast.weights.names import rename_keys, without_wrappers
 
 # whose config files are those beside it
 CONFIGURED = {*FOLDER_FILES, *(name + INDEX for name in FOLDER_FILES)}
@@ -48,7 +49,7 @@ def source_of(source: Any, *, allow_pickle: bool = False, key: str | None = None
     if isinstance(source, nn.Module):
         return Source(*of_live(source))
     if isinstance(source, Mapping):
-        return Source(dict(source), Facts(), "state dict")
+        return Source(rename_keys(source, without_wrappers), Facts(), "state dict")
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(f"source must be a path, a state dict or a model, got {type(source).__name__}")
     path = hub_file(str(source)) if is_hub_name(source) else source

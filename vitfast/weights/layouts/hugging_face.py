@@ -9,9 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from vitfast.config import ViTConfig
 from vitfast.weights.layouts.layout import (
     HALF,
@@ -21,11 +18,13 @@ from vitfast.weights.layouts.layout import (
     Layout,
     Rule,
     View,
+    class_token_with_position,
     grid_of,
     heads_of,
     joined,
     one,
     same,
+    with_zero_position,
 )  # fmt: skip
 
 # (names in modules since transformers 5, names on disk)
@@ -112,6 +111,8 @@ def common(view: View, facts: Facts, given: Mapping[str, Any], eps: float, prepr
     images, why = preprocessing_of(facts.processor, preprocessing)
     assumed |= {"preprocessing": why} if why else {}
     labels = {int(label): str(name) for label, name in (hf.get("id2label") or {}).items()}
+    # what transformers writes where nobody named them
+    labels = {} if all(name == f"LABEL_{label}" for label, name in labels.items()) else labels
     return Known(fields | dict(facts.fields), assumed, images, labels)
 
 
@@ -217,23 +218,13 @@ def _deit_rules(config: ViTConfig) -> tuple[Rule, ...]:
     )
 
 
-def _class_token_with_position(tensors: Sequence[Tensor], *_: Any) -> Tensor:
-    token, positions = tensors
-    return token + positions[:, :1]
-
-
-def _with_zero_position(positions: Tensor, _: ViTConfig) -> tuple[Tensor]:
-    # the class token holds its position already
-    return (torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1),)
-
-
 def _dinov2_rules(config: ViTConfig) -> tuple[Rule, ...]:
     tokens: tuple[Rule, ...] = ()
     if config.register_tokens:
         names = ("embeddings.cls_token", "embeddings.position_embeddings")
         tokens = (
-            Rule("cls_token", names, _class_token_with_position, lambda token, _: (token,)),
-            one("pos_embed", names[1], lambda tensors, *_: tensors[0][:, 1:], _with_zero_position),
+            Rule("cls_token", names, class_token_with_position, lambda token, _: (token, None)),
+            one("pos_embed", names[1], lambda tensors, *_: tensors[0][:, 1:], with_zero_position),
             one("reg_token", "embeddings.register_tokens"),
         )
     fc1, fc2 = ("weights_in", "weights_out") if config.mlp == "swiglu_packed" else ("fc1", "fc2")

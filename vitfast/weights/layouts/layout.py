@@ -94,7 +94,8 @@ class Rule(NamedTuple):
         ours: its name, with {i} for the number of the block, or {name} for any name.
         theirs: their names as in a `View`, with the same {i} or {name}.
         join: makes ours of theirs; the last argument has our shape and dtype.
-        split: makes theirs, or a `Part` of theirs, of ours; None where that cannot be undone.
+        split: makes theirs, or a `Part` of theirs, of ours, with None for those that another rule makes; None where
+            that cannot be undone.
     """
 
     ours: str
@@ -162,6 +163,17 @@ def cat(tensors: Sequence[Tensor], *_: Any) -> Tensor:
 def zeros(_: Sequence[Tensor], __: ViTConfig, own: Tensor) -> Tensor:
     """For a weight of ours that the library's models do not have."""
     return torch.zeros(own.shape, dtype=own.dtype)
+
+
+def class_token_with_position(tensors: Sequence[Tensor], *_: Any) -> Tensor:
+    """Of a library whose class token has a position and whose registers, which come after it, have none."""
+    token, positions = tensors
+    return token + positions[:, :1]
+
+
+def with_zero_position(positions: Tensor, _: ViTConfig) -> tuple[Tensor]:
+    """The class token holds its position already."""
+    return (torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1),)
 
 
 def one(ours: str, theirs: str, join: Join = first, split: Split | None = alone) -> Rule:
@@ -266,7 +278,9 @@ def _view(layout: Layout, state: Mapping[str, Tensor], prefix: str) -> View:
             name = "/" + name[len(outer) :]
         else:
             name = "//" + name
-        view[_renamed(layout, name)] = value
+        renamed = _renamed(layout, name)
+        # of two that get one name neither is lost: the second is left over, and said
+        view[name if renamed in view else renamed] = value
     return view
 
 
@@ -382,6 +396,8 @@ def written(layout: Layout, weights: Mapping[str, Tensor], config: ViTConfig) ->
             continue
         rule, theirs = match
         for each, made in zip(theirs, rule.split(weight, config), strict=True):  # type: ignore[misc]  # not None
+            if made is None:
+                continue
             if isinstance(made, Part):
                 parts.setdefault(each, []).append(made)
             else:

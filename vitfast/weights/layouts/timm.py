@@ -124,6 +124,9 @@ def _seen(view: View) -> dict[str, Any]:
 def _positions(view: View, seen: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[str, tuple[int, int], str]:
     """The field pos_embed, the grid, and why where that is not sure."""
     if "pos_embed" not in view:
+        if given.get("pos_embed") != "none":
+            why = "there are no learned positions, and ViTConfig does not have rotary ones, which leave no weights"
+            raise needs("pos_embed", ["none"], why)
         size, patch = given.get("image_size", 224), seen["patch_size"]
         size = (size, size) if isinstance(size, int) else size
         return "none", (size[0] // patch[0], size[1] // patch[1]), ""

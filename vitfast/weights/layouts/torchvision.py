@@ -25,10 +25,11 @@ def _describe(view: View, facts: Facts, given: Mapping[str, Any]) -> Known:
             "num_classes=0 loads the model without both, num_classes=N with a new classifier"
         )
     whole = "heads.head.weight" in view and "heads.pre_logits.weight" not in view
+    classes = view.shape("heads.head.weight")[0] if whole else 0
     grid = grid_of(view.shape("encoder.pos_embedding")[1], 1, given)
     fields = {
         "dim": D, "channels": channels, "patch_size": tuple(patch), "depth": depth, "norm_eps": 1e-6,
-        "mlp_dim": view.shape(f"{FIRST}.mlp.0.weight")[0], "num_classes": view.shape("heads.head.weight")[0] if whole else 0,
+        "mlp_dim": view.shape(f"{FIRST}.mlp.0.weight")[0], "num_classes": classes,
         "image_size": tuple(g * p for g, p in zip(grid, patch, strict=True)),
     }  # fmt: skip
     assumed = {"preprocessing": "torchvision's for its first weights; SWAG's have others"}

@@ -1,0 +1,58 @@
+"""Models that are recognised by their weights, and that no ViTConfig describes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+
+class Refused(NamedTuple):
+    """Weights of a model that cannot be held.
+
+    Attributes:
+        pattern: regex that one of the names matches.
+        whose: whose model it is; lacks: what ViTConfig does not have.
+        without: regex that no name matches, '' for none.
+    """
+
+    pattern: str
+    whose: str
+    lacks: str
+    without: str = ""
+
+
+ROTARY = "rotary positions"
+RELATIVE = "relative positions in attention"
+# the first that fits; patterns of one library's names before those that others share
+REFUSED = (
+    Refused(r"(^|\.)patch_embed\.backbone\.", "timm's hybrids (and ViTamin)", "a stem of convolutions"),
+    Refused(r"(^|/)conv_root/|(^|/)block1/unit\d+/", "Google's hybrids", "a stem that is a ResNet"),
+    Refused(r"(^|\.)conv_proj\.conv_(bn_relu|last)", "torchvision's ViT with a stem of convolutions", "such a stem"),
+    Refused(r"(^|\.)rope_embed(dings)?\.|(^|\.)storage_tokens$", "DINOv3", ROTARY),
+    Refused(r"(^|\.)layer\.\d+\.layer_scale1\.lambda1$", "Hugging Face's DINOv3", ROTARY, r"position_embeddings$"),
+    Refused(r"(^|\.)model\.layer\.\d+\.attention\.q_proj\.", "Hugging Face's DINOv3", ROTARY, r"position_embeddings$"),
+    Refused(r"(^|\.)attn\.(rel_pos_[hw]|rel_pos\.|relative_position_bias_table)", "SAM, BEiT or Swin", RELATIVE),
+    Refused(r"(^|\.)attention\.relative_position_bias\.", "Hugging Face's BEiT", RELATIVE),
+    Refused(r"(^|\.)rel_pos_bias\.", "BEiT with shared relative positions", RELATIVE),
+    Refused(r"(^|\.)blocks_token_only\.", "CaiT", "class attention and talking heads"),
+    Refused(r"(^|\.)blocks\.\d+\.attn\.(temperature|qk\.|gating_param)", "XCiT or ConViT", "their attention"),
+    Refused(r"(^|\.)blocks\.\d+\.attn\.lambda_[qk]1$", "timm's differential attention", "that attention"),
+    Refused(r"(^|\.)blocks\.\d+\.attn\.(q_bias|v_bias)$", "EVA or BEiT", "a bias of queries and values alone"),
+    Refused(r"(^|\.)blocks\.\d+\.(attns|ffns)\.\d+\.", "timm's parallel blocks", "several branches beside one another"),
+    Refused(r"(^|\.)blocks\.\d+\.(in_norm|mlp_out_proj)\.", "timm's parallel blocks", "attention beside the MLP"),
+    Refused(r"(^|\.)blocks\.\d+\.gamma_?1$", "EVA, EVA-02 or DINOv3", ROTARY, r"(^|\.)pos_embed$"),
+    Refused(r"(^|\.)embeds\.(pos_embed|proj\.weight)", "timm's NaFlexViT", "images of several sizes in one batch"),
+    Refused(r"(^|\.)tokens_to_token\.", "T2T-ViT", "its stem"),
+    Refused(r"(^|\.)layers\.\d+\.blocks\.\d+\.", "Swin and other hierarchical models", "stages of several widths"),
+    Refused(r"(^|\.)blocks\.\d+\.norm_in\.|(^|\.)pixel_embed\.", "TNT", "a transformer inside of patches"),
+    Refused(r"(^|\.)patch_embed\.0\.proj\.|(^|\.)patch_embeds\.0\.", "CrossViT or Twins", "several patch projections"),
+    Refused(r"(^|\.)patch_conv\.weight$|(^|\.)vision_model\.patch_embedding\.patch", "Pixtral", ROTARY),
+)
+
+
+def refused(names: Iterable[str]) -> Refused | None:
+    """The first model that is known and cannot be held, of which there are such names."""
+    names = list(names)
+    has = lambda pattern: any(re.search(pattern, name) for name in names)  # noqa: E731
+    return next((r for r in REFUSED if has(r.pattern) and not (r.without and has(r.without))), None)
