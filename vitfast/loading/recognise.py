@@ -40,8 +40,9 @@ def recognise(state: Mapping[str, Tensor], facts: Facts, as_: str | None = None)
     known = [layout for layout in LAYOUTS if as_ in (None, layout.name)]
     if not known:
         raise ValueError(f"as_ must be one of {', '.join(layout.name for layout in LAYOUTS)}, got {as_!r}")
-    # of a layout that was asked for its own error says what does not fit
-    if as_ is None and (other := refused(state)) is not None:
+    # of a layout that was asked for its own error says what does not fit; of a model that has a config nothing is left
+    # to tell
+    if as_ is None and not facts.fields and (other := refused(state)) is not None:
         raise NotImplementedError(f"these are weights of {other.whose}: ViTConfig does not have {other.lacks}")
     for layout in known:
         found = [

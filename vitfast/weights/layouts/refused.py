@@ -14,12 +14,14 @@ class Refused(NamedTuple):
         pattern: regex that one of the names matches.
         whose: whose model it is; lacks: what ViTConfig does not have.
         without: regex that no name matches, '' for none.
+        beside: regex that one of the names matches besides, '' for none.
     """
 
     pattern: str
     whose: str
     lacks: str
     without: str = ""
+    beside: str = ""
 
 
 ROTARY = "rotary positions"
@@ -44,6 +46,10 @@ REFUSED = (
     Refused(r"(^|\.)blocks\.\d+\.gamma_?1$", "EVA, EVA-02 or DINOv3", ROTARY, r"(^|\.)pos_embed$"),
     Refused(r"(^|\.)embeds\.(pos_embed|proj\.weight)", "timm's NaFlexViT", "images of several sizes in one batch"),
     Refused(r"(^|\.)tokens_to_token\.", "T2T-ViT", "its stem"),
+    Refused(r"(^|\.)attnpool\.positional_embedding$", "CLIP with a ResNet", "a tower of convolutions"),
+    Refused(r"(^|\.)attn_pool\.query$", "CoCa", "its attentional pooling"),
+    Refused(r"(^|\.)blocks\.\d+\.attn\.q_proj\.weight$", "EVA-02", ROTARY),
+    Refused(r"(^|\.)attn_pool\.latent$", "the Perception Encoder", ROTARY, beside=r"(^|\.)norm_pre\.weight$"),
     Refused(r"(^|\.)layers\.\d+\.blocks\.\d+\.", "Swin and other hierarchical models", "stages of several widths"),
     Refused(r"(^|\.)blocks\.\d+\.norm_in\.|(^|\.)pixel_embed\.", "TNT", "a transformer inside of patches"),
     Refused(r"(^|\.)patch_embed\.0\.proj\.|(^|\.)patch_embeds\.0\.", "CrossViT or Twins", "several patch projections"),
@@ -55,4 +61,5 @@ def refused(names: Iterable[str]) -> Refused | None:
     """The first model that is known and cannot be held, of which there are such names."""
     names = list(names)
     has = lambda pattern: any(re.search(pattern, name) for name in names)  # noqa: E731
-    return next((r for r in REFUSED if has(r.pattern) and not (r.without and has(r.without))), None)
+    fits = lambda r: has(r.pattern) and not (r.without and has(r.without)) and (not r.beside or has(r.beside))  # noqa: E731
+    return next(filter(fits, REFUSED), None)
