@@ -69,6 +69,8 @@ REFUSED = (
     Refused(r"(^|\.)pos_embed_window$|(^|\.)blocks\.\d+\.proj\.weight$", "Hiera", STAGES),
     Refused(r"(^|\.)embeds\.(pos_embed|proj\.weight)", "timm's NaFlexViT", "images of several sizes in one batch"),
     Refused(r"(^|\.)tokens_to_token\.", "T2T-ViT", "its stem"),
+    Refused(r"(^|\.)attnpool\.positional_embedding$", "CLIP with a ResNet", "a tower of convolutions"),
+    Refused(r"(^|\.)attn_pool\.query$", "CoCa", "its attentional pooling"),
     Refused(r"(^|\.)layers\.\d+\.blocks\.\d+\.", "Swin and other hierarchical models", STAGES),
     Refused(r"(^|\.)blocks\.\d+\.norm_in\.|(^|\.)pixel_embed\.", "TNT", "a transformer inside of patches"),
     Refused(r"(^|\.)patch_embed\.0\.proj\.|(^|\.)patch_embeds\.0\.", "CrossViT or Twins", "several patch projections"),
