@@ -18,6 +18,7 @@ from timm.models._hub import save_for_hf
 
 import vitfast
 from vitfast.checkpoints import progress
+from vitfast.checkpoints.dtypes import check_dtypes
 from vitfast.checkpoints.facts import facts_of
 from vitfast.checkpoints.hub import hub_file, is_hub_name
 from vitfast.checkpoints.not_finite import not_finite, warn_not_finite
@@ -221,6 +222,16 @@ def test_warning_comes_for_each_tensor_or_for_good_weights():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert warn_not_finite({"w": torch.ones(3)}, "m.pth") == []
+
+
+@pytest.mark.parametrize("dtype", EVERY, ids=str)
+def test_weights_of_a_dtype_that_needs_a_scale_are_taken(dtype):
+    weights = {"a": torch.ones(2), "b": torch.ones(2).to(dtype)}
+    if dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        check_dtypes(weights, "m.pth")
+    else:
+        with pytest.raises(ValueError, match=f"^m.pth: weights must be float64, .*: b is {str(dtype)[6:]}$"):
+            check_dtypes(weights, "m.pth")
 
 
 @pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1, (1 << 21) + 5])
