@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -136,18 +137,46 @@ def _torchvision(model: Any) -> Facts:
 
 
 def _vit_pytorch(model: Any) -> Facts:
-    attention, feed_forward = model.transformer.layers[0]
-    inner = attention.to_qkv.out_features // 3
-    return Facts(fields={
-        "heads": attention.heads, "head_dim": inner // attention.heads, "norm_eps": eps_of(model),
-        "activation": activation_of(feed_forward.net[2]), "emb_dropout": model.dropout.p,
-        "attn_dropout": attention.dropout.p, "mlp_dropout": feed_forward.net[3].p,
-        "proj_dropout": attention.to_out[1].p if isinstance(attention.to_out, nn.Sequential) else 0.0,
-    })  # fmt: skip
+    """Of a ViT of vit-pytorch 0.7.0 or newer, or of a SimpleViT."""
+    attention, feed_forward = (_inside(each) for each in model.transformer.layers[0])
+    head_dim = attention.to_qkv.out_features // 3 // attention.heads
+    if not math.isclose(attention.scale, head_dim**-0.5):
+        raise NotImplementedError(
+            f"attention's scale must be head_dim ** -0.5, {head_dim**-0.5}, got {attention.scale}"
+        )
+    net = list(feed_forward.net)
+    activation = next(each for each in net if not isinstance(each, (nn.Linear, nn.LayerNorm, nn.Dropout)))
+    fields = {
+        "heads": attention.heads, "head_dim": head_dim, "norm_eps": eps_of(model),
+        "activation": activation_of(activation), "emb_dropout": _rate(getattr(model, "dropout", None)),
+        "attn_dropout": _rate(getattr(attention, "dropout", None)), "proj_dropout": _rate(attention.to_out),
+        "mlp_dropout": _rate(feed_forward.net),
+    }  # fmt: skip
+    axes = getattr(model.to_patch_embedding[0], "axes_lengths", {})
+    fields |= {"patch_size": (axes["p1"], axes["p2"])} if {"p1", "p2"} <= axes.keys() else {}
+    positions, pool = getattr(model, "pos_embedding", None), getattr(model, "pool", None)
+    if isinstance(positions, Tensor) and not isinstance(positions, nn.Parameter) and "patch_size" in fields:
+        # SimpleViT's begin with the sine of the column, which is 0 once in each row
+        rows = int((positions[:, 0] == 0).sum())
+        fields["image_size"] = rows * axes["p1"], len(positions) // rows * axes["p2"]
+    elif pool is not None and model.mlp_head is not None:
+        fields["pool"] = {"cls": "token"}.get(pool, pool)
+    return Facts(fields=fields)
+
+
+def _inside(module: Any) -> Any:
+    # before 1.4.0 norms and sums were modules around it
+    return _inside(module.fn) if hasattr(module, "fn") else module
+
+
+def _rate(module: Any) -> float:
+    return next((each.p for each in module.modules() if isinstance(each, nn.Dropout)), 0.0) if module else 0.0
 
 
 FACTS: dict[str, Callable[[Any], Facts]] = {
     "timm.models.vision_transformer.VisionTransformer": _timm,
     "torchvision.models.vision_transformer.VisionTransformer": _torchvision,
     "vit_pytorch.vit.ViT": _vit_pytorch,
+    "vit_pytorch.vit_pytorch.ViT": _vit_pytorch,  # before 0.9.1
+    "vit_pytorch.simple_vit.SimpleViT": _vit_pytorch,
 }

@@ -52,13 +52,13 @@ def take(
     Args, raises: as `vitfast.load`.
     """
     state, facts, name, _, note = source_of(source, allow_pickle=allow_pickle, key=key)
-    given = fields | _given(num_classes=num_classes, image_size=image_size, grid=grid)
+    sizes = _given(num_classes=num_classes, image_size=image_size, patch_size=patch_size, channels=channels)
+    given = fields | sizes | _given(grid=grid)
     try:
         found = recognise(state, facts, as_)
         del state
         known = found.layout.describe(found.view, facts, given)
         config = ViTConfig(**known.fields | fields)
-        sizes = _given(num_classes=num_classes, image_size=image_size, patch_size=patch_size, channels=channels)
         target = config.replace(**sizes)
         with torch.device("meta"):
             own = own_weights(ViT.from_config(config))

@@ -74,9 +74,14 @@ def to_vitfast(state_dict: Mapping[str, Tensor], config: ViTConfig) -> dict[str,
         )
     state = rename_keys(state_dict, ours)
     for key in ("cls_token", "pos_embed"):
-        if isinstance(state.get(key), Tensor) and state[key].dim() == 3 and state[key].shape[0] == 1:
-            state[key] = state[key].squeeze(0)
+        if isinstance(state.get(key), Tensor):
+            state[key] = without_batch(state[key])
     return state
+
+
+def without_batch(tokens: Tensor) -> Tensor:
+    """[1, N, D] -> [N, D]; any other as it is."""
+    return tokens.squeeze(0) if tokens.dim() == 3 and tokens.shape[0] == 1 else tokens
 
 
 def from_vitfast(state_dict: Mapping[str, Tensor], config: ViTConfig) -> dict[str, Tensor]:
