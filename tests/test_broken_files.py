@@ -216,7 +216,7 @@ ARRAYS = {
     "shape of terabytes": (npy((TERA,)), "needs 4000000000"),
     "shape whose product overflows": (npy((2**62, 8)), "needs"),
     "smaller shape than its bytes": (npy((2, 2), data=bytes(640)), "needs 1"),
-    "negative dim": (npy((-2, -4)), "shape"),
+    "negative dim": (npy((-2, -4)), r"has shape \(-2, -4\)"),
     "dim that is no number": (npy(("a",)), "not a whole npz"),
     "objects": (npy(descr="|O"), "objects, which only pickle reads"),
     "text": (npy(descr="<U1"), "no dtype of weights"),
