@@ -52,7 +52,7 @@ def convert(
         ValueError: another library, or a file where a folder is needed.
         And as `vitfast.load`. Nothing is written then.
     """
-    path = _checked(out, to, force)
+    path = checked(out, to, force)
     taken = take(source, **options)
     state = dict(taken.weights)
     bad = warn_not_finite(state, f"convert: {taken.report.source}")
@@ -72,14 +72,19 @@ def save_as(model: ViT, out: str | os.PathLike[str], to: str = "timm", *, force:
     """
     if not isinstance(model, ViT):
         raise TypeError(f"save_as: model must be a vitfast.ViT, got {type(model).__name__}")
-    path, config = _checked(out, to, force), config_of(model)
+    path, config = checked(out, to, force), config_of(model)
     report = getattr(model, "load_report", None) or LoadReport(type(model).__name__, "", "vitfast", "", "", config)
     files = _files(model.state_dict(), config, report, to, None)
     _write(files, path, force)
     return _said(report, files, ())
 
 
-def _checked(out: str | os.PathLike[str], to: str, force: bool) -> Path:
+def checked(out: str | os.PathLike[str], to: str, force: bool) -> Path:
+    """`out` as a path, if `convert` can write to it.
+
+    Raises:
+        As `convert`, of what is wrong with `out` and `to`.
+    """
     path = Path(out)
     if to not in WRITERS:
         raise ValueError(f"convert: to must be one of {', '.join(WRITERS)}, got {to!r}")

@@ -57,6 +57,10 @@ def as_timm(state: Mapping[str, Tensor], config: ViTConfig, report: LoadReport) 
 
 def as_vit_pytorch(state: Mapping[str, Tensor], config: ViTConfig, report: LoadReport) -> Files:
     """Raises NotImplementedError for another architecture than vit-pytorch's."""
+    if not config.input_norm:
+        raise NotImplementedError(
+            "vit-pytorch's ViT has norms on both sides of its patch projection and no bias of queries, keys and values"
+        )
     _same_function(config, config.replace(norm_eps=1e-5, activation="gelu"), "vit-pytorch's ViT")
     try:
         renamed = vit_pytorch.from_vitfast(dict(state), config)
@@ -84,7 +88,8 @@ def as_hugging_face(state: Mapping[str, Tensor], config: ViTConfig, report: Load
     beside = {"config.json": hf}
     if report.preprocessing.get("mean"):
         beside["preprocessor_config.json"] = _processor(report, config)
-    return Files(state, beside, {"format": "pt"})
+    notes = (f"{hf['architectures'][0]} makes its pooler anew",) if hf["architectures"][0] in POOLED else ()
+    return Files(state, beside, {"format": "pt"}, notes)
 
 
 def _renamed(layout_name: str, state: Mapping[str, Tensor], config: ViTConfig, facts: Facts) -> dict[str, Tensor]:
@@ -120,6 +125,10 @@ def _same_function(config: ViTConfig, other: ViTConfig, whose: str) -> None:
     differ = [f"{name}={theirs[name]!r}, this model has {ours[name]!r}" for name in ours if ours[name] != theirs[name]]
     if differ:
         raise NotImplementedError(f"{whose} has {'; '.join(differ)}")
+
+
+# whose pooler (linear, tanh) is no part of ours
+POOLED = ("ViTModel", "DeiTModel")
 
 
 class Kind(NamedTuple):

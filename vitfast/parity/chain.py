@@ -114,10 +114,7 @@ def clone_in(model: nn.Module, dtype: torch.dtype, device: torch.device, rounded
             if tensor is None or id(tensor) in memo:
                 continue
             value = tensor.detach()
-            if value.is_floating_point():
-                value = value.to(rounded).to(device, dtype)
-            else:
-                value = value.to(device)
+            value = value.to(rounded).to(device, dtype) if value.is_floating_point() else value.to(device)
             is_parameter = isinstance(tensor, nn.Parameter)
             memo[id(tensor)] = nn.Parameter(value, requires_grad=False) if is_parameter else value
     return copy.deepcopy(model, memo).eval()

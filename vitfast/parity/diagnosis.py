@@ -7,6 +7,7 @@ substitution, or by two; it stays in place, and the next stage that differs is l
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,8 +24,8 @@ from vitfast.weights.names import own_weights
 
 # so many differences are looked for one after the other
 ROUNDS = 6
-# so many pairs are tried where a stage, or several that are seen as one, have many candidates
-PAIRS = 3000
+# so long pairs are tried at a stage: where several are seen as one there are thousands
+SECONDS = 60
 # what rewrites the same rows, where it counts which comes first
 IN_ORDER = ("qkv order", "head split", "heads")
 # a rounding explains what a stage is off by where this share of it is left: at most a few numbers fall on the other
@@ -252,10 +253,14 @@ class Search:
             return []
         blocks = self._blocks(i, side)
         candidates = [each for each in self._candidates(i, side) if each.name != "precision"]
-        pairs = list(_pairs_of(candidates))
-        if len(pairs) > PAIRS:
-            self.notes.append(f"of {len(pairs)} pairs of substitutions the first {PAIRS} were tried")
-        return [(side, pair, self._try(i, side, pair, blocks)) for pair in pairs[:PAIRS]]
+        pairs, tried, began = list(_pairs_of(candidates)), [], time.monotonic()
+        for pair in pairs:
+            if time.monotonic() - began > SECONDS:
+                stage = self.cases[i].stage
+                self.notes.append(f"{stage}: of {len(pairs)} pairs the first {len(tried)} were tried, for {SECONDS} s")
+                break
+            tried.append((side, pair, self._try(i, side, pair, blocks)))
+        return tried
 
     def _explaining(self, tried: list[Tried], bound: float) -> list[Tried]:
         good = [each for each in tried if each[2] <= bound]
