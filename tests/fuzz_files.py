@@ -33,7 +33,8 @@ STATE = OrderedDict(
 INDEX = {"metadata": {"total_size": 32}, "weight_map": dict.fromkeys(STATE, "m.safetensors")}
 CONFIG = {
     "architecture": "a", "pretrained_cfg": {"mean": [0.5], "input_size": [3, 8, 8]}, "model_type": "vit",
-    "image_size": 8, "num_attention_heads": 2, "layer_norm_eps": 1e-6, "id2label": {"0": "cat"}, "vision_config": {"hidden_act": "gelu"},
+    "image_size": 8, "num_attention_heads": 2, "layer_norm_eps": 1e-6, "id2label": {"0": "cat"},
+    "vision_config": {"hidden_act": "gelu"},
 }  # fmt: skip
 TRAINING = {"state_dict": STATE, "epoch": 3, "args": {"lr": 1e-3, "names": ("a", "b"), "on": True, "none": None}}
 # of what may be taken beside what the process has
