@@ -175,6 +175,7 @@ def overlapping(path, count):
 def test_members_that_share_their_bytes_are_all_read(tmp_path):
     refused(overlapping(tmp_path / "a.npz", 200), "claim 2.* bytes, which weights in a file of 1")
     refused(overlapping(tmp_path / "b.npz", 2), "npz")
+    refused(overlapping(tmp_path / "c.npz", 60_000), "its list names 60000 members, more than 50000")
 
 
 ARRAYS = {

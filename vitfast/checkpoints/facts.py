@@ -1,4 +1,4 @@
-"""What stands beside weights: the config files of transformers and timm."""
+"""What stands beside weights: the config files of transformers, timm and open_clip."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from vitfast.checkpoints.files import read_json
 from vitfast.weights.layouts.layout import Facts
 
-# of transformers and of timm's hub; of OpenCLIP's hub nothing is taken
-CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
+# of transformers and of timm's hub, and of open_clip's
+CONFIG, PROCESSOR, OPEN_CLIP = "config.json", "preprocessor_config.json", "open_clip_config.json"
 
 
 def facts_of(path: str | os.PathLike[str]) -> Facts:
@@ -23,10 +23,11 @@ def facts_of(path: str | os.PathLike[str]) -> Facts:
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
-    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
-    processor = read_json(folder / PROCESSOR) if (folder / PROCESSOR).is_file() else {}
+    config, processor, open_clip = (
+        read_json(folder / name) if (folder / name).is_file() else {} for name in (CONFIG, PROCESSOR, OPEN_CLIP)
+    )
     of_timm = isinstance(config.get("architecture"), str)
     of_transformers = "model_type" in config or "transformers_version" in config or "architectures" in config
     return Facts(
-        hf=config if of_transformers else {}, timm=config if of_timm else {}, processor=processor
+        hf=config if of_transformers else {}, timm=config if of_timm else {}, processor=processor, open_clip=open_clip
     )  # fmt: skip

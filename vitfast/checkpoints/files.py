@@ -10,8 +10,10 @@ from typing import Any
 INDEX = ".index.json"
 # that of the largest language model has 5 MB
 LONGEST_JSON = 1 << 24
-# as transformers, accelerate and timm name them; where both are they are the same weights
-FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
+# as transformers, accelerate and timm name them, and as open_clip does; where several are they are the same weights
+FOLDER_FILES = (
+    "model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin",
+)  # fmt: skip
 
 
 def file_of(path: str | os.PathLike) -> Path:

@@ -11,7 +11,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vitfast
-from vitfast.check import acceptance, parity
+from vitfast.check import acceptance
 from vitfast.commands import info
 from vitfast.measure import device as devices
 from vitfast.measure import timing
+from vitfast.parity.compare import compare, worst_by_kind
+from vitfast.parity.stages import stage_values
 
 EXTRAS = ("matplotlib", "sklearn", "timm", "tqdm")
 PIP_NAMES = {"sklearn": "scikit-learn"}
@@ -313,20 +315,34 @@ def compare_with_timm(model: vitfast.ViT, digits: Tensor, seed: int) -> list[dic
         (f"{LARGE_NAME}, random weights", large, large_timm, photos, True),
     ]
     found = []
-    print("\nParity: errors against timm in fp64, of vitfast and of timm itself in the same dtype")
+    print("\nParity: errors against timm in fp64, and next to those of timm itself in the same dtype")
     for title, ours, theirs, images, summarised in cases:
         for dtype in (torch.float32, torch.bfloat16):
-            rows = parity.compare(ours, theirs, images, dtype)
-            short = _dtype_name(dtype)
-            found += [{"model": title, "dtype": short, "passed": row.passed, **asdict(row)} for row in rows]
-            shown = parity.worst_by_kind(rows) if summarised else rows
+            comparison = compare(theirs, ours, images, dtype=dtype)
+            rows = comparison.stages
+            found += [
+                {
+                    "model": title,
+                    "dtype": comparison.dtype,
+                    "stage": row.stage,
+                    "passed": row.passed,
+                    "max_abs_err": row.inherited.max,
+                    "rel_rms_err": row.inherited.relative,
+                    "yardsticks": row.inherited.units,
+                    "own_yardsticks": row.own.units,
+                    "rel_rms_err_fp64": row.formula,
+                }
+                for row in rows
+            ]
+            shown = worst_by_kind(rows) if summarised else rows
             which = f", worst of {len(rows)} stages by kind" if summarised else ""
-            print(f"\n  {title}, {len(images)} images, {short}{which}")
-            print(f"  {'stage':<14} {'max abs':>9} {'timm':>9} {'rel rms':>9} {'timm':>9}")
+            print(f"\n  {title}, {len(images)} images, {comparison.dtype}{which}")
+            print(f"  {'stage':<14} {'max abs':>9} {'rel rms':>9} {'/ timm':>7} {'own':>7}")
             for row in shown:
+                error = row.inherited
                 print(
-                    f"  {row.stage:<14} {row.max_abs_err:>9.1e} {row.timm_max_abs_err:>9.1e} {row.rel_rms_err:>9.1e} "
-                    f"{row.timm_rel_rms_err:>9.1e}  {'ok' if row.passed else 'FAILED'}"
+                    f"  {row.stage:<14} {error.max:>9.1e} {error.relative:>9.1e} {error.units:>7.2f} "
+                    f"{row.own.units:>7.2f}  {'ok' if row.passed else 'FAILED'}"
                 )
     return found
 
@@ -396,8 +412,8 @@ def prepare_and_judge(model: vitfast.ViT, timm_model: nn.Module, images: Tensor)
         return None
     with torch.inference_mode():
         out = prepared.intermediates(images) | {"call": prepared(images)}
-        low = parity.timm_intermediates(timm_model.eval(), images)
-        ref = parity.timm_intermediates(copy.deepcopy(timm_model).double(), images.double())
+        low = stage_values(timm_model.eval(), images)
+        ref = stage_values(copy.deepcopy(timm_model).double(), images.double())
     for taps in (low, ref):
         taps["call"] = taps["logits"]
     try:
@@ -421,10 +437,6 @@ def _large_pair(seed: int, device: torch.device) -> tuple[vitfast.ViT, nn.Module
     torch.manual_seed(seed)
     model = vitfast.create_model(LARGE_NAME).to(device)
     return model, _timm_twin(LARGE_NAME, model)
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
 
 
 def draw(path: Path, history: Training, data: Digits, predictions: Tensor, accuracy: float) -> None:

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import sys
 from collections.abc import Sequence
+
+# commands with a parser of their own, each in a file of its name
+ROOMY = {
+    "convert": "write weights of any ViT under another library's names, or say whose they are",
+    "demo": "train, save, reload, compare and time a small ViT on real digits",
+    "parity": "where two models differ first, by how much, and why",
+    "tune": "measure which kernels are faster on this GPU, and keep it",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,20 +27,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     models = commands.add_parser("models", help="which of timm's ViT names work, and what the others need")
     models.add_argument("filter", nargs="?", default="", help="shell pattern, such as '*dinov2*'")
     models.add_argument("--json", action="store_true", help="machine-readable")
-    commands.add_parser("demo", help="train, save, reload, compare and time a small ViT on real digits", add_help=False)
-    commands.add_parser("tune", help="measure which kernels are faster on this GPU, and keep it", add_help=False)
+    for name, text in ROOMY.items():
+        commands.add_parser(name, help=text, add_help=False)
     given = sys.argv[1:] if argv is None else list(argv)
     if given[:1] == ["bench"]:
         parser.error("bench is no part of the installed package: run `python -m benchmarks` in a checkout of vitfast")
     arguments, rest = parser.parse_known_args(given)
-    if arguments.command == "demo":
-        from vitfast.commands import demo
-
-        return demo.main(rest)
-    if arguments.command == "tune":
-        from vitfast.commands import tune
-
-        return tune.main(rest)
+    if arguments.command in ROOMY:
+        # what stands behind the command's name is its own
+        return importlib.import_module(f"vitfast.commands.{arguments.command}").main(given[1:])
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:

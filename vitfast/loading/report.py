@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vitfast.config import ViTConfig
+from vitfast.timm_names import pretrained_cfg as cfgs
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,13 @@ class LoadReport:
     labels: dict[int, str] = field(default_factory=dict)
     not_finite: tuple[str, ...] = ()
     chosen: str = ""
+
+    def pretrained_cfg(self, config: ViTConfig) -> dict[str, Any]:
+        """timm's entries for a model of this config, which its tools read."""
+        size = {"input_size": (config.channels, *config.image_size)}  # type: ignore[misc]  # a pair
+        names = {"first_conv": "patch_embed.proj", "classifier": "head"}
+        labels = {"label_names": tuple(self.labels.values())} if self.labels else {}
+        return cfgs.DEFAULTS | names | self.preprocessing | size | {"num_classes": config.num_classes} | labels
 
     def __str__(self) -> str:
         under = f", under {self.prefix!r}" if self.prefix else ""

@@ -18,7 +18,6 @@ from vitfast.weights.layouts.layout import (
     Layout,
     Rule,
     View,
-    alone,
     class_token_with_position,
     grid_of,
     heads_of,
@@ -112,6 +111,8 @@ def common(view: View, facts: Facts, given: Mapping[str, Any], eps: float, prepr
     images, why = preprocessing_of(facts.processor, preprocessing)
     assumed |= {"preprocessing": why} if why else {}
     labels = {int(label): str(name) for label, name in (hf.get("id2label") or {}).items()}
+    # what transformers writes where nobody named them
+    labels = {} if all(name == f"LABEL_{label}" for label, name in labels.items()) else labels
     return Known(fields | dict(facts.fields), assumed, images, labels)
 
 
@@ -222,7 +223,7 @@ def _dinov2_rules(config: ViTConfig) -> tuple[Rule, ...]:
     if config.register_tokens:
         names = ("embeddings.cls_token", "embeddings.position_embeddings")
         tokens = (
-            Rule("cls_token", names, class_token_with_position, alone),
+            Rule("cls_token", names, class_token_with_position, lambda token, _: (token, None)),
             one("pos_embed", names[1], lambda tensors, *_: tensors[0][:, 1:], with_zero_position),
             one("reg_token", "embeddings.register_tokens"),
         )

@@ -24,7 +24,7 @@ IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
 Join = Callable[[Sequence[Tensor], ViTConfig, Tensor], Tensor]
-Split = Callable[[Tensor, ViTConfig], Sequence[Tensor]]
+Split = Callable[[Tensor, ViTConfig], Sequence[Any]]
 
 
 class View(dict[str, Tensor]):
@@ -60,12 +60,14 @@ class Facts(NamedTuple):
         hf: transformers' config.json.
         timm: timm's config.json: 'architecture', 'pretrained_cfg', 'model_args'.
         processor: transformers' preprocessor_config.json.
+        open_clip: open_clip_config.json: 'model_cfg', 'preprocess_cfg'.
         fields: fields of ViTConfig that a live model's modules tell.
     """
 
     hf: Mapping[str, Any] = {}
     timm: Mapping[str, Any] = {}
     processor: Mapping[str, Any] = {}
+    open_clip: Mapping[str, Any] = {}
     fields: Mapping[str, Any] = {}
 
 
@@ -92,13 +94,21 @@ class Rule(NamedTuple):
         ours: its name, with {i} for the number of the block, or {name} for any name.
         theirs: their names as in a `View`, with the same {i} or {name}.
         join: makes ours of theirs; the last argument has our shape and dtype.
-        split: makes theirs of ours; None where that cannot be undone.
+        split: makes theirs, or a `Part` of theirs, of ours, with None for those that another rule makes; None where
+            that cannot be undone.
     """
 
     ours: str
     theirs: tuple[str, ...]
     join: Join
     split: Split | None
+
+
+class Part(NamedTuple):
+    """What `Rule.split` gives of a weight that several of ours make together: its rows, and where they stand."""
+
+    order: int
+    rows: Tensor
 
 
 class Layout(NamedTuple):
@@ -209,8 +219,11 @@ def grid_of(positions: int, prefix: int, given: Mapping[str, Any]) -> tuple[int,
     return side, side
 
 
-def heads_of(dim: int, depth: int, given: Mapping[str, Any]) -> tuple[int, str]:
+def heads_of(dim: int, depth: int, given: Mapping[str, Any], family: str = "") -> tuple[int, str]:
     """Heads: those given, of a published model of this width and depth, or of 64 channels each; and why.
+
+    Args:
+        family: a part of the names of the models that count, '_clip_'.
 
     Raises:
         NeedsArgument: published models differ, or 64 does not divide the width.
@@ -218,14 +231,15 @@ def heads_of(dim: int, depth: int, given: Mapping[str, Any]) -> tuple[int, str]:
     if "heads" in given:
         return given["heads"], "given"
     found: dict[int, str] = {}
-    for name, fields in VARIANTS.items():
+    variants = {name: fields for name, fields in VARIANTS.items() if family in name}
+    for name, fields in variants.items():
         fields = {"dim": ViTConfig.dim, "depth": ViTConfig.depth, "heads": ViTConfig.heads} | fields
         if (fields["dim"], fields["depth"]) == (dim, depth):
             found.setdefault(fields["heads"], name)
     if not found:
         found = {
             heads: name
-            for name, fields in VARIANTS.items()
+            for name, fields in variants.items()
             if fields.get("dim") == dim and (heads := fields.get("heads"))
         }
     if len(found) == 1:
@@ -264,7 +278,9 @@ def _view(layout: Layout, state: Mapping[str, Tensor], prefix: str) -> View:
             name = "/" + name[len(outer) :]
         else:
             name = "//" + name
-        view[_renamed(layout, name)] = value
+        renamed = _renamed(layout, name)
+        # of two that get one name neither is lost: the second is left over, and said
+        view[name if renamed in view else renamed] = value
     return view
 
 
@@ -370,6 +386,7 @@ def written(layout: Layout, weights: Mapping[str, Tensor], config: ViTConfig) ->
         NotImplementedError: it has no name for a weight, or what was joined cannot be taken apart; names them.
     """
     state: dict[str, Tensor] = {}
+    parts: dict[str, list[Part]] = {}
     refused = []
     rule_of = _rules_by_name(layout, config)
     for name, weight in weights.items():
@@ -378,9 +395,18 @@ def written(layout: Layout, weights: Mapping[str, Tensor], config: ViTConfig) ->
             refused.append(name)
             continue
         rule, theirs = match
-        state |= zip(theirs, rule.split(weight, config), strict=True)  # type: ignore[misc]  # not None
+        for each, made in zip(theirs, rule.split(weight, config), strict=True):  # type: ignore[misc]  # not None
+            if made is None:
+                continue
+            if isinstance(made, Part):
+                parts.setdefault(each, []).append(made)
+            else:
+                state[each] = made
     if refused:
         raise NotImplementedError(
             f"{layout.whose} has no name for {', '.join(refused[:8])}{' and others' * (len(refused) > 8)}"
         )
-    return state
+    return state | {
+        name: torch.cat([part.rows for part in sorted(found, key=lambda part: part.order)])
+        for name, found in parts.items()
+    }

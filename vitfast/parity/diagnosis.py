@@ -1,0 +1,367 @@
+"""Why two models differ: which substitution in one of them gives the other one's values.
+
+Each stage is looked at on its own, run by both models from one value. The first that differs is explained by a
+substitution, or by two; it stays in place, and the next stage that differs is looked at.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vitfast.check.acceptance import FORMULA, rounded_anew
+from vitfast.parity.cases import Case, Side, cases_in_dtype, cases_of, off
+from vitfast.parity.substitutions import TABLE, precision
+from vitfast.parity.substitutions.substitution import Blocks, Substitution
+from vitfast.parity.variant import Variant, canonical, kinds_between
+from vitfast.weights.names import own_weights
+
+# so many differences are looked for one after the other
+ROUNDS = 6
+# so long pairs are tried at a stage: where several are seen as one there are thousands
+SECONDS = 60
+# what rewrites the same rows, where it counts which comes first
+IN_ORDER = ("qkv order", "head split", "heads")
+# a rounding explains what a stage is off by where this share of it is left: at most a few numbers fall on the other
+# side of a boundary, because fp64 and the dtype come there with different last bits
+LEFT = 0.25
+# a difference that was folded into weights, as mean and std can be, leaves their rounding: at most this share of it
+FOLDED = 1e-3
+# (side, substitutions, how far apart the two are with them)
+Tried = tuple[int, Sequence["Substitution"], float]
+
+
+class Step(NamedTuple):
+    """A substitution: in which of the two models, its name, and what it puts in place of what."""
+
+    model: str
+    name: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.model} with {self.what}"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Attributes:
+    stage: the first that it explains.
+    alternatives: substitutions that explain it equally well, each one step or two.
+    before, after: how far apart the two are at that stage, as a share of what it adds.
+    """
+
+    stage: str
+    alternatives: tuple[tuple[Step, ...], ...]
+    before: float
+    after: float
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What it is about, each name once."""
+        return tuple(dict.fromkeys(step.name for steps in self.alternatives for step in steps))
+
+    def __str__(self) -> str:
+        said = [" and ".join(map(str, steps)) for steps in self.alternatives]
+        other = {"a": "b", "b": "a"}[self.alternatives[0][0].model]
+        found = f"{said[0]} gives {other}'s {self.stage}: {self.before:.1e} -> {self.after:.1e}"
+        return found + "".join(f"\n    or {each}, which can't be told from it" for each in said[1:])
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Attributes:
+    findings: in the order of their stages.
+    unexplained: stages for which no substitution was found.
+    notes: what could not be tried.
+    """
+
+    findings: tuple[Finding, ...]
+    unexplained: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the findings are about, such as 'eps' or 'gelu'."""
+        return tuple(dict.fromkeys(name for finding in self.findings for name in finding.names))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "names": list(self.names),
+            "findings": [
+                {
+                    "stage": finding.stage,
+                    "before": finding.before,
+                    "after": finding.after,
+                    "alternatives": [[step._asdict() for step in steps] for steps in finding.alternatives],
+                }
+                for finding in self.findings
+            ],
+            "unexplained": list(self.unexplained),
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        lines = [f"diagnosis: {finding}" for finding in self.findings]
+        if self.unexplained:
+            lines.append(f"diagnosis: no substitution was found for {', '.join(self.unexplained)}")
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+
+@torch.no_grad()
+def diagnosis(a: Side, b: Side, images: Tensor, dtype: torch.dtype, labels: tuple[str, str]) -> Diagnosis:
+    """Which substitutions make the two agree.
+
+    Args:
+        a: a model that can be run from its stages, see `cases_of`; b: the other.
+        labels: what they are called in the result.
+    """
+    notes: list[str] = []
+    cases = cases_of(a, b, images, dtype)
+    if not cases:
+        return Diagnosis((), (), ("there are no stages that both can be run from",))
+    variants = [_canonical(side, label, images, notes) for side, label in zip((a, b), labels, strict=True)]
+    rounded = rounded_anew(dtype)
+    search = Search(cases, variants, labels, notes, rounded)
+    if b.exact is not None and not search.deviating(*variants):
+        # the formulas agree, so that it is arithmetic
+        search = Search(cases_in_dtype(a, b, images, dtype), variants, labels, notes, rounded)
+        search.round()
+        return Diagnosis(tuple(search.findings), (), tuple(notes))
+    for _ in range(ROUNDS):
+        if not search.round():
+            break
+    search.weights()
+    left = tuple(cases[i].stage for i in search.deviating(*search.variants))
+    return Diagnosis(tuple(search.findings), left, tuple(notes))
+
+
+def _canonical(side: Side, label: str, images: Tensor, notes: list[str]) -> Variant | None:
+    if side.exact is None:
+        return None
+    try:
+        return canonical(side.exact, images.double())
+    except (ValueError, RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
+        notes.append(f"{label} cannot be varied: {str(error).splitlines()[0]}")
+        return None
+
+
+class Search:
+    """The state of a diagnosis.
+
+    Attributes:
+        cases: values that both models were run on.
+        variants: both as they are varied so far; None where one cannot be.
+        findings: so far.
+    """
+
+    def __init__(
+        self, cases: list[Case], variants: Sequence[Variant | None], labels: tuple[str, str], notes: list[str],
+        rounded: float,
+    ):  # fmt: skip
+        self.cases, self.labels, self.notes = cases, labels, notes
+        self.variants: list[Variant | None] = list(variants)
+        self.changed = [False, False]
+        self.findings: list[Finding] = []
+        self.given_up: set[int] = set()
+        # what rounding of weights may leave
+        self.rounded = rounded
+        self.rounding = any(case.rounding for case in cases)
+        # a variant stands for its model where it gives its values
+        self.trusted = [self._trusted(0), self._trusted(1)]
+
+    def _trusted(self, side: int) -> set[int]:
+        variant = self.variants[side]
+        if variant is None:
+            return set()
+        found = set()
+        for i, case in enumerate(self.cases):
+            held = (case.a, case.b)[side]
+            if held is None or (self.rounding and side == 1):
+                continue
+            if off(variant.span(case.start, case.stage, case.x), held, case.base) <= max(FORMULA, case.own_bound):
+                found.add(i)
+        return found
+
+    def values(self, i: int, a: Variant | None, b: Variant | None) -> tuple[Tensor | None, Tensor | None]:
+        case, values = self.cases[i], []
+        for side, variant in enumerate((a, b)):
+            held = (case.a, case.b)[side]
+            as_it_is = variant is None or i not in self.trusted[side] or not self._changed(side, variant)
+            values.append(held if as_it_is else variant.span(case.start, case.stage, case.x))  # type: ignore[union-attr]
+        return values[0], values[1]
+
+    def _changed(self, side: int, variant: Variant) -> bool:
+        return self.changed[side] or variant is not self.variants[side]
+
+    def apart(self, i: int, a: Variant | None, b: Variant | None) -> float:
+        first, second = self.values(i, a, b)
+        return off(second, first, self.cases[i].base)
+
+    def deviating(self, a: Variant | None, b: Variant | None) -> list[int]:
+        return [i for i, case in enumerate(self.cases) if not self.apart(i, a, b) <= case.bound]
+
+    def round(self) -> bool:
+        """Explain the first stage that differs; False where there is none left that can be."""
+        left = [i for i in self.deviating(*self.variants) if i not in self.given_up]
+        if not left:
+            return False
+        i = left[0]
+        before = self.apart(i, *self.variants)
+        sides = [side for side in ((0,) if self.rounding else (0, 1)) if i in self.trusted[side]]
+        tried: list[Tried] = []
+        for tries in (self._singles, self._pairs):
+            for side in sides:
+                found = tries(i, side)
+                tried += found
+                if explained := self._explaining(found, LEFT * before if self.rounding else self.cases[i].bound):
+                    self._choose(i, before, explained)
+                    return True
+        # weights that somebody folded the difference into are rounded anew
+        if explained := self._explaining(tried, min(self.rounded, FOLDED * before)):
+            self._choose(i, before, explained)
+            self.cases[i] = self.cases[i]._replace(bound=self.rounded)
+        else:
+            self.given_up.add(i)
+        return True
+
+    def _candidates(self, i: int, side: int) -> list[Substitution]:
+        variant, case = self.variants[side], self.cases[i]
+        if self.rounding:
+            return precision()
+        kinds = dict.fromkeys(kind for kind, _ in kinds_between(variant, case.start, case.stage))  # type: ignore[arg-type]
+        found = [each for kind in kinds for each in TABLE[kind](variant)]  # type: ignore[arg-type]  # trusted
+        return [*{(each.name, each.what): each for each in found}.values(), *precision()]
+
+    def _blocks(self, i: int, side: int) -> list[int]:
+        case = self.cases[i]
+        kinds = kinds_between(self.variants[side], case.start, case.stage)  # type: ignore[arg-type]  # trusted
+        return sorted({block for _, block in kinds if block is not None})
+
+    def _singles(self, i: int, side: int) -> list[Tried]:
+        blocks = self._blocks(i, side)
+        candidates = self._candidates(i, side)
+        return [(side, (each,), self._try(i, side, [each], blocks)) for each in candidates]
+
+    def _pairs(self, i: int, side: int) -> list[Tried]:
+        if self.rounding:
+            return []
+        blocks = self._blocks(i, side)
+        candidates = [each for each in self._candidates(i, side) if each.name != "precision"]
+        pairs, tried, began = list(_pairs_of(candidates)), [], time.monotonic()
+        for pair in pairs:
+            if time.monotonic() - began > SECONDS:
+                stage = self.cases[i].stage
+                self.notes.append(f"{stage}: of {len(pairs)} pairs the first {len(tried)} were tried, for {SECONDS} s")
+                break
+            tried.append((side, pair, self._try(i, side, pair, blocks)))
+        return tried
+
+    def _explaining(self, tried: list[Tried], bound: float) -> list[Tried]:
+        good = [each for each in tried if each[2] <= bound]
+        # where a bound is wide, as it is without fp64, what leaves twice as much as the best is no explanation
+        best = min((left for *_, left in good), default=0.0)
+        return [each for each in good if each[2] <= max(2 * best, FORMULA)]
+
+    def _with(self, side: int, steps: Sequence[Substitution], blocks: Blocks, only: Blocks = None) -> Variant | None:
+        """The variant of one side with these steps, made in `blocks` where they can be; its others are shared."""
+        variant = self.variants[side].copy(only)  # type: ignore[union-attr]  # trusted
+        for step in steps:
+            try:
+                changed = step.change(variant, blocks if step.by_block else None)
+            except ValueError:
+                # a combination that no config has, a grid that a mode can't resample
+                return None
+            if changed is None:
+                return None
+            variant = changed
+        return variant
+
+    def _try(self, i: int, side: int, steps: Sequence[Substitution], blocks: list[int]) -> float:
+        changed = self._with(side, steps, blocks, blocks)
+        if changed is None:
+            return float("inf")
+        pair = (changed, self.variants[1]) if side == 0 else (self.variants[0], changed)
+        return self.apart(i, *pair)
+
+    def _choose(self, i: int, before: float, explained: list[Tried]) -> None:
+        """Of what explains stage `i` that which leaves the fewest stages, made everywhere or in these blocks only."""
+        ranked = []
+        for side, steps, _ in explained:
+            own = self._blocks(i, side)
+            scopes: list[tuple[str, Blocks]] = [("", None)]
+            if any(step.by_block for step in steps):
+                whole = range(len(self.variants[side].model.blocks))  # type: ignore[union-attr]  # trusted
+                scopes += [(" in the blocks only", list(whole)), (f" in blocks.{own[0]} only", own)]
+            for told, blocks in scopes:
+                changed = self._with(side, steps, blocks)
+                if changed is None:
+                    continue
+                pair = (changed, self.variants[1]) if side == 0 else (self.variants[0], changed)
+                left = self.deviating(*pair)
+                said = tuple(
+                    Step(self.labels[side], step.name, step.what + (told if step.by_block else "")) for step in steps
+                )
+                ranked.append((len(left), len(ranked), said, side, changed))
+                if not left:
+                    break
+        fewest = min(ranked)[0]
+        best = [each for each in ranked if each[0] == fewest]
+        _, _, _, side, changed = best[0]
+        self.variants[side], self.changed[side] = changed, True
+        after = self.apart(i, *self.variants)
+        alternatives = tuple(dict.fromkeys(said for _, _, said, *_ in best))
+        self.findings.append(Finding(self.cases[i].stage, alternatives, before, after))
+
+    def weights(self) -> None:
+        """Name the weights that differ where nothing else explains a stage, if they do explain it."""
+        a, b = self.variants
+        left = [i for i in self.deviating(a, b) if i in self.trusted[0] and i in self.trusted[1]]
+        if not left or a is None or b is None:
+            return
+        ours, theirs = own_weights(a.model), own_weights(b.model)
+        differ = [
+            name for name, w in ours.items()
+            if name in theirs and theirs[name].shape == w.shape and not torch.equal(theirs[name], w)
+        ]  # fmt: skip
+        here = [name for name in differ if any(_belongs(name, self.cases[i].stage) for i in left)]
+        if not here:
+            return
+        i, changed = left[0], a.copy()
+        for name in here:
+            holder, _, last = name.rpartition(".")
+            changed.model.get_submodule(holder)._parameters[last] = theirs[name]  # type: ignore[assignment]
+        before = self.apart(i, a, b)
+        after = self.apart(i, changed, b)
+        if after <= self.cases[i].bound:
+            self.variants[0], self.changed[0] = changed, True
+            told = f"{self.labels[1]}'s {', '.join(here[:4])}" + f" and {len(here) - 4} more" * (len(here) > 4)
+            step = Step(self.labels[0], "weights", told)
+            self.findings.append(Finding(self.cases[i].stage, ((step,),), before, after))
+
+
+def _pairs_of(candidates: list[Substitution]) -> Iterator[tuple[Substitution, Substitution]]:
+    for first, second in itertools.combinations(candidates, 2):
+        if first.name == second.name and first.name in ("eps", "gelu", "qkv order", "heads", "resampling"):
+            continue
+        yield first, second
+        if first.name in IN_ORDER and second.name in IN_ORDER:
+            yield second, first
+
+
+def _belongs(weight: str, stage: str) -> bool:
+    """Whether a stage reads this weight."""
+    if stage.startswith("blocks."):
+        block = stage.rpartition(".")[0]
+        parts = ("norm1", "attn", "ls1") if stage.endswith("attn") else ("norm2", "mlp", "ls2")
+        return any(weight.startswith(f"{block}.{part}") for part in parts)
+    names = {
+        "patches": ("patch_embed.",), "patch_tokens": ("pos_embed", "cls_token", "reg_token", "dist_token", "norm_pre"),
+        "tokens": ("norm.",), "pooled": ("fc_norm.", "attn_pool."), "logits": ("head",),
+    }  # fmt: skip
+    return weight.startswith(names[stage])
