@@ -165,7 +165,7 @@ for line in sys.stdin:
     print(flush=True)
 """
 # name, whether by force, how often
-RACES = [("m", 0, 1), ("m.safetensors", 0, 1), ("m", 1, 30), ("m.safetensors", 1, 30), ("m.pth", 1, 30)]
+RACES = [("m", 0, 1), ("m.safetensors", 0, 1), ("m", 1, 15), ("m.safetensors", 1, 15), ("m.pth", 1, 15)]
 
 
 def test_two_processes_leave_a_mixture(tmp_path):
