@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -21,18 +23,34 @@ from vitfast.loading import convert as module
 transformers.utils.logging.disable_progress_bar()
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """m.safetensors and m.pth of a model of timm, ema.pth with two sets of weights, and vit, a folder."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Weights whole and broken: of timm, of Hugging Face in shards, of CLIP, two sets in one file, none."""
+    here = tmp_path_factory.mktemp("made")
     model, _ = timms(img_size=32)
-    save_file(model.state_dict(), "m.safetensors")
-    torch.save(model.state_dict(), "m.pth")
-    other = {name: value + 1 for name, value in model.state_dict().items()}
-    torch.save({"teacher": model.state_dict(), "student": other}, "two.pth")
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    save_file(state, here / "m.safetensors")
+    torch.save(state, here / "m.pth")
+    torch.save({"teacher": state, "student": {name: w + 1 for name, w in state.items()}}, here / "two.pth")
     config = transformers.ViTConfig(**SMALL, num_labels=4, id2label={i: f"class {i}" for i in range(4)})
-    filled(transformers.ViTForImageClassification(config)).save_pretrained("vit", max_shard_size="200KB")
-    return tmp_path
+    filled(transformers.ViTForImageClassification(config)).save_pretrained(here / "vit", max_shard_size="200KB")
+    config = transformers.CLIPVisionConfig(**SMALL | {"hidden_size": 128, "num_attention_heads": 2})
+    save_file(transformers.CLIPVisionModel(config).state_dict(), here / "clip.safetensors")
+    save_file({"layer1.0.conv1.weight": torch.ones(2, 2, 3, 3)}, here / "resnet.safetensors")
+    save_file({name: w for name, w in state.items() if name != "blocks.1.norm1.bias"}, here / "broken.safetensors")
+    (here / "text.safetensors").write_text("no weights")
+    (here / "half.safetensors").write_bytes((here / "m.safetensors").read_bytes()[:100_000])
+    (here / "text.pth").write_text("no weights")
+    (here / "empty.safetensors").touch()
+    (here / "folder").mkdir()
+    return here
+
+
+@pytest.fixture
+def folder(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return Path(shutil.copytree(made, tmp_path, dirs_exist_ok=True))
 
 
 def told(capsys, *arguments):
@@ -116,7 +134,7 @@ WRONG = [
     (["m.safetensors", "x.pth", "--to", "hf"], "out must be a folder for to='hf', got 'x.pth'"),
     (["m.safetensors", "x", "--to", "torchvision"], "out must end in .safetensors"),
     (["m.safetensors", "none/x"], "no folder 'none'"),
-    (["clip.safetensors", "x"], "activation must be given, activation='gelu' or activation='quick_gelu'"),
+    (["clip.safetensors", "x"], "activation must be given, activation='quick_gelu' or activation='gelu'"),
     (["clip.safetensors", "--inspect"], "(--field NAME=VALUE, or the option of that name)"),
 ]
 REFUSED = [
@@ -137,37 +155,20 @@ REFUSED = [
 ]
 
 
-@pytest.fixture
-def broken(folder, monkeypatch):
-    state = load_file("m.safetensors")
-    (folder / "text.safetensors").write_text("no weights")
-    (folder / "half.safetensors").write_bytes((folder / "m.safetensors").read_bytes()[:100_000])
-    (folder / "text.pth").write_text("no weights")
-    (folder / "empty.safetensors").touch()
-    (folder / "folder").mkdir()
-    save_file({"layer1.0.conv1.weight": torch.ones(2, 2, 3, 3)}, "resnet.safetensors")
-    save_file({name: w for name, w in state.items() if name != "blocks.1.norm1.bias"}, "broken.safetensors")
-    tower = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**SMALL | {"hidden_size": 128, "num_attention_heads": 2}))
-    save_file(tower.state_dict(), "clip.safetensors")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("HF_HUB_CACHE", str(folder / "cache"))
-    return folder
-
-
 @pytest.mark.parametrize(("arguments", "said"), WRONG, ids=str)
-def test_wrong_use_is_accepted_or_not_explained(arguments, said, broken, capsys):
-    before = names(broken)
+def test_wrong_use_is_accepted_or_not_explained(arguments, said, folder, capsys):
+    before = names(folder)
     status, out, err = told(capsys, *arguments)
     assert (status, out) == (2, "") and said in err and "vitfast convert" in err
-    assert names(broken) == before
+    assert names(folder) == before
 
 
 @pytest.mark.parametrize(("arguments", "said"), REFUSED, ids=str)
-def test_broken_source_is_written_or_not_explained(arguments, said, broken, capsys):
-    before = names(broken)
+def test_broken_source_is_written_or_not_explained(arguments, said, folder, capsys):
+    before = names(folder)
     status, out, err = told(capsys, *arguments)
     assert (status, out) == (1, "") and any(each in err for each in said.split("|")), err
-    assert err.startswith("vitfast convert: ") and names(broken) == before
+    assert err.startswith("vitfast convert: ") and names(folder) == before
 
 
 def test_force_is_not_heard_or_failure_is_not_told(folder, capsys, monkeypatch):
@@ -259,7 +260,7 @@ def test_help_leaves_an_option_out(capsys):
     assert status == 0 and all(option in out for option in options) and len(options) > 15
 
 
-def test_an_own_process_ends_in_a_traceback(broken):
+def test_an_own_process_ends_in_a_traceback(folder):
     run = lambda *a: subprocess.run(  # noqa: E731
         [sys.executable, "-m", "vitfast", "convert", *a], capture_output=True, text=True
     )
