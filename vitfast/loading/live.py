@@ -35,7 +35,7 @@ def of_live(model: Any) -> tuple[dict[str, Tensor], Facts, str]:
         model = model.timm_model
     whose = f"{type(model).__module__}.{type(model).__qualname__}"
     if isinstance(model, ViT):
-        return model.state_dict(), Facts(fields=config_of(model).to_dict()), whose
+        return model.state_dict(), Facts(timm={"pretrained_cfg": _cfg(model)}, fields=config_of(model).to_dict()), whose
     for kind in type(model).__mro__:
         facts_of = FACTS.get(f"{kind.__module__}.{kind.__qualname__}")
         if facts_of is not None:
@@ -114,7 +114,7 @@ def _timm(model: Any) -> Facts:
             "attn_dropout": attn.attn_drop.p, "proj_dropout": attn.proj_drop.p,
             "mlp_dropout": getattr(mlp.drop1, "p", 0.0), "drop_path": drop or 0.0,
         }  # fmt: skip
-    return Facts(timm={"pretrained_cfg": dict(_cfg(model))}, fields=fields)
+    return Facts(timm={"pretrained_cfg": _cfg(model)}, fields=fields)
 
 
 def _cfg(model: Any) -> dict[str, Any]:
