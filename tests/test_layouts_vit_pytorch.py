@@ -74,7 +74,7 @@ def test_names_of_the_installed_release_are_others_than_the_recorded():
     "changes",
     [
         {}, {"pool": "mean"}, {"num_classes": 0}, {"heads": 1, "dim_head": 32}, {"heads": 3, "dim_head": 64},
-        {"patch_size": (8, 4)}, {"channels": 1}, {"dropout": 0.2, "emb_dropout": 0.1},
+        {"patch_size": (8, 4)}, {"channels": 1}, {"channels": 4}, {"dropout": 0.2, "emb_dropout": 0.1},
     ],
     ids=str,
 )  # fmt: skip
@@ -196,6 +196,30 @@ def test_what_is_written_is_not_what_was_read(release, kind, pool):
     assert all(torch.equal(weight, rest.state_dict()[name]) for name, weight in ours.state_dict().items())
     if newest == release != "1.6.9":
         assert all(torch.equal(weight, state[name]) for name, weight in again.items())
+
+
+# whose norms, tokens and pooling the newest ViT has
+HELD = {
+    *((release, "ViT", "cls") for release in ("1.2.9", "1.6.9", "1.16.0", "1.26.11")),
+    *((release, "ViT", "mean") for release in ("1.16.0", "1.26.11")),
+    *((release, "SimpleViT", "mean") for release in ("1.6.9", "1.16.0", "1.26.11")),
+}
+
+
+@pytest.mark.parametrize(("release", "kind", "pool"), eras.MODELS)
+def test_another_model_is_written_for_the_newest_release(release, kind, pool, tmp_path):
+    """Which reads what it can hold: norms of pixels, a norm before pooling, a class token or the mean of patches."""
+    ours = vitfast.load(eras.drawn(release, kind, pool), **needed(kind, pool, (32, 32)))
+    write = lambda: vitfast.convert(ours, tmp_path / "m.pt", "vit_pytorch")  # noqa: E731
+    if (release, kind, pool) not in HELD:
+        with pytest.raises(NotImplementedError, match="vit-pytorch's ViT"):
+            write()
+        return
+    write()
+    theirs = vit_pytorch.ViT(**ARGUMENTS, pool=pool).eval()
+    theirs.load_state_dict(torch.load(tmp_path / "m.pt"))
+    images = torch.randn(2, 3, 32, 32)
+    assert near(theirs(images), ours(images), 1e-5)
 
 
 def test_simple_vit_is_written_without_what_it_does_not_have():

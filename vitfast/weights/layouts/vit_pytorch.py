@@ -125,8 +125,12 @@ def _patch_of(pixels: int, facts: Facts, given: Mapping[str, Any]) -> tuple[int,
     Raises:
         NeedsArgument: neither of three channels nor of one is there such a square patch.
     """
+    if "patch_size" in facts.fields:
+        rows, columns = facts.fields["patch_size"]
+        return pixels // (rows * columns), (rows, columns), ""
     numbers = (*([given["channels"]] if "channels" in given else []), 3, 1)
-    for patch in (each["patch_size"] for each in (facts.fields, given) if "patch_size" in each):
+    if "patch_size" in given:
+        patch = given["patch_size"]
         rows, columns = (patch, patch) if isinstance(patch, int) else patch
         for channels in numbers:
             if channels * rows * columns == pixels:
