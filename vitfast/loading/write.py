@@ -67,7 +67,10 @@ def as_vit_pytorch(state: Mapping[str, Tensor], config: ViTConfig, report: LoadR
         raise NotImplementedError(
             "vit-pytorch's ViT has norms on both sides of its patch projection and no bias of queries, keys and values"
         )
-    _same_function(config, config.replace(norm_eps=1e-5, activation="gelu"), "vit-pytorch's ViT")
+    # its mean has been without a class token since 1.16
+    pool = "none" if config.pool == "none" else "token" if config.class_token else "mean"
+    written_as = config.replace(norm_eps=1e-5, activation="gelu", pool=pool, pool_prefix=False)
+    _same_function(config, written_as, "vit-pytorch's ViT")
     try:
         renamed = vit_pytorch.from_vitfast(dict(state), config)
     except ValueError as error:
