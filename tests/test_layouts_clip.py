@@ -429,6 +429,17 @@ def test_a_tower_that_no_config_describes_is_read_or_not_named(name):
         described(published(name))
 
 
+def test_a_model_of_ours_is_taken_for_one_that_is_refused(tmp_path):
+    """Its file says that it has no rotary positions, as the Perception Encoder has beside the same names."""
+    config = vitfast.ViTConfig(image_size=32, patch_size=8, dim=64, depth=1, heads=2, pre_norm=True, pool="map")
+    model = vitfast.ViT.from_config(config)
+    vitfast.save_checkpoint(model, tmp_path / "m.safetensors")
+    ours = vitfast.load(tmp_path / "m.safetensors")
+    assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in ours.state_dict().items())
+    with pytest.raises(NotImplementedError, match="Perception Encoder"):
+        vitfast.load(model.state_dict())
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
