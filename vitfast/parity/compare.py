@@ -68,10 +68,12 @@ def compare(
     cases = {} if two.exact is None else {case.stage: case for case in cases_of(one, two, images, dtype)}
     rows, typical = _rows(one, two, stages, cases, images, dtype)
     first = next((row.stage for row in rows if row.faults), None)
-    found = diagnosis(one, two, images, dtype, labels) if first is not None and diagnose else None
+    found = diagnosis(one, two, images, dtype, labels) if first is not None and diagnose and not why else None
     whose = dict(zip(labels, (one.chain.whose, two.chain.whose), strict=True))
     notes += _what_the_dtype_hides(rows, cases, dtype)
-    return Comparison(whose["a"], whose["b"], _name(dtype), rows, first, typical, told, tuple(notes), found)
+    return Comparison(
+        whose["a"], whose["b"], _name(dtype), rows, first, typical, told, tuple(dict.fromkeys(notes)), found
+    )
 
 
 def worst_by_kind(rows: Iterable[Row]) -> list[Row]:

@@ -24,10 +24,14 @@ from vitfast.weights.names import own_weights
 
 # so many differences are looked for one after the other
 ROUNDS = 6
-# so long pairs are tried at a stage: where several are seen as one there are thousands
+# so long pairs are tried: where several stages are seen as one there are thousands
 SECONDS = 60
+# models of which so many stages can't be explained have other weights, and pairs are not tried any more
+GIVEN_UP = 1
 # what rewrites the same rows, where it counts which comes first
 IN_ORDER = ("qkv order", "head split", "heads")
+# of which there is one in a model
+ALONE = ("eps", "gelu", "qkv order", "heads", "resampling", "mean and std", "pooling")
 # a rounding explains what a stage is off by where this share of it is left: at most a few numbers fall on the other
 # side of a boundary, because fp64 and the dtype come there with different last bits
 LEFT = 0.25
@@ -138,7 +142,7 @@ def diagnosis(a: Side, b: Side, images: Tensor, dtype: torch.dtype, labels: tupl
             break
     search.weights()
     left = tuple(cases[i].stage for i in search.deviating(*search.variants))
-    return Diagnosis(tuple(search.findings), left, tuple(notes))
+    return Diagnosis(tuple(search.findings), left, tuple(notes) if left else ())
 
 
 def _canonical(side: Side, label: str, images: Tensor, notes: list[str]) -> Variant | None:
@@ -169,8 +173,8 @@ class Search:
         self.changed = [False, False]
         self.findings: list[Finding] = []
         self.given_up: set[int] = set()
-        # what rounding of weights may leave
-        self.rounded = rounded
+        # what rounding of weights may leave, and for how long pairs may be tried yet
+        self.rounded, self.seconds = rounded, float(SECONDS)
         self.rounding = any(case.rounding for case in cases)
         # a variant stands for its model where it gives its values
         self.trusted = [self._trusted(0), self._trusted(1)]
@@ -235,7 +239,9 @@ class Search:
         if self.rounding:
             return precision()
         kinds = dict.fromkeys(kind for kind, _ in kinds_between(variant, case.start, case.stage))  # type: ignore[arg-type]
-        found = [each for kind in kinds for each in TABLE[kind](variant)]  # type: ignore[arg-type]  # trusted
+        # the likeliest of each kind, then the next of each
+        by_kind = itertools.zip_longest(*(TABLE[kind](variant) for kind in kinds))  # type: ignore[arg-type]  # trusted
+        found = [each for row in by_kind for each in row if each is not None]
         return [*{(each.name, each.what): each for each in found}.values(), *precision()]
 
     def _blocks(self, i: int, side: int) -> list[int]:
@@ -249,17 +255,20 @@ class Search:
         return [(side, (each,), self._try(i, side, [each], blocks)) for each in candidates]
 
     def _pairs(self, i: int, side: int) -> list[Tried]:
-        if self.rounding:
+        if self.rounding or len(self.given_up) > GIVEN_UP:
             return []
         blocks = self._blocks(i, side)
         candidates = [each for each in self._candidates(i, side) if each.name != "precision"]
-        pairs, tried, began = list(_pairs_of(candidates)), [], time.monotonic()
+        pairs, tried, bound = _pairs_of(candidates), [], self.cases[i].bound
         for pair in pairs:
-            if time.monotonic() - began > SECONDS:
+            began = time.monotonic()
+            if self.seconds <= 0:
                 stage = self.cases[i].stage
-                self.notes.append(f"{stage}: of {len(pairs)} pairs the first {len(tried)} were tried, for {SECONDS} s")
+                self.notes.append(f"{stage}: of {len(pairs)} pairs of substitutions {len(tried)} were tried")
                 break
             tried.append((side, pair, self._try(i, side, pair, blocks)))
+            # what explains it as well has less time
+            self.seconds -= (time.monotonic() - began) * (6 if tried[-1][2] <= bound else 1)
         return tried
 
     def _explaining(self, tried: list[Tried], bound: float) -> list[Tried]:
@@ -341,17 +350,22 @@ class Search:
         if after <= self.cases[i].bound:
             self.variants[0], self.changed[0] = changed, True
             told = f"{self.labels[1]}'s {', '.join(here[:4])}" + f" and {len(here) - 4} more" * (len(here) > 4)
+            broken = [name for name in here if not theirs[name].isfinite().all()]
+            told += f", with NaN or Inf in {', '.join(broken[:4])}" if broken else ""
             step = Step(self.labels[0], "weights", told)
             self.findings.append(Finding(self.cases[i].stage, ((step,),), before, after))
 
 
-def _pairs_of(candidates: list[Substitution]) -> Iterator[tuple[Substitution, Substitution]]:
-    for first, second in itertools.combinations(candidates, 2):
-        if first.name == second.name and first.name in ("eps", "gelu", "qkv order", "heads", "resampling"):
+def _pairs_of(candidates: list[Substitution]) -> list[tuple[Substitution, Substitution]]:
+    """Of two different things, the likelier ones first; in both orders where that makes a difference."""
+    found = []
+    for (i, first), (j, second) in itertools.combinations(enumerate(candidates), 2):
+        if first.name == second.name and first.name in ALONE:
             continue
-        yield first, second
+        found.append((i + j, first, second))
         if first.name in IN_ORDER and second.name in IN_ORDER:
-            yield second, first
+            found.append((i + j, second, first))
+    return [(first, second) for _, first, second in sorted(found, key=lambda each: each[0])]
 
 
 def _belongs(weight: str, stage: str) -> bool:
