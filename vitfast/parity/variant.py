@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -104,13 +105,10 @@ def canonical(exact: nn.Module, images: Tensor) -> Variant:
     if isinstance(exact, ViT):
         model = clone_in(exact, torch.float64, device, torch.float64)
     else:
-        try:
-            model = load(exact, dtype=torch.float64, device=device)
-        except NotImplementedError:
-            inner = next((getattr(exact, name) for name in INSIDE if name in exact._modules), None)
-            if inner is None:
-                raise
-            model = load(inner, dtype=torch.float64, device=device)
+        with warnings.catch_warnings():
+            # of NaN, which the comparison tells
+            warnings.simplefilter("ignore")
+            model = _loaded(exact, device)
         mode = next(each.resampling for each in LAYOUTS if each.name == model.load_report.layout)
     model.eval().requires_grad_(False)
     model.exportable = True
@@ -122,6 +120,16 @@ def canonical(exact: nn.Module, images: Tensor) -> Variant:
     variant = Variant(model, images, (model.pos_embed.detach(), model.patch_embed.grid_size, mode))
     place_positions(variant, grid, mode)
     return variant
+
+
+def _loaded(exact: nn.Module, device: torch.device) -> ViT:
+    try:
+        return load(exact, dtype=torch.float64, device=device)
+    except NotImplementedError:
+        inner = next((getattr(exact, name) for name in INSIDE if name in exact._modules), None)
+        if inner is None:
+            raise
+    return load(inner, dtype=torch.float64, device=device)
 
 
 INSIDE = ("vit", "deit", "dinov2", "dinov2_with_registers")
