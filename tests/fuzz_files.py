@@ -31,6 +31,11 @@ STATE = OrderedDict(
     }
 )
 INDEX = {"metadata": {"total_size": 32}, "weight_map": dict.fromkeys(STATE, "m.safetensors")}
+CONFIG = {
+    "architecture": "a", "pretrained_cfg": {"mean": [0.5], "input_size": [3, 8, 8]}, "model_type": "vit",
+    "image_size": 8, "num_attention_heads": 2, "layer_norm_eps": 1e-6, "id2label": {"0": "cat"},
+    "vision_config": {"hidden_act": "gelu"},
+}  # fmt: skip
 TRAINING = {"state_dict": STATE, "epoch": 3, "args": {"lr": 1e-3, "names": ("a", "b"), "on": True, "none": None}}
 # of what may be taken beside what the process has
 MEMORY = 256 << 20
@@ -89,7 +94,7 @@ TARGETS = {
     "pickle/m.pth": in_zip(NEW, next(name for name in unzipped(NEW) if name.endswith("data.pkl"))),
     "before 1.6/m.pth": as_is(OLD),
     "index/model.safetensors.index.json": as_is(json.dumps(INDEX).encode()),
-    "config/config.json": as_is(json.dumps({"architecture": "a", "pretrained_cfg": {"mean": [0.5]}}).encode()),
+    "config/config.json": as_is(json.dumps(CONFIG).encode()),
 }
 # that come in formats, or are at the end of what a number can be
 PIECES = [
@@ -147,6 +152,7 @@ def outcome(target, content, folder):
         beside.write_bytes(save(STATE))
     try:
         got = read(beside if path.name == "config.json" else path, allow_pickle=True)
+        _ = got.facts
     except (ValueError, FileNotFoundError) as error:
         if isinstance(error.__cause__, MemoryError) or "memory" in str(error):
             raise AssertionError(f"memory was asked for: {error}") from error

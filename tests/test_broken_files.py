@@ -11,10 +11,11 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
-from broken_files import Calls, Stored, View, npy, npz, safetensors, torch_before_1_6, torch_zip, zipped
+from broken_files import Calls, Stored, View, npy, npz, relisted, safetensors, torch_before_1_6, torch_zip, zipped
 from safetensors.torch import save_file
 
 import vitfast
+from vitfast.checkpoints import unpickler
 from vitfast.checkpoints.reading import read
 
 TERA = 10**12
@@ -132,6 +133,13 @@ def test_pickle_hangs_or_ends_the_process(case, tmp_path):
         refused(path, why)
 
 
+def test_pickle_of_small_objects_has_no_end(tmp_path, monkeypatch):
+    """An empty dict is one byte there and 64 here."""
+    monkeypatch.setattr(unpickler, "STEPS", 1000)
+    refused(torch_zip(tmp_path / "bad.pth", b"\x80\x02" + b"}" * 1000 + b"."), "or 1000 steps")
+    assert read(torch_zip(tmp_path / "m.pth", view()), allow_pickle=True).state
+
+
 def test_mapping_in_a_thousand_places_of_itself_is_looked_into_for_ages(tmp_path):
     once = {}
     content = {}
@@ -178,12 +186,37 @@ def test_members_that_share_their_bytes_are_all_read(tmp_path):
     refused(overlapping(tmp_path / "c.npz", 60_000), "its list names 60000 members, more than 50000")
 
 
+LISTED = {
+    "encrypted": (dict(flags=1), "is encrypted"),
+    "compressed by something": (dict(method=12), "compressed by method 12"),
+    "larger than what is stored": (dict(size=40), "is stored in 32 bytes and claims 40"),
+    "smaller than what is stored": (dict(size=16), "is stored in 32 bytes and claims 16"),
+    "after the end": (dict(at=10**6), "ends after the file"),
+    "where another member begins": (dict(at=1), "does not begin where the list says"),
+    "until after the end": (dict(stored=400, size=400), "ends after the file"),
+}
+
+
+@pytest.mark.parametrize("case", LISTED)
+def test_list_of_members_is_believed(case, tmp_path):
+    fields, why = LISTED[case]
+    refused(relisted(torch_zip(tmp_path / "bad.pth", view()), "bad/data/0", **fields), why)
+
+
+def test_pickle_of_gigabytes_is_read(tmp_path):
+    path = tmp_path / "bad.pth"
+    with zipfile.ZipFile(path, "w") as file, file.open("bad/data.pkl", "w", force_zip64=True) as member:
+        for _ in range(101):
+            member.write(b"N" * 10**6)
+    refused(path, "a pickle of more than 100000000 bytes")
+
+
 ARRAYS = {
     "shape larger than its bytes": (npy((500, 32), data=bytes(640)), r"\[500, 32\] of float32 needs 64\d+ bytes"),
     "shape of terabytes": (npy((TERA,)), "needs 4000000000"),
     "shape whose product overflows": (npy((2**62, 8)), "needs"),
     "smaller shape than its bytes": (npy((2, 2), data=bytes(640)), "needs 1"),
-    "negative dim": (npy((-2, -4)), "shape"),
+    "negative dim": (npy((-2, -4)), r"has shape \(-2, -4\)"),
     "dim that is no number": (npy(("a",)), "not a whole npz"),
     "objects": (npy(descr="|O"), "objects, which only pickle reads"),
     "text": (npy(descr="<U1"), "no dtype of weights"),

@@ -18,6 +18,7 @@ from timm.models._hub import save_for_hf
 
 import vitfast
 from vitfast.checkpoints import progress
+from vitfast.checkpoints.dtypes import check_dtypes
 from vitfast.checkpoints.facts import facts_of
 from vitfast.checkpoints.hub import hub_file, is_hub_name
 from vitfast.checkpoints.not_finite import not_finite, warn_not_finite
@@ -189,8 +190,9 @@ def test_config_files_are_not_found_or_taken_for_another_librarys(where, tmp_pat
 def test_config_that_is_no_json_is_a_traceback_or_passed_over(name, text, tmp_path):
     (tmp_path / name).write_bytes(text.encode(errors="surrogatepass"))
     save_file({"w": torch.ones(1)}, tmp_path / "model.safetensors")
+    assert vitfast.read_checkpoint(tmp_path)["w"] == 1  # which asks nothing of it
     with pytest.raises(ValueError, match=name.replace(".", r"\.")):
-        read(tmp_path)
+        _ = read(tmp_path).facts
 
 
 def test_config_of_gigabytes_is_parsed(tmp_path):
@@ -198,6 +200,43 @@ def test_config_of_gigabytes_is_parsed(tmp_path):
         file.truncate(1 << 34)
     with pytest.raises(ValueError, match=r"config\.json' has 17179869184 bytes, more than"):
         facts_of(tmp_path)
+
+
+WRONG = [
+    ("config.json", {"model_type": "vit", "num_attention_heads": {"a": 1}}, r"num_attention_heads must be a count"),
+    ("config.json", {"model_type": "vit", "num_attention_heads": 10**30}, r"num_attention_heads must be a count"),
+    ("config.json", {"model_type": "vit", "hidden_act": {"a": 1}}, r"hidden_act must be text, got {'a': 1}"),
+    ("config.json", {"model_type": "vit", "layer_norm_eps": "1e-6"}, r"layer_norm_eps must be a number, got '1e-6'"),
+    ("config.json", {"model_type": "vit", "layer_norm_eps": float("nan")}, r"layer_norm_eps must be a number, got nan"),
+    ("config.json", {"model_type": "vit", "image_size": "a" * 10**6}, r"image_size must be a size or two, got 'a{79}$"),
+    ("config.json", {"model_type": "vit", "image_size": [8, 8, 8]}, r"image_size must be a size or two"),
+    ("config.json", {"model_type": "vit", "image_size": True}, r"image_size must be a size or two"),
+    ("config.json", {"model_type": "vit", "id2label": ["cat"]}, r"id2label must be classes and names"),
+    ("config.json", {"model_type": "vit", "id2label": {"cat": 0}}, r"id2label must be classes and names"),
+    ("config.json", {"model_type": "clip", "vision_config": 3}, r"vision_config must be a mapping, got 3"),
+    ("config.json", {"model_type": "clip", "vision_config": {"image_size": -1}}, r"vision_config\.image_size must be"),
+    ("config.json", {"architecture": ["vit"]}, r"architecture must be text"),
+    ("config.json", {"architecture": "vit", "model_args": [1]}, r"model_args must be a mapping"),
+    ("config.json", {"architecture": "vit", "pretrained_cfg": {"input_size": [224]}}, r"input_size must be channels"),
+    ("config.json", {"architecture": "vit", "pretrained_cfg": {"mean": ["a"]}}, r"\.mean must be numbers"),
+    ("preprocessor_config.json", {"image_mean": 3}, r"image_mean must be numbers, got 3"),
+    ("preprocessor_config.json", {"size": {"height": "a"}}, r"size must be a size or its sides"),
+    ("open_clip_config.json", {"model_cfg": {"vision_cfg": {"head_width": 0}}}, r"\.head_width must be"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content", "said"), WRONG, ids=lambda value: str(value)[:40])
+def test_entry_of_a_config_is_of_another_kind(name, content, said, tmp_path):
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"(?s)^'.*{name}': .*{said}"):
+        facts_of(tmp_path)
+
+
+def test_null_in_a_config_is_an_entry(tmp_path):
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "vit", "image_size": null, "new": null, "vision_config": null}'
+    )
+    assert facts_of(tmp_path).hf == {"model_type": "vit", "new": None}
 
 
 FINITE = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64]
@@ -221,6 +260,16 @@ def test_warning_comes_for_each_tensor_or_for_good_weights():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert warn_not_finite({"w": torch.ones(3)}, "m.pth") == []
+
+
+@pytest.mark.parametrize("dtype", EVERY, ids=str)
+def test_weights_of_a_dtype_that_needs_a_scale_are_taken(dtype):
+    weights = {"a": torch.ones(2), "b": torch.ones(2).to(dtype)}
+    if dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        check_dtypes(weights, "m.pth")
+    else:
+        with pytest.raises(ValueError, match=f"^m.pth: weights must be float64, .*: b is {str(dtype)[6:]}$"):
+            check_dtypes(weights, "m.pth")
 
 
 @pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1, (1 << 21) + 5])

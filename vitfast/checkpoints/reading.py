@@ -39,14 +39,21 @@ class Read(NamedTuple):
         file: the one that was read.
         chosen: the names under which they stood in it, 'model_ema.state_dict'; '' where nothing stood beside them.
         others: weights that stood beside them and were passed over: 'state_dict'.
-        facts: what config files beside the file say.
     """
 
     state: dict[str, Tensor]
     file: Path
     chosen: str
     others: tuple[str, ...]
-    facts: Facts
+
+    @property
+    def facts(self) -> Facts:
+        """What config files beside the file say; `read_checkpoint` does not ask, since they may be somebody else's.
+
+        Raises:
+            ValueError: as `facts_of`.
+        """
+        return facts_of(self.file)
 
 
 def read(path: str | os.PathLike, *, allow_pickle: bool = False, key: str | None = None, mapped: bool = True) -> Read:
@@ -78,7 +85,7 @@ def read(path: str | os.PathLike, *, allow_pickle: bool = False, key: str | None
         state, chosen = _part(state, f"{prefix}."), f"{chosen}.{prefix}".removeprefix(".")
     while (common := next((n for n in NAMED if state and all(name.startswith(n) for name in state)), None)) is not None:
         state = _part(state, common)
-    return Read(state, path, chosen, others, facts_of(path))
+    return Read(state, path, chosen, others)
 
 
 def _named(names: Sequence[str]) -> str:

@@ -87,13 +87,9 @@ def _without(ours: str, whose: str) -> Rule:
 
 
 def _openai(view: View, facts: Facts) -> str | None:
-    if "attnpool.positional_embedding" in view:
-        raise NotImplementedError("the vision tower is CLIP's ResNet (attnpool), which is no ViT")
     if "conv1.weight" not in view or "transformer.resblocks.0.ln_1.weight" not in view:
         return None
     for name in view:
-        if name.startswith("attn_pool."):
-            raise NotImplementedError(f"the vision tower pools by CoCa's attention ({name}), ViTConfig has SigLIP's")
         if own := re.match(r"transformer\.resblocks\.\d+\.(attn\.(?!in_|out_)\w+|ln_attn|mlp\.ln)\b", name):
             raise NotImplementedError(f"the vision tower has open_clip's custom blocks ({own[1]}): not supported")
     return "conv1, class_embedding and transformer.resblocks are there"
@@ -196,17 +192,6 @@ def _trunk(view: View, facts: Facts) -> str | None:
     if not any(re.match("/[^/]", name) for name in view):
         # nothing around it: timm's own file, or a trunk alone
         return None
-    if "embeds.proj.weight" in view:
-        raise NotImplementedError(
-            "the vision tower is timm's NaFlexVit (embeds.proj), which reads patches of any shape"
-        )
-    for name in ("blocks.0.attn.q_bias", "blocks.0.attn.q_proj.weight", "rope.freqs_cos", "blocks.0.mlp.w1.weight"):
-        if name in view:
-            raise NotImplementedError(f"the vision tower is EVA-CLIP's ({name}), whose blocks ViTConfig does not have")
-    if "norm_pre.weight" in view and "attn_pool.latent" in view:
-        raise NotImplementedError(
-            "the vision tower is the Perception Encoder's (norm_pre with attn_pool), whose positions are rotary"
-        )
     for name in view:
         if re.match(r"/head\.(?!proj\.weight)", name):
             raise NotImplementedError(f"only visual.head.proj.weight is supported beside visual.trunk, got {name[1:]}")
@@ -384,11 +369,11 @@ IGNORED_HF = SIMILARITY | {
     r"/(text_model|text_projection)\.": TEXT,
     r"embeddings\.position_ids$": "the numbers of the positions",
 }
-AROUND_TRUNK = ("visual.trunk.", "trunk.", "visual.")
-TRUNK_ANCHOR, AROUND = r"(patch_embed|embeds)\.proj\.weight", ((r"^/visual\.", "/"),)
+AROUND_TRUNK = ("visual.trunk.", "trunk.")
+TRUNK_ANCHOR, AROUND = r"patch_embed\.proj\.weight", ((r"^/visual\.", "/"),)
 LAYOUTS = (
     Layout(
-        "openai-clip", "OpenAI's CLIP and open_clip", r"class_embedding|attnpool\.positional_embedding",
+        "openai-clip", "OpenAI's CLIP and open_clip", "class_embedding",
         _openai, _openai_known, _openai_rules, ("visual.", ""), IGNORED,
     ),
     Layout(

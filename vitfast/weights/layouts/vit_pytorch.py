@@ -36,19 +36,23 @@ TEMPERATURE = 10000.0
 
 
 def _recognises(view: View, facts: Facts) -> str | None:
-    return _if_there(
-        view, "pos_embedding", f"{BLOCK}.0.to_qkv.weight", f"{BLOCK}.1.net.4.weight", "transformer.norm.weight"
-    )
+    names = f"{BLOCK}.0.to_qkv.weight", f"{BLOCK}.1.net.4.weight", "transformer.norm.weight"
+    return _if_there(view, *names) if _has_tokens(view) else None
 
 
 def _recognises_old(view: View, facts: Facts) -> str | None:
-    return _if_there(view, "pos_embedding", f"{BLOCK}.0.fn.to_qkv.weight", f"{BLOCK}.1.fn.net.3.weight")
+    names = f"{BLOCK}.0.fn.to_qkv.weight", f"{BLOCK}.1.fn.net.3.weight"
+    return _if_there(view, *names) if _has_tokens(view) else None
 
 
 def _recognises_simple(view: View, facts: Facts) -> str | None:
-    if "pos_embedding" in view or "cls_token" in view:
-        return None
-    return _if_there(view, f"{BLOCK}.0.to_qkv.weight", f"{BLOCK}.0.to_out.weight", f"{BLOCK}.1.net.3.weight")
+    names = f"{BLOCK}.0.to_qkv.weight", f"{BLOCK}.0.to_out.weight", f"{BLOCK}.1.net.3.weight"
+    return _if_there(view, *names) if not {"pos_embedding", "cls_token"} & view.keys() else None
+
+
+def _has_tokens(view: View) -> bool:
+    # models with another kind of class token have it without a dim for tokens
+    return all(name in view and view[name].dim() in (2, 3) for name in ("pos_embedding", "cls_token"))
 
 
 def _if_there(view: View, *names: str) -> str | None:
