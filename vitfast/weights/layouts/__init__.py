@@ -1,6 +1,6 @@
 """Names of weights in other libraries. `LAYOUTS` has them in the order in which they are tried."""
 
-from vitfast.weights.layouts import clip, facebook, hugging_face, mmpretrain, timm, torchvision, vit_pytorch
+from vitfast.weights.layouts import clip, facebook, google, hugging_face, mmpretrain, timm, torchvision, vit_pytorch
 from vitfast.weights.layouts.layout import Layout
 
 LAYOUTS: tuple[Layout, ...] = (
@@ -10,5 +10,6 @@ LAYOUTS: tuple[Layout, ...] = (
     *vit_pytorch.LAYOUTS,
     *facebook.LAYOUTS,
     *mmpretrain.LAYOUTS,
+    *google.LAYOUTS,
     *timm.LAYOUTS,
 )
