@@ -101,7 +101,9 @@ def _positions(view: View, given: Mapping[str, Any]) -> tuple[str, tuple[int, in
     rows = view.shape("pos_embedding")[1]
     patches = math.prod(given["grid"]) if "grid" in given else None
     for_all = rows - 1 == patches if patches is not None else grid_side(rows) is None
-    if "cls" in view and for_all:
+    if "cls" not in view:
+        return "all", grid_of(rows, 0, given)
+    if for_all:
         return "all", grid_of(rows, 1, given)
     return "patches", grid_of(rows, 0, given)
 
