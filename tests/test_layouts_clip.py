@@ -180,6 +180,14 @@ def test_a_field_that_googles_config_leaves_out_is_lost():
     assert (config.heads, config.activation, config.norm_eps) == (12, "gelu", 1e-5)
 
 
+def test_heads_of_the_largest_of_open_clip_have_64_channels():
+    """ViT-e has 16 of 112, which no config beside the weights has to say."""
+    with torch.device("meta"):
+        state = openai(dim=1792, depth=56, mlp=15360)
+    _, config, _, known = described(state, given={"activation": "gelu"})
+    assert config.heads == 16 and known.assumed["heads"] == "as open_clip has it"
+
+
 @pytest.mark.parametrize(("dim", "depth", "heads"), [(768, 12, 12), (1152, 27, 16), (1536, 40, 16)])
 def test_heads_of_another_family_are_taken(dim, depth, heads):
     """A DINOv2 as wide and deep as SigLIP's giant has 24."""
@@ -206,6 +214,21 @@ def test_buffers_that_older_transformers_saved_are_refused():
     assert ours.load_report.ignored["vision_model.embeddings.position_ids".removeprefix("vision_model.")]
 
 
+def test_a_pooling_head_without_its_query_is_dropped_without_a_word():
+    state = filled(siglip(transformers.SiglipVisionModel)).state_dict()
+    del state["head.probe"]
+    with pytest.raises(RuntimeError, match=r"missing: head\.probe"):
+        vitfast.load(state, heads=3)
+
+
+def test_a_classifier_of_somebodys_own_is_taken_for_open_clip():
+    """A model of timm called trunk, and a Linear beside it: no CLIP is spoken of."""
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=0)
+    state = {f"trunk.{key}": weight for key, weight in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"do not fit timm:\n.*unexpected: head\.weight"):
+        vitfast.load(state | {"head.weight": torch.ones(5, 192)})
+
+
 def test_patches_of_any_shape_are_taken_for_a_grid():
     """SigLIP2's NaFlex is a model of its own."""
     config = transformers.Siglip2VisionConfig(**{k: v for k, v in VISION.items() if k != "image_size"}, num_patches=16)
@@ -214,6 +237,13 @@ def test_patches_of_any_shape_are_taken_for_a_grid():
 
 
 # OpenAI and open_clip
+
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
 
 
 def tower_output(state, images, activation, heads, prefix="visual."):
@@ -232,7 +262,7 @@ def tower_output(state, images, activation, heads, prefix="visual."):
         branch = linear(mixed.transpose(1, 2).flatten(2), f"{block}.attn.out_proj")
         x = x + branch * w.get(f"{block}.ls_1.gamma", 1)
         hidden = linear(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc")
-        hidden = hidden * torch.sigmoid(1.702 * hidden) if activation == "quick_gelu" else F.gelu(hidden)
+        hidden = ACTIVATIONS[activation](hidden)
         x = x + linear(hidden, f"{block}.mlp.c_proj") * w.get(f"{block}.ls_2.gamma", 1)
     # CLIPA has no first norm, and pools the patches
     pooled = x[:, 0] if "ln_pre.weight" in w else x[:, 1:].mean(1)
@@ -286,8 +316,9 @@ CONFIG = {
         ({"more": ("ls",)}, {"ls_init_value": 1e-4}, "gelu"),
         ({"without": ("visual.ln_pre.",)},
          {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True}, "gelu"),
+        ({}, {"act_kwargs": {"approximate": "tanh"}}, "gelu_tanh"),
     ],
-    ids=["erf", "quick", "LayerScale", "CLIPA"],
+    ids=["erf", "quick", "LayerScale", "CLIPA", "tanh"],
 )  # fmt: skip
 @pytest.mark.parametrize("told", ["config", "arguments"])
 def test_a_tower_of_open_clip_is_read_as_another(how, vision, activation, told, tmp_path):
@@ -305,7 +336,11 @@ def test_a_tower_of_open_clip_is_read_as_another(how, vision, activation, told, 
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     assert_close(ours(images), tower_output(state, images, activation, 3))
     assert "passed over 17 of the text tower" in str(ours.load_report)
-    if told == "config":
+    if told == "arguments":
+        clipa = ours.config.pool == "mean"
+        assert ours.pretrained_cfg["mean"] == ((0.485, 0.456, 0.406) if clipa else (0.48145466, 0.4578275, 0.40821073))
+        assert ours.pretrained_cfg["crop_mode"] == ("squash" if clipa else "center")
+    else:
         assert not ours.load_report.assumed
         assert ours.pretrained_cfg["mean"] == (0.1, 0.2, 0.3) and ours.pretrained_cfg["crop_mode"] == "squash"
 
@@ -396,10 +431,10 @@ def test_published_weights_are_not_recognised_or_in_part(name):
 
 
 REFUSED = {
-    "openai_clip_rn50_visual": "CLIP's ResNet",
-    "open_clip_coca_vit_b_32": "pools by CoCa's attention",
-    "open_clip_eva02_b_16": "EVA-CLIP's",
-    "open_clip_pe_core_b_16": "Perception Encoder's.*rotary",
+    "openai_clip_rn50_visual": "CLIP with a ResNet.*convolutions",
+    "open_clip_coca_vit_b_32": "CoCa.*pooling",
+    "open_clip_eva02_b_16": "EVA-02.*rotary",
+    "open_clip_pe_core_b_16": "Perception Encoder.*rotary",
 }
 
 
@@ -407,6 +442,17 @@ REFUSED = {
 def test_a_tower_that_no_config_describes_is_read_or_not_named(name):
     with pytest.raises(NotImplementedError, match=REFUSED[name]):
         described(published(name))
+
+
+def test_a_model_of_ours_is_taken_for_one_that_is_refused(tmp_path):
+    """Its file says that it has no rotary positions, as the Perception Encoder has beside the same names."""
+    config = vitfast.ViTConfig(image_size=32, patch_size=8, dim=64, depth=1, heads=2, pre_norm=True, pool="map")
+    model = vitfast.ViT.from_config(config)
+    vitfast.save_checkpoint(model, tmp_path / "m.safetensors")
+    ours = vitfast.load(tmp_path / "m.safetensors")
+    assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in ours.state_dict().items())
+    with pytest.raises(NotImplementedError, match="Perception Encoder"):
+        vitfast.load(model.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -440,17 +486,23 @@ def test_a_trunk_with_another_head_or_blocks_is_read_as_a_plain_one(name, said):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("name", "own", "head"),
+    ("name", "own", "head", "pool"),
     [
-        ("vit_base_patch16_siglip_224", {"num_classes": 0}, 0),
-        ("vit_medium_patch16_gap_256", {"num_classes": 0}, 24),
-        ("vit_base_patch32_clip_224", {"num_classes": 24}, 0),
+        ("vit_base_patch16_siglip_224", {"num_classes": 0}, 0, "map"),
+        ("vit_medium_patch16_gap_256", {"num_classes": 0}, 24, ""),
+        ("vit_base_patch16_224", {"num_classes": 0}, 24, "avg"),
+        ("vit_base_patch16_224", {"num_classes": 24, "global_pool": "avg"}, 0, "avg"),
+        ("vit_base_patch32_clip_224", {"num_classes": 24}, 0, "token"),
     ],
 )
-def test_a_model_of_timm_in_open_clip_is_read_as_another(name, own, head, tmp_path):
+def test_a_model_of_timm_in_open_clip_is_read_as_another(name, own, head, pool, tmp_path):
     """The projection beside it or its own; which model it is says the config."""
     small = {"img_size": 64, "embed_dim": 96, "depth": 2, "num_heads": 3}
-    theirs = filled(timm.create_model(name, **small, **own)).double()
+    theirs = timm.create_model(name, **small, **own)
+    if head and pool:
+        # as open_clip makes it, so that the norm stays before the mean
+        theirs.reset_classifier(0, global_pool=pool)
+    theirs = filled(theirs).double()
     state = {f"visual.trunk.{key}": weight for key, weight in theirs.state_dict().items()}
     state |= {
         "text.token_embedding.weight": torch.ones(3, 2),
@@ -460,7 +512,7 @@ def test_a_model_of_timm_in_open_clip_is_read_as_another(name, own, head, tmp_pa
     projection = torch.randn(24, 96, dtype=torch.float64) if head else None
     state |= {"visual.head.proj.weight": projection} if head else {}
     save_file(state, tmp_path / "open_clip_model.safetensors")
-    vision = {"timm_model_name": name, "timm_model_kwargs": small, "image_size": 64, "timm_pool": ""}
+    vision = {"timm_model_name": name, "timm_model_kwargs": small, "image_size": 64, "timm_pool": pool}
     config = {"model_cfg": {"vision_cfg": vision}, "preprocess_cfg": {"resize_mode": "squash"}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
     ours = vitfast.load(tmp_path, dtype=torch.float64)
@@ -512,6 +564,30 @@ def test_what_is_written_is_not_what_openai_had(how):
     assert {f"visual.{key}" for key in state} == {key for key in theirs if key.startswith("visual.")}
     for key, weight in state.items():
         assert torch.equal(weight, view[key]), key
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["CLIP", "CLIP erf", "CLIP projected", "SigLIP", "SigLIP erf"])
+def test_a_tower_written_for_transformers_computes_something_else(name, tmp_path):
+    """`from_pretrained` reads it as what it was."""
+    build, output = HUGGING_FACE[name]
+    theirs = filled(build())
+    vitfast.convert(theirs, tmp_path / "hf", to="hf")
+    again = type(theirs).from_pretrained(tmp_path / "hf")
+    for key, weight in theirs.state_dict().items():
+        assert torch.equal(again.state_dict()[key], weight), key
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(output(again.eval(), images), output(theirs, images))
+
+
+@torch.no_grad()
+def test_openais_weights_written_for_transformers_compute_something_else(tmp_path):
+    state = openai(dim=128, archive=True)
+    vitfast.convert(state, tmp_path / "hf", to="hf")
+    theirs = transformers.CLIPVisionModelWithProjection.from_pretrained(tmp_path / "hf", dtype=torch.float64)
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    expected = tower_output({k: v.double() for k, v in state.items()}, images, "quick_gelu", heads=2)
+    assert_close(theirs(images).image_embeds, expected)
 
 
 def test_a_bias_that_clip_does_not_have_is_lost():

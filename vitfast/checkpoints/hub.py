@@ -14,7 +14,7 @@ FILES = (
     "model.safetensors", "model.safetensors" + INDEX, "open_clip_model.safetensors", "pytorch_model.bin",
     "pytorch_model.bin" + INDEX, "open_clip_pytorch_model.bin",
 )  # fmt: skip
-BESIDE = ("config.json", "preprocessor_config.json")
+BESIDE = ("config.json", "preprocessor_config.json", "open_clip_config.json")
 
 
 def is_hub_name(source: object) -> bool:

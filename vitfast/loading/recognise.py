@@ -41,8 +41,9 @@ def recognise(state: Mapping[str, Tensor], facts: Facts, as_: str | None = None)
     if not known:
         raise ValueError(f"as_ must be one of {', '.join(layout.name for layout in LAYOUTS)}, got {as_!r}")
     # of a layout that was asked for its own error says what does not fit
-    if as_ is None and (other := refused(state)) is not None:
-        raise NotImplementedError(f"these are weights of {other.whose}: ViTConfig does not have {other.lacks}")
+    if as_ is None and (other := refused(state, told=bool(facts.fields))) is not None:
+        hint = "; as_='timm' reads them as a ViT without that" if other.hidden else ""
+        raise NotImplementedError(f"these are weights of {other.whose}: ViTConfig does not have {other.lacks}{hint}")
     for layout in known:
         found = [
             Recognised(layout, why, prefix, view)

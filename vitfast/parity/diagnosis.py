@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from vitfast.check.acceptance import FORMULA, rounded_anew
 from vitfast.parity.cases import Case, Side, cases_in_dtype, cases_of, off
+from vitfast.parity.findings import Diagnosis, Finding, Step
 from vitfast.parity.substitutions import TABLE, precision
 from vitfast.parity.substitutions.substitution import Blocks, Substitution
 from vitfast.parity.variant import Variant, canonical, kinds_between
@@ -24,10 +23,14 @@ from vitfast.weights.names import own_weights
 
 # so many differences are looked for one after the other
 ROUNDS = 6
-# so long pairs are tried at a stage: where several are seen as one there are thousands
+# so long pairs are tried: where several stages are seen as one there are thousands
 SECONDS = 60
+# models of which so many stages can't be explained have other weights, and pairs are not tried any more
+GIVEN_UP = 1
 # what rewrites the same rows, where it counts which comes first
 IN_ORDER = ("qkv order", "head split", "heads")
+# of which there is one in a model
+ALONE = ("eps", "gelu", "qkv order", "heads", "resampling", "mean and std", "pooling")
 # a rounding explains what a stage is off by where this share of it is left: at most a few numbers fall on the other
 # side of a boundary, because fp64 and the dtype come there with different last bits
 LEFT = 0.25
@@ -35,82 +38,6 @@ LEFT = 0.25
 FOLDED = 1e-3
 # (side, substitutions, how far apart the two are with them)
 Tried = tuple[int, Sequence["Substitution"], float]
-
-
-class Step(NamedTuple):
-    """A substitution: in which of the two models, its name, and what it puts in place of what."""
-
-    model: str
-    name: str
-    what: str
-
-    def __str__(self) -> str:
-        return f"{self.model} with {self.what}"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Attributes:
-    stage: the first that it explains.
-    alternatives: substitutions that explain it equally well, each one step or two.
-    before, after: how far apart the two are at that stage, as a share of what it adds.
-    """
-
-    stage: str
-    alternatives: tuple[tuple[Step, ...], ...]
-    before: float
-    after: float
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """What it is about, each name once."""
-        return tuple(dict.fromkeys(step.name for steps in self.alternatives for step in steps))
-
-    def __str__(self) -> str:
-        said = [" and ".join(map(str, steps)) for steps in self.alternatives]
-        other = {"a": "b", "b": "a"}[self.alternatives[0][0].model]
-        found = f"{said[0]} gives {other}'s {self.stage}: {self.before:.1e} -> {self.after:.1e}"
-        return found + "".join(f"\n    or {each}, which can't be told from it" for each in said[1:])
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """Attributes:
-    findings: in the order of their stages.
-    unexplained: stages for which no substitution was found.
-    notes: what could not be tried.
-    """
-
-    findings: tuple[Finding, ...]
-    unexplained: tuple[str, ...]
-    notes: tuple[str, ...]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """What the findings are about, such as 'eps' or 'gelu'."""
-        return tuple(dict.fromkeys(name for finding in self.findings for name in finding.names))
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "names": list(self.names),
-            "findings": [
-                {
-                    "stage": finding.stage,
-                    "before": finding.before,
-                    "after": finding.after,
-                    "alternatives": [[step._asdict() for step in steps] for steps in finding.alternatives],
-                }
-                for finding in self.findings
-            ],
-            "unexplained": list(self.unexplained),
-            "notes": list(self.notes),
-        }
-
-    def __str__(self) -> str:
-        lines = [f"diagnosis: {finding}" for finding in self.findings]
-        if self.unexplained:
-            lines.append(f"diagnosis: no substitution was found for {', '.join(self.unexplained)}")
-        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 
 @torch.no_grad()
@@ -138,7 +65,7 @@ def diagnosis(a: Side, b: Side, images: Tensor, dtype: torch.dtype, labels: tupl
             break
     search.weights()
     left = tuple(cases[i].stage for i in search.deviating(*search.variants))
-    return Diagnosis(tuple(search.findings), left, tuple(notes))
+    return Diagnosis(tuple(search.findings), left, tuple(notes) if left else ())
 
 
 def _canonical(side: Side, label: str, images: Tensor, notes: list[str]) -> Variant | None:
@@ -169,8 +96,8 @@ class Search:
         self.changed = [False, False]
         self.findings: list[Finding] = []
         self.given_up: set[int] = set()
-        # what rounding of weights may leave
-        self.rounded = rounded
+        # what rounding of weights may leave, and for how long pairs may be tried yet
+        self.rounded, self.seconds = rounded, float(SECONDS)
         self.rounding = any(case.rounding for case in cases)
         # a variant stands for its model where it gives its values
         self.trusted = [self._trusted(0), self._trusted(1)]
@@ -233,10 +160,12 @@ class Search:
     def _candidates(self, i: int, side: int) -> list[Substitution]:
         variant, case = self.variants[side], self.cases[i]
         if self.rounding:
-            return precision()
+            return precision(case.stage)
         kinds = dict.fromkeys(kind for kind, _ in kinds_between(variant, case.start, case.stage))  # type: ignore[arg-type]
-        found = [each for kind in kinds for each in TABLE[kind](variant)]  # type: ignore[arg-type]  # trusted
-        return [*{(each.name, each.what): each for each in found}.values(), *precision()]
+        # the likeliest of each kind, then the next of each
+        by_kind = itertools.zip_longest(*(TABLE[kind](variant) for kind in kinds))  # type: ignore[arg-type]  # trusted
+        found = [each for row in by_kind for each in row if each is not None]
+        return [*{(each.name, each.what): each for each in found}.values(), *precision(case.stage)]
 
     def _blocks(self, i: int, side: int) -> list[int]:
         case = self.cases[i]
@@ -249,17 +178,20 @@ class Search:
         return [(side, (each,), self._try(i, side, [each], blocks)) for each in candidates]
 
     def _pairs(self, i: int, side: int) -> list[Tried]:
-        if self.rounding:
+        if self.rounding or len(self.given_up) > GIVEN_UP:
             return []
         blocks = self._blocks(i, side)
         candidates = [each for each in self._candidates(i, side) if each.name != "precision"]
-        pairs, tried, began = list(_pairs_of(candidates)), [], time.monotonic()
+        pairs, tried, bound = _pairs_of(candidates), [], self.cases[i].bound
         for pair in pairs:
-            if time.monotonic() - began > SECONDS:
+            began = time.monotonic()
+            if self.seconds <= 0:
                 stage = self.cases[i].stage
-                self.notes.append(f"{stage}: of {len(pairs)} pairs the first {len(tried)} were tried, for {SECONDS} s")
+                self.notes.append(f"{stage}: of {len(pairs)} pairs of substitutions {len(tried)} were tried")
                 break
             tried.append((side, pair, self._try(i, side, pair, blocks)))
+            # what explains it as well has less time
+            self.seconds -= (time.monotonic() - began) * (6 if tried[-1][2] <= bound else 1)
         return tried
 
     def _explaining(self, tried: list[Tried], bound: float) -> list[Tried]:
@@ -273,7 +205,7 @@ class Search:
         variant = self.variants[side].copy(only)  # type: ignore[union-attr]  # trusted
         for step in steps:
             try:
-                changed = step.change(variant, blocks if step.by_block else None)
+                changed = step.change(variant, blocks if step.by_block and blocks else None)
             except ValueError:
                 # a combination that no config has, a grid that a mode can't resample
                 return None
@@ -283,7 +215,9 @@ class Search:
         return variant
 
     def _try(self, i: int, side: int, steps: Sequence[Substitution], blocks: list[int]) -> float:
-        changed = self._with(side, steps, blocks, blocks)
+        # a change of all norms is made in a whole copy
+        only = None if not blocks and any(step.by_block for step in steps) else blocks
+        changed = self._with(side, steps, blocks, only)
         if changed is None:
             return float("inf")
         pair = (changed, self.variants[1]) if side == 0 else (self.variants[0], changed)
@@ -297,7 +231,8 @@ class Search:
             scopes: list[tuple[str, Blocks]] = [("", None)]
             if any(step.by_block for step in steps):
                 whole = range(len(self.variants[side].model.blocks))  # type: ignore[union-attr]  # trusted
-                scopes += [(" in the blocks only", list(whole)), (f" in blocks.{own[0]} only", own)]
+                scopes += [(" in the blocks only", list(whole))]
+                scopes += [(f" in blocks.{own[0]} only", own)] if own else []
             for told, blocks in scopes:
                 changed = self._with(side, steps, blocks)
                 if changed is None:
@@ -305,17 +240,20 @@ class Search:
                 pair = (changed, self.variants[1]) if side == 0 else (self.variants[0], changed)
                 left = self.deviating(*pair)
                 said = tuple(
-                    Step(self.labels[side], step.name, step.what + (told if step.by_block else "")) for step in steps
+                    Step(self.labels[side], step.name, step.what + step.scope + (told if step.by_block else ""))
+                    for step in steps
                 )
-                ranked.append((len(left), len(ranked), said, side, changed))
+                ranked.append((len(left), len(ranked), said, side, changed, [step.what for step in steps]))
                 if not left:
                     break
-        fewest = min(ranked)[0]
+        fewest = min(each[0] for each in ranked)
         best = [each for each in ranked if each[0] == fewest]
-        _, _, _, side, changed = best[0]
+        _, _, _, side, changed, _ = best[0]
         self.variants[side], self.changed[side] = changed, True
         after = self.apart(i, *self.variants)
-        alternatives = tuple(dict.fromkeys(said for _, _, said, *_ in best))
+        # the widest scope of each
+        found = {tuple(what): said for _, _, said, _, _, what in reversed(best)}
+        alternatives = tuple(reversed(found.values()))
         self.findings.append(Finding(self.cases[i].stage, alternatives, before, after))
 
     def weights(self) -> None:
@@ -341,17 +279,22 @@ class Search:
         if after <= self.cases[i].bound:
             self.variants[0], self.changed[0] = changed, True
             told = f"{self.labels[1]}'s {', '.join(here[:4])}" + f" and {len(here) - 4} more" * (len(here) > 4)
+            broken = [name for name in here if not theirs[name].isfinite().all()]
+            told += f", with NaN or Inf in {', '.join(broken[:4])}" if broken else ""
             step = Step(self.labels[0], "weights", told)
             self.findings.append(Finding(self.cases[i].stage, ((step,),), before, after))
 
 
-def _pairs_of(candidates: list[Substitution]) -> Iterator[tuple[Substitution, Substitution]]:
-    for first, second in itertools.combinations(candidates, 2):
-        if first.name == second.name and first.name in ("eps", "gelu", "qkv order", "heads", "resampling"):
+def _pairs_of(candidates: list[Substitution]) -> list[tuple[Substitution, Substitution]]:
+    """Of two different things, the likelier ones first; in both orders where that makes a difference."""
+    found = []
+    for (i, first), (j, second) in itertools.combinations(enumerate(candidates), 2):
+        if first.name == second.name and first.name in ALONE:
             continue
-        yield first, second
+        found.append((i + j, first, second))
         if first.name in IN_ORDER and second.name in IN_ORDER:
-            yield second, first
+            found.append((i + j, second, first))
+    return [(first, second) for _, first, second in sorted(found, key=lambda each: each[0])]
 
 
 def _belongs(weight: str, stage: str) -> bool:

@@ -53,14 +53,13 @@ def _image_size(
 ) -> None:
     """The image size by the grid of positions, which are of the size that a config tells or of a square one."""
     size = (size, size) if isinstance(size, int) else size
-    grid = tuple(n // p for n, p in zip(size, patch, strict=True)) if size else None
-    if grid is None or grid[0] * grid[1] != positions - prefix or "grid" in given:
+    grid = tuple(n // p for n, p in zip(size, patch, strict=True)) if size else (0, 0)
+    told = grid[0] * grid[1] == positions - prefix and "grid" not in given
+    if not told:
         grid = grid_of(positions, prefix, given)
-    known.fields["image_size"] = tuple(g * p for g, p in zip(grid, patch, strict=True))
-    if size and grid == tuple(n // p for n, p in zip(size, patch, strict=True)) and any(
-        n % p for n, p in zip(size, patch, strict=True)
-    ):  # fmt: skip
-        known.assumed["image_size"] = f"the config says {tuple(size)}, of which a patch of {tuple(patch)} cuts the rest"
+    known.fields["image_size"] = made = tuple(g * p for g, p in zip(grid, patch, strict=True))
+    if told and made != tuple(size):
+        known.assumed["image_size"] = f"the config says {tuple(size)}, of which patches of {tuple(patch)} cut the rest"
 
 
 def _batched(tensors: Sequence[Tensor], _: ViTConfig, own: Tensor) -> Tensor:
@@ -87,13 +86,9 @@ def _without(ours: str, whose: str) -> Rule:
 
 
 def _openai(view: View, facts: Facts) -> str | None:
-    if "attnpool.positional_embedding" in view:
-        raise NotImplementedError("the vision tower is CLIP's ResNet (attnpool), which is no ViT")
     if "conv1.weight" not in view or "transformer.resblocks.0.ln_1.weight" not in view:
         return None
     for name in view:
-        if name.startswith("attn_pool."):
-            raise NotImplementedError(f"the vision tower pools by CoCa's attention ({name}), ViTConfig has SigLIP's")
         if own := re.match(r"transformer\.resblocks\.\d+\.(attn\.(?!in_|out_)\w+|ln_attn|mlp\.ln)\b", name):
             raise NotImplementedError(f"the vision tower has open_clip's custom blocks ({own[1]}): not supported")
     return "conv1, class_embedding and transformer.resblocks are there"
@@ -193,22 +188,10 @@ def _openai_rules(config: ViTConfig) -> tuple[Rule, ...]:
 
 
 def _trunk(view: View, facts: Facts) -> str | None:
-    if not any(re.match("/[^/]", name) for name in view):
-        # nothing around it: timm's own file, or a trunk alone
+    if not any(re.match(r"/(text|token_embedding|logit_scale|head\.proj)\b", name) for name in view):
         return None
-    if "embeds.proj.weight" in view:
-        raise NotImplementedError(
-            "the vision tower is timm's NaFlexVit (embeds.proj), which reads patches of any shape"
-        )
-    for name in ("blocks.0.attn.q_bias", "blocks.0.attn.q_proj.weight", "rope.freqs_cos", "blocks.0.mlp.w1.weight"):
-        if name in view:
-            raise NotImplementedError(f"the vision tower is EVA-CLIP's ({name}), whose blocks ViTConfig does not have")
-    if "norm_pre.weight" in view and "attn_pool.latent" in view:
-        raise NotImplementedError(
-            "the vision tower is the Perception Encoder's (norm_pre with attn_pool), whose positions are rotary"
-        )
     for name in view:
-        if re.match(r"/head\.(?!proj\.weight)", name):
+        if re.match(r"/head\.(mlp|pool|proj\.bias)\b", name):
             raise NotImplementedError(f"only visual.head.proj.weight is supported beside visual.trunk, got {name[1:]}")
     return "patch_embed.proj and blocks are in a trunk" if "blocks.0.attn.qkv.weight" in view else None
 
@@ -322,7 +305,7 @@ def _hf_siglip_known(view: View, facts: Facts, given: Mapping[str, Any]) -> Know
     known.fields.update(class_token=False, num_classes=0, norm_after_pool=False, pool="none")
     if "/classifier.weight" in view and given.get("pool") in (None, "mean"):
         known.fields.update(num_classes=view.shape("/classifier.weight")[0], pool="mean")
-    elif "head.probe" in view:
+    elif any(name.startswith("head.") for name in view):
         known.fields["pool"] = "map"
     known.fields.update(facts.fields)
     return known
@@ -384,11 +367,11 @@ IGNORED_HF = SIMILARITY | {
     r"/(text_model|text_projection)\.": TEXT,
     r"embeddings\.position_ids$": "the numbers of the positions",
 }
-AROUND_TRUNK = ("visual.trunk.", "trunk.", "visual.")
-TRUNK_ANCHOR, AROUND = r"(patch_embed|embeds)\.proj\.weight", ((r"^/visual\.", "/"),)
+AROUND_TRUNK = ("visual.trunk.", "trunk.")
+TRUNK_ANCHOR, AROUND = r"patch_embed\.proj\.weight", ((r"^/visual\.", "/"),)
 LAYOUTS = (
     Layout(
-        "openai-clip", "OpenAI's CLIP and open_clip", r"class_embedding|attnpool\.positional_embedding",
+        "openai-clip", "OpenAI's CLIP and open_clip", "class_embedding",
         _openai, _openai_known, _openai_rules, ("visual.", ""), IGNORED,
     ),
     Layout(

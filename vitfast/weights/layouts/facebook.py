@@ -53,6 +53,14 @@ def _sign(view: View, pattern: str) -> str | None:
     return f"{sign.lstrip('/')} is there" if sign and "blocks.0.attn.qkv.weight" in view else None
 
 
+def _dino_why(view: View, facts: Facts) -> str | None:
+    why = _sign(view, f"{HEAD}|masked_embed$")
+    # LayerScale under DeiT III's names, where the class token has a position, which DeiT III's has not
+    if why is None and "pos_embed" in view and grid_side(view.shape("pos_embed")[1] - 1) is not None:
+        why = _sign(view, GAMMA)
+    return why
+
+
 def _common(view: View, facts: Facts, given: Mapping[str, Any], scale: str) -> Known:
     """What all have in common; scale: the name of the first block's LayerScale."""
     D, channels, *patch = view.shape("patch_embed.proj.weight")
@@ -140,6 +148,7 @@ CHUNKED = ((r"((?:^|\.)blocks)\.\d+\.(\d+)\.", r"\1.\2."),)
 ANCHOR = r"patch_embed\.proj\.weight"
 INNER = ("backbone.", "")
 HEAD = r"/head\.(mlp2?|last_layer2?|last_norm2?)\."
+GAMMA = r"blocks\.0\.gamma_1$"
 DECODER = r"decoder_(embed|blocks|norm|pred|pos_embed)\b"
 
 LAYOUTS = (
@@ -153,15 +162,15 @@ LAYOUTS = (
         _dinov2, _dinov2_rules, INNER, IGNORED, BY_SCALE, CHUNKED,
     ),
     Layout(
-        "dino", "a checkpoint of DINO or iBOT", ANCHOR, lambda view, facts: _sign(view, f"{HEAD}|masked_embed$"),
-        _dino, _rules, INNER, MASK | {HEAD: "the projection head of DINO or iBOT"}, BY_SCALE,
+        "dino", "DINO or iBOT", ANCHOR, _dino_why, _dino, _rules, INNER,
+        MASK | {HEAD: "the projection head of DINO or iBOT"}, BY_SCALE,
     ),
     Layout(
         "mae", "a masked autoencoder (MAE)", ANCHOR, lambda view, facts: _sign(view, DECODER),
         _mae, _rules, ("",), MASK | {DECODER: "the decoder of a masked autoencoder"}, BICUBIC,
     ),
     Layout(
-        "deit3", "DeiT III", ANCHOR, lambda view, facts: _sign(view, r"blocks\.0\.gamma_1$"),
+        "deit3", "DeiT III", ANCHOR, lambda view, facts: _sign(view, GAMMA),
         _deit3, _rules, ("",), {}, BICUBIC,
     ),
 )  # fmt: skip

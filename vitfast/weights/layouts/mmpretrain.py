@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vitfast.config import ViTConfig
+from vitfast.weights.layouts.clip import OF_CLIP
 from vitfast.weights.layouts.layout import (
     IMAGENET,
     Facts,
@@ -78,6 +79,8 @@ def _describe(view: View, facts: Facts, given: Mapping[str, Any]) -> Known:
     grid = grid_of(rows, prefix, given)
     fields["image_size"] = tuple(g * p for g, p in zip(grid, patch, strict=True))
     images = IMAGENET | {"interpolation": "bicubic", "crop_pct": 0.875}
+    if PROJECTION in view:
+        images = OF_CLIP | {"interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "squash"}
     return Known(fields | dict(facts.fields), assumed, images)
 
 

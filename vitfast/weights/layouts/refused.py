@@ -14,16 +14,22 @@ class Refused(NamedTuple):
         pattern: regex that one of the names matches.
         whose: whose model it is; lacks: what ViTConfig does not have.
         without: regex that no name matches, '' for none.
+        beside: regex that another name matches.
+        hidden: what is lacking has no weights; the model is known by what it alone of published ones does without.
     """
 
     pattern: str
     whose: str
     lacks: str
     without: str = ""
+    beside: str = ""
+    hidden: bool = False
 
 
 ROTARY = "rotary positions"
 RELATIVE = "relative positions in attention"
+STAGES = "stages of several widths"
+QKV = r"(^|\.)blocks\.0\.attn\.qkv\.weight$"
 # the first that fits; patterns of one library's names before those that others share
 REFUSED = (
     Refused(r"(^|\.)patch_embed\.backbone\.", "timm's hybrids (and ViTamin)", "a stem of convolutions"),
@@ -32,7 +38,10 @@ REFUSED = (
     Refused(r"(^|\.)rope_embed(dings)?\.|(^|\.)storage_tokens$", "DINOv3", ROTARY),
     Refused(r"(^|\.)layer\.\d+\.layer_scale1\.lambda1$", "Hugging Face's DINOv3", ROTARY, r"position_embeddings$"),
     Refused(r"(^|\.)model\.layer\.\d+\.attention\.q_proj\.", "Hugging Face's DINOv3", ROTARY, r"position_embeddings$"),
-    Refused(r"(^|\.)attn\.(rel_pos_[hw]|rel_pos\.|relative_position_bias_table)", "SAM, BEiT or Swin", RELATIVE),
+    Refused(r"(^|\.)layers\.\d+\.blocks\.\d+\.", "Swin and other hierarchical models", STAGES),
+    Refused(r"(^|\.)layers?\.\d+\.lambda_1$", "Hugging Face's BEiT or Data2Vec", RELATIVE),
+    Refused(r"(^|\.)attn\.(rel_pos_[hw]|rel_pos\.|relative_position_bias_table)", "SAM or BEiT", RELATIVE),
+    Refused(r"(^|\.)attention\.rel_pos_[hw]$", "Hugging Face's ViTDet or SAM", RELATIVE),
     Refused(r"(^|\.)attention\.relative_position_bias\.", "Hugging Face's BEiT", RELATIVE),
     Refused(r"(^|\.)rel_pos_bias\.", "BEiT with shared relative positions", RELATIVE),
     Refused(r"(^|\.)blocks_token_only\.", "CaiT", "class attention and talking heads"),
@@ -42,17 +51,42 @@ REFUSED = (
     Refused(r"(^|\.)blocks\.\d+\.(attns|ffns)\.\d+\.", "timm's parallel blocks", "several branches beside one another"),
     Refused(r"(^|\.)blocks\.\d+\.(in_norm|mlp_out_proj)\.", "timm's parallel blocks", "attention beside the MLP"),
     Refused(r"(^|\.)blocks\.\d+\.gamma_?1$", "EVA, EVA-02 or DINOv3", ROTARY, r"(^|\.)pos_embed$"),
+    Refused(r"(^|\.)rope\.freqs", "EVA-02 or timm's ViTs with mixed RoPE", ROTARY),
+    Refused(r"(^|\.)blocks\.\d+\.attn\.q_proj\.", "EVA-02", ROTARY),
+    Refused(r"(^|\.)norm_pre\.weight$", "the Perception Encoder", ROTARY, "", r"(^|\.)attn_pool\.latent$", True),
+    Refused(
+        r"(^|\.)norm_pre\.weight$", "the Perception Encoder for dense prediction or language", ROTARY,
+        r"(^|\.)(fc_)?norm\.weight$", hidden=True,
+    ),
+    Refused(
+        QKV, "timm's Qwen3 ViT", ROTARY, r"(^|\.)(cls_token|reg_token|attn_pool\.latent|(fc_)?norm\.weight)$",
+        hidden=True,
+    ),
+    Refused(
+        QKV, "timm's vit_base_patch16_rpn", "norms after attention and after the MLP",
+        r"(^|\.)(cls_token|reg_token|qkv\.bias|ls1\.gamma|gamma_1)$", r"(^|\.)fc_norm\.weight$", True,
+    ),
+    Refused(r"(^|\.)shared_rel_pos\.", "timm's ViTs with shared relative positions", RELATIVE),
+    Refused(r"(^|\.)blocks\.\d+\.(attn1|mlp1)\.", "DeiT's parallel blocks", "several branches beside one another"),
+    Refused(r"(^|\.)patch_embed\.proj\.\d+\.", "DeiT or XCiT", "a stem of convolutions"),
+    Refused(r"(^|\.)pos_embed_window$|(^|\.)blocks\.\d+\.proj\.weight$", "Hiera", STAGES),
     Refused(r"(^|\.)embeds\.(pos_embed|proj\.weight)", "timm's NaFlexViT", "images of several sizes in one batch"),
     Refused(r"(^|\.)tokens_to_token\.", "T2T-ViT", "its stem"),
-    Refused(r"(^|\.)layers\.\d+\.blocks\.\d+\.", "Swin and other hierarchical models", "stages of several widths"),
+    Refused(r"(^|\.)attnpool\.positional_embedding$", "CLIP with a ResNet", "a tower of convolutions"),
+    Refused(r"(^|\.)attn_pool\.query$", "CoCa", "its attentional pooling"),
     Refused(r"(^|\.)blocks\.\d+\.norm_in\.|(^|\.)pixel_embed\.", "TNT", "a transformer inside of patches"),
     Refused(r"(^|\.)patch_embed\.0\.proj\.|(^|\.)patch_embeds\.0\.", "CrossViT or Twins", "several patch projections"),
     Refused(r"(^|\.)patch_conv\.weight$|(^|\.)vision_model\.patch_embedding\.patch", "Pixtral", ROTARY),
-)
+)  # fmt: skip
 
 
-def refused(names: Iterable[str]) -> Refused | None:
-    """The first model that is known and cannot be held, of which there are such names."""
+def refused(names: Iterable[str], told: bool) -> Refused | None:
+    """The first model that is known and cannot be held, of which there are such names.
+
+    Args:
+        told: a config says what has no weights.
+    """
     names = list(names)
     has = lambda pattern: any(re.search(pattern, name) for name in names)  # noqa: E731
-    return next((r for r in REFUSED if has(r.pattern) and not (r.without and has(r.without))), None)
+    fits = lambda r: has(r.pattern) and has(r.beside) and not (r.without and has(r.without))  # noqa: E731
+    return next((r for r in REFUSED if not (told and r.hidden) and fits(r)), None)
