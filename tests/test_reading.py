@@ -131,6 +131,15 @@ def test_byte_order_of_another_machine_is_not_seen(mapped, tmp_path):
         read(torch_zip(tmp_path / "m.pth", content, storages, order), allow_pickle=True)
 
 
+@pytest.mark.parametrize("length", range(1, 9))
+def test_view_begins_between_two_numbers(length, tmp_path):
+    """Where a zip archive that another program wrote has its bytes; such a view ends the process in some operators."""
+    content = {"w": View(Stored(100, kind=torch.DoubleStorage), size=(100,), stride=(1,))}
+    storages = {"0": np.arange(100.0).tobytes()}
+    state = read(torch_zip(tmp_path / "m.pth", content, storages, root=f"{'r' * length}/"), allow_pickle=True).state
+    assert state["w"].data_ptr() % 8 == 0 and torch.equal(state["w"], torch.arange(100.0).double())
+
+
 def states(**named):
     return {name: {"head.weight": torch.full((2,), value)} for name, value in named.items()}
 
