@@ -1,4 +1,4 @@
-"""Differences planted in a timm model, each as its own library's code would have it and not as the diagnosis tries it."""
+"""Differences planted in a timm model, as code of its own has them and not as the diagnosis tries them."""
 
 import copy
 import functools
@@ -254,7 +254,8 @@ SINGLES = {
 # two of the above, both planted
 PAIRS = [
     ("eps 1e-5", "gelu tanh"), ("eps 1e-5", "k, q, v"), ("eps 1e-12", "rows by head"), ("eps 1e-5", "no LayerScale"),
-    ("eps 1e-5", "mean of patches"), ("gelu tanh", "k, q, v"), ("gelu quick", "eight heads"), ("gelu tanh", "no LayerScale"),
+    ("eps 1e-5", "mean of patches"), ("gelu tanh", "k, q, v"), ("gelu quick", "eight heads"),
+    ("gelu tanh", "no LayerScale"),
     ("gelu tanh", "norm after pooling"), ("k, q, v", "rows by head"), ("k, q, v", "two heads"),
     ("rows by head", "two heads"), ("no LayerScale", "two heads"), ("blue, green, red", "gelu tanh"),
     ("rows, columns, channels", "blue, green, red"), ("mean and std of 0.5", "blue, green, red"),

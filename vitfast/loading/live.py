@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -140,7 +139,7 @@ def _vit_pytorch(model: Any) -> Facts:
     """Of a ViT of vit-pytorch 0.7.0 or newer, or of a SimpleViT."""
     attention, feed_forward = (_inside(each) for each in model.transformer.layers[0])
     head_dim = attention.to_qkv.out_features // 3 // attention.heads
-    if not math.isclose(attention.scale, head_dim**-0.5):
+    if attention.scale != head_dim**-0.5:
         raise NotImplementedError(
             f"attention's scale must be head_dim ** -0.5, {head_dim**-0.5}, got {attention.scale}"
         )

@@ -67,7 +67,10 @@ def as_vit_pytorch(state: Mapping[str, Tensor], config: ViTConfig, report: LoadR
         raise NotImplementedError(
             "vit-pytorch's ViT has norms on both sides of its patch projection and no bias of queries, keys and values"
         )
-    _same_function(config, config.replace(norm_eps=1e-5, activation="gelu"), "vit-pytorch's ViT")
+    # its mean has been without a class token since 1.16
+    pool = "none" if config.pool == "none" else "token" if config.class_token else "mean"
+    written_as = config.replace(norm_eps=1e-5, activation="gelu", pool=pool, pool_prefix=False)
+    _same_function(config, written_as, "vit-pytorch's ViT")
     try:
         renamed = vit_pytorch.from_vitfast(dict(state), config)
     except ValueError as error:
@@ -88,7 +91,7 @@ def as_hugging_face(state: Mapping[str, Tensor], config: ViTConfig, report: Load
     # a model without a classifier is the backbone itself, but for the towers
     prefix = kind.prefix if config.num_classes or kind.prefix == TOWER else ""
     state = {name[1:] if name.startswith("/") else prefix + name: value for name, value in names.items()}
-    if kind.layout == "hf-dinov2":
+    if kind.layout.startswith("hf-dinov2"):
         # without it transformers says that a weight is new
         state[f"{prefix}embeddings.mask_token"] = torch.zeros(1, config.dim, dtype=next(iter(state.values())).dtype)
     beside = {"config.json": hf}
@@ -167,7 +170,7 @@ HUGGING_FACE = (
         lambda c: c.pre_norm,
     ),
     Kind(
-        "dinov2_with_registers", "hf-dinov2", "dinov2_with_registers.", ("Dinov2WithRegistersModel", ""),
+        "dinov2_with_registers", "hf-dinov2-reg", "dinov2_with_registers.", ("Dinov2WithRegistersModel", ""),
         lambda c: c.layer_scale is not None and c.register_tokens > 0,
     ),
     Kind("dinov2", "hf-dinov2", "dinov2.", ("Dinov2Model", ""), lambda c: c.layer_scale is not None),
@@ -222,7 +225,7 @@ def _hf_config(kind: Kind, config: ViTConfig, report: LoadReport) -> dict[str, A
         "qkv_bias": config.qkv_bias, "hidden_dropout_prob": config.proj_dropout,
         "attention_probs_dropout_prob": config.attn_dropout,
     }  # fmt: skip
-    if kind.layout == "hf-dinov2":
+    if kind.layout.startswith("hf-dinov2"):
         hf |= _dinov2_mlp(config) | {"layerscale_value": config.layer_scale}
         hf |= {"num_register_tokens": config.register_tokens} if config.register_tokens else {}
     else:

@@ -18,7 +18,7 @@ from vitfast.parity.cases import DOUBLE, Case, Side, cases_of, in_common, off, s
 from vitfast.parity.chain import IMAGES, Chain, Outside, clone_in
 from vitfast.parity.comparison import Comparison, Error, Row
 from vitfast.parity.diagnosis import diagnosis
-from vitfast.parity.stages import exact_chain
+from vitfast.parity.stages import exact_chain, hooked
 
 
 @torch.no_grad()
@@ -50,12 +50,12 @@ def compare(
     a, b = _model("a", a), _model("b", b)
     told = _preprocessing(a, b)
     dtype = _dtype(a, b, dtype)
-    if isinstance(a, Outside) and isinstance(b, Outside):
-        raise ValueError("compare: a or b must be a model that runs in fp64, got two that only have values")
     images = images.to(dtype)
     sides, labels = [_side(model, images, dtype) for model in (a, b)], ("a", "b")
+    if all(side.exact is None for side in sides):
+        raise ValueError("compare: a or b must be a model that runs in fp64, got two of which only values can be read")
     notes = [note for side in sides for note in side.chain.notes]
-    if not sides[0].chain.stages and sides[1].chain.stages:
+    if (not sides[0].chain.stages and sides[1].chain.stages) or sides[0].exact is None:
         sides.reverse()
         labels = ("b", "a")
         notes.append(
@@ -119,7 +119,16 @@ def _side(model: Any, images: Tensor, dtype: torch.dtype) -> Side:
     if isinstance(model, Outside):
         return Side(model, None, Chain(model.whose, (), model.read), dict(model.read(images)))
     exact = clone_in(model, DOUBLE, images.device, dtype)
-    chain, values = exact_chain(exact, images.double())
+    try:
+        chain, values = exact_chain(exact, images.double())
+    except AssertionError as error:
+        # as some libraries say it
+        raise ValueError(f"compare: {type(model).__name__} can't take images {list(images.shape)}: {error}") from error
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        # images that it can't take fail here as well
+        why = f"can't be run in fp64 ({str(error).splitlines()[0]})"
+        low = hooked(clone_in(model, dtype, images.device, dtype), why)
+        return Side(model, None, low, dict(low.read(images)))
     return Side(model, exact, chain, values)
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    from vitfast.parity.diagnosis import Diagnosis
+from vitfast.parity.findings import Diagnosis
 
 
 class Error(NamedTuple):

@@ -9,14 +9,13 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vitfast.check.acceptance import FORMULA, rounded_anew
 from vitfast.parity.cases import Case, Side, cases_in_dtype, cases_of, off
+from vitfast.parity.findings import Diagnosis, Finding, Step
 from vitfast.parity.substitutions import TABLE, precision
 from vitfast.parity.substitutions.substitution import Blocks, Substitution
 from vitfast.parity.variant import Variant, canonical, kinds_between
@@ -39,82 +38,6 @@ LEFT = 0.25
 FOLDED = 1e-3
 # (side, substitutions, how far apart the two are with them)
 Tried = tuple[int, Sequence["Substitution"], float]
-
-
-class Step(NamedTuple):
-    """A substitution: in which of the two models, its name, and what it puts in place of what."""
-
-    model: str
-    name: str
-    what: str
-
-    def __str__(self) -> str:
-        return f"{self.model} with {self.what}"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Attributes:
-    stage: the first that it explains.
-    alternatives: substitutions that explain it equally well, each one step or two.
-    before, after: how far apart the two are at that stage, as a share of what it adds.
-    """
-
-    stage: str
-    alternatives: tuple[tuple[Step, ...], ...]
-    before: float
-    after: float
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """What it is about, each name once."""
-        return tuple(dict.fromkeys(step.name for steps in self.alternatives for step in steps))
-
-    def __str__(self) -> str:
-        said = [" and ".join(map(str, steps)) for steps in self.alternatives]
-        other = {"a": "b", "b": "a"}[self.alternatives[0][0].model]
-        found = f"{said[0]} gives {other}'s {self.stage}: {self.before:.1e} -> {self.after:.1e}"
-        return found + "".join(f"\n    or {each}, which can't be told from it" for each in said[1:])
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """Attributes:
-    findings: in the order of their stages.
-    unexplained: stages for which no substitution was found.
-    notes: what could not be tried.
-    """
-
-    findings: tuple[Finding, ...]
-    unexplained: tuple[str, ...]
-    notes: tuple[str, ...]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """What the findings are about, such as 'eps' or 'gelu'."""
-        return tuple(dict.fromkeys(name for finding in self.findings for name in finding.names))
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "names": list(self.names),
-            "findings": [
-                {
-                    "stage": finding.stage,
-                    "before": finding.before,
-                    "after": finding.after,
-                    "alternatives": [[step._asdict() for step in steps] for steps in finding.alternatives],
-                }
-                for finding in self.findings
-            ],
-            "unexplained": list(self.unexplained),
-            "notes": list(self.notes),
-        }
-
-    def __str__(self) -> str:
-        lines = [f"diagnosis: {finding}" for finding in self.findings]
-        if self.unexplained:
-            lines.append(f"diagnosis: no substitution was found for {', '.join(self.unexplained)}")
-        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 
 @torch.no_grad()
@@ -237,12 +160,12 @@ class Search:
     def _candidates(self, i: int, side: int) -> list[Substitution]:
         variant, case = self.variants[side], self.cases[i]
         if self.rounding:
-            return precision()
+            return precision(case.stage)
         kinds = dict.fromkeys(kind for kind, _ in kinds_between(variant, case.start, case.stage))  # type: ignore[arg-type]
         # the likeliest of each kind, then the next of each
         by_kind = itertools.zip_longest(*(TABLE[kind](variant) for kind in kinds))  # type: ignore[arg-type]  # trusted
         found = [each for row in by_kind for each in row if each is not None]
-        return [*{(each.name, each.what): each for each in found}.values(), *precision()]
+        return [*{(each.name, each.what): each for each in found}.values(), *precision(case.stage)]
 
     def _blocks(self, i: int, side: int) -> list[int]:
         case = self.cases[i]
@@ -282,7 +205,7 @@ class Search:
         variant = self.variants[side].copy(only)  # type: ignore[union-attr]  # trusted
         for step in steps:
             try:
-                changed = step.change(variant, blocks if step.by_block else None)
+                changed = step.change(variant, blocks if step.by_block and blocks else None)
             except ValueError:
                 # a combination that no config has, a grid that a mode can't resample
                 return None
@@ -292,7 +215,9 @@ class Search:
         return variant
 
     def _try(self, i: int, side: int, steps: Sequence[Substitution], blocks: list[int]) -> float:
-        changed = self._with(side, steps, blocks, blocks)
+        # a change of all norms is made in a whole copy
+        only = None if not blocks and any(step.by_block for step in steps) else blocks
+        changed = self._with(side, steps, blocks, only)
         if changed is None:
             return float("inf")
         pair = (changed, self.variants[1]) if side == 0 else (self.variants[0], changed)
@@ -306,7 +231,8 @@ class Search:
             scopes: list[tuple[str, Blocks]] = [("", None)]
             if any(step.by_block for step in steps):
                 whole = range(len(self.variants[side].model.blocks))  # type: ignore[union-attr]  # trusted
-                scopes += [(" in the blocks only", list(whole)), (f" in blocks.{own[0]} only", own)]
+                scopes += [(" in the blocks only", list(whole))]
+                scopes += [(f" in blocks.{own[0]} only", own)] if own else []
             for told, blocks in scopes:
                 changed = self._with(side, steps, blocks)
                 if changed is None:
@@ -314,17 +240,20 @@ class Search:
                 pair = (changed, self.variants[1]) if side == 0 else (self.variants[0], changed)
                 left = self.deviating(*pair)
                 said = tuple(
-                    Step(self.labels[side], step.name, step.what + (told if step.by_block else "")) for step in steps
+                    Step(self.labels[side], step.name, step.what + step.scope + (told if step.by_block else ""))
+                    for step in steps
                 )
-                ranked.append((len(left), len(ranked), said, side, changed))
+                ranked.append((len(left), len(ranked), said, side, changed, [step.what for step in steps]))
                 if not left:
                     break
-        fewest = min(ranked)[0]
+        fewest = min(each[0] for each in ranked)
         best = [each for each in ranked if each[0] == fewest]
-        _, _, _, side, changed = best[0]
+        _, _, _, side, changed, _ = best[0]
         self.variants[side], self.changed[side] = changed, True
         after = self.apart(i, *self.variants)
-        alternatives = tuple(dict.fromkeys(said for _, _, said, *_ in best))
+        # the widest scope of each
+        found = {tuple(what): said for _, _, said, _, _, what in reversed(best)}
+        alternatives = tuple(reversed(found.values()))
         self.findings.append(Finding(self.cases[i].stage, alternatives, before, after))
 
     def weights(self) -> None:

@@ -112,7 +112,14 @@ def _hugging_face(folder: Path) -> nn.Module:
     name = (config.get("architectures") or [None])[0]
     if name is None or not hasattr(transformers, name):
         raise ValueError(f"{folder}/config.json must name a class of transformers as architectures, got {name!r}")
-    model = getattr(transformers, name).from_pretrained(os.fspath(folder), local_files_only=True)
+    bars = transformers.utils.logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        model = getattr(transformers, name).from_pretrained(os.fspath(folder), local_files_only=True)
+    finally:
+        if shown:
+            bars.enable_progress_bar()
     model.pretrained_cfg = _prepared_as(_json(folder / "preprocessor_config.json"))
     return model
 

@@ -49,7 +49,7 @@ def exact_chain(model: nn.Module, images: Tensor) -> tuple[Chain, dict[str, Tens
             if values[last].shape == value.shape and (apart(values[last], value) <= FORMULA or value.isnan().any()):
                 return replace(chain, notes=notes), values | own
             why = "run stage by stage gives other values than its forward"
-    chain = _hooked(inner, f"{class_name(inner)} {why}")
+    chain = hooked(inner, why)
     return replace(chain, notes=notes + chain.notes), chain.values(images)
 
 
@@ -61,7 +61,7 @@ def chain_like(exact: Chain, model: nn.Module, images: Tensor) -> Chain:
         if chain is None:
             raise RuntimeError(f"{exact.whose} {why}, but not so in fp64")
         return chain
-    return _hooked(inner, "")
+    return hooked(inner, "")
 
 
 def stage_values(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
@@ -121,8 +121,11 @@ def _tensor_in(out: Any) -> Tensor:
     raise TypeError(f"compare: a model must return a tensor, or an output with logits, got {type(out).__name__}")
 
 
-def _hooked(model: nn.Module, note: str) -> Chain:
-    """Values of a model whose parts cannot be run one by one: what enters and leaves its blocks, and its output."""
+def hooked(model: nn.Module, why: str) -> Chain:
+    """Values of a model whose parts cannot be run one by one: what enters and leaves its blocks, and its output.
+
+    why: what a reader is told of the model; "" for nothing.
+    """
     name, blocks = _blocks_of(model)
     output = _output_of(model)[1]
     how = (
@@ -147,7 +150,7 @@ def _hooked(model: nn.Module, note: str) -> Chain:
                 handle.remove()
         return {at: value for at, value in taps.items() if isinstance(value, Tensor)}
 
-    return Chain(class_name(model), (), read, (f"{note}: {how}",) if note else ())
+    return Chain(class_name(model), (), read, (f"{class_name(model)} {why}: {how}",) if why else ())
 
 
 def _first(out: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,14 +31,12 @@ class Variant:
         images: of which size its stages are made for.
         learned: positions before they were resampled to these images, with their grid; None where they were not.
         wrappers: what is done around stages.
-        rounding: dtype that products round their operands to; None for none.
     """
 
     model: ViT
     images: Tensor
     learned: tuple[Tensor, tuple[int, int], str] | None = None
     wrappers: tuple[Wrapper, ...] = ()
-    rounding: str | None = None
 
     def copy(self, blocks: Sequence[int] | None = None) -> Variant:
         """One whose modules may be changed; with `blocks` only these of its blocks."""
@@ -53,12 +51,10 @@ class Variant:
         stages = vit(self.model, self.images)
         for wrapper in self.wrappers:
             stages = tuple(Stage(s.name, s.source, wrapper(s.name, s.run)) for s in stages)
-        mode = contextlib.nullcontext() if self.rounding is None else Rounded(self.rounding)
-        with mode:
-            try:
-                return Chain("", stages, lambda _: {}).span(start, stop, x)
-            except (RuntimeError, ValueError, IndexError, TypeError):
-                return None
+        try:
+            return Chain("", stages, lambda _: {}).span(start, stop, x)
+        except (RuntimeError, ValueError, IndexError, TypeError):
+            return None
 
 
 def _restructured(module: Any, shared: set[int]) -> Any:
@@ -104,13 +100,10 @@ def canonical(exact: nn.Module, images: Tensor) -> Variant:
     if isinstance(exact, ViT):
         model = clone_in(exact, torch.float64, device, torch.float64)
     else:
-        try:
-            model = load(exact, dtype=torch.float64, device=device)
-        except NotImplementedError:
-            inner = next((getattr(exact, name) for name in INSIDE if name in exact._modules), None)
-            if inner is None:
-                raise
-            model = load(inner, dtype=torch.float64, device=device)
+        with warnings.catch_warnings():
+            # of NaN, which the comparison tells
+            warnings.simplefilter("ignore")
+            model = _loaded(exact, device)
         mode = next(each.resampling for each in LAYOUTS if each.name == model.load_report.layout)
     model.eval().requires_grad_(False)
     model.exportable = True
@@ -122,6 +115,16 @@ def canonical(exact: nn.Module, images: Tensor) -> Variant:
     variant = Variant(model, images, (model.pos_embed.detach(), model.patch_embed.grid_size, mode))
     place_positions(variant, grid, mode)
     return variant
+
+
+def _loaded(exact: nn.Module, device: torch.device) -> ViT:
+    try:
+        return load(exact, dtype=torch.float64, device=device)
+    except NotImplementedError:
+        inner = next((getattr(exact, name) for name in INSIDE if name in exact._modules), None)
+        if inner is None:
+            raise
+    return load(inner, dtype=torch.float64, device=device)
 
 
 INSIDE = ("vit", "deit", "dinov2", "dinov2_with_registers")
@@ -145,18 +148,24 @@ def set_parameter(module: nn.Module, name: str, value: Tensor | None) -> None:
 
 
 class Rounded(TorchDispatchMode):
-    """Products whose operands are rounded as TF32, bf16 or fp16 keep them, and summed up in fp64."""
+    """Products whose operands are rounded as TF32, bf16 or fp16 keep them, and summed up in fp64.
 
-    def __init__(self, to: str):
+    results: round these too, as an operator in half precision does.
+    """
+
+    def __init__(self, to: str, results: bool = False):
         super().__init__()
-        self.to = to
+        self.to, self.results = to, results
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name in PRODUCTS:
-            first, last = PRODUCTS[name]
-            args = tuple(round_to(each, self.to) if first <= i < last else each for i, each in enumerate(args))
-        return func(*args, **(kwargs or {}))
+        if name not in PRODUCTS:
+            return func(*args, **(kwargs or {}))
+        # a bias is rounded where the result is
+        first, last = (0, 3) if self.results else PRODUCTS[name]
+        args = tuple(round_to(each, self.to) if first <= i < last else each for i, each in enumerate(args))
+        out = func(*args, **(kwargs or {}))
+        return round_to(out, self.to) if self.results else out
 
 
 # op -> which of its arguments are multiplied

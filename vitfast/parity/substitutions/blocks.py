@@ -9,16 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitfast.model.layers import NORMS, LayerScale, activation_name, build_activation, eps_of
-from vitfast.parity.substitutions.substitution import (
-    EPS,
-    Blocks,
-    Substitution,
-    no_bias,
-    on_blocks,
-    removed,
-    rewrite_rows,
-)
+from vitfast.model.layers import LayerScale, activation_name, build_activation
+from vitfast.parity.substitutions.substitution import Substitution, eps, no_bias, on_blocks, removed, rewrite_rows
 from vitfast.parity.variant import Variant, set_parameter
 
 GELUS = {"gelu": "erf", "gelu_tanh": "tanh", "quick_gelu": "quick"}
@@ -40,24 +32,6 @@ def of_mlp(variant: Variant) -> Iterator[Substitution]:
     yield from layer_scale(variant)
     yield from mlp(variant)
     yield from without_norm("norm2")
-
-
-def eps(variant: Variant) -> Iterator[Substitution]:
-    found = {eps_of(m, m.weight) for m in variant.model.modules() if isinstance(m, NORMS)}
-    for value in EPS:
-        if found == {value}:
-            continue
-
-        def change(variant: Variant, blocks: Blocks, value: float = value) -> Variant:
-            model: Any = variant.model
-            for holder in [model] if blocks is None else [model.blocks[i] for i in blocks]:
-                for module in holder.modules():
-                    if isinstance(module, NORMS):
-                        module.eps = value
-            return variant
-
-        had = ", ".join(f"{each:g}" for each in sorted(found))
-        yield Substitution("eps", f"norms with an eps of {value:g} in place of {had}", change, by_block=True)
 
 
 def without_norm(name: str) -> Iterator[Substitution]:

@@ -8,17 +8,27 @@ from typing import Any
 from torch import Tensor, nn
 
 from vitfast.config import ViTConfig
-from vitfast.parity.substitutions.substitution import Blocks, Substitution, eps_of_norms, no_bias, on_model, removed
+from vitfast.parity.substitutions.substitution import (
+    Blocks,
+    Substitution,
+    eps,
+    eps_of_norms,
+    no_bias,
+    on_model,
+    removed,
+)
 from vitfast.parity.variant import Variant
 
 
 def of_tokens(variant: Variant) -> Iterator[Substitution]:
+    yield from eps(variant)
     yield from eps_of_norms(variant, "norm")
     yield from final_norm(variant)
 
 
 def of_pooled(variant: Variant) -> Iterator[Substitution]:
     yield from pooling(variant)
+    yield from eps(variant)
     yield from eps_of_norms(variant, "fc_norm", "attn_pool.norm")
     yield from final_norm(variant)
 

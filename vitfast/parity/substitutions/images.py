@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from vitfast import reference
-from vitfast.parity.substitutions.substitution import Blocks, Substitution, eps_of_norms, no_bias, on_model, removed
+from vitfast.parity.substitutions.substitution import (
+    Blocks,
+    Substitution,
+    eps,
+    eps_of_norms,
+    no_bias,
+    on_model,
+    removed,
+)
 from vitfast.parity.variant import Variant, around, place_positions, set_parameter
 from vitfast.weights.resample import MODES
 
@@ -41,6 +49,7 @@ def of_patches(variant: Variant) -> Iterator[Substitution]:
     yield Substitution("patch order", "patches column by column", change)
     yield Substitution("bias", "without the bias of the patches", on_model(lambda m: no_bias(m.patch_embed.proj)))
     yield Substitution("norm", "without the norm of the patches", on_model(lambda m: removed(m.patch_embed, "norm")))
+    yield from eps(variant)
     yield from eps_of_norms(variant, "patch_embed.norm", "patch_embed.input_norm")
 
 
@@ -97,6 +106,7 @@ def of_patch_tokens(variant: Variant) -> Iterator[Substitution]:
     yield Substitution(
         "norm", "without norm_pre", on_model(lambda m: hasattr(m, "norm_pre") and removed(m, "norm_pre"))
     )
+    yield from eps(variant)
     yield from eps_of_norms(variant, "norm_pre")
 
 

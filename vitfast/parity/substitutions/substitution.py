@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vitfast.model.layers import NORMS
+from vitfast.model.layers import NORMS, eps_of
 from vitfast.parity.variant import Variant, set_parameter
 
 EPS = (1e-6, 1e-5, 1e-12)
@@ -25,12 +25,14 @@ class Substitution(NamedTuple):
         what: how it is changed.
         change: (a copy of a variant, blocks) -> the changed variant; None where there is nothing to change.
         by_block: whether it can be made in some blocks only.
+        scope: where it is made, in words; "" for everywhere.
     """
 
     name: str
     what: str
     change: Change
     by_block: bool = False
+    scope: str = ""
 
 
 def on_model(change: Callable[[Any], Any]) -> Change:
@@ -51,6 +53,25 @@ def on_blocks(change: Callable[[Any], Any]) -> Change:
         return None if all(each is False for each in done) else variant
 
     return run
+
+
+def eps(variant: Variant) -> Iterator[Substitution]:
+    """Of all norms, or of those in some blocks."""
+    found = {eps_of(m, m.weight) for m in variant.model.modules() if isinstance(m, NORMS)}
+    for value in EPS:
+        if found == {value}:
+            continue
+
+        def change(variant: Variant, blocks: Blocks, value: float = value) -> Variant:
+            model: Any = variant.model
+            for holder in [model] if blocks is None else [model.blocks[i] for i in blocks]:
+                for module in holder.modules():
+                    if isinstance(module, NORMS):
+                        module.eps = value
+            return variant
+
+        had = ", ".join(f"{each:g}" for each in sorted(found))
+        yield Substitution("eps", f"norms with an eps of {value:g} in place of {had}", change, by_block=True)
 
 
 def eps_of_norms(variant: Variant, *names: str) -> Iterator[Substitution]:
