@@ -58,6 +58,15 @@ CLAIMS = {
     ),
     "empty tensor made by a call": ({"w": Calls(torch.Tensor, TERA)}, "calls an object of Kind"),
     "storage made by a call": ({"w": Calls(torch.UntypedStorage, TERA)}, "calls an object of Kind"),
+    "storage made by a tensor of a class": (
+        {"w": Calls(torch._tensor._rebuild_from_type_v2, torch.UntypedStorage, torch.Tensor, (TERA,), {})},
+        "calls an object of Kind",
+    ),
+    "tensor of no class": (
+        {"w": Calls(torch._tensor._rebuild_from_type_v2, torch.Size, torch.float32, ((1,),), {})},
+        "a tensor of dtype",
+    ),
+    "view of no storage": (view(stored="text"), "no storage, shape or strides"),
     "bytes made by a call": ({"w": Calls(bytearray, TERA)}, "bytes as pickle does not write them"),
 }
 
@@ -240,6 +249,13 @@ def test_array_gets_what_it_claims(case, tmp_path):
     content, why = ARRAYS[case]
     refused(npz(tmp_path / "bad.npz", {"good": npy(), "w": content}), why)
     refused(npz(tmp_path / "bad.npz", {"good": npy(), "w": content}, compression=zipfile.ZIP_DEFLATED), why)
+
+
+def test_array_whose_stream_ends_early_has_what_was_in_memory(tmp_path):
+    """Its list claims what its header does; the sum is of what there is."""
+    content = npy((16,), data=bytes(32))
+    path = npz(tmp_path / "bad.npz", {"w": content}, compression=zipfile.ZIP_DEFLATED)
+    refused(relisted(path, "w.npy", size=len(content) + 32), "ends before its 64 bytes")
 
 
 MEMBERS = ["/etc/passwd.npy", "../../w.npy", "a/../../w.npy", "a\\..\\w.npy"]

@@ -214,6 +214,21 @@ def test_buffers_that_older_transformers_saved_are_refused():
     assert ours.load_report.ignored["vision_model.embeddings.position_ids".removeprefix("vision_model.")]
 
 
+def test_a_pooling_head_without_its_query_is_dropped_without_a_word():
+    state = filled(siglip(transformers.SiglipVisionModel)).state_dict()
+    del state["head.probe"]
+    with pytest.raises(RuntimeError, match=r"missing: head\.probe"):
+        vitfast.load(state, heads=3)
+
+
+def test_a_classifier_of_somebodys_own_is_taken_for_open_clip():
+    """A model of timm called trunk, and a Linear beside it: no CLIP is spoken of."""
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=0)
+    state = {f"trunk.{key}": weight for key, weight in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"do not fit timm:\n.*unexpected: head\.weight"):
+        vitfast.load(state | {"head.weight": torch.ones(5, 192)})
+
+
 def test_patches_of_any_shape_are_taken_for_a_grid():
     """SigLIP2's NaFlex is a model of its own."""
     config = transformers.Siglip2VisionConfig(**{k: v for k, v in VISION.items() if k != "image_size"}, num_patches=16)
@@ -427,6 +442,17 @@ REFUSED = {
 def test_a_tower_that_no_config_describes_is_read_or_not_named(name):
     with pytest.raises(NotImplementedError, match=REFUSED[name]):
         described(published(name))
+
+
+def test_a_model_of_ours_is_taken_for_one_that_is_refused(tmp_path):
+    """Its file says that it has no rotary positions, as the Perception Encoder has beside the same names."""
+    config = vitfast.ViTConfig(image_size=32, patch_size=8, dim=64, depth=1, heads=2, pre_norm=True, pool="map")
+    model = vitfast.ViT.from_config(config)
+    vitfast.save_checkpoint(model, tmp_path / "m.safetensors")
+    ours = vitfast.load(tmp_path / "m.safetensors")
+    assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in ours.state_dict().items())
+    with pytest.raises(NotImplementedError, match="Perception Encoder"):
+        vitfast.load(model.state_dict())
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,16 @@ def test_weights_that_share_memory_are_two(mapped, new, tmp_path):
     assert got["b"].data_ptr() == got["a"].data_ptr() + 24
 
 
+@pytest.mark.parametrize("new", [True, False])
+def test_weight_with_attributes_is_passed_over(new, tmp_path):
+    """As optimizers and sharding leave them there; a pickle has them beside the values."""
+    parameter, tensor = torch.nn.Parameter(torch.randn(3)), torch.randn(4)
+    parameter.note, tensor.note = {"at": 1}, "it"
+    torch.save({"p": parameter, "t": tensor}, tmp_path / "m.pth", _use_new_zipfile_serialization=new)
+    state = vitfast.read_checkpoint(tmp_path / "m.pth", allow_pickle=True)
+    assert torch.equal(state["p"], parameter) and torch.equal(state["t"], tensor)
+
+
 EVERY = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
     torch.uint8, torch.bool, torch.complex64, torch.complex128, torch.uint16, torch.float8_e4m3fn, torch.float8_e5m2,

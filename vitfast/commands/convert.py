@@ -102,13 +102,16 @@ def _options(told: argparse.Namespace) -> dict[str, Any]:
     """Keywords of `vitfast.load`.
 
     Raises:
-        ValueError: a --field that is none.
+        ValueError: a --field that is none, or more than two sides.
     """
     names = ("num_classes", "image_size", "patch_size", "channels", "grid", "resampling", "as_", "key")
     options = {name: value for name in names if (value := getattr(told, name)) is not None}
     for name in ("image_size", "patch_size"):
         if name in options:
             sides = options[name]
+            if len(sides) > 2:
+                told_sides = " ".join(map(str, sides))
+                raise ValueError(f"--{name.replace('_', '-')} must be one number or two, got {told_sides}")
             options[name] = sides[0] if len(sides) == 1 else tuple(sides)
     options |= {"grid": tuple(told.grid)} if told.grid else {}
     for text in told.field:

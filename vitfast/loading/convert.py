@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vitfast.checkpoints.described import config_of
 from vitfast.checkpoints.not_finite import warn_not_finite
 from vitfast.loading.report import LoadReport
 from vitfast.loading.take import take
@@ -55,10 +55,10 @@ def convert(
     path = checked(out, to, force)
     taken = take(source, **options)
     state = dict(taken.weights)
-    bad = warn_not_finite(state, f"convert: {taken.report.source}")
+    bad = warn_not_finite(state, f"convert: {taken.report.source}", stacklevel=2)
     files = _files(state, taken.config, taken.report, to, dtype)
     _write(files, path, force)
-    return _said(taken.report, files, tuple(bad))
+    return replace(taken.report, changed=(*taken.report.changed, *files.notes), not_finite=tuple(bad))
 
 
 def save_as(model: ViT, out: str | os.PathLike[str], to: str = "timm", *, force: bool = False) -> LoadReport:
@@ -72,11 +72,7 @@ def save_as(model: ViT, out: str | os.PathLike[str], to: str = "timm", *, force:
     """
     if not isinstance(model, ViT):
         raise TypeError(f"save_as: model must be a vitfast.ViT, got {type(model).__name__}")
-    path, config = checked(out, to, force), config_of(model)
-    report = getattr(model, "load_report", None) or LoadReport(type(model).__name__, "", "vitfast", "", "", config)
-    files = _files(model.state_dict(), config, report, to, None)
-    _write(files, path, force)
-    return _said(report, files, ())
+    return convert(model, out, to, force=force)
 
 
 def checked(out: str | os.PathLike[str], to: str, force: bool) -> Path:
@@ -117,10 +113,6 @@ def _files(state: dict[str, Tensor], config: Any, report: LoadReport, to: str, d
     return files._replace(state=cast)
 
 
-def _said(report: LoadReport, files: Files, bad: tuple[str, ...]) -> LoadReport:
-    return replace(report, changed=(*report.changed, *files.notes), not_finite=bad)
-
-
 def _write(files: Files, path: Path, force: bool) -> None:
     """Beside `path` first, and there by a rename."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -157,14 +149,18 @@ def _write_weights(files: Files, path: Path, suffix: str) -> None:
 def _put_folder(temporary: Path, path: Path, force: bool) -> None:
     """A folder cannot be renamed onto one that has files: the old one goes aside first, and comes back on failure."""
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
-    if force and path.exists():
-        os.rename(path, aside)
+    if force:
+        # another process may have put it aside just now
+        with suppress(FileNotFoundError):
+            os.rename(path, aside)
     try:
         os.rename(temporary, path)
     except OSError as error:
-        if aside.exists() and not path.exists():
-            os.rename(aside, path)
+        if not path.exists():
+            raise
         raise FileExistsError(f"convert: {str(path)!r} was made meanwhile") from error
     finally:
-        if aside.exists() and path.exists():
+        if aside.exists() and not path.exists():
+            os.rename(aside, path)
+        elif aside.exists():
             shutil.rmtree(aside)

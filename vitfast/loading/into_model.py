@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import warnings
@@ -120,10 +121,14 @@ def _under_our_names(
 def _config_of(found: Recognised, facts: Facts, model: ViT) -> ViTConfig:
     """Of the weights; what they do not tell is as the model has it. Warns where they tell another thing."""
     silent = {name: getattr(model.config, name) for name in SILENT}
+    describe = functools.partial(found.layout.describe, found.view, facts)
     try:
-        known = found.layout.describe(found.view, facts, {})
+        known = describe({})
     except NeedsArgument:
-        known = found.layout.describe(found.view, facts, silent)
+        known = describe(silent | {"image_size": model.config.image_size})
+    else:
+        not_told = {name: value for name, value in silent.items() if name in known.assumed}
+        known = known._replace(fields=describe(not_told).fields)
     config = ViTConfig(**known.fields)
     differs = [
         f"{name}={getattr(config, name)!r}, the model has {value!r}"

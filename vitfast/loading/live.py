@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +34,7 @@ def of_live(model: Any) -> tuple[dict[str, Tensor], Facts, str]:
         model = model.timm_model
     whose = f"{type(model).__module__}.{type(model).__qualname__}"
     if isinstance(model, ViT):
-        return model.state_dict(), Facts(fields=config_of(model).to_dict()), whose
+        return model.state_dict(), Facts(timm={"pretrained_cfg": _cfg(model)}, fields=config_of(model).to_dict()), whose
     for kind in type(model).__mro__:
         facts_of = FACTS.get(f"{kind.__module__}.{kind.__qualname__}")
         if facts_of is not None:
@@ -114,7 +113,7 @@ def _timm(model: Any) -> Facts:
             "attn_dropout": attn.attn_drop.p, "proj_dropout": attn.proj_drop.p,
             "mlp_dropout": getattr(mlp.drop1, "p", 0.0), "drop_path": drop or 0.0,
         }  # fmt: skip
-    return Facts(timm={"pretrained_cfg": dict(_cfg(model))}, fields=fields)
+    return Facts(timm={"pretrained_cfg": _cfg(model)}, fields=fields)
 
 
 def _cfg(model: Any) -> dict[str, Any]:
@@ -140,7 +139,7 @@ def _vit_pytorch(model: Any) -> Facts:
     """Of a ViT of vit-pytorch 0.7.0 or newer, or of a SimpleViT."""
     attention, feed_forward = (_inside(each) for each in model.transformer.layers[0])
     head_dim = attention.to_qkv.out_features // 3 // attention.heads
-    if not math.isclose(attention.scale, head_dim**-0.5):
+    if attention.scale != head_dim**-0.5:
         raise NotImplementedError(
             f"attention's scale must be head_dim ** -0.5, {head_dim**-0.5}, got {attention.scale}"
         )

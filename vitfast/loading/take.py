@@ -69,9 +69,10 @@ def take(
     except (ValueError, RuntimeError, NotImplementedError) as error:
         raise type(error)(f"load: {name}: {error}") from error
     assumed = {field: why for field, why in known.assumed.items() if field not in fields}
+    labels = known.labels if target.num_classes == config.num_classes else {}
     report = LoadReport(
         name, found.layout.name, found.layout.whose, found.why, found.prefix, config, assumed, sources.ignored,
-        changed, known.preprocessing, known.labels, chosen=note,
+        changed, known.preprocessing, labels, chosen=note,
     )  # fmt: skip
     return Taken(target, report, _fitted(sources, found.view, own, wanted, config, target, mode))
 

@@ -44,10 +44,9 @@ KEYWORDS: dict[str, Any] = {
 
 def timm_config(config: ViTConfig, report: LoadReport) -> tuple[dict[str, Any], str]:
     """timm's config.json of the hub; empty, and why, where no name and keywords of timm build such a model."""
-    found = _named(config)
-    if found is None:
-        return {}, "no name and keywords of timm build this model: config.json is not written"
-    name, arguments = found
+    name, arguments, lacking = _named(config)
+    if lacking:
+        return {}, f"no name and keywords of timm build this model, {lacking}: config.json is not written"
     cfg = report.pretrained_cfg(config)
     cfg["fixed_input_size"] = not config.dynamic_image_size
     labels = {"label_names": list(cfg.pop("label_names"))} if "label_names" in cfg else {}
@@ -60,9 +59,9 @@ def timm_config(config: ViTConfig, report: LoadReport) -> tuple[dict[str, Any], 
     } | labels, ""  # fmt: skip
 
 
-def _named(config: ViTConfig) -> tuple[str, dict[str, Any]] | None:
-    """timm's name whose keywords are fewest, with these."""
-    wanted = config.to_dict()
+def _named(config: ViTConfig) -> tuple[str, dict[str, Any], str]:
+    """timm's name whose keywords are fewest, these, and what no keyword makes of the name that is nearest."""
+    wanted, lacking = config.to_dict(), ""
     found = []
     for name in VARIANTS:
         own = _variant(name).to_dict()
@@ -72,14 +71,20 @@ def _named(config: ViTConfig) -> tuple[str, dict[str, Any]] | None:
         arguments = {KEYWORDS[field][0]: KEYWORDS[field][1](config) for field in differ if field in KEYWORDS}
         if config.mlp_dim != _variant(name).mlp_dim or config.dim != _variant(name).dim:
             arguments["mlp_ratio"] = _ratio(config)
+        if "pos_embed" in differ:
+            none = config.pos_embed == "none"
+            arguments |= {"pos_embed": "none"} if none else {"no_embed_class": config.pos_embed == "patches"}
         if all(each.norm_after_pool == (each.pool == "mean") for each in (config, _variant(name))):
             arguments.pop("fc_norm", None)
         try:
-            if config_for(name, **arguments) == config:
-                return name, arguments
+            built = config_for(name, **arguments)
         except (ValueError, TypeError, NotImplementedError):
             continue
-    return None
+        if built == config:
+            return name, arguments, ""
+        rest = [field for field, value in built.to_dict().items() if value != wanted[field]]
+        lacking = lacking or f"with {', '.join(f'{field}={wanted[field]!r}' for field in rest)} beside {name}"
+    return "", {}, lacking or "whose sizes none takes"
 
 
 def _ratio(config: ViTConfig) -> float:

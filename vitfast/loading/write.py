@@ -26,6 +26,12 @@ NOT_COMPUTED = (
     "head_dropout", "drop_path",
 )  # fmt: skip
 
+# part of our model that few libraries have -> the field that makes it
+PARTS = {
+    "fc_norm": "norm_after_pool", "norm_pre": "pre_norm", "reg_token": "register_tokens", "q_norm": "qk_norm",
+    "ls1": "layer_scale", "attn_pool": "pool", "head_dist": "distillation_token", "fc1_g": "mlp",
+}  # fmt: skip
+
 
 class Files(NamedTuple):
     """What is to be written.
@@ -61,7 +67,10 @@ def as_vit_pytorch(state: Mapping[str, Tensor], config: ViTConfig, report: LoadR
         raise NotImplementedError(
             "vit-pytorch's ViT has norms on both sides of its patch projection and no bias of queries, keys and values"
         )
-    _same_function(config, config.replace(norm_eps=1e-5, activation="gelu"), "vit-pytorch's ViT")
+    # its mean has been without a class token since 1.16
+    pool = "none" if config.pool == "none" else "token" if config.class_token else "mean"
+    written_as = config.replace(norm_eps=1e-5, activation="gelu", pool=pool, pool_prefix=False)
+    _same_function(config, written_as, "vit-pytorch's ViT")
     try:
         renamed = vit_pytorch.from_vitfast(dict(state), config)
     except ValueError as error:
@@ -82,7 +91,7 @@ def as_hugging_face(state: Mapping[str, Tensor], config: ViTConfig, report: Load
     # a model without a classifier is the backbone itself, but for the towers
     prefix = kind.prefix if config.num_classes or kind.prefix == TOWER else ""
     state = {name[1:] if name.startswith("/") else prefix + name: value for name, value in names.items()}
-    if kind.layout == "hf-dinov2":
+    if kind.layout.startswith("hf-dinov2"):
         # without it transformers says that a weight is new
         state[f"{prefix}embeddings.mask_token"] = torch.zeros(1, config.dim, dtype=next(iter(state.values())).dtype)
     beside = {"config.json": hf}
@@ -99,7 +108,14 @@ def _renamed(layout_name: str, state: Mapping[str, Tensor], config: ViTConfig, f
         NotImplementedError: it does not; names the fields.
     """
     layout = next(layout for layout in LAYOUTS if layout.name == layout_name)
-    names = written(layout, state, config)
+    try:
+        names = written(layout, state, config)
+    except NotImplementedError as error:
+        fields = [field for part, field in PARTS.items() if any(part in name.split(".") for name in state)]
+        told = [f"{field}={getattr(config, field)!r}" for field in fields]
+        raise NotImplementedError(
+            ": this model has ".join([str(error), *([", ".join(told)] if told else [])])
+        ) from error
     # read again as a whole file: what stands around the backbone needs the library's own prefix before it
     inner = max(layout.inner, key=len)
     whole = {name[1:] if name.startswith("/") else inner + name: value for name, value in names.items()}
@@ -154,7 +170,7 @@ HUGGING_FACE = (
         lambda c: c.pre_norm,
     ),
     Kind(
-        "dinov2_with_registers", "hf-dinov2", "dinov2_with_registers.", ("Dinov2WithRegistersModel", ""),
+        "dinov2_with_registers", "hf-dinov2-reg", "dinov2_with_registers.", ("Dinov2WithRegistersModel", ""),
         lambda c: c.layer_scale is not None and c.register_tokens > 0,
     ),
     Kind("dinov2", "hf-dinov2", "dinov2.", ("Dinov2Model", ""), lambda c: c.layer_scale is not None),
@@ -166,6 +182,9 @@ HUGGING_FACE = (
         "deit", "hf-deit", "deit.", ("DeiTModel", "DeiTForImageClassification"),
         lambda c: c.register_tokens == 1 and c.pos_embed == "all",
     ),
+    Kind(
+        "ijepa", "hf-vit", "ijepa.", ("IJepaModel", "IJepaForImageClassification"), lambda c: not c.class_token,
+    ),
     Kind("vit", "hf-vit", "vit.", ("ViTModel", "ViTForImageClassification"), lambda c: True),
 )  # fmt: skip
 
@@ -174,12 +193,22 @@ def _hf_config(kind: Kind, config: ViTConfig, report: LoadReport) -> dict[str, A
     """transformers' config.json.
 
     Raises:
-        NotImplementedError: a classifier where the family has none, or an MLP whose width it cannot say.
+        NotImplementedError: a classifier where the family has none, sizes that it does not take, or an MLP whose width
+            it cannot say.
     """
     architecture = kind.classes[bool(config.num_classes)]
     if not architecture:
         raise NotImplementedError(
             f"{kind.classes[0]} has no classifier on the class token: num_classes=0 writes the model without it"
+        )
+    if kind.prefix == TOWER and (len({*config.image_size}), len({*config.patch_size})) != (1, 1):  # type: ignore[misc]
+        raise NotImplementedError(
+            f"{architecture} has square images and patches only, this model has image_size={config.image_size}, "
+            f"patch_size={config.patch_size}"
+        )
+    if kind.layout == "hf-dinov2" and len({*config.grid_size}) != 1:
+        raise NotImplementedError(
+            f"{architecture} takes its positions for those of a square, this model has {config.grid_size} patches"
         )
     flat = lambda pair: pair[0] if pair[0] == pair[1] else list(pair)  # noqa: E731
     hf: dict[str, Any] = {
@@ -196,7 +225,7 @@ def _hf_config(kind: Kind, config: ViTConfig, report: LoadReport) -> dict[str, A
         "qkv_bias": config.qkv_bias, "hidden_dropout_prob": config.proj_dropout,
         "attention_probs_dropout_prob": config.attn_dropout,
     }  # fmt: skip
-    if kind.layout == "hf-dinov2":
+    if kind.layout.startswith("hf-dinov2"):
         hf |= _dinov2_mlp(config) | {"layerscale_value": config.layer_scale}
         hf |= {"num_register_tokens": config.register_tokens} if config.register_tokens else {}
     else:

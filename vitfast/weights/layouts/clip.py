@@ -53,14 +53,13 @@ def _image_size(
 ) -> None:
     """The image size by the grid of positions, which are of the size that a config tells or of a square one."""
     size = (size, size) if isinstance(size, int) else size
-    grid = tuple(n // p for n, p in zip(size, patch, strict=True)) if size else None
-    if grid is None or grid[0] * grid[1] != positions - prefix or "grid" in given:
+    grid = tuple(n // p for n, p in zip(size, patch, strict=True)) if size else (0, 0)
+    told = grid[0] * grid[1] == positions - prefix and "grid" not in given
+    if not told:
         grid = grid_of(positions, prefix, given)
-    known.fields["image_size"] = tuple(g * p for g, p in zip(grid, patch, strict=True))
-    if size and grid == tuple(n // p for n, p in zip(size, patch, strict=True)) and any(
-        n % p for n, p in zip(size, patch, strict=True)
-    ):  # fmt: skip
-        known.assumed["image_size"] = f"the config says {tuple(size)}, of which a patch of {tuple(patch)} cuts the rest"
+    known.fields["image_size"] = made = tuple(g * p for g, p in zip(grid, patch, strict=True))
+    if told and made != tuple(size):
+        known.assumed["image_size"] = f"the config says {tuple(size)}, of which patches of {tuple(patch)} cut the rest"
 
 
 def _batched(tensors: Sequence[Tensor], _: ViTConfig, own: Tensor) -> Tensor:
@@ -189,11 +188,10 @@ def _openai_rules(config: ViTConfig) -> tuple[Rule, ...]:
 
 
 def _trunk(view: View, facts: Facts) -> str | None:
-    if not any(re.match("/[^/]", name) for name in view):
-        # nothing around it: timm's own file, or a trunk alone
+    if not any(re.match(r"/(text|token_embedding|logit_scale|head\.proj)\b", name) for name in view):
         return None
     for name in view:
-        if re.match(r"/head\.(?!proj\.weight)", name):
+        if re.match(r"/head\.(mlp|pool|proj\.bias)\b", name):
             raise NotImplementedError(f"only visual.head.proj.weight is supported beside visual.trunk, got {name[1:]}")
     return "patch_embed.proj and blocks are in a trunk" if "blocks.0.attn.qkv.weight" in view else None
 
@@ -307,7 +305,7 @@ def _hf_siglip_known(view: View, facts: Facts, given: Mapping[str, Any]) -> Know
     known.fields.update(class_token=False, num_classes=0, norm_after_pool=False, pool="none")
     if "/classifier.weight" in view and given.get("pool") in (None, "mean"):
         known.fields.update(num_classes=view.shape("/classifier.weight")[0], pool="mean")
-    elif "head.probe" in view:
+    elif any(name.startswith("head.") for name in view):
         known.fields["pool"] = "map"
     known.fields.update(facts.fields)
     return known

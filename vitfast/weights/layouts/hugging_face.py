@@ -246,12 +246,17 @@ IGNORED = {
     r"embeddings\.mask_token$": "the token that stands for hidden patches in pretraining",
     r"/decoder\.": "the decoder of masked pretraining",
 }
+TWO = {r"/classifier\.": "a classifier on the class token beside the mean of the patches"}
 LAYOUTS = (
+    Layout(
+        "hf-dinov2-reg", "Hugging Face's DINOv2 with registers", ANCHOR,
+        _has("encoder.layer.0.layer_scale1.lambda1", "embeddings.register_tokens"),
+        _dinov2, _dinov2_rules, ("dinov2_with_registers.", ""), IGNORED | TWO, "timm", RENAME,
+    ),
     Layout(
         "hf-dinov2", "Hugging Face's DINOv2", ANCHOR,
         _has("encoder.layer.0.layer_scale1.lambda1", "encoder.layer.0.norm1.weight"),
-        _dinov2, _dinov2_rules, ("dinov2_with_registers.", "dinov2.", ""),
-        IGNORED | {r"/classifier\.": "a classifier on the class token beside the mean of the patches"}, "hf", RENAME,
+        _dinov2, _dinov2_rules, ("dinov2.", ""), IGNORED | TWO, "hf", RENAME,
     ),
     Layout(
         "hf-deit", "Hugging Face's DeiT", ANCHOR,

@@ -124,7 +124,6 @@ class Layout(NamedTuple):
         ignored: regex of names that are no part of the model -> what they are.
         resampling: how the library resamples positions, as `resample_pos_embed` names it.
         rename: (regex, replacement) from other releases' names to those of the rules.
-        stacked: what stands before '/' in names of weights that all blocks have in one, the block first; '' for none.
     """
 
     name: str
@@ -137,7 +136,6 @@ class Layout(NamedTuple):
     ignored: Mapping[str, str] = {}
     resampling: str = "timm"
     rename: tuple[tuple[str, str], ...] = ()
-    stacked: str = ""
 
 
 class NeedsArgument(ValueError):
@@ -281,10 +279,6 @@ def _view(layout: Layout, state: Mapping[str, Tensor], prefix: str) -> View:
         else:
             name = "//" + name
         renamed = _renamed(layout, name)
-        if layout.stacked and renamed.startswith(f"{layout.stacked}/"):
-            rest = renamed[len(layout.stacked) :]
-            view.update({f"{layout.stacked}_{i}{rest}": part for i, part in enumerate(value)})
-            continue
         # of two that get one name neither is lost: the second is left over, and said
         view[name if renamed in view else renamed] = value
     return view

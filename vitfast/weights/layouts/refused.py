@@ -32,28 +32,16 @@ STAGES = "stages of several widths"
 QKV = r"(^|\.)blocks\.0\.attn\.qkv\.weight$"
 # the first that fits; patterns of one library's names before those that others share
 REFUSED = (
-    Refused(
-        r"(^|\.)patch_to_embedding\.", "vit-pytorch before 0.7.0",
-        "the scale of attention that it had until 0.6.6, dim ** -0.5 (those of 0.6.7 and 0.6.8 load once "
-        "patch_to_embedding is renamed to to_patch_embedding.1)",
-    ),
-    Refused(r"\.mix_heads_(pre|post)_attn$", "vit-pytorch's CaiT", "class attention and talking heads"),
-    Refused(r"(^|\.)reattn_weights$", "vit-pytorch's DeepViT", "attention that mixes heads"),
-    Refused(r"(^|\.)to_patch_tokens\.", "vit-pytorch's ViT for small datasets", "shifted patches and their attention"),
-    Refused(r"(^|\.)patch_merger\.", "vit-pytorch's ViT with a patch merger", "tokens that are merged on the way"),
-    Refused(r"(^|\.)layers\.\d+\.[01]\.fns\.", "vit-pytorch's parallel ViT", "several branches beside one another"),
-    Refused(r"(^|\.)transformer\.layers\..*\.rel_pos_bias\.", "a model of vit-pytorch", RELATIVE),
-    Refused(
-        r"(^|\.)to_patch_embedding\.", "a model of vit-pytorch that is not its ViT or SimpleViT", "its layers",
-        r"(^|\.)transformer\.layers\.0\.0\.(fn\.){0,2}to_qkv\.weight$",
-    ),
     Refused(r"(^|\.)patch_embed\.backbone\.", "timm's hybrids (and ViTamin)", "a stem of convolutions"),
     Refused(r"(^|/)conv_root/|(^|/)block1/unit\d+/", "Google's hybrids", "a stem that is a ResNet"),
     Refused(r"(^|\.)conv_proj\.conv_(bn_relu|last)", "torchvision's ViT with a stem of convolutions", "such a stem"),
     Refused(r"(^|\.)rope_embed(dings)?\.|(^|\.)storage_tokens$", "DINOv3", ROTARY),
     Refused(r"(^|\.)layer\.\d+\.layer_scale1\.lambda1$", "Hugging Face's DINOv3", ROTARY, r"position_embeddings$"),
     Refused(r"(^|\.)model\.layer\.\d+\.attention\.q_proj\.", "Hugging Face's DINOv3", ROTARY, r"position_embeddings$"),
-    Refused(r"(^|\.)attn\.(rel_pos_[hw]|rel_pos\.|relative_position_bias_table)", "SAM, BEiT or Swin", RELATIVE),
+    Refused(r"(^|\.)layers\.\d+\.blocks\.\d+\.", "Swin and other hierarchical models", STAGES),
+    Refused(r"(^|\.)layers?\.\d+\.lambda_1$", "Hugging Face's BEiT or Data2Vec", RELATIVE),
+    Refused(r"(^|\.)attn\.(rel_pos_[hw]|rel_pos\.|relative_position_bias_table)", "SAM or BEiT", RELATIVE),
+    Refused(r"(^|\.)attention\.rel_pos_[hw]$", "Hugging Face's ViTDet or SAM", RELATIVE),
     Refused(r"(^|\.)attention\.relative_position_bias\.", "Hugging Face's BEiT", RELATIVE),
     Refused(r"(^|\.)rel_pos_bias\.", "BEiT with shared relative positions", RELATIVE),
     Refused(r"(^|\.)blocks_token_only\.", "CaiT", "class attention and talking heads"),
@@ -86,7 +74,6 @@ REFUSED = (
     Refused(r"(^|\.)tokens_to_token\.", "T2T-ViT", "its stem"),
     Refused(r"(^|\.)attnpool\.positional_embedding$", "CLIP with a ResNet", "a tower of convolutions"),
     Refused(r"(^|\.)attn_pool\.query$", "CoCa", "its attentional pooling"),
-    Refused(r"(^|\.)layers\.\d+\.blocks\.\d+\.", "Swin and other hierarchical models", STAGES),
     Refused(r"(^|\.)blocks\.\d+\.norm_in\.|(^|\.)pixel_embed\.", "TNT", "a transformer inside of patches"),
     Refused(r"(^|\.)patch_embed\.0\.proj\.|(^|\.)patch_embeds\.0\.", "CrossViT or Twins", "several patch projections"),
     Refused(r"(^|\.)patch_conv\.weight$|(^|\.)vision_model\.patch_embedding\.patch", "Pixtral", ROTARY),

@@ -208,15 +208,20 @@ def _of_architecture(name: str, view: View, seen: dict[str, Any], facts: Facts, 
         if rows != prefix + grid[0] * grid[1]:
             grid = grid_of(rows, prefix, given)
     fields["image_size"] = tuple(g * p for g, p in zip(grid, config.patch_size, strict=True))  # type: ignore[arg-type]
-    names = cfg.get("label_names") or facts.timm.get("label_names") or ()
-    return Known(fields, {}, {key: cfg[key] for key in INPUT if key in cfg}, dict(enumerate(names)))
+    return Known(fields, {}, {key: cfg[key] for key in INPUT if key in cfg}, _labels(facts, seen["num_classes"]))
 
 
 def _with_facts(view: View, seen: dict[str, Any], facts: Facts, given: Mapping[str, Any]) -> Known:
     """A live model, or a file with a config, says all."""
     fields = seen | dict(facts.fields)
     cfg = facts.timm.get("pretrained_cfg") or {}
-    return Known(fields, {}, {key: cfg[key] for key in INPUT if key in cfg})
+    return Known(fields, {}, {key: cfg[key] for key in INPUT if key in cfg}, _labels(facts, fields["num_classes"]))
+
+
+def _labels(facts: Facts, num_classes: int) -> dict[int, str]:
+    names = (facts.timm.get("pretrained_cfg") or {}).get("label_names") or facts.timm.get("label_names") or ()
+    # of a model whose classifier was exchanged timm keeps the names of its first one
+    return dict(enumerate(names)) if len(names) == num_classes else {}
 
 
 def _agreed_input(candidates: Iterable[str]) -> dict[str, Any]:

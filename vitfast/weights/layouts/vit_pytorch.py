@@ -63,7 +63,7 @@ def _describe(view: View, facts: Facts, given: Mapping[str, Any]) -> Known:
     known = _common(view, facts, given, f"{BLOCK}.0", f"{BLOCK}.1.net.1.weight")
     _pooled(known, view, facts, given)
     classes = view.shape("mlp_head.weight")[0] if "mlp_head.weight" in view else 0
-    if not classes and not given.get("num_classes") and not {"pool"} & (facts.fields.keys() | given.keys()):
+    if not classes and not given.get("num_classes") and "pool" not in {**facts.fields, **given}:
         known.fields["pool"] = "none"
         known.assumed["pool"] = "all tokens, as of release 1.17.3 with num_classes=0; there is no mlp_head"
     return _with_facts(known, facts, num_classes=classes, norm_after_pool=False)
@@ -125,8 +125,12 @@ def _patch_of(pixels: int, facts: Facts, given: Mapping[str, Any]) -> tuple[int,
     Raises:
         NeedsArgument: neither of three channels nor of one is there such a square patch.
     """
+    if "patch_size" in facts.fields:
+        rows, columns = facts.fields["patch_size"]
+        return pixels // (rows * columns), (rows, columns), ""
     numbers = (*([given["channels"]] if "channels" in given else []), 3, 1)
-    for patch in (each["patch_size"] for each in (facts.fields, given) if "patch_size" in each):
+    if "patch_size" in given:
+        patch = given["patch_size"]
         rows, columns = (patch, patch) if isinstance(patch, int) else patch
         for channels in numbers:
             if channels * rows * columns == pixels:
@@ -141,8 +145,9 @@ def _patch_of(pixels: int, facts: Facts, given: Mapping[str, Any]) -> tuple[int,
 def _pooled(known: Known, view: View, facts: Facts, given: Mapping[str, Any]) -> None:
     """Class token, pooling and image size."""
     fields, token = known.fields, view.shape("cls_token")[-2] == 1
-    pool = {**facts.fields, **given}.get("pool", "token" if token else "mean")
-    if token and view["cls_token"].dim() == 3 and "pool" not in facts.fields:
+    asked = {**facts.fields, **given}
+    pool = asked.get("pool", "token" if token else "mean")
+    if token and view["cls_token"].dim() == 3 and "pool" not in asked:
         known.assumed["pool"] = "vit-pytorch's default; before release 1.16.0 these weights can be of pool='mean' too"
     grid = grid_of(view.shape("pos_embedding")[-2], int(token), given)
     # where there is a class token vit-pytorch's mean is over it too
@@ -255,23 +260,25 @@ def _all_zero(weight: Tensor, _: ViTConfig) -> tuple[()]:
 
 
 ANCHOR = r"to_patch_embedding\.1\.weight"
-# `encoder` in vit-pytorch's MAE and SimMIM, `student` in its distillation
+# in vit-pytorch's MAE and SimMIM
 INNER = ("encoder.", "")
-PRETRAINING = {
+TRAINING = {
     r"//?(patch_to_emb|enc_to_dec|decoder|decoder_pos_emb|to_pixels)\.": "the decoder of masked pretraining",
     r"//?mask_token$": "the token that stands for hidden patches in pretraining",
+    r"//?projector\.": "the projection head of DINO",
+    r"//?(distillation_token$|distill_mlp\.|teacher\.)": "the teacher of distillation, its token and its head",
 }
 RENAME_OLD = ((r"(layers\.\d+\.[01])\.fn\.norm\.", r"\1.norm."), (r"\.fn\.fn\.", ".fn."))
 LAYOUTS = (
     Layout(
-        "vit-pytorch", "vit-pytorch's ViT", ANCHOR, _recognises, _describe, _rules, INNER, PRETRAINING,
+        "vit-pytorch", "vit-pytorch's ViT", ANCHOR, _recognises, _describe, _rules, INNER, TRAINING,
     ),
     Layout(
         "vit-pytorch-1.2", "vit-pytorch's ViT before release 1.4", ANCHOR, _recognises_old, _describe_old, _rules_old,
-        INNER, PRETRAINING, rename=RENAME_OLD,
+        INNER, TRAINING, rename=RENAME_OLD,
     ),
     Layout(
         "vit-pytorch-simple", "vit-pytorch's SimpleViT", ANCHOR, _recognises_simple, _describe_simple, _rules_simple,
-        INNER, PRETRAINING,
+        INNER, TRAINING,
     ),
 )  # fmt: skip
