@@ -70,7 +70,7 @@ def _describe(view: View, facts: Facts, given: Mapping[str, Any], scan: bool, le
         size = given.get("image_size", SIDE)
         size = (size, size) if isinstance(size, int) else size
         grid = given.get("grid", (size[0] // height, size[1] // width))
-        fields["pos_embed"] = "patches"
+        fields["pos_embed"] = "patches" if "cls" in view else "all"
         assumed["pos_embed"] = "there are none: big_vision's fixed ones, sincos2d"
         if "image_size" not in given and "grid" not in given:
             assumed["image_size"] = "as all of big_vision's with fixed positions; the weights do not tell"
