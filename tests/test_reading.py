@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 import transformers
-from broken_files import Stored, View, npy, npz, torch_zip
+from broken_files import Stored, View, npy, npz, safetensors, torch_zip
 from foreign_files import NAME, SMALL
 from safetensors.torch import save_file
 from timm.models._hub import save_for_hf
@@ -129,6 +129,18 @@ def test_byte_order_of_another_machine_is_not_seen(mapped, tmp_path):
     order["byteorder"] = b"medium"
     with pytest.raises(ValueError, match="byte order is 'medium'"):
         read(torch_zip(tmp_path / "m.pth", content, storages, order), allow_pickle=True)
+
+
+@pytest.mark.parametrize("length", range(1, 9))
+def test_view_begins_between_two_numbers(length, tmp_path):
+    """Where a zip archive that another program wrote has its bytes; such a view ends the process in some operators."""
+    content = {"w": View(Stored(100, kind=torch.DoubleStorage), size=(100,), stride=(1,))}
+    storages = {"0": np.arange(100.0).tobytes()}
+    state = read(torch_zip(tmp_path / "m.pth", content, storages, root=f"{'r' * length}/"), allow_pickle=True).state
+    assert state["w"].data_ptr() % 8 == 0 and torch.equal(state["w"], torch.arange(100.0).double())
+    header = b'{"w":{"dtype":"F64","shape":[100],"data_offsets":[0,800]}}' + b" " * length
+    weights = read(safetensors(tmp_path / "m.safetensors", header, storages["0"])).state["w"]
+    assert weights.data_ptr() % 8 == 0 and torch.equal(weights, state["w"])
 
 
 def states(**named):

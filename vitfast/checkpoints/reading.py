@@ -119,7 +119,7 @@ def _content(path: Path, allow_pickle: bool, given: str | os.PathLike, mapped: b
     if is_safetensors(path):
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}, False  # noqa: SIM118  (not a dict)
+                return {key: _aligned(file.get_tensor(key)) for key in file.keys()}, False  # noqa: SIM118  (not a dict)
         except Exception as error:
             raise ValueError(
                 f"read_checkpoint: {str(path)!r} is not a whole safetensors file: {type(error).__name__}: {error}"
@@ -145,6 +145,11 @@ def _content(path: Path, allow_pickle: bool, given: str | os.PathLike, mapped: b
         raise ValueError(
             f"read_checkpoint: {str(path)!r} is not a whole file of plain weights: {type(error).__name__}: {error}"
         ) from error
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The same, or a copy of a view that begins between two numbers, as after a header that no blanks fill up."""
+    return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
 
 
 def _shards(path: Path, allow_pickle: bool, given: str | os.PathLike, mapped: bool) -> tuple[dict[str, Any], bool]:
