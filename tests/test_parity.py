@@ -200,6 +200,10 @@ def test_unknown_class_is_passed_over():
         found = vitfast.compare(a, b, images)
         assert found.ok and "read by hooks" in " ".join(found.notes)
         assert [row.stage for row in found.stages] == ["patch_tokens", "blocks.0.mlp", "blocks.1.mlp", "logits"]
+    found = vitfast.compare(Around(ours), Around(theirs), images)
+    assert found.ok and all(row.own is None and row.formula < 1e-12 for row in found.stages)
+    found = vitfast.compare(Around(ours), Around(planted(theirs, "eps 1e-12")), images, dtype=torch.bfloat16)
+    assert found.first == "blocks.0.mlp" and not found.diagnosis.findings
     found = vitfast.compare(ours, Normalising(theirs), images)
     assert found.first == "patch_tokens" and found.diagnosis.names == ("mean and std",)
     found = vitfast.compare(ours, Around(planted(theirs, "gelu tanh")), images)
@@ -297,6 +301,34 @@ def test_weights_are_held_three_times():
         wide.head.weight, ours.head.weight.bfloat16().double()
     )
     assert ours.head.weight.dtype is torch.float32
+
+
+class Careless(torch.autograd.Function):
+    """GELU with the gradient of the identity."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return nn.functional.gelu(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+def test_gradient_is_another_one_and_nobody_sees():
+    theirs, ours, images = base("token")
+    for dtype in (torch.float32, torch.bfloat16):
+        found = vitfast.compare(theirs, ours, images, dtype=dtype, gradients=True)
+        assert found.ok and [row.stage for row in found.gradients] == STAGES, str(found)
+        assert all(row.formula < 1e-9 and row.own is not None for row in found.gradients)
+    changed = copy.deepcopy(theirs)
+    changed.blocks[1].mlp.act.forward = Careless.apply
+    assert vitfast.compare(ours, changed, images).ok
+    found = vitfast.compare(ours, changed, images, gradients=True)
+    assert not found.ok and found.first == "blocks.1.mlp" and "another gradient" in str(found)
+    assert [row.stage for row in found.gradients if not row.passed] == ["blocks.1.mlp"]
+    with pytest.raises(ValueError, match="gradients=True"):
+        vitfast.compare(ours, Around(theirs), images, gradients=True)
 
 
 @pytest.fixture(scope="module")

@@ -82,6 +82,21 @@ def test_names_do_not_share_weights(capsys):
         assert (status, err) == (0, "") and "parity:" in out
 
 
+def test_kernels_are_not_compared_with_stock_operators(capsys, files, monkeypatch):
+    """Our model with ops against the same on stock operators; another library's against itself patched."""
+    seen = []
+    real = parity.compare
+    monkeypatch.setattr(parity, "compare", lambda a, b, *args, **how: seen.append((a, b)) or real(a, b, *args, **how))
+    for text in (files / "same.safetensors", files / "hf"):
+        status, out, err = run(capsys, text, "--kernels", "--gradients")
+        assert (status, err) == (0, "") and "gradient of its input" in out
+    (stock, own), (theirs, patched) = seen
+    assert stock.exportable and not own.exportable
+    assert not any("_vitfast" in vars(m) for m in theirs.modules()) and any(
+        "_vitfast" in vars(m) for m in patched.modules()
+    )
+
+
 def test_torchvision_is_not_known(capsys, monkeypatch):
     from torchvision import models
 
@@ -98,7 +113,9 @@ def test_torchvision_is_not_known(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["timm:test_vit"], "arguments are required: B"),
+        (["timm:test_vit"], "B is required, or --kernels in its place"),
+        (["timm:test_vit", "timm:test_vit", "--kernels"], "B is required"),
+        (["timm:test_vit", "vitfast:test_vit", "--device", "quantum"], "quantum"),
         (["nothing", "timm:test_vit"], "a model must be given as vitfast:NAME, timm:NAME"),
         (["timm:test_vit", "timm:no_such_model"], "timm:no_such_model: "),
         (["timm:test_vit", "vitfast:test_vit2"], "the other model's weights do not fit"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import vitfast
 from vitfast.parity.chain import Outside
 from vitfast.parity.compare import compare
 from vitfast.parity.pictures import image_of
@@ -28,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog=f"A and B: {FORMS}. A name alone has random weights; B of vitfast or timm then takes those of A.",
     )
     parser.add_argument("a", metavar="A", help="a model; its rounding is the yardstick")
-    parser.add_argument("b", metavar="B", help="the model that is judged")
+    parser.add_argument("b", metavar="B", nargs="?", help="the model that is judged")
+    parser.add_argument("--kernels", action="store_true", help="A on stock operators against A on vitfast's ops")
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; random pixels else")
     parser.add_argument("--size", type=_size, help="of the images: 224 or 224x448 (default: A's)")
     parser.add_argument("--dtype", choices=DTYPES, help="to compare arithmetic in (default: A's)")
@@ -40,12 +43,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tap", action="append", default=[], type=_tap, metavar="STAGE=VALUE",
                         help="a value inside of an ONNX file")  # fmt: skip
     parser.add_argument("--pretrained", action="store_true", help="timm's own weights for a name of timm")
+    parser.add_argument("--gradients", action="store_true", help="what each stage hands back, too")
     parser.add_argument("--json", action="store_true", help="machine-readable")
     parser.add_argument("--plot", metavar="FILE", help="a picture of error by depth")
     arguments = parser.parse_args(argv)
+    if (arguments.b is None) != arguments.kernels:
+        parser.error("B is required, or --kernels in its place")
     try:
         a, b, images = _read(arguments)
-        found = compare(a, b, images, dtype=DTYPES[arguments.dtype] if arguments.dtype else None)
+        dtype = DTYPES[arguments.dtype] if arguments.dtype else None
+        found = compare(a, b, images, dtype=dtype, gradients=arguments.gradients)
         if arguments.plot:
             from vitfast.parity.plot import draw
 
@@ -58,17 +65,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _read(arguments: argparse.Namespace) -> tuple[Any, Any, Tensor]:
-    models = []
-    for text in (arguments.a, arguments.b):
+    models: list[Any] = []
+    for text in (arguments.a, arguments.b) if arguments.b is not None else (arguments.a,):
         fields = {"as_": arguments.as_, "taps": dict(arguments.tap), "seed": arguments.seed}
         try:
             models.append(model_of(text, pretrained=arguments.pretrained, **fields, **dict(arguments.field)))
         except (ValueError, NotImplementedError, RuntimeError) as error:
             raise ValueError(f"{text}: {error}") from error
+    if arguments.kernels:
+        models = [*_on_stock_and_on_ops(_module(models[0], arguments.a), torch.device(arguments.device))]
     a, b = models
-    if is_name(arguments.b) and not arguments.pretrained:
+    named = [text is not None and not arguments.pretrained and is_name(text) for text in (arguments.a, arguments.b)]
+    if named[1]:
         same_weights(b, _module(a, arguments.a))
-    elif is_name(arguments.a) and not arguments.pretrained:
+    elif named[0] and not arguments.kernels:
         same_weights(a, _module(b, arguments.b))
     known = a if isinstance(a, nn.Module) else b
     channels, *size = size_of(known)
@@ -80,6 +90,16 @@ def _read(arguments: argparse.Namespace) -> tuple[Any, Any, Tensor]:
         generator = torch.Generator().manual_seed(arguments.seed)
         images = torch.randn(2, channels, height, width, generator=generator)
     return a, b, images.to(arguments.device)
+
+
+def _on_stock_and_on_ops(model: nn.Module, device: torch.device) -> tuple[nn.Module, nn.Module]:
+    """The model on PyTorch's operators and on vitfast's: ours lowered or as it is, another one as it is or patched."""
+    model, other = model.to(device).eval(), copy.deepcopy(model).to(device).eval()
+    if isinstance(model, vitfast.ViT):
+        model.exportable = True
+    else:
+        vitfast.patch(other)
+    return model, other
 
 
 def _module(model: Any, text: str) -> nn.Module:

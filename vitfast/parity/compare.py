@@ -18,13 +18,14 @@ from vitfast.parity.cases import DOUBLE, Case, Side, cases_of, in_common, off, s
 from vitfast.parity.chain import IMAGES, Chain, Outside, clone_in
 from vitfast.parity.comparison import Comparison, Error, Row
 from vitfast.parity.diagnosis import diagnosis
+from vitfast.parity.gradients import error_of, gradient_rows
 from vitfast.parity.stages import exact_chain, hooked
 
 
 @torch.no_grad()
 def compare(
     a: nn.Module | Outside, b: nn.Module | Outside, images: Tensor, *, dtype: torch.dtype | None = None,
-    diagnose: bool = True,
+    diagnose: bool = True, gradients: bool = False,
 ) -> Comparison:  # fmt: skip
     """Two models on the same images: where they differ first, by how much, and why.
 
@@ -39,6 +40,7 @@ def compare(
         images: [B, C, H, W], normalised pixels, on the device to compare on.
         dtype: torch.float32, torch.float16 or torch.bfloat16; by default that of `a`'s parameters, fp32 for fp64.
         diagnose: look for a substitution that makes them agree, where they do not.
+        gradients: compare what each stage hands back too: the gradient of its input for a random cotangent.
 
     Raises:
         ValueError: another dtype, or models that have no stage in common.
@@ -67,12 +69,23 @@ def compare(
     notes += [f"{two.chain.whose} has no fp64: it is compared in {_name(dtype)} only"] if two.exact is None else []
     cases = {} if two.exact is None else {case.stage: case for case in cases_of(one, two, images, dtype)}
     rows, typical = _rows(one, two, stages, cases, images, dtype)
-    first = next((row.stage for row in rows if row.faults), None)
-    found = diagnosis(one, two, images, dtype, labels) if first is not None and diagnose and not why else None
+    back = gradient_rows(one, two, stages, images, dtype) if gradients else ()
+    first = next((row.stage for row in (*rows, *back) if row.faults), None)
+    wrong = any(row.faults for row in rows)
+    found = diagnosis(one, two, images, dtype, labels) if wrong and diagnose and not why else None
     whose = dict(zip(labels, (one.chain.whose, two.chain.whose), strict=True))
     notes += _what_the_dtype_hides(rows, cases, dtype)
     return Comparison(
-        whose["a"], whose["b"], _name(dtype), rows, first, typical, told, tuple(dict.fromkeys(notes)), found
+        whose["a"],
+        whose["b"],
+        _name(dtype),
+        rows,
+        first,
+        typical,
+        told,
+        tuple(dict.fromkeys(notes)),
+        found,
+        back,
     )
 
 
@@ -145,7 +158,7 @@ def _rows(
         faults = [*([] if case is None else _formula_faults(case)), *alone]
         inherited = None
         if ref is not None and out.shape == ref.shape:
-            inherited = _error(out, ref, lows[stage])
+            inherited = error_of(out, ref, lows[stage])
             found, row_logs = stage_faults(out, ref, lows[stage], few=True)
             faults += [f"inherited: {fault}" for fault in found]
             logs += [] if row_logs is None else [row_logs]
@@ -187,15 +200,7 @@ def _own(
     if ref is None or by_low is None or out is None or out.shape != ref.shape:
         return None, []
     found, _ = stage_faults(out, ref, by_low, few=True)
-    return _error(out, ref, by_low), [f"its own: {fault}" for fault in found]
-
-
-def _error(out: Tensor, ref: Tensor, low: Tensor) -> Error:
-    error = (out.double() - ref).abs()
-    relative, yardstick = off(out, ref), off(low, ref)
-    cosine = torch.cosine_similarity(out.double().flatten(), ref.flatten(), dim=0).item()
-    units = relative / yardstick if yardstick else (0.0 if relative == 0 else float("inf"))
-    return Error(error.max().item(), error.mean().item(), relative, cosine, units)
+    return error_of(out, ref, by_low), [f"its own: {fault}" for fault in found]
 
 
 def _what_the_dtype_hides(rows: tuple[Row, ...], cases: Mapping[str, Case], dtype: torch.dtype) -> list[str]:

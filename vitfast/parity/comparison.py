@@ -60,6 +60,7 @@ class Comparison:
     preprocessing: in what the preparation of images differs.
     notes: what could not be compared, and how it was compared instead.
     diagnosis: which substitutions make the two agree; None where they agree, or nobody looked.
+    gradients: one row a stage, of the gradient of its input; empty where nobody asked.
     """
 
     a: str
@@ -71,6 +72,7 @@ class Comparison:
     preprocessing: tuple[str, ...]
     notes: tuple[str, ...]
     diagnosis: Diagnosis | None
+    gradients: tuple[Row, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -88,17 +90,8 @@ class Comparison:
             "typical_yardsticks": _plain(self.typical),
             "preprocessing": list(self.preprocessing),
             "notes": list(self.notes),
-            "stages": [
-                {
-                    "stage": row.stage,
-                    "passed": row.passed,
-                    "inherited": None if row.inherited is None else _plain(row.inherited._asdict()),
-                    "own": None if row.own is None else _plain(row.own._asdict()),
-                    "formula": _plain(row.formula),
-                    "faults": list(row.faults),
-                }
-                for row in self.stages
-            ],
+            "stages": [_row(row) for row in self.stages],
+            "gradients": [_row(row) for row in self.gradients],
             "diagnosis": None if self.diagnosis is None else _plain(self.diagnosis.to_dict()),
         }
 
@@ -124,13 +117,29 @@ class Comparison:
             formula = f"{'-':>8}" if row.formula is None else f"{row.formula:8.1e}"
             mark = "" if row.passed else "  first" if row.stage == self.first else "  not accepted"
             lines.append(f"{row.stage:{width}}  {inherited}  {alone}  {formula}{mark}")
+        for row in self.gradients:
+            told = "-" if row.own is None else f"{row.own.relative:8.1e} {_short(row.own.units):>7}"
+            mark = "" if row.passed else f"  {row.faults[0]}"
+            lines.append(f"{row.stage:{width}}  gradient of its input: {told}  {row.formula or 0.0:8.1e}{mark}")
         if self.ok:
             return "\n".join([*lines, f"parity: every stage is accepted, the typical row is {_of(self.typical)}"])
-        row = next(row for row in self.stages if row.stage == self.first)
+        rows = (*self.stages, *self.gradients)
+        row = next(row for row in rows if row.stage == self.first and row.faults)
         lines.append(f"no parity, first at {row.stage}: {row.faults[0]}")
         if self.diagnosis is not None:
             lines.append(str(self.diagnosis))
         return "\n".join(lines)
+
+
+def _row(row: Row) -> dict[str, Any]:
+    return {
+        "stage": row.stage,
+        "passed": row.passed,
+        "inherited": None if row.inherited is None else _plain(row.inherited._asdict()),
+        "own": None if row.own is None else _plain(row.own._asdict()),
+        "formula": _plain(row.formula),
+        "faults": list(row.faults),
+    }
 
 
 def _short(units: float) -> str:

@@ -50,7 +50,7 @@ def diagnosis(a: Side, b: Side, images: Tensor, dtype: torch.dtype, labels: tupl
     """
     notes: list[str] = []
     cases = cases_of(a, b, images, dtype)
-    if not cases:
+    if not cases or not a.chain.stages:
         return Diagnosis((), (), ("there are no stages that both can be run from",))
     variants = [_canonical(side, label, images, notes) for side, label in zip((a, b), labels, strict=True)]
     rounded = rounded_anew(dtype)
