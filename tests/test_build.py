@@ -139,8 +139,8 @@ def call_extension(package):
 # the folders of the package, as they are installed
 ROOMS = {
     ".", "check", "check/families", "checkpoints", "choose", "commands", "inference", "kernels",
-    "kernels/cpu", "kernels/cuda", "kernels/triton", "loading", "measure", "model", "ops", "parity", "patching",
-    "patching/families", "reference", "timm_names", "weights", "weights/layouts",
+    "kernels/cpu", "kernels/cuda", "kernels/triton", "loading", "measure", "model", "ops", "parity", "parity/adapters",
+    "parity/substitutions", "patching", "patching/families", "reference", "timm_names", "weights", "weights/layouts",
 }  # fmt: skip
 
 

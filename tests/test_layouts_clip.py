@@ -176,8 +176,9 @@ def test_a_field_that_googles_config_leaves_out_is_lost():
     assert (config.heads, config.activation, config.norm_eps) == (12, "gelu_tanh", 1e-6)
     assert set(known.assumed) == {"preprocessing"}
     state = on_meta(lambda **v: clip(transformers.CLIPVisionModel, v), **base)
-    _, config, _, known = described(state, Facts(hf={"vision_config": {"hidden_act": "gelu"}}))
-    assert (config.heads, config.activation, config.norm_eps) == (12, "gelu", 1e-5)
+    vision = {"hidden_act": "gelu", "attention_dropout": 0.1}
+    _, config, _, known = described(state, Facts(hf={"vision_config": vision}))
+    assert (config.heads, config.activation, config.norm_eps, config.attn_dropout) == (12, "gelu", 1e-5, 0.1)
 
 
 def test_heads_of_the_largest_of_open_clip_have_64_channels():
@@ -422,8 +423,10 @@ PUBLISHED = {
 def test_published_weights_are_not_recognised_or_in_part(name):
     """The lists that are committed: each name is read or known to be of no use."""
     layout, given, expected, ignored = PUBLISHED[name]
-    found, config, sources, _ = described(published(name), given=given)
+    found, config, sources, known = described(published(name), given=given)
     assert found == layout
+    squashed = "siglip" in name or "clipa" in name
+    assert "gap" in name or (known.preprocessing["crop_mode"] == "squash") == squashed
     alike = expected.replace(norm_after_pool=config.norm_after_pool, layer_scale=config.layer_scale)
     assert config == alike and (config.layer_scale is None) == (expected.layer_scale is None)
     counts = {what: list(sources.ignored.values()).count(what) for what in ignored}

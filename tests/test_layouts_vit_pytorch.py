@@ -11,6 +11,7 @@ from vit_pytorch.mae import MAE
 from vit_pytorch.parallel_vit import ViT as ParallelViT
 from vit_pytorch.simple_vit import SimpleViT
 from vit_pytorch.simple_vit_with_register_tokens import SimpleViT as SimpleViTWithRegisters
+from vit_pytorch.vit_detpool import ViTDetPool
 from vit_pytorch.vit_for_small_dataset import ViT as SmallDatasetViT
 from vit_pytorch.vit_with_patch_merger import ViT as MergerViT
 
@@ -166,6 +167,11 @@ OTHERS = {
 def test_another_model_of_vit_pytorch_is_loaded_or_has_no_name(name):
     with pytest.raises(NotImplementedError, match=f"these are weights of vit-pytorch's {name}"):
         vitfast.load(OTHERS[name]().state_dict())
+
+
+def test_class_token_of_another_kind_is_a_traceback():
+    with pytest.raises(ValueError, match="must be those of a ViT in any layout that is known"):
+        vitfast.load(ViTDetPool(**ARGUMENTS).state_dict(), heads=2)
 
 
 def test_weights_beside_the_usual_are_dropped():

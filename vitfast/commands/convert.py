@@ -102,18 +102,10 @@ def _options(told: argparse.Namespace) -> dict[str, Any]:
     """Keywords of `vitfast.load`.
 
     Raises:
-        ValueError: a --field that is none, or more than two sides.
+        ValueError: a --field that is none.
     """
     names = ("num_classes", "image_size", "patch_size", "channels", "grid", "resampling", "as_", "key")
     options = {name: value for name in names if (value := getattr(told, name)) is not None}
-    for name in ("image_size", "patch_size"):
-        if name in options:
-            sides = options[name]
-            if len(sides) > 2:
-                told_sides = " ".join(map(str, sides))
-                raise ValueError(f"--{name.replace('_', '-')} must be one number or two, got {told_sides}")
-            options[name] = sides[0] if len(sides) == 1 else tuple(sides)
-    options |= {"grid": tuple(told.grid)} if told.grid else {}
     for text in told.field:
         name, equals, value = text.partition("=")
         if not equals or name not in FIELDS:
@@ -127,6 +119,20 @@ def _options(told: argparse.Namespace) -> dict[str, Any]:
 
 def _told(report: LoadReport) -> dict[str, Any]:
     return dataclasses.asdict(report) | {"config": report.config.to_dict()}
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}")
+    return int(text)
+
+
+def _sides(text: str) -> tuple[int, int]:
+    height, times, width = text.partition("x")
+    sides = _number(height), _number(width if times else height)
+    if 0 in sides:
+        raise argparse.ArgumentTypeError(f"must be more than 0, got {text!r}")
+    return sides
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -149,17 +155,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--key", help="of a file with several models, the one to take: teacher, state_dict ...")
     add("--allow-pickle", action="store_true", help="read pickled files too (nothing that they name is run)")
-    add("--num-classes", type=int, metavar="N", help="another classifier, zero; 0 for none")
-    add(
-        "--image-size",
-        type=int,
-        nargs="+",
-        metavar="PIXELS",
-        help="resample positions; one number, or height and width",
-    )
-    add("--patch-size", type=int, nargs="+", metavar="PIXELS", help="resample the projection")
-    add("--channels", type=int, metavar="N", help="sum or repeat the projection's channels, as timm does")
-    add("--grid", type=int, nargs=2, metavar="N", help="rows and columns of positions that are not square")
+    add("--num-classes", type=_number, metavar="N", help="another classifier, zero; 0 for none")
+    add("--image-size", type=_sides, metavar="PIXELS", help="resample positions: 384, or height and width, 384x512")
+    add("--patch-size", type=_sides, metavar="PIXELS", help="resample the projection")
+    add("--channels", type=_number, metavar="N", help="sum or repeat the projection's channels, as timm does")
+    add("--grid", type=_sides, metavar="ROWSxCOLUMNS", help="of positions that are not square")
     add("--resampling", choices=MODES, help="how (default: as the library of the weights)")
     add(
         "--field",

@@ -70,7 +70,7 @@ def _describe(view: View, facts: Facts, given: Mapping[str, Any], scan: bool, le
         size = given.get("image_size", SIDE)
         size = (size, size) if isinstance(size, int) else size
         grid = given.get("grid", (size[0] // height, size[1] // width))
-        fields["pos_embed"] = "patches"
+        fields["pos_embed"] = "patches" if "cls" in view else "all"
         assumed["pos_embed"] = "there are none: big_vision's fixed ones, sincos2d"
         if "image_size" not in given and "grid" not in given:
             assumed["image_size"] = "as all of big_vision's with fixed positions; the weights do not tell"
@@ -101,7 +101,9 @@ def _positions(view: View, given: Mapping[str, Any]) -> tuple[str, tuple[int, in
     rows = view.shape("pos_embedding")[1]
     patches = math.prod(given["grid"]) if "grid" in given else None
     for_all = rows - 1 == patches if patches is not None else grid_side(rows) is None
-    if "cls" in view and for_all:
+    if "cls" not in view:
+        return "all", grid_of(rows, 0, given)
+    if for_all:
         return "all", grid_of(rows, 1, given)
     return "patches", grid_of(rows, 0, given)
 

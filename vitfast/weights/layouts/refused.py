@@ -32,6 +32,21 @@ STAGES = "stages of several widths"
 QKV = r"(^|\.)blocks\.0\.attn\.qkv\.weight$"
 # the first that fits; patterns of one library's names before those that others share
 REFUSED = (
+    Refused(
+        r"(^|\.)patch_to_embedding\.", "vit-pytorch before 0.7.0",
+        "the scale of attention that it had until 0.6.6, dim ** -0.5 (those of 0.6.7 and 0.6.8 load once "
+        "patch_to_embedding is renamed to to_patch_embedding.1)",
+    ),
+    Refused(r"\.mix_heads_(pre|post)_attn$", "vit-pytorch's CaiT", "class attention and talking heads"),
+    Refused(r"(^|\.)reattn_weights$", "vit-pytorch's DeepViT", "attention that mixes heads"),
+    Refused(r"(^|\.)to_patch_tokens\.", "vit-pytorch's ViT for small datasets", "shifted patches and their attention"),
+    Refused(r"(^|\.)patch_merger\.", "vit-pytorch's ViT with a patch merger", "tokens that are merged on the way"),
+    Refused(r"(^|\.)layers\.\d+\.[01]\.fns\.", "vit-pytorch's parallel ViT", "several branches beside one another"),
+    Refused(r"(^|\.)transformer\.layers\..*\.rel_pos_bias\.", "a model of vit-pytorch", RELATIVE),
+    Refused(
+        r"(^|\.)to_patch_embedding\.", "a model of vit-pytorch that is not its ViT or SimpleViT", "its layers",
+        r"(^|\.)transformer\.layers\.0\.0\.(fn\.){0,2}to_qkv\.weight$",
+    ),
     Refused(r"(^|\.)patch_embed\.backbone\.", "timm's hybrids (and ViTamin)", "a stem of convolutions"),
     Refused(r"(^|/)conv_root/|(^|/)block1/unit\d+/", "Google's hybrids", "a stem that is a ResNet"),
     Refused(r"(^|\.)conv_proj\.conv_(bn_relu|last)", "torchvision's ViT with a stem of convolutions", "such a stem"),

@@ -260,8 +260,7 @@ def _all_zero(weight: Tensor, _: ViTConfig) -> tuple[()]:
 
 
 ANCHOR = r"to_patch_embedding\.1\.weight"
-# in vit-pytorch's MAE and SimMIM
-INNER = ("encoder.", "")
+# beside an encoder in MAE and SimMIM, a student in DINO and distillation
 TRAINING = {
     r"//?(patch_to_emb|enc_to_dec|decoder|decoder_pos_emb|to_pixels)\.": "the decoder of masked pretraining",
     r"//?mask_token$": "the token that stands for hidden patches in pretraining",
@@ -271,14 +270,14 @@ TRAINING = {
 RENAME_OLD = ((r"(layers\.\d+\.[01])\.fn\.norm\.", r"\1.norm."), (r"\.fn\.fn\.", ".fn."))
 LAYOUTS = (
     Layout(
-        "vit-pytorch", "vit-pytorch's ViT", ANCHOR, _recognises, _describe, _rules, INNER, TRAINING,
+        "vit-pytorch", "vit-pytorch's ViT", ANCHOR, _recognises, _describe, _rules, ignored=TRAINING,
     ),
     Layout(
         "vit-pytorch-1.2", "vit-pytorch's ViT before release 1.4", ANCHOR, _recognises_old, _describe_old, _rules_old,
-        INNER, TRAINING, rename=RENAME_OLD,
+        ignored=TRAINING, rename=RENAME_OLD,
     ),
     Layout(
         "vit-pytorch-simple", "vit-pytorch's SimpleViT", ANCHOR, _recognises_simple, _describe_simple, _rules_simple,
-        INNER, TRAINING,
+        ignored=TRAINING,
     ),
 )  # fmt: skip
