@@ -135,11 +135,15 @@ def test_failure_leaves_half_of_it_or_takes_what_was_there(out, force, where, tm
         monkeypatch.setattr(module, "save_file", half)
         monkeypatch.setattr(module.torch, "save", half)
     elif where == "replace":
+        # as on a file system without links
+        monkeypatch.setattr(module.os, "link", fails)
         monkeypatch.setattr(module.os, "replace", fails)
         monkeypatch.setattr(module.os, "rename", fails)
     else:
         to_out = lambda a, b: fails() if Path(b).name == out and ".tmp" in str(a) else real(a, b)  # noqa: E731
         monkeypatch.setattr(module.os, "rename", to_out)
+        # as on a file system without links
+        monkeypatch.setattr(module.os, "link", fails)
         monkeypatch.setattr(module.os, "replace", fails)
     with pytest.raises(OSError):
         vitfast.save_as(other, tmp_path / out, force=force)
@@ -165,7 +169,15 @@ for line in sys.stdin:
     print(flush=True)
 """
 # name, whether by force, how often
-RACES = [("m", 0, 1), ("m.safetensors", 0, 1), ("m", 1, 15), ("m.safetensors", 1, 15), ("m.pth", 1, 15)]
+RACES = [
+    ("m", 0, 1),
+    ("m.safetensors", 0, 1),
+    ("m.pth", 0, 1),
+    ("m.safetensors", 0, 1),
+    ("m", 1, 15),
+    ("m.safetensors", 1, 15),
+    ("m.pth", 1, 15),
+]
 
 
 def test_two_processes_leave_a_mixture(tmp_path):
@@ -188,6 +200,14 @@ def test_two_processes_leave_a_mixture(tmp_path):
         assert any(all((w == value).all() for w in state.values()) for value in values)
         shutil.rmtree(tmp_path / name) if name == "m" else (tmp_path / name).unlink()
     assert [process.communicate() for process in both] == [("", "")] * 2
+
+
+def test_file_system_without_links_has_no_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(module.os, "link", fails)
+    model = filled(vitfast.ViT.from_config(fields()))
+    vitfast.save_as(model, tmp_path / "m.pth")
+    assert torch.equal(torch.load(tmp_path / "m.pth", weights_only=True)["cls_token"], model.cls_token)
+    assert [path.name for path in tmp_path.iterdir()] == ["m.pth"]
 
 
 def test_file_has_another_mode_than_a_new_one_or_no_format(tmp_path):

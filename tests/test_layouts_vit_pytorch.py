@@ -96,6 +96,8 @@ def test_simple_vit_in_memory_is_taken_for_another():
     ours = vitfast.load(theirs, dtype=torch.float64)
     images = torch.randn(2, 3, 32, 48, dtype=torch.float64)
     assert near(ours(images), theirs(images)) and ours.config.image_size == (32, 48)
+    with pytest.raises(ValueError, match="32"):
+        ours(images[..., :32])
     # its positions are computed for each size, not resampled
     larger = filled(SimpleViT(**ARGUMENTS | {"image_size": 64})).double()
     larger.load_state_dict(filled(SimpleViT(**ARGUMENTS)).state_dict())

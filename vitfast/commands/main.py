@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 # commands with a parser of their own, each in a file of its name
 ROOMY = {
@@ -35,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, rest = parser.parse_known_args(given)
     if arguments.command in ROOMY:
         # what stands behind the command's name is its own
-        return importlib.import_module(f"vitfast.commands.{arguments.command}").main(given[1:])
+        return _main_of(arguments.command)(given[1:])
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
@@ -46,6 +45,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return status
+
+
+def _main_of(command: str) -> Callable[[Sequence[str]], int]:
+    """Each is imported when it is asked for: some take a second."""
+    if command == "convert":
+        from vitfast.commands.convert import main as found
+    elif command == "demo":
+        from vitfast.commands.demo import main as found
+    elif command == "parity":
+        from vitfast.commands.parity import main as found
+    else:
+        from vitfast.commands.tune import main as found
+    return found
 
 
 def _info(arguments: argparse.Namespace) -> int:

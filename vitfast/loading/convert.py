@@ -119,9 +119,7 @@ def _write(files: Files, path: Path, force: bool) -> None:
     try:
         if path.suffix in FILES:
             _write_weights(files, temporary, path.suffix)
-            if not force and path.exists():
-                raise FileExistsError(f"convert: {str(path)!r} was made meanwhile; force=True (--force) replaces it")
-            os.replace(temporary, path)
+            _put_file(temporary, path, force)
             return
         temporary.mkdir()
         _write_weights(files, temporary / WEIGHTS, ".safetensors")
@@ -144,6 +142,22 @@ def _write_weights(files: Files, path: Path, suffix: str) -> None:
     mode = path.stat().st_mode
     save_file(files.state, path, metadata={"format": "pt"} | files.metadata)
     path.chmod(mode)
+
+
+def _put_file(temporary: Path, path: Path, force: bool) -> None:
+    if not force:
+        meanwhile = f"convert: {str(path)!r} was made meanwhile; force=True (--force) replaces it"
+        try:
+            # a rename would replace what another process has put there since `checked`
+            os.link(temporary, path)
+            return
+        except FileExistsError as error:
+            raise FileExistsError(meanwhile) from error
+        except OSError as error:
+            # a file system without links
+            if path.exists():
+                raise FileExistsError(meanwhile) from error
+    os.replace(temporary, path)
 
 
 def _put_folder(temporary: Path, path: Path, force: bool) -> None:
