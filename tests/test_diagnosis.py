@@ -1,11 +1,13 @@
 """Which substitution makes two models agree: every difference that is planted has to be named, and nothing else."""
 
 import pytest
+import timm
 import torch
 from parity_plants import BASES, PAIRS, SINGLES, base, each, planted
 from torch import nn
 
 import vitfast
+from vitfast.check.acceptance import FORMULA, apart
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +75,19 @@ def test_difference_of_one_block_is_taken_for_one_of_all():
     changed.blocks[1].ls1 = changed.blocks[1].ls2 = nn.Identity()
     found = vitfast.compare(ours, changed, images).diagnosis
     assert found.names == ("layer scale",) and "blocks.1 only" in str(found)
+
+
+def test_rounding_of_a_sum_is_taken_for_a_formula():
+    """A branch of a new model, scaled by 1e-5, is hardly more than what the residual rounds off; eps is more."""
+    exact = torch.randn(1000, dtype=torch.float64)
+    base_of_it, rounded = exact * (1 - 1e-9), torch.nextafter(exact, torch.full_like(exact, 9))
+    assert apart(rounded, exact, base_of_it) <= FORMULA < apart(exact * (1 + 1e-14), exact, base_of_it)
+    theirs = timm.create_model("deit3_small_patch16_224", depth=2, img_size=48, num_classes=5).eval()
+    ours, images = vitfast.load(theirs), torch.randn(2, 3, 48, 48)
+    found = vitfast.compare(theirs, ours, images, gradients=True)
+    assert found.ok, str(found)
+    found = vitfast.compare(theirs, planted(theirs, "eps 1e-5"), images)
+    assert found.first == "blocks.0.attn" and found.diagnosis.names == ("eps",)
 
 
 def test_what_a_lacks_is_not_found():
