@@ -27,6 +27,14 @@ class Recognised(NamedTuple):
     view: View
 
 
+def _why(layout: Layout, view: View, facts: Facts) -> str | None:
+    try:
+        return layout.recognises(view, facts)
+    except IndexError:
+        # a weight without the dimensions that tell
+        return None
+
+
 def described(found: Recognised, facts: Facts, given: Mapping[str, Any]) -> Known:
     """The model that these weights are of.
 
@@ -65,7 +73,7 @@ def recognise(state: Mapping[str, Tensor], facts: Facts, as_: str | None = None)
         found = [
             Recognised(layout, why, prefix, view)
             for prefix, view in views(layout, state)
-            if (why := layout.recognises(view, facts)) is not None
+            if (why := _why(layout, view, facts)) is not None
         ]
         if len(found) > 1:
             places = ", ".join(repr(each.prefix.rstrip("./")) for each in found)
