@@ -245,12 +245,13 @@ def npz_of(model, path, big_vision=True):
     np.savez(path, **{name: value.detach().numpy() for name, value in names.items()})
 
 
+SMALL = {"embed_dim": 128, "num_heads": 2}
 TIMM = {
     "AugReg": ("vit_tiny_patch16_224", {"num_classes": 7}, False),
-    "SAM": ("vit_small_patch32_224", {"num_classes": 7}, False),
-    "SigLIP": ("vit_base_patch16_siglip_224", {}, True),
-    "gap": ("vit_base_patch16_siglip_gap_224", {"num_classes": 7}, True),
-    "SigLIP2 of odd width": ("vit_so400m_patch14_siglip_224", {}, True),
+    "SAM": ("vit_small_patch32_224", SMALL | {"num_classes": 7}, False),
+    "SigLIP": ("vit_base_patch16_siglip_224", SMALL, True),
+    "gap": ("vit_base_patch16_siglip_gap_224", SMALL | {"num_classes": 7}, True),
+    "SigLIP2 of odd width": ("vit_so400m_patch14_siglip_224", {"embed_dim": 144, "num_heads": 2}, True),
 }
 
 
