@@ -50,8 +50,8 @@ def draw(found: Comparison, path: Path) -> None:
     if found.first is not None:
         at = next(i for i, row in enumerate(rows) if row.stage == found.first)
         axes.axvline(at, color="tab:red", linewidth=0.8)
-        axes.annotate(f"first: {found.first}", (at, 1.0), xycoords=("data", "axes fraction"), color="tab:red",
-                      ha="left", va="top", fontsize=8)  # fmt: skip
+        axes.annotate(f"first: {found.first}", (at, 0.0), (4, 4), xycoords=("data", "axes fraction"),
+                      textcoords="offset points", color="tab:red", fontsize=8)  # fmt: skip
     axes.set_yscale("log")
     axes.set(ylabel="relative rms error, against a in fp64", title=f"{'parity' if found.ok else 'no parity'}, by depth")
     axes.set_xticks([*places], [row.stage for row in rows], rotation=90, fontsize=7)
