@@ -17,10 +17,9 @@ from vitfast.parity.chain import Outside
 from vitfast.parity.oracle import onnx_model
 from vitfast.timm_names import pretrained_cfg as cfgs
 from vitfast.timm_names.variants import VARIANTS
+from vitfast.weights.layouts.hugging_face import preprocessing_of
 
 FORMS = "vitfast:NAME, timm:NAME, torchvision:NAME, hf:FOLDER, a folder of transformers, a file of weights, FILE.onnx"
-# PIL's numbers in preprocessor_config.json
-INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
 def model_of(
@@ -120,7 +119,7 @@ def _hugging_face(folder: Path) -> nn.Module:
     finally:
         if shown:
             bars.enable_progress_bar()
-    model.pretrained_cfg = _prepared_as(_json(folder / "preprocessor_config.json"))
+    model.pretrained_cfg = preprocessing_of(_json(folder / "preprocessor_config.json"), {})[0]
     return model
 
 
@@ -132,22 +131,6 @@ def _json(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} must be JSON: {error}") from error
     return found if isinstance(found, dict) else {}
-
-
-def _prepared_as(processor: Mapping[str, Any]) -> dict[str, Any]:
-    """transformers' preprocessor_config.json in timm's terms."""
-    found: dict[str, Any] = {}
-    for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
-        if theirs in processor:
-            found[ours] = tuple(processor[theirs])
-    size = processor.get("crop_size") or processor.get("size")
-    if isinstance(size, Mapping) and "height" in size:
-        found["input_size"] = (3, size["height"], size["width"])
-    elif isinstance(size, int):
-        found["input_size"] = (3, size, size)
-    if processor.get("resample") in INTERPOLATIONS:
-        found["interpolation"] = INTERPOLATIONS[processor["resample"]]
-    return found
 
 
 def size_of(model: Any) -> tuple[int, int, int]:
