@@ -92,8 +92,11 @@ def load_checkpoint(
         if not hint:
             raise
         raise RuntimeError(f"{error}\n  ({hint})") from None
-    changed = (f"classifier: a new one, zero, for {num_classes} classes",) if other_head else ()
-    model.load_report = replace(report, changed=changed, not_finite=tuple(bad), chosen=found.note)
+    for differs in report.changed:
+        whose = report.whose
+        warnings.warn(f"load_checkpoint: {whose}: {differs}: vitfast.load(source) builds theirs", stacklevel=2)
+    new_head = (f"classifier: a new one, zero, for {num_classes} classes",) if other_head else ()
+    model.load_report = replace(report, changed=(*report.changed, *new_head), not_finite=tuple(bad), chosen=found.note)
     return wrapped
 
 
@@ -115,16 +118,16 @@ def _under_our_names(
     mode = resampling or found.layout.resampling
     if found.layout.name in OWN:
         return source.state, grid, mode, report
-    config = _config_of(found, source.facts, model)
+    config, differs = _config_of(found, source.facts, model)
     with torch.device("meta"):
         own = own_weights(ViT.from_config(config))
     sources = sources_of(found.layout, found.view, config, own)
-    report = replace(report, config=config, ignored=sources.ignored)
+    report = replace(report, config=config, ignored=sources.ignored, changed=(differs,) if differs else ())
     return dict(converted(sources, found.view, config, own)), config.grid_size, mode, report
 
 
-def _config_of(found: Recognised, facts: Facts, model: ViT) -> ViTConfig:
-    """Of the weights; what they do not tell is as the model has it. Warns where they tell another thing."""
+def _config_of(found: Recognised, facts: Facts, model: ViT) -> tuple[ViTConfig, str]:
+    """Of the weights; what they do not tell is as the model has it. And where they tell another thing, in words."""
     silent = {name: getattr(model.config, name) for name in SILENT}
     describe = functools.partial(described, found, facts)
     try:
@@ -140,13 +143,7 @@ def _config_of(found: Recognised, facts: Facts, model: ViT) -> ViTConfig:
         for name, value in silent.items()
         if name not in known.assumed and getattr(config, name) != value
     ]
-    if differs:
-        warnings.warn(
-            f"load_checkpoint: these weights of {found.layout.whose} are of a model with {'; '.join(differs)}: "
-            "vitfast.load(source) builds theirs",
-            stacklevel=4,
-        )
-    return config
+    return config, f"weights of a model with {'; '.join(differs)}" if differs else ""
 
 
 def _resample(state: dict[str, Tensor], model: ViT, grid: tuple[int, int] | None, mode: str) -> None:

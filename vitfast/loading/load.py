@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vitfast.checkpoints.not_finite import not_finite
+from vitfast.checkpoints.progress import Progress
 from vitfast.loading.take import take
 from vitfast.model.vit import ViT
 from vitfast.weights.names import own_weights
@@ -69,10 +70,12 @@ def load(
         model = ViT.from_config(taken.config)
     model = model.to(dtype or torch.get_default_dtype()).to_empty(device=device or torch.get_default_device())
     places, bad = own_weights(model), list[str]()
-    with torch.no_grad():
+    total = sum(place.nbytes for place in places.values())
+    with torch.no_grad(), Progress(f"loading {taken.report.source}", total) as progress:
         for name, weight in taken.weights:
             bad += not_finite({name: weight})
             places[name].copy_(weight)
+            progress.add(places[name].nbytes)
     if bad:
         warnings.warn(f"load: {taken.report.source} has NaN or Inf in {', '.join(bad)}", stacklevel=2)
     model.load_report = replace(taken.report, not_finite=tuple(bad))
