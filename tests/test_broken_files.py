@@ -154,7 +154,7 @@ def test_mapping_in_a_thousand_places_of_itself_is_looked_into_for_ages(tmp_path
     content = {}
     for depth in range(4):
         content = {f"{depth}.{i}": once if depth == 0 else content for i in range(1000)}
-    torch.save(content, tmp_path / "bad.pth")
+    torch.save({"state_dict": content}, tmp_path / "bad.pth")
     refused(tmp_path / "bad.pth", "flat mapping")
 
 

@@ -253,3 +253,25 @@ def test_config_of_another_model_beside_a_file_is_believed(tmp_path):
     )
     (tmp_path / "model.safetensors").rename(tmp_path / "other.safetensors")
     assert vitfast.load(tmp_path / "other.safetensors", heads=3).config.norm_eps == 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_numbers_that_mean_something_else_are_converted(dtype, tmp_path):
+    """Eight bits without their scale, truth, complex ones."""
+    state = timms("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=5).state_dict()
+    state["head.weight"] = state["head.weight"].to(dtype)
+    with pytest.raises(ValueError, match=r"weights must be float64.*head\.weight is"):
+        vitfast.load(state)
+    model = vitfast.create_model("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=5)
+    before = model.cls_token.clone()
+    with pytest.raises(ValueError, match=r"weights must be float64.*head\.weight is"):
+        vitfast.load_checkpoint(model, state)
+    assert torch.equal(before, model.cls_token)
+
+
+@pytest.mark.parametrize("name", ["pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc2.weight", "head.weight"])
+def test_weight_of_another_rank_ends_in_a_traceback(name):
+    state = timms("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=5).state_dict()
+    for other in (torch.tensor(1.0), torch.ones(3), torch.ones(2, 2, 2, 2, 2)):
+        with pytest.raises((ValueError, RuntimeError), match="load: state dict: "):
+            vitfast.load(state | {name: other})

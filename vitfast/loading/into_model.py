@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from vitfast.checkpoints.checkpoint import unwrapped
+from vitfast.checkpoints.dtypes import check_dtypes
 from vitfast.checkpoints.not_finite import warn_not_finite
 from vitfast.config import ViTConfig
-from vitfast.loading.recognise import Recognised, recognise
+from vitfast.loading.recognise import Recognised, described, recognise
 from vitfast.loading.report import LoadReport
 from vitfast.loading.source import Source, source_of
 from vitfast.model.vit import ViT
@@ -70,10 +71,14 @@ def load_checkpoint(
     found = source_of(source, allow_pickle=allow_pickle, key=key)
     state, grid, mode, report = _under_our_names(found, model, as_, resampling)
     state = _joined(state, model)
-    bad = warn_not_finite(state, f"load_checkpoint: {found.name}")
+    bad = warn_not_finite(state, f"load_checkpoint: {found.name}", stacklevel=2)
     # blocks compiled or wrapped one by one
     own_names = {without_wrappers(name): name for name in own_weights(model)}
     state = rename_keys(state, lambda name: own_names.get(name, name))
+    own = own_weights(model)
+    floats = {name for name, weight in own.items() if weight.is_floating_point()}
+    taken = {name: value for name, value in state.items() if name in floats and isinstance(value, Tensor)}
+    check_dtypes(taken, f"load_checkpoint: {found.name}")
     _resample(state, model, grid, mode)
     other_head = _other_head(state, model)
     if other_head and num_classes is not None:
@@ -121,7 +126,7 @@ def _under_our_names(
 def _config_of(found: Recognised, facts: Facts, model: ViT) -> ViTConfig:
     """Of the weights; what they do not tell is as the model has it. Warns where they tell another thing."""
     silent = {name: getattr(model.config, name) for name in SILENT}
-    describe = functools.partial(found.layout.describe, found.view, facts)
+    describe = functools.partial(described, found, facts)
     try:
         known = describe({})
     except NeedsArgument:

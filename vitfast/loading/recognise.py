@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from vitfast.weights.layouts import LAYOUTS
-from vitfast.weights.layouts.layout import Facts, Layout, View, views
+from vitfast.weights.layouts.layout import Facts, Known, Layout, View, views
 from vitfast.weights.layouts.refused import refused
 
 
@@ -25,6 +25,31 @@ class Recognised(NamedTuple):
     why: str
     prefix: str
     view: View
+
+
+def _why(layout: Layout, view: View, facts: Facts) -> str | None:
+    try:
+        return layout.recognises(view, facts)
+    except IndexError:
+        # a weight without the dimensions that tell
+        return None
+
+
+def described(found: Recognised, facts: Facts, given: Mapping[str, Any]) -> Known:
+    """The model that these weights are of.
+
+    Raises:
+        ValueError: a weight has another number of dimensions than the library's; or as `Layout.describe`.
+        NotImplementedError: as `Layout.describe`.
+    """
+    try:
+        return found.layout.describe(found.view, facts, given)
+    except (IndexError, ValueError) as error:
+        # of a shape that was taken apart
+        if isinstance(error, IndexError) or "to unpack" in str(error):
+            whose = found.layout.whose
+            raise ValueError(f"a weight has not the number of dimensions that it has in {whose} ({error})") from error
+        raise
 
 
 def recognise(state: Mapping[str, Tensor], facts: Facts, as_: str | None = None) -> Recognised:
@@ -48,7 +73,7 @@ def recognise(state: Mapping[str, Tensor], facts: Facts, as_: str | None = None)
         found = [
             Recognised(layout, why, prefix, view)
             for prefix, view in views(layout, state)
-            if (why := layout.recognises(view, facts)) is not None
+            if (why := _why(layout, view, facts)) is not None
         ]
         if len(found) > 1:
             places = ", ".join(repr(each.prefix.rstrip("./")) for each in found)

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vitfast.checkpoints.dtypes import check_dtypes
 from vitfast.config import ViTConfig
-from vitfast.loading.recognise import recognise
+from vitfast.loading.recognise import described, recognise
 from vitfast.loading.report import LoadReport
 from vitfast.loading.source import source_of
 from vitfast.model.vit import ViT
@@ -57,13 +58,15 @@ def take(
     try:
         found = recognise(state, facts, as_)
         del state
-        known = found.layout.describe(found.view, facts, given)
+        known = described(found, facts, given)
         config = ViTConfig(**known.fields | fields)
         target = config.replace(**sizes)
         with torch.device("meta"):
             own = own_weights(ViT.from_config(config))
             wanted = own_weights(ViT.from_config(target))
         sources = sources_of(found.layout, found.view, config, own)
+        used = {name for _, theirs in sources.rules.values() for name in theirs}
+        check_dtypes({name: found.view[name] for name in sorted(used)}, found.layout.whose)
         mode = resampling or found.layout.resampling
         changed = _changes(config, target, mode)
     except (ValueError, RuntimeError, NotImplementedError) as error:
