@@ -197,7 +197,7 @@ def test_changelog_sends_readers_to_a_file_that_is_not_there():
 
 # where results are compared by another measure, and why that is another question than whether they are right
 OTHER_QUESTIONS = {
-    "vitfast.parity.gradients": "shows the errors; how large they may be it asks acceptance",
+    "vitfast.parity.cases": "shows the errors; how large they may be it asks acceptance",
     "vitfast.checkpoints.described": "whether a file's number is the one in a config",
     "vitfast.ops._attention_stock": "whether a backend of torch computes attention at all, or something else",
 }

@@ -9,17 +9,18 @@ import warnings
 import hf_pair
 import patch_others
 import pytest
+import timm
 import timm_pair
 import torch
 import vit_pytorch
-from parity_plants import SIZES, base, planted
+from parity_plants import base, planted
 from test_parity_timm import products
 from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer as TorchVision
 from vit_pytorch.simple_vit import SimpleViT
 
 import vitfast
-from vitfast.parity import stages as parity_stages
+from vitfast.parity.chain import clone_in
 from vitfast.parity.compare import worst_by_kind
 from vitfast.parity.oracle import onnx_model
 
@@ -86,8 +87,6 @@ def test_two_other_libraries_do_not_agree():
     torch.manual_seed(0)
     theirs, images = hf_pair.build("ViT")
     ours = vitfast.load(theirs)
-    import timm
-
     twin = timm.models.vision_transformer.VisionTransformer(
         img_size=32, patch_size=8, embed_dim=128, depth=2, num_heads=2, mlp_ratio=2, num_classes=10,
         norm_layer=functools.partial(nn.LayerNorm, eps=ours.config.norm_eps),
@@ -290,10 +289,6 @@ def test_result_cannot_be_written_or_read():
 def test_weights_are_held_three_times():
     """A model's clone in its own dtype shares its weights."""
     _, ours, images = base("token")
-    clone = parity_stages.chain_like  # the stages of a clone are made by it
-    assert clone is not None
-    from vitfast.parity.chain import clone_in
-
     same = clone_in(ours, torch.float32, images.device, torch.float32)
     assert same.blocks[0].attn.qkv.weight.data_ptr() == ours.blocks[0].attn.qkv.weight.data_ptr()
     wide = clone_in(ours, torch.float64, images.device, torch.bfloat16)
@@ -375,6 +370,3 @@ def test_value_inside_of_an_onnx_file_is_not_read(onnx_files):
         onnx_model(__file__)
     with pytest.raises(FileNotFoundError):
         onnx_model("not_there.onnx")
-
-
-assert SIZES["depth"] == 2

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vitfast.check.acceptance import FORMULA, FORMULA_OF_FP32, LUCK, apart
 from vitfast.parity.chain import IMAGES, Chain, clone_in
+from vitfast.parity.comparison import Error
 from vitfast.parity.stages import chain_like, off_grid
 
 DOUBLE = torch.float64
@@ -172,3 +173,12 @@ def span(chain: Chain, start: str, stage: str, x: Tensor) -> tuple[Tensor | None
         return chain.span(start, stage, x), ""
     except (RuntimeError, ValueError, IndexError) as error:
         return None, f"cannot take {start} {list(x.shape)}: {str(error).splitlines()[0]}"
+
+
+def error_of(out: Tensor, ref: Tensor, low: Tensor) -> Error:
+    """How far `out` is from fp64, and `low`, the yardstick, for what it is in units of that."""
+    error = (out.double() - ref).abs()
+    relative, yardstick = off(out, ref), off(low, ref)
+    cosine = torch.cosine_similarity(out.double().flatten(), ref.flatten(), dim=0).item()
+    units = relative / yardstick if yardstick else (0.0 if relative == 0 else float("inf"))
+    return Error(error.max().item(), error.mean().item(), relative, cosine, units)

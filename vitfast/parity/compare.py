@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from vitfast.check.acceptance import LUCK, RMS_RATIO, stage_faults
 from vitfast.inference.prepare import PreparedViT
-from vitfast.parity.cases import DOUBLE, Case, Side, cases_of, in_common, off, span, start_of
+from vitfast.parity.cases import DOUBLE, Case, Side, cases_of, error_of, in_common, off, span, start_of
 from vitfast.parity.chain import IMAGES, Chain, Outside, clone_in
 from vitfast.parity.comparison import Comparison, Error, Row
 from vitfast.parity.diagnosis import diagnosis
-from vitfast.parity.gradients import error_of, gradient_rows
+from vitfast.parity.gradients import gradient_rows
 from vitfast.parity.stages import exact_chain, hooked
 
 

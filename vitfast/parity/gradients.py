@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from vitfast.check.acceptance import FORMULA, stage_faults
-from vitfast.parity.cases import Side, off, start_of
+from vitfast.parity.cases import Side, error_of, off, start_of
 from vitfast.parity.chain import IMAGES, Chain
-from vitfast.parity.comparison import Error, Row
+from vitfast.parity.comparison import Row
 
 SEED = 0
 
@@ -57,12 +57,3 @@ def _pulled_back(chain: Chain, span: tuple[str, str], x: Tensor, cotangent: Tens
     except (RuntimeError, ValueError, IndexError):
         return None
     return gradient
-
-
-def error_of(out: Tensor, ref: Tensor, low: Tensor) -> Error:
-    """How far `out` is from fp64, and `low`, the yardstick, for what it is in units of that."""
-    error = (out.double() - ref).abs()
-    relative, yardstick = off(out, ref), off(low, ref)
-    cosine = torch.cosine_similarity(out.double().flatten(), ref.flatten(), dim=0).item()
-    units = relative / yardstick if yardstick else (0.0 if relative == 0 else float("inf"))
-    return Error(error.max().item(), error.mean().item(), relative, cosine, units)
