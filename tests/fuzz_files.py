@@ -183,7 +183,7 @@ def main(seconds, seed):
             try:
                 counts[name, outcome(name, changed, folder)] += 1
             except Exception as error:
-                path = Path(f"/tmp/fuzzed-{name.replace('/', '-')}-{counts.total()}")
+                path = Path(tempfile.gettempdir()) / f"fuzzed-{name.replace('/', '-')}-{counts.total()}"
                 path.write_bytes(changed)
                 print(f"{path}: {type(error).__name__}: {error}", flush=True)
                 counts[name, f"WRONG {type(error).__name__}"] += 1

@@ -9,7 +9,7 @@ from timm_pair import build_pair
 import vitfast
 from vitfast import ops
 from vitfast.model.layers import DropPath
-from vitfast.weights.resample import _interpolate_by_products
+from vitfast.weights.resample import MODES, _interpolate_by_products
 
 FLAVOURS = ["vit", "distilled", "dinov2_reg4", "siglip_map", "clip", "aimv2", "beit3_giant", "qk_norm", "vit_pytorch"]
 
@@ -143,7 +143,7 @@ def test_default_changes_an_op(default):
             ops.attention(kept, kept, kept, dropout_p=0.3),
             ops.attention(kept, kept, kept, lengths=torch.tensor([2, 3], device="cpu")),
             ops.attention_weights(kept, kept), *ops.add_layer_norm(rows, rows, None, None, 1e-6),
-            _interpolate_by_products(kept, (5, 3), True),
+            _interpolate_by_products(kept, (5, 3), MODES["timm"]),
         ]  # fmt: skip
 
     expected = everything()

@@ -1,5 +1,7 @@
 """`vitfast.load`: weights under the wrong names, a model that computes something else, a difference without a word."""
 
+import json
+
 import pytest
 import timm
 import torch
@@ -115,6 +117,10 @@ HUGGING_FACE = {
         tokens,
     ),
     "vit_msn": (lambda: transformers.ViTMSNModel(transformers.ViTMSNConfig(**SMALL)), tokens),
+    "vit_msn classes": (
+        lambda: transformers.ViTMSNForImageClassification(transformers.ViTMSNConfig(**SMALL)),
+        logits,
+    ),
     "ijepa": (lambda: transformers.IJepaForImageClassification(transformers.IJepaConfig(**SMALL)), logits),
 }
 
@@ -233,6 +239,15 @@ def test_one_of_two_sets_is_taken_and_not_said(tmp_path):
     assert torch.equal(ours.cls_token, raw.cls_token) and ours.load_report.chosen == "those under 'state_dict'"
 
 
+def test_what_stands_beside_a_model_is_an_error_without_a_way_out(tmp_path):
+    theirs = timms("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=5)
+    state = {f"model.{name}": value for name, value in theirs.state_dict().items()} | {"loss.weight": torch.ones(3)}
+    torch.save({"state_dict": state}, tmp_path / "lit.ckpt")
+    with pytest.raises(RuntimeError, match=r"(?s)unexpected: loss\.weight.*key='model' takes what stands under it"):
+        vitfast.load(tmp_path / "lit.ckpt", allow_pickle=True)
+    assert torch.equal(vitfast.load(tmp_path / "lit.ckpt", allow_pickle=True, key="model").cls_token, theirs.cls_token)
+
+
 def test_nan_weights_load_without_a_word(tmp_path):
     state = timms("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=5).state_dict()
     state["blocks.0.mlp.fc1.bias"][3] = torch.nan
@@ -275,3 +290,90 @@ def test_weight_of_another_rank_ends_in_a_traceback(name):
     for other in (torch.tensor(1.0), torch.ones(3), torch.ones(2, 2, 2, 2, 2)):
         with pytest.raises((ValueError, RuntimeError), match="load: state dict: "):
             vitfast.load(state | {name: other})
+
+
+def exchanged(what):
+    """A model in which somebody made something other than its class and its weights say."""
+    model = timms("vit_tiny_patch16_224", depth=2, img_size=32, num_classes=5)
+    if what == "hook":
+        model.blocks[1].register_forward_hook(lambda module, args, out: out * 2)
+    elif what == "forward":
+        model.blocks[1].forward = lambda x, **_: x
+    elif what == "scale":
+        model.blocks[1].attn.scale = 0.5
+    elif what == "activation":
+        model.blocks[1].mlp.act = torch.nn.GELU("tanh")
+    else:
+        model.blocks[1].norm1.eps = 1e-3
+    return model
+
+
+@pytest.mark.parametrize("what", ["hook", "forward", "scale", "activation", "eps"])
+def test_what_was_exchanged_in_a_model_in_memory_is_lost(what):
+    with pytest.raises(NotImplementedError, match=what if what != "forward" else "forward was replaced"):
+        vitfast.load(exchanged(what))
+
+
+def test_config_of_hugging_face_is_believed_where_its_modules_say_otherwise():
+    theirs = filled(transformers.ViTForImageClassification(transformers.ViTConfig(**SMALL))).double()
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = 1e-2
+    assert_same(vitfast.load(theirs, dtype=torch.float64), theirs, torch.randn(2, 3, 32, 32), *logits)
+
+
+def test_a_rectangle_is_taken_for_a_square_without_a_word():
+    """14 x 16 patches and a class token are as many positions as 15 x 15 patches without one."""
+    theirs = timms("vit_tiny_patch16_224", depth=1, img_size=(224, 256), num_classes=5)
+    state = theirs.state_dict()
+    with pytest.raises(NeedsArgument, match="pos_embed must be given, pos_embed='patches' or pos_embed='all'"):
+        vitfast.load(state)
+    for how in ({"image_size": (224, 256)}, {"pos_embed": "all", "grid": (14, 16)}):
+        ours = vitfast.load(state, dtype=torch.float64, **how)
+        assert ours.config.image_size == (224, 256) and ours.config.pos_embed == "all"
+    assert_same(ours, theirs, torch.randn(1, 3, 224, 256))
+
+
+def test_what_a_config_leaves_out_is_not_what_its_library_takes(tmp_path):
+    config = transformers.ViTConfig(**SMALL | {"hidden_size": 384, "num_attention_heads": 12})
+    theirs = filled(transformers.ViTForImageClassification(config)).double()
+    theirs.save_pretrained(tmp_path)
+    told = json.loads((tmp_path / "config.json").read_text())
+    for left_out in ("num_attention_heads", "layer_norm_eps", "hidden_act"):
+        del told[left_out]
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    ours = vitfast.load(tmp_path, dtype=torch.float64)
+    assert_same(ours, theirs, torch.randn(1, 3, 32, 32), *logits)
+    assert ours.load_report.assumed["heads"] == "the library's default; config.json leaves it out"
+
+
+def test_a_number_in_a_name_costs_memory_or_time():
+    state = timms("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=5).state_dict()
+    with pytest.raises(ValueError, match="blocks 1 of .* are missing"):
+        vitfast.load(state | {"blocks.99999999999.norm1.weight": torch.ones(192)})
+
+
+def test_wrong_use_is_taken_or_ends_in_a_traceback():
+    state = timms("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=5).state_dict()
+    for how, error, said in (
+        ({"grid": (2,)}, TypeError, r"grid must be \(rows, columns\)"),
+        ({"grid": 4}, TypeError, "grid must be"),
+        ({"dtype": "fp16"}, TypeError, "dtype must be a floating point torch.dtype, got 'fp16'"),
+        ({"dtype": torch.int8}, TypeError, "dtype must be"),
+        ({"resampling": "x"}, ValueError, "resampling must be one of timm.*got 'x'"),
+    ):
+        with pytest.raises(error, match=said):
+            vitfast.load(state, **how)
+    with pytest.raises(TypeError, match="source must map names to tensors, got 3"):
+        vitfast.load({3: torch.ones(2)})
+
+
+def test_weight_in_two_shards_is_taken_from_the_wrong_one(tmp_path):
+    state = timms("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=5).state_dict()
+    names = [*state]
+    save_file({name: state[name] for name in names[:10]}, tmp_path / "a.safetensors")
+    save_file({name: state[name] + (name in names[:10]) for name in names[8:]}, tmp_path / "b.safetensors")
+    index = {name: "a.safetensors" if name in names[:10] else "b.safetensors" for name in names}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    found = vitfast.load(tmp_path).state_dict()
+    assert all(torch.equal(found[name], value) for name, value in state.items())

@@ -131,5 +131,5 @@ def test_a_field_that_is_none_is_taken():
         vitfast.load(state, **given, colour="red")
     with pytest.raises(ValueError, match="image_size"):
         vitfast.load(state, **given, image_size=33)
-    with pytest.raises(ValueError, match="mode must be one of"):
+    with pytest.raises(ValueError, match="resampling must be one of"):
         vitfast.load(state, **given, image_size=64, resampling="nearest")

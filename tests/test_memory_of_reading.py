@@ -8,7 +8,7 @@ import timm
 import torch
 from peak_memory import peaks_of
 from safetensors.torch import save_file
-from test_layouts_google import arrays_of
+from test_layouts_google import npz_of
 
 pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's"), pytest.mark.slow]
 MATRICES, SIDE = 24, 1000
@@ -73,7 +73,7 @@ def test_loading_takes_more_than_the_weights(tmp_path):
         state = model.state_dict()
         for file, write in IN_TORCH.items():
             write(state, tmp_path / f"{name}.{file}")
-        np.savez(tmp_path / f"{name}.m.npz", **arrays_of(model))
+        npz_of(model, tmp_path / f"{name}.m.npz")
     total = sum(value.nbytes for value in state.values())
     load = "vitfast.load({}, activation='gelu', allow_pickle=True)"
     first = f"import mmap, zipfile, vitfast\nfor file in {files}: " + load.format(

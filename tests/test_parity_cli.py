@@ -205,3 +205,18 @@ def test_help_does_not_say_what_a_model_may_be(capsys):
     status, out, _ = run(capsys, "--help")
     assert status == 0 and "vitfast:NAME" in out and "FILE.onnx" in out
     assert parity.DTYPES.keys() == {"fp32", "fp16", "bf16"}
+
+
+def test_two_models_of_nan_are_alike(tmp_path):
+    model = vitfast.create_model("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=5)
+    with torch.no_grad():
+        model.blocks[0].norm1.weight[0] = torch.nan
+    found = vitfast.compare(model, model, torch.randn(1, 3, 32, 32))
+    assert not found.ok and found.first == "blocks.0.attn"
+
+
+@pytest.mark.parametrize("wrong", [["--tap", "tokens=x"], ["--field", "bogus=3"], ["--plot", "/nowhere/x.png"]])
+def test_option_that_means_nothing_is_passed_over(wrong, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parity.main(["vitfast:test_vit", "vitfast:test_vit", *wrong])
+    assert stop.value.code == 2 and wrong[0] in capsys.readouterr().err

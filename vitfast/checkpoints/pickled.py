@@ -116,7 +116,7 @@ def _before_1_6(path: Path) -> tuple[Any, bool]:
             memory, dtype = loaded[key]
             if unpickler.number("<q") * dtype.itemsize != memory.nbytes():
                 raise ValueError(f"storage {key!r} has another size than its tensors say")
-            filled = torch.empty(0, dtype=torch.uint8).set_(memory)
+            filled = torch.empty(0, dtype=torch.uint8, device="cpu").set_(memory)
             for start in range(0, memory.nbytes(), PART):
                 part = filled[start : start + PART]
                 part.copy_(torch.frombuffer(bytearray(unpickler.read(part.numel())), dtype=torch.uint8))

@@ -14,7 +14,7 @@ from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from vitfast.checkpoints.arrays import is_npz, read_arrays
 from vitfast.checkpoints.facts import Facts, facts_of
-from vitfast.checkpoints.files import INDEX, file_of, is_safetensors, shards_of
+from vitfast.checkpoints.files import INDEX, file_of, is_safetensors, read_json, shards_of
 from vitfast.checkpoints.pickled import load_pickled
 from vitfast.checkpoints.unpickler import Unread
 from vitfast.weights.names import rename_keys, without_wrappers
@@ -154,12 +154,13 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 def _shards(path: Path, allow_pickle: bool, given: str | os.PathLike, mapped: bool) -> tuple[dict[str, Any], bool]:
     state: dict[str, Any] = {}
-    unread = False
+    unread, shard_of = False, read_json(path).get("weight_map", {})
     for file in shards_of(path):
         shard, partly = _content(file, allow_pickle, given, mapped)
         if not isinstance(shard, Mapping):
             raise ValueError(f"read_checkpoint: {str(file)!r} must map names to tensors, got {type(shard).__name__}")
-        state |= shard
+        # of a name in two shards the index knows which one is meant
+        state |= {name: value for name, value in shard.items() if shard_of.get(name, file.name) == file.name}
         unread = unread or partly
     return state, unread
 

@@ -234,7 +234,7 @@ class Unpickler:
         self.claims -= elements * dtype.itemsize
         if self.claims < 0:
             raise ValueError("its tensors are views that claim many times the bytes of the file")
-        return torch.empty(0, dtype=dtype).set_(storage.data, offset, size, stride)
+        return torch.empty(0, dtype=dtype, device="cpu").set_(storage.data, offset, size, stride)
 
     def tensor_v3(self, *args: Any) -> Tensor:
         return self.tensor(*args[:6], *args[7:], dtype=args[6])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -14,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 import vitfast
+from vitfast.config import ViTConfig
 from vitfast.parity.chain import Outside
 from vitfast.parity.compare import compare
 from vitfast.parity.pictures import image_of
 from vitfast.parity.sources import FORMS, is_name, model_of, same_weights, size_of, statistics_of
 
+FIELDS = {field.name for field in dataclasses.fields(ViTConfig)} | {"grid", "key", "resampling"}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -49,6 +52,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if (arguments.b is None) != arguments.kernels:
         parser.error("B is required, or --kernels in its place")
+    if arguments.tap and not any(str(text).endswith(".onnx") for text in (arguments.a, arguments.b)):
+        parser.error("--tap names values of an ONNX file, and neither A nor B is one")
+    unknown = [name for name, _ in arguments.field if name not in FIELDS]
+    if unknown:
+        parser.error(f"--field must name a field of ViTConfig, got {', '.join(unknown)}")
+    if arguments.plot and not Path(arguments.plot).absolute().parent.is_dir():
+        parser.error(f"--plot: no folder {str(Path(arguments.plot).parent)!r}")
     try:
         a, b, images = _read(arguments)
         dtype = DTYPES[arguments.dtype] if arguments.dtype else None

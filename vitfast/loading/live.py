@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ ACTIVATIONS = {
     "PytorchGELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "QuickGELUActivation": "quick_gelu", "SiLU": "silu",
     "SiLUActivation": "silu",
 }  # fmt: skip
+# what transformers' MLPs call theirs
+ACTIVATION_NAMES = ("activation_fn", "act_fn", "intermediate_act_fn")
 
 
 def of_live(model: Any) -> tuple[dict[str, Tensor], Facts, str]:
@@ -35,12 +37,13 @@ def of_live(model: Any) -> tuple[dict[str, Tensor], Facts, str]:
     whose = f"{type(model).__module__}.{type(model).__qualname__}"
     if isinstance(model, ViT):
         return model.state_dict(), Facts(timm={"pretrained_cfg": _cfg(model)}, fields=config_of(model).to_dict()), whose
+    _check_untouched(model)
     for kind in type(model).__mro__:
         facts_of = FACTS.get(f"{kind.__module__}.{kind.__qualname__}")
         if facts_of is not None:
             return model.state_dict(), facts_of(model), whose
     if hasattr(model, "config") and hasattr(model.config, "to_dict"):
-        return _hugging_face(model.state_dict()), Facts(hf=model.config.to_dict()), whose
+        return _hugging_face(model.state_dict()), _of_hugging_face(model), whose
     raise TypeError(f"source must be a ViT of vitfast, timm, Hugging Face, torchvision or vit-pytorch, got {whose}")
 
 
@@ -52,6 +55,47 @@ def _hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
         down = name.replace(".gate_proj.", ".down_proj.")
         state[name.replace(".gate_proj.", ".weights_out.")] = state.pop(down)
     return state
+
+
+def _check_untouched(model: nn.Module) -> None:
+    """Raise NotImplementedError where somebody made a module compute something else than its class does."""
+    for name, module in model.named_modules():
+        held = vars(module)
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise NotImplementedError(f"{name or 'the model'} has a hook, which weights and config do not hold")
+        if "forward" in held and "_vitfast" not in held:
+            raise NotImplementedError(f"{name or 'the model'}.forward was replaced")
+        width = getattr(module, "head_dim", None)
+        scale = getattr(module, "scaling", getattr(module, "scale", None))
+        if isinstance(width, int) and isinstance(scale, float) and scale != width**-0.5:
+            raise NotImplementedError(f"{name}: scale must be head_dim ** -0.5, {width**-0.5}, got {scale}")
+
+
+def one_of(what: str, found: Iterable[Any]) -> Any:
+    """What all blocks share.
+
+    Raises:
+        NotImplementedError: they have several.
+    """
+    several = set(found)
+    if len(several) != 1:
+        raise NotImplementedError(f"{what} must be one for all blocks, got {sorted(several)}")
+    return several.pop()
+
+
+def _of_hugging_face(model: Any) -> Facts:
+    """The config, and what its modules have come to be since."""
+    # a text tower has others
+    inside = {name: module for name, module in model.named_modules() if not name.startswith("text_model")}
+    fields = {}
+    if eps := {each.eps for each in inside.values() if hasattr(each, "eps") and hasattr(each, "normalized_shape")}:
+        fields["norm_eps"] = one_of("norm_eps", eps)
+    if activations := [each for name, each in inside.items() if name.rpartition(".")[2] in ACTIVATION_NAMES]:
+        fields["activation"] = one_of("activation", map(activation_of, activations))
+    heads = [getattr(each, "num_attention_heads", getattr(each, "num_heads", None)) for each in inside.values()]
+    if heads := [number for number in heads if number is not None]:
+        fields["heads"] = one_of("heads", heads)
+    return Facts(hf=model.config.to_dict(), fields=fields)
 
 
 def activation_of(module: nn.Module) -> str:
@@ -109,7 +153,9 @@ def _timm(model: Any) -> Facts:
         attn, mlp = blocks[0].attn, blocks[0].mlp
         drop = getattr(blocks[-1].drop_path1, "drop_prob", 0.0)
         fields |= {
-            "heads": attn.num_heads, "head_dim": attn.head_dim, "activation": activation_of(mlp.act),
+            "heads": one_of("heads", (block.attn.num_heads for block in blocks)),
+            "head_dim": one_of("head_dim", (block.attn.head_dim for block in blocks)),
+            "activation": one_of("activation", (activation_of(block.mlp.act) for block in blocks)),
             "attn_dropout": attn.attn_drop.p, "proj_dropout": attn.proj_drop.p,
             "mlp_dropout": getattr(mlp.drop1, "p", 0.0), "drop_path": drop or 0.0,
         }  # fmt: skip
@@ -129,27 +175,29 @@ def _torchvision(model: Any) -> Facts:
         "attn_dropout": layers[0].self_attention.dropout,
         "mlp_dropout": layers[0].mlp[2].p,
     }
-    size = {"image_size": model.image_size, "patch_size": model.patch_size}
-    return Facts(fields=size | {
-        "heads": layers[0].num_heads, "norm_eps": eps_of(model), "activation": activation_of(layers[0].mlp[1]),
-    } | rates)  # fmt: skip
+    fields = {
+        "image_size": model.image_size, "patch_size": model.patch_size, "norm_eps": eps_of(model),
+        "heads": one_of("heads", (layer.num_heads for layer in layers)),
+        "activation": one_of("activation", (activation_of(layer.mlp[1]) for layer in layers)),
+    }  # fmt: skip
+    return Facts(fields=fields | rates)
 
 
 def _vit_pytorch(model: Any) -> Facts:
     """Of a ViT of vit-pytorch 0.7.0 or newer, or of a SimpleViT."""
-    attention, feed_forward = (_inside(each) for each in model.transformer.layers[0])
+    layers = [tuple(_inside(each) for each in layer) for layer in model.transformer.layers]
+    attention, feed_forward = layers[0]
     head_dim = attention.to_qkv.out_features // 3 // attention.heads
-    if attention.scale != head_dim**-0.5:
-        raise NotImplementedError(
-            f"attention's scale must be head_dim ** -0.5, {head_dim**-0.5}, got {attention.scale}"
-        )
-    net = list(feed_forward.net)
-    activation = next(each for each in net if not isinstance(each, (nn.Linear, nn.LayerNorm, nn.Dropout)))
+    scale = one_of("scale", (each.scale for each, _ in layers))
+    if scale != head_dim**-0.5:
+        raise NotImplementedError(f"attention's scale must be head_dim ** -0.5, {head_dim**-0.5}, got {scale}")
+    no_activation = (nn.Linear, nn.LayerNorm, nn.Dropout)
+    activations = (next(each for each in mlp.net if not isinstance(each, no_activation)) for _, mlp in layers)
     fields = {
-        "heads": attention.heads, "head_dim": head_dim, "norm_eps": eps_of(model),
-        "activation": activation_of(activation), "emb_dropout": _rate(getattr(model, "dropout", None)),
-        "attn_dropout": _rate(getattr(attention, "dropout", None)), "proj_dropout": _rate(attention.to_out),
-        "mlp_dropout": _rate(feed_forward.net),
+        "heads": one_of("heads", (each.heads for each, _ in layers)), "head_dim": head_dim, "norm_eps": eps_of(model),
+        "activation": one_of("activation", map(activation_of, activations)),
+        "emb_dropout": _rate(getattr(model, "dropout", None)), "proj_dropout": _rate(attention.to_out),
+        "attn_dropout": _rate(getattr(attention, "dropout", None)), "mlp_dropout": _rate(feed_forward.net),
     }  # fmt: skip
     axes = getattr(model.to_patch_embedding[0], "axes_lengths", {})
     fields |= {"patch_size": (axes["p1"], axes["p2"])} if {"p1", "p2"} <= axes.keys() else {}

@@ -62,6 +62,8 @@ def load(
         FileNotFoundError, ValueError: as `read_checkpoint`.
         TypeError: no source, or a field that ViTConfig does not have.
     """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"load: dtype must be a floating point torch.dtype, got {dtype!r}")
     taken = take(
         source, num_classes=num_classes, image_size=image_size, patch_size=patch_size, channels=channels, grid=grid,
         resampling=resampling, as_=as_, key=key, allow_pickle=allow_pickle, **fields,

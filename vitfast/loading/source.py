@@ -49,6 +49,9 @@ def source_of(source: Any, *, allow_pickle: bool = False, key: str | None = None
     if isinstance(source, nn.Module):
         return Source(*of_live(source))
     if isinstance(source, Mapping):
+        strange = [name for name in source if not isinstance(name, str)]
+        if strange:
+            raise TypeError(f"source must map names to tensors, got {strange[0]!r}")
         return Source(rename_keys(source, without_wrappers), Facts(), "state dict")
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(f"source must be a path, a state dict or a model, got {type(source).__name__}")

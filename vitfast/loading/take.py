@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,13 +10,13 @@ from torch import Tensor
 
 from vitfast.checkpoints.dtypes import check_dtypes
 from vitfast.config import ViTConfig
-from vitfast.loading.recognise import described, recognise
+from vitfast.loading.recognise import Recognised, described, recognise
 from vitfast.loading.report import LoadReport
 from vitfast.loading.source import source_of
 from vitfast.model.vit import ViT
 from vitfast.weights.layouts.layout import Sources, View, converted, sources_of
 from vitfast.weights.names import own_weights
-from vitfast.weights.resample import adapt_input_channels, resample_patch_embed, resample_pos_embed
+from vitfast.weights.resample import MODES, adapt_input_channels, resample_patch_embed, resample_pos_embed
 
 HEADS = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")
 
@@ -53,6 +53,10 @@ def take(
     Args, raises: as `vitfast.load`.
     """
     state, facts, name, _, note = source_of(source, allow_pickle=allow_pickle, key=key)
+    if grid is not None and not (isinstance(grid, Sequence) and len(grid) == 2 and all(type(n) is int for n in grid)):
+        raise TypeError(f"load: grid must be (rows, columns), got {grid!r}")
+    if resampling is not None and resampling not in MODES:
+        raise ValueError(f"load: resampling must be one of {', '.join(MODES)}, got {resampling!r}")
     sizes = _given(num_classes=num_classes, image_size=image_size, patch_size=patch_size, channels=channels)
     given = fields | sizes | _given(grid=grid)
     try:
@@ -64,7 +68,7 @@ def take(
         with torch.device("meta"):
             own = own_weights(ViT.from_config(config))
             wanted = own_weights(ViT.from_config(target))
-        sources = sources_of(found.layout, found.view, config, own)
+        sources = _sources(found, config, own)
         used = {name for _, theirs in sources.rules.values() for name in theirs}
         check_dtypes({name: found.view[name] for name in sorted(used)}, found.layout.whose)
         mode = resampling or found.layout.resampling
@@ -78,6 +82,17 @@ def take(
         changed, known.preprocessing, labels, chosen=note,
     )  # fmt: skip
     return Taken(target, report, _fitted(sources, found.view, own, wanted, config, target, mode))
+
+
+def _sources(found: Recognised, config: ViTConfig, own: Mapping[str, Tensor]) -> Sources:
+    try:
+        return sources_of(found.layout, found.view, config, own)
+    except RuntimeError as error:
+        # what stands around the model is of somebody's training
+        if not found.prefix or not any(name.startswith("/") for name in found.view):
+            raise
+        key = found.prefix.rstrip("./")
+        raise RuntimeError(f"{error}\n  (key={key!r} takes what stands under it alone)") from error
 
 
 def _given(**arguments: Any) -> dict[str, Any]:
@@ -95,7 +110,7 @@ def _fitted(
             yield name, _resized(name, weight, config, target, mode)
     for name in HEADS:
         if name in wanted and new_head:
-            yield name, torch.zeros(wanted[name].shape, dtype=like)
+            yield name, torch.zeros(wanted[name].shape, dtype=like, device="cpu")
 
 
 def _changes(config: ViTConfig, target: ViTConfig, resampling: str) -> tuple[str, ...]:

@@ -93,7 +93,7 @@ def as_hugging_face(state: Mapping[str, Tensor], config: ViTConfig, report: Load
     state = {name[1:] if name.startswith("/") else prefix + name: value for name, value in names.items()}
     if kind.layout.startswith("hf-dinov2"):
         # without it transformers says that a weight is new
-        state[f"{prefix}embeddings.mask_token"] = torch.zeros(1, config.dim, dtype=next(iter(state.values())).dtype)
+        state[f"{prefix}embeddings.mask_token"] = torch.zeros_like(next(iter(state.values())).new_empty(1, config.dim))
     beside = {"config.json": hf}
     if report.preprocessing.get("mean"):
         beside["preprocessor_config.json"] = _processor(report, config)

@@ -46,7 +46,7 @@ def compare(
         ValueError: another dtype, or models that have no stage in common.
         TypeError: no models, or no images.
     """
-    if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point():
+    if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point() or not images.numel():
         got = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise TypeError(f"compare: images must be normalised pixels [B, C, H, W] in a floating point dtype, got {got}")
     a, b = _model("a", a), _model("b", b)
@@ -161,6 +161,8 @@ def _rows(
             inherited = error_of(out, ref, lows[stage])
             found, row_logs = stage_faults(out, ref, lows[stage], few=True)
             faults += [f"inherited: {fault}" for fault in found]
+            if ref.numel() and not ref.isfinite().any():
+                faults.append("nothing is compared: all of it is NaN or Inf in both")
             logs += [] if row_logs is None else [row_logs]
         elif not faults:
             faults.append(f"is {list(out.shape)}, not {None if ref is None else list(ref.shape)}")

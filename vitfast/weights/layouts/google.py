@@ -163,8 +163,8 @@ def _mlp(ours: str, theirs: str) -> tuple[Rule, ...]:
 def _sincos(config: ViTConfig) -> Tensor:
     """Fixed positions [1, N, D] as MoCo v3's: sine and cosine of the column, then of the row."""
     rows, columns = config.grid_size
-    frequencies = 10_000 ** -torch.linspace(0, 1, config.dim // 4, dtype=torch.float64)
-    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    frequencies = 10_000 ** -torch.linspace(0, 1, config.dim // 4, dtype=torch.float64, device="cpu")
+    y, x = torch.meshgrid(*(torch.arange(n, device="cpu") for n in (rows, columns)), indexing="ij")
     x, y = (place.flatten()[:, None] * frequencies for place in (x, y))
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)[None]
 

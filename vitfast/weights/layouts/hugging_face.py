@@ -29,6 +29,8 @@ from vitfast.weights.layouts.layout import (
 
 # (names in modules since transformers 5, names on disk)
 RENAME = (
+    # transformers 5 writes a ViT-MSN that has a classifier so
+    (r"^/(encoder\.layer\.)", r"\1"),
     (r"(^|/)layers\.(\d+)\.", r"\1encoder.layer.\2."),
     (r"\.attention\.q_proj\.", ".attention.attention.query."),
     (r"\.attention\.k_proj\.", ".attention.attention.key."),
@@ -42,6 +44,8 @@ ACTIVATIONS = {
 }  # fmt: skip
 INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 LAYER = "encoder.layer.{i}"
+# of transformers' ViT, DeiT and DINOv2, where a config.json does not say
+HEADS = 12
 
 
 def activation_of(hf: Mapping[str, Any], key: str = "hidden_act") -> str | None:
@@ -94,15 +98,17 @@ def common(view: View, facts: Facts, given: Mapping[str, Any], eps: float, prepr
         "dim": D, "channels": channels, "patch_size": tuple(patch), "depth": depth,
         "qkv_bias": "encoder.layer.0.attention.attention.query.bias" in view,
     }  # fmt: skip
-    no_config = "there is no config.json"
-    if "num_attention_heads" in hf:
+    no_config = "config.json leaves it out" if hf else "there is no config.json"
+    if hf.get("num_attention_heads") is not None:
         fields["heads"] = hf["num_attention_heads"]
+    elif hf:
+        fields["heads"], assumed["heads"] = HEADS, f"the library's default; {no_config}"
     elif "heads" not in facts.fields:
         fields["heads"], assumed["heads"] = heads_of(D, depth, given)
     fields["activation"] = activation_of(hf)
     if fields["activation"] is None:
         fields["activation"], assumed["activation"] = "gelu", f"the library's default; {no_config}"
-    if "layer_norm_eps" in hf:
+    if hf.get("layer_norm_eps") is not None:
         fields["norm_eps"] = hf["layer_norm_eps"]
     else:
         fields["norm_eps"], assumed["norm_eps"] = eps, f"the library's default; {no_config}"

@@ -48,7 +48,8 @@ class View(dict[str, Tensor]):
         """
         found = {int(m[1]) for name in self if (m := re.match(pattern, name))}
         if found != set(range(len(found))):
-            gaps = sorted(set(range(max(found))) - found)
+            # no more than there are blocks: a name may have any number
+            gaps = [i for i in range(len(found)) if i not in found]
             raise ValueError(f"blocks {', '.join(map(str, gaps[:5]))} of {max(found) + 1} are missing")
         return len(found)
 
@@ -162,7 +163,7 @@ def cat(tensors: Sequence[Tensor], *_: Any) -> Tensor:
 
 def zeros(_: Sequence[Tensor], __: ViTConfig, own: Tensor) -> Tensor:
     """For a weight of ours that the library's models do not have."""
-    return torch.zeros(own.shape, dtype=own.dtype)
+    return torch.zeros(own.shape, dtype=own.dtype, device="cpu")
 
 
 def class_token_with_position(tensors: Sequence[Tensor], *_: Any) -> Tensor:

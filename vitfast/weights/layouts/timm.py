@@ -137,6 +137,11 @@ def _positions(view: View, seen: Mapping[str, Any], given: Mapping[str, Any]) ->
         return "all", grid_of(rows, prefix, given), ""
     if given.get("pos_embed") == "patches":
         return "patches", grid_of(rows, 0, given), ""
+    if (size := given.get("image_size")) is not None and "grid" not in given:
+        size = (size, size) if isinstance(size, int) else size
+        asked = tuple(n // p for n, p in zip(size, seen["patch_size"], strict=True))
+        if math.prod(asked) == rows - prefix and asked[0] != asked[1]:
+            given = {**given, "grid": asked}
     fits = lambda patches: (  # noqa: E731
         math.prod(given["grid"]) == patches if "grid" in given else grid_side(patches) is not None
     )
@@ -144,7 +149,13 @@ def _positions(view: View, seen: Mapping[str, Any], given: Mapping[str, Any]) ->
     if to_all and to_patches and seen["register_tokens"]:
         return "patches", grid_of(rows, 0, given), "timm's models with registers have positions for patches alone"
     if to_patches and not to_all:
-        return "patches", grid_of(rows, 0, given), ""
+        if "grid" in given or seen["register_tokens"]:
+            return "patches", grid_of(rows, 0, given), ""
+        alike = _like({**seen, "pos_embed": "patches"})
+        told = f"{rows} positions are a square of patches, or a rectangle of {rows - prefix} and {prefix} prefix tokens"
+        if not alike:
+            raise needs("pos_embed", ["patches", "all"], f"{told}: with 'all' give grid=(rows, columns) too")
+        return "patches", grid_of(rows, 0, given), f"as {alike[0]} has it; {told}"
     return "all", grid_of(rows, prefix, given), ""
 
 
@@ -185,8 +196,8 @@ def _open(field: str, seen: Mapping[str, Any], candidates: list[str]) -> tuple[A
     default: Any = getattr(ViTConfig, field)
     if field == "pool" and not seen["class_token"]:
         default = "mean"
-    if field == "norm_eps" and (seen["pre_norm"] or seen["norm"] == "rms"):
-        default = 1e-5
+    if field == "norm_eps" and seen["pre_norm"]:
+        return 1e-5, "as timm's CLIP towers have it; its own default is 1e-6"
     differ = "; ".join(f"{name} has {value!r}" for value, name in found.items())
     return default, f"timm's default; {differ or 'no model of timm has such weights'}"
 
