@@ -104,7 +104,7 @@ def _fitted(
     target: ViTConfig, mode: str,
 ) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
     new_head = config.num_classes != target.num_classes
-    like = next(iter(view.values())).dtype if view else torch.get_default_dtype()
+    like = next((value.dtype for value in view.values() if value.is_floating_point()), torch.get_default_dtype())
     for name, weight in converted(sources, view, config, own):
         if name in wanted and not (name in HEADS and new_head):
             yield name, _resized(name, weight, config, target, mode)
