@@ -154,8 +154,10 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 def _shards(path: Path, allow_pickle: bool, given: str | os.PathLike, mapped: bool) -> tuple[dict[str, Any], bool]:
     state: dict[str, Any] = {}
-    unread, shard_of = False, read_json(path).get("weight_map", {})
-    for file in shards_of(path):
+    unread, files = False, shards_of(path)
+    # after that, which says what is wrong with an index
+    shard_of = read_json(path)["weight_map"]
+    for file in files:
         shard, partly = _content(file, allow_pickle, given, mapped)
         if not isinstance(shard, Mapping):
             raise ValueError(f"read_checkpoint: {str(file)!r} must map names to tensors, got {type(shard).__name__}")
