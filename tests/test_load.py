@@ -314,6 +314,30 @@ def test_what_was_exchanged_in_a_model_in_memory_is_lost(what):
         vitfast.load(exchanged(what))
 
 
+def test_a_model_that_was_asked_for_hidden_states_is_taken_for_a_changed_one():
+    """transformers leaves hooks behind, which only look."""
+    theirs = filled(transformers.ViTForImageClassification(transformers.ViTConfig(**SMALL))).double()
+    theirs(torch.randn(1, 3, 32, 32).double(), output_hidden_states=True)
+    assert any(module._forward_hooks for module in theirs.modules())
+    assert_same(vitfast.load(theirs, dtype=torch.float64), theirs, torch.randn(2, 3, 32, 32), *logits)
+
+
+def test_decoder_beside_an_encoder_is_taken_for_a_part_of_it():
+    decoder = dict(decoder_hidden_size=32, decoder_num_attention_heads=2, decoder_num_hidden_layers=1)
+    config = transformers.ViTMAEConfig(**SMALL, **decoder, decoder_intermediate_size=64)
+    ours = vitfast.load(filled(transformers.ViTMAEForPreTraining(config)))
+    assert ours.config.heads == 3 and "decoder of masked pretraining" in str(ours.load_report)
+
+
+def test_patched_model_is_taken_for_a_changed_one():
+    theirs = timms("vit_tiny_patch16_224", depth=2, img_size=32, num_classes=5)
+    images = torch.randn(2, 3, 32, 32)
+    expected = theirs(images)
+    vitfast.patch(theirs)
+    ours = vitfast.load(theirs)
+    assert (ours(images) - expected).norm() < 1e-4 * expected.norm()
+
+
 def test_config_of_hugging_face_is_believed_where_its_modules_say_otherwise():
     theirs = filled(transformers.ViTForImageClassification(transformers.ViTConfig(**SMALL))).double()
     for module in theirs.modules():

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import vitfast
+from vitfast.check.case import DTYPES
 from vitfast.config import ViTConfig
 from vitfast.parity.chain import Outside
 from vitfast.parity.compare import compare
@@ -22,7 +23,6 @@ from vitfast.parity.pictures import image_of
 from vitfast.parity.sources import FORMS, is_name, model_of, same_weights, size_of, statistics_of
 
 FIELDS = {field.name for field in dataclasses.fields(ViTConfig)} | {"grid", "key", "resampling"}
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

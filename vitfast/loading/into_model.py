@@ -95,7 +95,8 @@ def load_checkpoint(
     for differs in report.changed:
         whose = report.whose
         warnings.warn(f"load_checkpoint: {whose}: {differs}: vitfast.load(source) builds theirs", stacklevel=2)
-    new_head = (f"classifier: a new one, zero, for {num_classes} classes",) if other_head else ()
+    replaced = other_head and num_classes is not None
+    new_head = (f"classifier: a new one, zero, for {num_classes} classes",) if replaced else ()
     model.load_report = replace(report, changed=(*report.changed, *new_head), not_finite=tuple(bad), chosen=found.note)
     return wrapped
 

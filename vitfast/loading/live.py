@@ -22,6 +22,8 @@ ACTIVATIONS = {
 }  # fmt: skip
 # what transformers' MLPs call theirs
 ACTIVATION_NAMES = ("activation_fn", "act_fn", "intermediate_act_fn")
+# transformers leaves hooks of this module, which only look, after one call that wants hidden states
+CAPTURES = "transformers.utils.output_capturing"
 
 
 def of_live(model: Any) -> tuple[dict[str, Tensor], Facts, str]:
@@ -61,7 +63,8 @@ def _check_untouched(model: nn.Module) -> None:
     """Raise NotImplementedError where somebody made a module compute something else than its class does."""
     for name, module in model.named_modules():
         held = vars(module)
-        if module._forward_hooks or module._forward_pre_hooks:
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if any(getattr(hook, "__module__", None) != CAPTURES for hook in hooks):
             raise NotImplementedError(f"{name or 'the model'} has a hook, which weights and config do not hold")
         if "forward" in held and "_vitfast" not in held:
             raise NotImplementedError(f"{name or 'the model'}.forward was replaced")
@@ -85,8 +88,8 @@ def one_of(what: str, found: Iterable[Any]) -> Any:
 
 def _of_hugging_face(model: Any) -> Facts:
     """The config, and what its modules have come to be since."""
-    # a text tower has others
-    inside = {name: module for name, module in model.named_modules() if not name.startswith("text_model")}
+    # a text tower and a decoder have others
+    inside = {name: each for name, each in model.named_modules() if not name.startswith(("text_model", "decoder"))}
     fields = {}
     if eps := {each.eps for each in inside.values() if hasattr(each, "eps") and hasattr(each, "normalized_shape")}:
         fields["norm_eps"] = one_of("norm_eps", eps)
@@ -117,16 +120,14 @@ def eps_of(model: Any) -> float:
     Raises:
         NotImplementedError: they have several.
     """
-    found = {module.eps for module in model.modules() if hasattr(module, "eps") and hasattr(module, "normalized_shape")}
-    if len(found) != 1:
-        raise NotImplementedError(f"norm_eps must be one for all norms, got {sorted(found)}")
-    return found.pop()
+    norms = (module for module in model.modules() if hasattr(module, "eps") and hasattr(module, "normalized_shape"))
+    return one_of("norm_eps", (norm.eps for norm in norms))
 
 
 def _timm(model: Any) -> Facts:
     blocks = list(model.blocks)
     kinds = {type(block).__name__ for block in blocks} | {
-        type(block.attn).__name__ for block in blocks[:1] if hasattr(block, "attn")
+        type(block.attn).__name__ for block in blocks if hasattr(block, "attn")
     }
     if not kinds <= {"Block", "Attention"} or not hasattr(model.patch_embed, "proj"):
         raise NotImplementedError(
